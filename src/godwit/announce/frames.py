@@ -1,0 +1,126 @@
+"""The frames that tell a network where a guest is now. Bytes in, bytes out.
+
+All are complete Ethernet frames without the FCS. ``tags`` is the stack of VLAN tags from the
+outside in, each ``(tpid, vid)``: ``((0x88a8, 10), (0x8100, 200))`` is VLAN 200 inside service
+VLAN 10.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+#: (tpid, vid), IEEE 802.1Q-2018 section 9.6.
+Tag = tuple[int, int]
+Tags = Sequence[Tag]
+
+#: IEEE 802.1Q-2018 table 9-1: customer and service VLAN tag.
+TPID_8021Q = 0x8100
+TPID_8021AD = 0x88A8
+
+BROADCAST = b"\xff" * 6
+#: RFC 2464 section 7: 33:33 and the low 32 bits of ff02::1.
+ALL_NODES_MAC = bytes.fromhex("333300000001")
+#: RFC 4291 section 2.7.1.
+ALL_NODES = bytes.fromhex("ff020000000000000000000000000001")
+
+# IANA ethertypes (linux/if_ether.h).
+_ETH_ARP = 0x0806
+_ETH_RARP = 0x8035
+_ETH_IPV4 = 0x0800
+_ETH_IPV6 = 0x86DD
+
+# RFC 826 and RFC 903: hardware type Ethernet, operations.
+_HW_ETHERNET = 1
+_ARP_REQUEST = 1
+_RARP_REQUEST = 3
+
+_ICMPV6 = 58
+_NEIGHBOR_ADVERTISEMENT = 136  # RFC 4861 section 4.4
+_NA_OVERRIDE = 0x2000_0000
+_TARGET_LINK_LAYER_ADDRESS = 2  # RFC 4861 section 4.6.1
+
+#: ETH_ZLEN (linux/if_ether.h): the least an untagged frame has without its FCS.
+_MIN_FRAME = 60
+
+
+def rarp(mac: bytes, tags: Tags = ()) -> bytes:
+    """A broadcast RARP request 'who am I' from ``mac``: bridges learn the port, no host answers.
+
+    Field by field what QEMU (net/announce.c, announce_self_create), and after it Cloud Hypervisor
+    send: both hardware addresses ``mac``, both protocol addresses zero, 60 bytes untagged.
+
+    Raises:
+        ValueError: ``mac`` or a tag is not valid.
+    """
+    payload = _arp(_RARP_REQUEST, mac, b"\0" * 4, mac, b"\0" * 4)
+    return _ethernet(BROADCAST, mac, tags, _ETH_RARP, payload)
+
+
+def gratuitous_arp(mac: bytes, ip4: bytes, tags: Tags = ()) -> bytes:
+    """An ARP request for one's own address, as Linux sends on NETDEV_NOTIFY_PEERS.
+
+    Broadcast, target hardware address zero (net/ipv4/devinet.c, inetdev_send_gratuitous_arp;
+    net/ipv4/arp.c, arp_create).
+
+    Raises:
+        ValueError: ``mac``, ``ip4`` (four bytes) or a tag is not valid.
+    """
+    _check(ip4, 4, "IPv4 address")
+    return _ethernet(BROADCAST, mac, tags, _ETH_ARP, _arp(_ARP_REQUEST, mac, ip4, b"\0" * 6, ip4))
+
+
+def unsolicited_na(mac: bytes, ip6: bytes, tags: Tags = ()) -> bytes:
+    """An unsolicited neighbour advertisement to all nodes, override set.
+
+    RFC 4861 section 7.2.6, with the fields that Linux uses (net/ipv6/ndisc.c,
+    ndisc_send_unsol_na): source and target ``ip6``, not a router, target link-layer address.
+
+    Raises:
+        ValueError: ``mac``, ``ip6`` (sixteen bytes) or a tag is not valid.
+    """
+    _check(mac, 6, "MAC address")
+    _check(ip6, 16, "IPv6 address")
+    head = struct.pack("!BB", _NEIGHBOR_ADVERTISEMENT, 0)
+    body = struct.pack("!I16sBB6s", _NA_OVERRIDE, ip6, _TARGET_LINK_LAYER_ADDRESS, 1, mac)
+    length = len(head) + 2 + len(body)
+    # RFC 8200 section 8.1: the pseudo-header.
+    pseudo = ip6 + ALL_NODES + struct.pack("!II", length, _ICMPV6)
+    message = head + struct.pack("!H", _checksum(pseudo + head + b"\0\0" + body)) + body
+    # Hop limit 255 proves to the receiver that no router passed it on (RFC 4861 section 7.1.2).
+    ip = struct.pack("!IHBB16s16s", 6 << 28, length, _ICMPV6, 255, ip6, ALL_NODES)
+    return _ethernet(ALL_NODES_MAC, mac, tags, _ETH_IPV6, ip + message)
+
+
+def _arp(operation: int, sha: bytes, spa: bytes, tha: bytes, tpa: bytes) -> bytes:
+    _check(sha, 6, "MAC address")
+    return struct.pack(
+        "!HHBBH6s4s6s4s", _HW_ETHERNET, _ETH_IPV4, 6, 4, operation, sha, spa, tha, tpa
+    )
+
+
+def _ethernet(dst: bytes, src: bytes, tags: Tags, ethertype: int, payload: bytes) -> bytes:
+    stack = b""
+    for tpid, vid in tags:
+        # 802.1Q-2018 section 9.6: 0 is 'priority only', 4095 is reserved.
+        if not 1 <= vid <= 4094:
+            raise ValueError(f"VLAN id {vid} is not between 1 and 4094")
+        if not 0x0600 <= tpid <= 0xFFFF:
+            raise ValueError(f"0x{tpid:x} is not an ethertype")
+        stack += struct.pack("!HH", tpid, vid)
+    frame = dst + src + stack + struct.pack("!H", ethertype) + payload
+    # Padded as if untagged, so that a switch that takes tags off leaves no short frame.
+    return frame.ljust(_MIN_FRAME + len(stack), b"\0")
+
+
+def _checksum(data: bytes) -> int:
+    """RFC 1071, of an even number of bytes."""
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def _check(value: bytes, length: int, what: str) -> None:
+    if len(value) != length:
+        raise ValueError(f"{value!r} is not a valid {what}: it has {len(value)} bytes")

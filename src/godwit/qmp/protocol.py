@@ -1,0 +1,173 @@
+"""The QEMU Machine Protocol, one client's side of it. Bytes in, bytes out; no sockets.
+
+After QEMU's docs/interop/qmp-spec, and for the texts of errors what QEMU 7.2 answers
+(qapi/qmp-dispatch.c, monitor/qmp.c), so that clients made for QEMU understand Godwit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from .. import __version__
+from ..errors import ConfigError, GodwitError
+from .stream import JsonStream, MalformedJson, TooLong, decode
+
+#: Executes a command: its name and arguments to the value of 'return'. Raises GodwitError.
+Execute = Callable[[str, Mapping[str, object]], object]
+
+#: What a request may hold; 'exec-oob' is not offered.
+_MEMBERS = frozenset({"execute", "arguments", "id"})
+
+_ENCODER = msgspec.json.Encoder()
+# QEMU ends its messages so (monitor/monitor.c, monitor_puts); lines are easy to read by hand.
+_END = b"\r\n"
+
+
+class CommandNotFound(ConfigError):
+    """No such command, or not now; the one error class besides GenericError that is in use."""
+
+
+class InternalError(GodwitError):
+    """A command failed in a way that nobody foresaw: a bug, but the VM goes on."""
+
+
+def version() -> dict[str, object]:
+    """The VersionInfo of QEMU's qapi/control.json, with Godwit's own version.
+
+    Clients insist on the member 'qemu'; 'package' is where a downstream says what it is.
+    """
+    major, minor, micro = (int(part) for part in __version__.split(".")[:3])
+    return {
+        "qemu": {"micro": micro, "minor": minor, "major": major},
+        "package": f"godwit-{__version__}",
+    }
+
+
+def event(name: str, data: Mapping[str, object] | None = None, now_ns: int | None = None) -> bytes:
+    """An event on the wire; ``now_ns`` is the wall clock's time, by default now."""
+    now = time.time_ns() if now_ns is None else now_ns
+    message: dict[str, object] = {
+        "timestamp": {"seconds": now // 10**9, "microseconds": now % 10**9 // 1000},
+        "event": name,
+    }
+    if data:
+        message["data"] = data
+    return _ENCODER.encode(message) + _END
+
+
+def short(text: str, most: int = 80) -> str:
+    """What a client sent, cut to a length that is fit for a message."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+class Session:
+    """What one client has said so far: negotiation, and its half-received requests.
+
+    Attributes:
+        negotiated: whether the client has finished the negotiation; it hears no events before.
+        broken: the client sent what no parser finds its way out of; close the connection.
+    """
+
+    def __init__(
+        self, execute: Execute, on_error: Callable[[BaseException], None] | None = None
+    ) -> None:
+        self.negotiated = False
+        self.broken = False
+        self._execute = execute
+        self._on_error = on_error
+        self._stream = JsonStream()
+
+    def greeting(self) -> bytes:
+        """What the server says first."""
+        return _ENCODER.encode({"QMP": {"version": version(), "capabilities": []}}) + _END
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes from the client, execute what is complete, and return the replies.
+
+        Raises nothing: whatever comes in, an error reply is the worst that follows.
+        """
+        replies = bytearray()
+        if self.broken:
+            return b""
+        for item in self._stream.feed(data):
+            if isinstance(item, MalformedJson):
+                replies += self._error(item, None)
+                self.broken = isinstance(item, TooLong)
+            else:
+                replies += self._reply(item)
+        return bytes(replies)
+
+    def _reply(self, text: bytes) -> bytes:
+        tag: msgspec.Raw | None = None
+        try:
+            request = decode(text)
+            if not isinstance(request, dict):
+                raise ConfigError("QMP input must be a JSON object")
+            if "id" in request:
+                # Any JSON value may be an id, and the client gets back the very same text: a
+                # number beyond 64 bits too, which could be read but not written again.
+                tag = msgspec.json.decode(text, type=dict[str, msgspec.Raw])["id"]
+            result = self._dispatch(request)
+            reply: dict[str, object] = {"return": {} if result is None else result}
+            if tag is not None:
+                reply["id"] = tag
+            return _ENCODER.encode(reply) + _END
+        except (GodwitError, MalformedJson) as error:
+            return self._error(error, tag)
+        except Exception as error:
+            # One client's command must not end the VM: say so, and let the owner hear of it.
+            if self._on_error:
+                self._on_error(error)
+            unforeseen = f"internal error: {type(error).__name__}: {short(str(error), 200)}"
+            return self._error(InternalError(unforeseen), tag)
+
+    def _dispatch(self, request: dict[str, object]) -> object:
+        for member, value in request.items():
+            if member not in _MEMBERS:
+                raise ConfigError(f"QMP input member '{short(member)}' is unexpected")
+            if member == "execute" and not isinstance(value, str):
+                raise ConfigError("QMP input member 'execute' must be a string")
+            if member == "arguments" and not isinstance(value, dict):
+                raise ConfigError("QMP input member 'arguments' must be an object")
+        name = request.get("execute")
+        if not isinstance(name, str):
+            raise ConfigError("QMP input lacks member 'execute'")
+        arguments = request.get("arguments", {})
+        assert isinstance(arguments, dict)
+        if self.negotiated:
+            if name == "qmp_capabilities":
+                raise CommandNotFound(
+                    "Capabilities negotiation is already complete, command ignored"
+                )
+            return self._execute(name, arguments)
+        if name != "qmp_capabilities":
+            raise CommandNotFound("Expecting capabilities negotiation with 'qmp_capabilities'")
+        self._negotiate(arguments)
+        return None
+
+    def _negotiate(self, arguments: dict[str, object]) -> None:
+        for name, value in arguments.items():
+            if name != "enable":
+                raise ConfigError(f"Parameter '{short(name)}' is unexpected")
+            if not isinstance(value, list):
+                raise ConfigError("Invalid parameter type for 'enable', expected: array")
+            if value:
+                raise ConfigError(f"Capability '{short(str(value[0]))}' is not available")
+        self.negotiated = True
+
+    def _error(self, error: Exception, tag: msgspec.Raw | None) -> bytes:
+        kind = "CommandNotFound" if isinstance(error, CommandNotFound) else "GenericError"
+        desc = str(error) or type(error).__name__
+        reply: dict[str, object] = {"error": {"class": kind, "desc": desc}}
+        if tag is not None:
+            reply["id"] = tag
+        # An OSError's text may hold a path in surrogates, which no UTF-8 can.
+        try:
+            return _ENCODER.encode(reply) + _END
+        except UnicodeEncodeError:
+            safe = desc.encode("utf-8", "backslashreplace").decode()
+            reply["error"] = {"class": kind, "desc": safe}
+            return _ENCODER.encode(reply) + _END

@@ -1,0 +1,231 @@
+"""QMP on a Unix socket, in the event loop. Nothing that a client does makes the VM wait."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import ConfigError, HostError
+from ..loop import Loop
+from ..runstate import RunState
+from . import events, protocol
+
+#: Clients at once. A VM has an operator, perhaps a monitor; not a crowd.
+MAX_CLIENTS = 32
+#: What a client may leave unread, bytes, before it is dropped.
+MAX_UNREAD = 1 << 20
+#: A client with this much unread, bytes, is not listened to until it has read some.
+PAUSE_AT = 64 << 10
+# Small, since each byte may cause an error reply of a hundred.
+_CHUNK = 4096
+
+
+class _Client:
+    def __init__(self, sock: socket.socket, session: protocol.Session) -> None:
+        self.sock = sock
+        self.session = session
+        self.out = bytearray()
+        self.ended = False  # it has said its last word; close when it has heard ours
+        self.dropped = False
+
+    def push(self, data: bytes) -> None:
+        """Add to what is to be sent; too much of it is the end. Call with the server's lock."""
+        if len(self.out) + len(data) > MAX_UNREAD:
+            self.dropped = True
+        else:
+            self.out += data
+
+
+class Server:
+    """Listens on ``path`` (mode 0600) from construction to :meth:`close`.
+
+    ``execute`` is called in the loop's thread; :meth:`emit` and :meth:`run_state_changed` may be
+    called from any. An event that a command causes reaches clients before the command's reply, as
+    with QEMU.
+
+    Raises:
+        ConfigError: ``path`` is too long, not a socket, or somebody listens on it.
+        HostError: the socket cannot be made; the message says why.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        path: str | os.PathLike[str],
+        execute: protocol.Execute,
+        on_error: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._loop = loop
+        self._execute = execute
+        self._on_error = on_error
+        self._clients: dict[int, _Client] = {}
+        # Held to touch buffers and the table of clients, never while a command is executed.
+        self._lock = threading.Lock()
+        self._closed = False
+        self._sock, self._inode = _listen(self.path)
+        loop.watch(self._sock.fileno(), self._accept)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def emit(self, name: str, data: Mapping[str, object] | None = None) -> None:
+        """Send an event to each client that has finished the negotiation; from any thread."""
+        message = protocol.event(name, data)
+        with self._lock:
+            if self._closed:
+                return
+            hearing = [client for client in self._clients.values() if client.session.negotiated]
+            for client in hearing:
+                client.push(message)
+            if hearing:
+                # Under the lock, so that the loop is still open: close() comes before it ends.
+                self._loop.call_soon(self._flush_all)
+
+    def run_state_changed(self, old: RunState, new: RunState) -> None:
+        """A listener of the run states."""
+        for name, data in events.of_transition(old, new):
+            self.emit(name, data)
+
+    def close(self) -> None:
+        """Send what can be sent without waiting, hang up, and remove the socket's file.
+
+        Call it in the loop's thread, or after the loop has ended and before it is closed.
+        """
+        self._flush_all()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        for client in tuple(self._clients.values()):
+            self._drop(client)
+        self._loop.unwatch(self._sock.fileno())
+        self._sock.close()
+        with contextlib.suppress(OSError):
+            # Another VM may have taken the path meanwhile.
+            if self.path.stat().st_ino == self._inode:
+                self.path.unlink()
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._sock.accept()
+        except OSError:
+            return  # gone already, or no descriptors left: the client sees it, the VM goes on
+        if len(self._clients) >= MAX_CLIENTS:
+            sock.close()
+            return
+        sock.setblocking(False)
+        client = _Client(sock, protocol.Session(self._execute, self._on_error))
+        with self._lock:
+            client.push(client.session.greeting())
+            self._clients[sock.fileno()] = client
+        self._flush(client)
+
+    def _readable(self, client: _Client) -> None:
+        try:
+            data = client.sock.recv(_CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._drop(client)
+            return
+        if data:
+            replies = client.session.feed(data)
+            with self._lock:
+                client.push(replies)
+        client.ended = not data or client.session.broken
+        # Other clients' events as well: the command may be the last that the loop does.
+        self._flush_all()
+
+    def _flush_all(self) -> None:
+        for client in tuple(self._clients.values()):
+            self._flush(client)
+
+    def _flush(self, client: _Client) -> None:
+        """Send what the socket takes now, and watch for what is to come."""
+        fd = client.sock.fileno()
+        if self._clients.get(fd) is not client:
+            return
+        with self._lock:
+            try:
+                while client.out:
+                    del client.out[: client.sock.send(client.out)]
+            except BlockingIOError:
+                pass
+            except OSError:
+                client.dropped = True
+            unread = len(client.out)
+        if client.dropped or (client.ended and not unread):
+            self._drop(client)
+            return
+
+        def readable() -> None:
+            self._readable(client)
+
+        def writable() -> None:
+            self._flush(client)
+
+        listening = not client.ended and unread < PAUSE_AT
+        self._loop.watch(fd, readable if listening else None, writable if unread else None)
+
+    def _drop(self, client: _Client) -> None:
+        fd = client.sock.fileno()
+        with self._lock:
+            self._clients.pop(fd, None)
+        self._loop.unwatch(fd)
+        client.sock.close()
+
+
+def _listen(path: Path) -> tuple[socket.socket, int]:
+    """A listening socket at ``path``, and its inode."""
+    _remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.bind(str(path))
+        # Between bind and listen nobody can connect, so the mode is never wider than it should
+        # be for anyone; the process's umask, which all threads share, stays as it is.
+        path.chmod(0o600)
+        sock.listen(8)
+        return sock, path.stat().st_ino
+    except OSError as error:
+        sock.close()
+        if error.errno is None:  # Python's own 'AF_UNIX path too long' (sun_path: 108 bytes)
+            raise ConfigError(f"{path} is too long for a Unix socket: at most 107 bytes") from error
+        reason = os.strerror(error.errno)
+        raise HostError(f"cannot make the QMP socket {path}: {reason}") from error
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket that a VM which is no more left behind."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return  # nothing there; or bind will say what is wrong
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"{path} exists and is not a socket: choose another path for QMP")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        failure = probe.connect_ex(str(path))
+    if failure == errno.ECONNREFUSED:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+    elif failure != errno.ENOENT:
+        # 0 or EAGAIN: somebody is there. EACCES: not ours to judge.
+        raise ConfigError(f"a VM listens on {path} already: choose another path for QMP")
