@@ -1,1 +1,1 @@
-"""See docs/design.md."""
+"""NIC models, and the backends that move their frames."""

@@ -1,1 +1,1 @@
-"""See docs/design.md."""
+"""virtio 1.2: split virtqueues, what a device is, the PCI transport."""

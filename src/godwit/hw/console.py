@@ -1,0 +1,76 @@
+"""Where a guest's console goes: a writer thread that loses nothing, and an optional input."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+
+class Console:
+    """Writes bytes to ``fd`` from a thread of its own.
+
+    The descriptor may be a terminal that somebody stopped: a blocking write then holds this thread
+    and no vCPU. ``room()`` is False while more than ``limit`` bytes wait, and the UART tells the
+    guest so; nothing is dropped.
+    """
+
+    def __init__(self, fd: int, limit: int = 1 << 16) -> None:
+        self._fd = fd
+        self._limit = limit
+        self._waiting = bytearray()
+        self._writing = False
+        self._closed = False
+        self._changed = threading.Condition()
+        #: Called from the writer's thread when there is room again after there was none.
+        self.on_room: Callable[[], None] | None = None
+        self._thread = threading.Thread(target=self._run, name="console", daemon=True)
+        self._thread.start()
+
+    def room(self) -> bool:
+        """Whether a byte may be written now."""
+        return len(self._waiting) < self._limit
+
+    def write(self, data: bytes) -> None:
+        """Take ``data``; never blocks."""
+        with self._changed:
+            self._waiting += data
+            if not self._writing:
+                self._changed.notify_all()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until all is written; False when ``timeout`` seconds did not suffice."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting and not self._writing, timeout)
+
+    def close(self, timeout: float = 5.0) -> bool:
+        """Flush and end the thread; whether all was written."""
+        done = self.flush(timeout)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if done:
+            self._thread.join(timeout)
+        return done
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                data = bytes(self._waiting)
+                full = len(data) >= self._limit
+                self._waiting.clear()
+                self._writing = True
+            try:
+                while data:
+                    data = data[os.write(self._fd, data) :]
+            except OSError:
+                # The reader is gone (EPIPE, EIO): there is nobody left to lose it for.
+                pass
+            with self._changed:
+                self._writing = False
+                self._changed.notify_all()
+            if full and self.on_room is not None:
+                self.on_room()

@@ -1,0 +1,183 @@
+"""Message-signalled interrupts: the routing table, and a device's MSI-X vectors as irqfds.
+
+PCI Local Bus 3.0, 6.8.2 'MSI-X Capability & Table Structures'. Every vector has an eventfd for the
+device's life; only the irqfd comes and goes with the mask, so what is signalled while masked waits
+in the eventfd, and polling it is the pending bit.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from typing import Annotated
+
+import msgspec
+
+from ..kvm.handles import Vm
+
+_FIRST_GSI = 24
+_ENTRY = 16
+_MASKED = 1
+
+
+class Routes:
+    """The VM's MSI routes; KVM_SET_GSI_ROUTING replaces the whole table each time."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._routes: dict[int, tuple[int, int]] = {}
+        self._next = _FIRST_GSI
+        self._held = False
+
+    def allocate(self) -> int:
+        """A GSI for one vector."""
+        self._next += 1
+        return self._next - 1
+
+    def set(self, gsi: int, address: int, data: int) -> None:
+        """Have ``gsi`` send the message ``data`` to ``address``."""
+        if self._routes.get(gsi) != (address, data):
+            self._routes[gsi] = (address, data)
+            self._commit()
+
+    def hold(self) -> None:
+        """Collect changes until :meth:`release`: loading a state sets many at once."""
+        self._held = True
+
+    def release(self) -> None:
+        """Hand the collected changes to the kernel in one call."""
+        self._held = False
+        self._commit()
+
+    def _commit(self) -> None:
+        if not self._held:
+            self._vm.set_routes((gsi, *route) for gsi, route in self._routes.items())
+
+
+class MsixState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The table, the control bits, and which vectors wait for their unmasking."""
+
+    table: Annotated[bytes, msgspec.Meta(max_length=_ENTRY * 64)]
+    enabled: bool
+    masked: bool
+    pending: Annotated[
+        list[Annotated[int, msgspec.Meta(ge=0, lt=64)]], msgspec.Meta(max_length=64)
+    ]
+
+
+class Msix:
+    """The vectors of one device; accessed under the device's lock."""
+
+    def __init__(self, vm: Vm, routes: Routes, count: int) -> None:
+        self._vm = vm
+        self._routes = routes
+        self.count = count
+        self.fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
+        self._gsis = [routes.allocate() for _ in range(count)]
+        self._live = [False] * count
+        self._table = bytearray()
+        self._attached = True
+        self.reset()
+
+    def reset(self) -> None:
+        """As after power-on: disabled, every vector masked."""
+        self._table = bytearray(
+            (bytes(12) + _MASKED.to_bytes(4, "little")) * self.count
+        )
+        self._enabled = self._masked = False
+        for fd in self.fds:
+            _drain(fd)
+        self._update()
+
+    def signal(self, vector: int) -> None:
+        """Raise ``vector``; out of range means 'no vector', and nothing happens."""
+        if 0 <= vector < self.count and self._enabled:
+            os.eventfd_write(self.fds[vector], 1)
+
+    def control(self) -> int:
+        """Message control, for configuration space."""
+        return self.count - 1 | self._masked << 14 | self._enabled << 15
+
+    def set_control(self, value: int) -> None:
+        """The guest wrote message control."""
+        self._masked = bool(value & 1 << 14)
+        self._enabled = bool(value & 1 << 15)
+        self._update()
+
+    def read_table(self, offset: int, size: int) -> int:
+        """Guest reads of the table."""
+        return int.from_bytes(self._table[offset : offset + size], "little")
+
+    def write_table(self, offset: int, size: int, value: int) -> None:
+        """Guest writes of the table."""
+        if offset + size <= len(self._table):
+            self._table[offset : offset + size] = value.to_bytes(size, "little")
+            if offset % _ENTRY + size > 12:  # the control word
+                self._update(offset // _ENTRY)
+
+    def read_pending(self, offset: int, size: int) -> int:
+        """Guest reads of the pending bit array."""
+        bits = sum(1 << vector for vector in self._pending())
+        return bits >> 8 * offset & (1 << 8 * size) - 1
+
+    def detach(self) -> None:
+        """Take the irqfds away and wait until what they carried has reached the APICs."""
+        self._attached = False
+        self._update()
+
+    def attach(self) -> None:
+        """Give the irqfds back."""
+        self._attached = True
+        self._update()
+
+    def save(self) -> MsixState:
+        """The state; detached."""
+        return MsixState(bytes(self._table), self._enabled, self._masked, self._pending())
+
+    def load(self, state: MsixState) -> None:
+        """Take over a saved state; ValueError when it is not this device's."""
+        if len(state.table) != len(self._table):
+            raise ValueError(f"msix.table has {len(state.table)} bytes, not {len(self._table)}")
+        if any(vector >= self.count for vector in state.pending):
+            raise ValueError(f"msix.pending names a vector above {self.count - 1}")
+        self._table[:] = state.table
+        self._enabled, self._masked = state.enabled, state.masked
+        for vector in state.pending:
+            os.eventfd_write(self.fds[vector], 1)
+        self._update()
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self.detach()
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+
+    def _pending(self) -> list[int]:
+        poll = select.poll()
+        by_fd = {}
+        for vector, fd in enumerate(self.fds):
+            if not self._live[vector]:
+                poll.register(fd, select.POLLIN)
+                by_fd[fd] = vector
+        return sorted(by_fd[fd] for fd, _ in poll.poll(0))
+
+    def _update(self, only: int | None = None) -> None:
+        on = self._enabled and not self._masked and self._attached
+        for vector in range(self.count) if only is None else (only,):
+            at = vector * _ENTRY
+            live = on and not self._table[at + 12] & _MASKED
+            if live:
+                address = int.from_bytes(self._table[at : at + 8], "little")
+                data = int.from_bytes(self._table[at + 8 : at + 12], "little")
+                self._routes.set(self._gsis[vector], address, data)
+            if live != self._live[vector]:
+                self._live[vector] = live
+                self._vm.irqfd(self.fds[vector], self._gsis[vector], live)
+
+
+def _drain(fd: int) -> None:
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:
+        pass

@@ -1,0 +1,162 @@
+"""Guest RAM: anonymous memory with transparent huge pages, every access checked.
+
+Layout: RAM from 0, a hole for devices from 3 GiB to 4 GiB, the rest from 4 GiB up. Writes by the
+VMM itself are marked in a dirty set while a migration logs, because KVM sees only the guest's own.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from dataclasses import dataclass
+
+from ..errors import ConfigError, GuestError
+from ..kvm.ioctl import address_of
+
+PAGE = 4096
+HUGE = 2 << 20
+HOLE_START = 0xC000_0000
+HOLE_END = 0x1_0000_0000
+
+
+@dataclass(frozen=True)
+class Region:
+    """A run of RAM: ``size`` bytes at guest address ``start``, at ``host`` in this process."""
+
+    slot: int
+    start: int
+    size: int
+    host: int
+    view: memoryview
+
+    @property
+    def end(self) -> int:
+        """The first guest address after it."""
+        return self.start + self.size
+
+
+def layout(size: int) -> list[tuple[int, int]]:
+    """(guest address, bytes) of each region of a guest with ``size`` bytes of RAM."""
+    low = min(size, HOLE_START)
+    return [(0, low)] + ([(HOLE_END, size - low)] if size > low else [])
+
+
+class GuestMemory:
+    """A guest's RAM.
+
+    Raises:
+        ConfigError: ``size`` is not a multiple of 2 MiB, or the host does not give the memory.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 32 << 20 or size % HUGE:
+            raise ConfigError(
+                f"memory of {size} bytes: at least 32M, and a multiple of 2M, please"
+            )
+        self.size = size
+        self.regions: list[Region] = []
+        self._maps: list[mmap.mmap] = []
+        for slot, (start, length) in enumerate(layout(size)):
+            self.regions.append(self._allocate(slot, start, length))
+        self._low = self.regions[0]
+        self._dirty: set[int] | None = None
+        self._dirty_lock = threading.Lock()
+
+    def _allocate(self, slot: int, start: int, length: int) -> Region:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+        try:
+            # 2 MiB more than asked, so that guest and host addresses agree modulo a huge page.
+            mapping = mmap.mmap(-1, length + HUGE, flags=flags)
+        except OSError as error:
+            raise ConfigError(
+                f"the host does not give {length >> 20} MiB for the guest: {error}; "
+                "ask for less with --memory"
+            ) from error
+        self._maps.append(mapping)
+        whole = memoryview(mapping)
+        offset = -address_of(whole) % HUGE
+        view = whole[offset : offset + length]
+        mapping.madvise(mmap.MADV_HUGEPAGE, offset, length)
+        return Region(slot, start, length, address_of(view), view)
+
+    def view(self, address: int, length: int) -> memoryview:
+        """The bytes themselves, for reading.
+
+        Raises:
+            GuestError: some of them are not RAM.
+        """
+        for region in self.regions:
+            offset = address - region.start
+            if 0 <= offset and offset + length <= region.size:
+                if length < 0:
+                    break
+                return region.view[offset : offset + length]
+        raise GuestError(f"guest address {address:#x}+{length:#x} is not in its RAM")
+
+    def writable(self, address: int, length: int) -> memoryview:
+        """The bytes themselves, for writing; marked dirty now, so write before the next pass."""
+        view = self.view(address, length)
+        self.mark(address, length)
+        return view
+
+    def read(self, address: int, length: int) -> bytes:
+        """A copy of ``length`` bytes. Raises GuestError as :meth:`view` does."""
+        return bytes(self.view(address, length))
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy ``data`` into RAM. Raises GuestError as :meth:`view` does."""
+        view = self.view(address, len(data))
+        view[:] = data
+        self.mark(address, len(data))
+
+    def read_u16(self, address: int) -> int:
+        """A little-endian u16, read in one access where it is aligned."""
+        view = self.view(address, 2)
+        return view[0] | view[1] << 8 if address & 1 else int(view.cast("H")[0])
+
+    def write_u16(self, address: int, value: int) -> None:
+        """A little-endian u16 in one store (``struct.pack_into`` would show a zero in between)."""
+        self.view(address, 2).cast("H")[0] = value
+        self.mark(address, 2)
+
+    def start_log(self) -> None:
+        """Begin to mark what the VMM writes."""
+        self._dirty = set()
+
+    def stop_log(self) -> None:
+        """Mark no more."""
+        self._dirty = None
+
+    def take_log(self) -> set[int]:
+        """Page numbers (guest address / 4096) written by the VMM since the last call."""
+        with self._dirty_lock:
+            taken = self._dirty
+            if taken is None:
+                return set()
+            self._dirty = set()
+            return taken
+
+    def mark(self, address: int, length: int) -> None:
+        """Note that the VMM wrote there; nothing happens while no migration logs."""
+        if self._dirty is None:
+            return
+        with self._dirty_lock:
+            if self._dirty is not None:
+                self._dirty.update(range(address // PAGE, (address + length - 1) // PAGE + 1))
+
+    def clear(self) -> None:
+        """All zeros again, as after power-on."""
+        for mapping in self._maps:
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Give the memory back; no view of it may be in use."""
+        for region in self.regions:
+            region.view.release()
+        self.regions.clear()
+        for mapping in self._maps:
+            try:
+                mapping.close()
+            except BufferError:
+                # A ctypes view of it still lives: the process' end frees it.
+                pass

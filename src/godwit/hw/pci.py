@@ -1,0 +1,188 @@
+"""A PCI bus: configuration mechanism #1, configuration spaces, one memory BAR a function.
+
+PCI Local Bus 3.0, 3.2.2.3.2 (0xCF8/0xCFC) and chapter 6 (configuration space).
+"""
+
+from __future__ import annotations
+
+import threading
+from struct import pack_into
+from typing import Annotated
+
+import msgspec
+
+from .bus import BusDevice, MmioBus
+
+CONFIG_ADDRESS = 0xCF8
+CONFIG_DATA = 0xCFC
+
+COMMAND, STATUS = 0x04, 0x06
+BAR0 = 0x10
+CAPABILITY_POINTER = 0x34
+_COMMAND_MEMORY = 1 << 1
+_COMMAND_MASTER = 1 << 2
+_COMMAND_INTX_OFF = 1 << 10
+_STATUS_CAPABILITIES = 1 << 4
+
+
+class PciState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the guest can change in a configuration space."""
+
+    command: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+    bar0: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+    line: Annotated[int, msgspec.Meta(ge=0, lt=1 << 8)]
+
+
+class PciFunction:
+    """Configuration space of a function; only bits in the write mask ever change.
+
+    A subclass answers its BAR's accesses with ``read`` and ``write`` (see :class:`BusDevice`).
+    """
+
+    def __init__(
+        self, vendor: int, device: int, class_code: int, subsystem: tuple[int, int], revision: int
+    ) -> None:
+        self.config = bytearray(256)
+        self._mask = bytearray(256)
+        self._capabilities = 0x40
+        self._last_capability = CAPABILITY_POINTER
+        pack_into("<HH", self.config, 0, vendor, device)
+        pack_into("<I", self.config, 8, class_code << 8 | revision)
+        pack_into("<HH", self.config, 0x2C, *subsystem)
+        self._mask[COMMAND] = _COMMAND_MEMORY | _COMMAND_MASTER
+        self._mask[COMMAND + 1] = _COMMAND_INTX_OFF >> 8
+        self._mask[0x3C] = 0xFF  # interrupt line: scratch for the guest
+        self._bus: PciBus | None = None
+        self._bar_size = 0
+        self._bar_home = 0
+        self._bar_mapped: int | None = None
+
+    def add_bar(self, size: int, address: int) -> None:
+        """BAR 0: 32-bit memory of ``size`` bytes, placed as firmware would."""
+        self._bar_size = size
+        self._bar_home = address
+        pack_into("<I", self.config, BAR0, address)
+        pack_into("<I", self._mask, BAR0, -size & 0xFFFFFFFF)
+
+    def add_capability(self, kind: int, body: bytes, mask: bytes = b"") -> int:
+        """Append a capability; its offset. ``mask`` marks the writable bits of ``body``."""
+        at = self._capabilities
+        self.config[self._last_capability] = at
+        self.config[at : at + 2 + len(body)] = bytes((kind, 0)) + body
+        self._mask[at + 2 : at + 2 + len(mask)] = mask
+        self._last_capability = at + 1
+        self._capabilities = at + (2 + len(body) + 3) // 4 * 4
+        self.config[STATUS] |= _STATUS_CAPABILITIES
+        return at
+
+    @property
+    def bar(self) -> int | None:
+        """Where BAR 0 answers now; None while memory decoding is off."""
+        return self._bar_mapped
+
+    def read_config(self, offset: int, size: int) -> int:
+        """Guest reads of configuration space."""
+        return int.from_bytes(self.config[offset : offset + size], "little")
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """Guest writes of configuration space."""
+        for i in range(size):
+            at = offset + i
+            mask = self._mask[at]
+            self.config[at] = self.config[at] & ~mask | value >> 8 * i & mask
+        if offset < BAR0 + 4 and offset + size > COMMAND:
+            self._remap()
+
+    def reset_config(self) -> None:
+        """As firmware leaves it: decoding off, the BAR at home."""
+        self._set_state(PciState(0, self._bar_home, 0))
+
+    def save_config(self) -> PciState:
+        """What the guest changed."""
+        return PciState(
+            self.read_config(COMMAND, 2), self.read_config(BAR0, 4), self.config[0x3C]
+        )
+
+    def load_config(self, state: PciState) -> None:
+        """Take over a saved state: as if the guest wrote it, so masks hold."""
+        self._set_state(state)
+
+    def _set_state(self, state: PciState) -> None:
+        self.write_config(BAR0, 4, state.bar0)
+        self.write_config(COMMAND, 2, state.command)
+        self.write_config(0x3C, 1, state.line)
+
+    def _remap(self) -> None:
+        on = self.config[COMMAND] & _COMMAND_MEMORY
+        wanted = self.read_config(BAR0, 4) & 0xFFFFFFF0 if on and self._bar_size else None
+        if wanted == self._bar_mapped or self._bus is None:
+            return
+        self._bus.mmio.unmap(self)
+        self._bar_mapped = None
+        if wanted is not None and self._bus.mmio.map(wanted, self._bar_size, self):
+            self._bar_mapped = wanted
+        self.bar_moved()
+
+    def bar_moved(self) -> None:
+        """BAR 0 answers elsewhere now, or not at all; subclasses move their ioeventfds."""
+
+    def read(self, offset: int, size: int) -> int:
+        """A read in BAR 0."""
+        return (1 << 8 * size) - 1
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A write in BAR 0."""
+
+
+class PciBus:
+    """Bus 0. It answers the eight ports from 0xCF8."""
+
+    def __init__(self, mmio: MmioBus) -> None:
+        self.mmio = mmio
+        self._functions: dict[int, PciFunction] = {}
+        self._address = 0
+        self._lock = threading.Lock()
+        # The host bridge that Linux expects to see first: Intel's 440FX.
+        self.add(0, PciFunction(0x8086, 0x1237, 0x060000, (0, 0), 2))
+
+    def add(self, slot: int, function: PciFunction) -> None:
+        """Plug ``function`` in as device ``slot`` (0 to 31)."""
+        self._functions[slot] = function
+        function._bus = self
+
+    def read(self, offset: int, size: int) -> int:
+        """0xCF8: the address. 0xCFC: the configuration space that it names."""
+        with self._lock:
+            if offset < 4:
+                return self._address >> 8 * offset & (1 << 8 * size) - 1
+            function, register = self._selected(offset)
+            if function is None or register + size > 256:
+                return (1 << 8 * size) - 1
+            return function.read_config(register, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """As :meth:`read`."""
+        with self._lock:
+            if offset == 0 and size == 4:
+                self._address = value
+            elif offset >= 4:
+                function, register = self._selected(offset)
+                if function is not None and register + size <= 256:
+                    function.write_config(register, size, value)
+
+    def save(self) -> int:
+        """The address register: a vCPU may stop between its two accesses."""
+        return self._address
+
+    def load(self, address: int) -> None:
+        """Take over a saved address register."""
+        self._address = address & 0xFFFFFFFF
+
+    def _selected(self, offset: int) -> tuple[PciFunction | None, int]:
+        address = self._address
+        if not address >> 31 or address >> 8 & 0xFF07:  # enabled; bus and function are 0
+            return None, 0
+        return self._functions.get(address >> 11 & 31), (address & 0xFC) + offset - 4
+
+
+__all__ = ["BusDevice", "PciBus", "PciFunction", "PciState"]

@@ -1,0 +1,121 @@
+"""Power off, power button and reset: ACPI's fixed registers, the reset port, the keyboard's.
+
+ACPI 6.5, 4.8.3 'PM1 Event / Control registers'; the reset control register at 0xCF9 is Intel's
+(ICH data sheets); 0xFE to port 0x64 pulses the reset line of an 8042.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Annotated
+
+import msgspec
+
+PM1_EVENT = 0x600
+PM1_CONTROL = 0x604
+RESET_PORT = 0xCF9
+KEYBOARD_COMMAND = 0x64
+SCI_GSI = 9
+
+_STS_PWRBTN = 1 << 8
+_CNT_SCI_EN = 1
+_CNT_SLP_EN = 1 << 13
+SLEEP_TYPE_S5 = 5
+
+_U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+
+
+class PowerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """PM1's registers."""
+
+    status: _U16
+    enable: _U16
+    control: _U16
+    version: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
+
+
+class Pm1:
+    """PM1a event and control blocks, eight ports from :data:`PM1_EVENT`."""
+
+    def __init__(self, set_sci: Callable[[bool], None], off: Callable[[], None]) -> None:
+        self._set_sci = set_sci
+        self._off = off
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """As after power-on, with ACPI mode already on (there is no SMI to ask for it)."""
+        self._status = self._enable = 0
+        self._control = _CNT_SCI_EN
+        self._level = False
+
+    def press(self) -> None:
+        """Push the power button."""
+        with self._lock:
+            self._status |= _STS_PWRBTN
+            self._update()
+
+    def read(self, offset: int, size: int) -> int:
+        """Any width: the registers lie side by side."""
+        with self._lock:
+            whole = self._status | self._enable << 16 | self._control << 32
+        return whole >> 8 * offset & (1 << 8 * size) - 1
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Status bits are cleared by writing ones; SLP_EN with S5's type ends the VM."""
+        off = False
+        with self._lock:
+            for i in range(size):
+                byte = value >> 8 * i & 0xFF
+                at = offset + i
+                shift = 8 * (at & 1)
+                if at < 2:
+                    self._status &= ~(byte << shift)
+                elif at < 4:
+                    self._enable = self._enable & ~(0xFF << shift) | byte << shift
+                elif at < 6:
+                    self._control = self._control & ~(0xFF << shift) | byte << shift
+            self._control |= _CNT_SCI_EN
+            if self._control & _CNT_SLP_EN:
+                off = self._control >> 10 & 7 == SLEEP_TYPE_S5
+                self._control &= ~_CNT_SLP_EN
+            self._update()
+        if off:
+            self._off()
+
+    def save(self) -> PowerState:
+        """The state; the VM is stopped."""
+        return PowerState(self._status, self._enable, self._control)
+
+    def load(self, state: PowerState) -> None:
+        """Take over a saved state."""
+        self._status, self._enable = state.status, state.enable
+        self._control = state.control
+        self._level = bool(self._status & self._enable & _STS_PWRBTN)
+
+    def _update(self) -> None:
+        level = bool(self._status & self._enable & _STS_PWRBTN)
+        if level != self._level:
+            self._level = level
+            self._set_sci(level)
+
+
+class ResetPorts:
+    """The reset control register, and the 8042's command port, which has nothing else to say."""
+
+    def __init__(self, kind: int, reset: Callable[[], None]) -> None:
+        self._kind = kind
+        self._reset = reset
+
+    def read(self, offset: int, size: int) -> int:
+        """0 from the reset register; all ones from the keyboard controller: there is none."""
+        return 0 if self._kind == RESET_PORT else (1 << 8 * size) - 1
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Bit 2 of 0xCF9 resets on its way up; so does 0xFE to the keyboard controller."""
+        if self._kind == RESET_PORT:
+            if value & 4:
+                self._reset()
+        elif value & 0xFF == 0xFE:
+            self._reset()

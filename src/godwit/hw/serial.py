@@ -1,0 +1,190 @@
+"""A 16550A UART (National Semiconductor PC16550D data sheet, register summary in table II)."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Annotated, Protocol
+
+import msgspec
+
+PORT = 0x3F8
+GSI = 4
+
+_IER_RX, _IER_THR = 1, 2
+_IIR_NONE, _IIR_THR, _IIR_RX = 1, 2, 4
+_LCR_DLAB = 0x80
+_MCR_LOOP = 0x10
+_LSR_DATA, _LSR_THRE, _LSR_IDLE = 1, 0x20, 0x40
+_MSR_CTS, _MSR_DSR, _MSR_DCD = 0x10, 0x20, 0x80
+_RX_LIMIT = 1 << 16
+
+_Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
+
+
+class Sink(Protocol):
+    """Where the transmitted bytes go."""
+
+    def room(self) -> bool:
+        """Whether a byte may be written now."""
+
+    def write(self, data: bytes) -> None:
+        """Take ``data`` without blocking."""
+
+
+class SerialState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The UART's registers and the input that the guest has not read."""
+
+    ier: _Byte
+    fcr: _Byte
+    lcr: _Byte
+    mcr: _Byte
+    scr: _Byte
+    dll: _Byte
+    dlm: _Byte
+    thr_pending: bool
+    received: Annotated[bytes, msgspec.Meta(max_length=_RX_LIMIT)]
+    version: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
+
+
+class Serial:
+    """The UART. ``set_irq(level)`` drives its line."""
+
+    def __init__(self, sink: Sink, set_irq: Callable[[bool], None]) -> None:
+        self._sink = sink
+        self._set_irq = set_irq
+        self._lock = threading.Lock()
+        self._rx: deque[int] = deque()
+        self.reset()
+
+    def reset(self) -> None:
+        """As after power-on."""
+        self._ier = self._fcr = self._lcr = self._scr = self._dlm = 0
+        self._mcr = 0x08
+        self._dll = 12
+        self._thr_pending = False
+        self._level = False
+        self._rx.clear()
+
+    def receive(self, data: bytes) -> int:
+        """Bytes from the outside; how many were taken (the rest found the buffer full)."""
+        with self._lock:
+            taken = data[: _RX_LIMIT - len(self._rx)]
+            self._rx.extend(taken)
+            self._update()
+        return len(taken)
+
+    def room_again(self) -> None:
+        """The sink takes bytes again: tell a guest that waits for it."""
+        with self._lock:
+            if self._ier & _IER_THR:
+                self._thr_pending = True
+            self._update()
+
+    def read(self, offset: int, size: int) -> int:
+        """A register; every one is a byte."""
+        with self._lock:
+            if offset == 0:
+                if self._lcr & _LCR_DLAB:
+                    return self._dll
+                value = self._rx.popleft() if self._rx else 0
+                self._update()
+                return value
+            if offset == 1:
+                return self._dlm if self._lcr & _LCR_DLAB else self._ier
+            if offset == 2:
+                cause = self._cause()
+                if cause == _IIR_THR:
+                    self._thr_pending = False
+                    self._update()
+                return cause | (0xC0 if self._fcr & 1 else 0)
+            if offset == 3:
+                return self._lcr
+            if offset == 4:
+                return self._mcr
+            if offset == 5:
+                ready = _LSR_THRE | _LSR_IDLE if self._sink.room() else 0
+                return ready | (_LSR_DATA if self._rx else 0)
+            if offset == 6:
+                if self._mcr & _MCR_LOOP:
+                    mcr = self._mcr
+                    # RTS->CTS, DTR->DSR, OUT1->RI, OUT2->DCD in loopback.
+                    return (
+                        (mcr & 2) << 3 | (mcr & 1) << 5 | (mcr & 4) << 4 | (mcr & 8) << 4
+                    ) & 0xF0
+                return _MSR_CTS | _MSR_DSR | _MSR_DCD
+            return self._scr
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A register; every one is a byte."""
+        value &= 0xFF
+        with self._lock:
+            if offset == 0:
+                if self._lcr & _LCR_DLAB:
+                    self._dll = value
+                    return
+                if self._mcr & _MCR_LOOP:
+                    if len(self._rx) < _RX_LIMIT:
+                        self._rx.append(value)
+                else:
+                    self._sink.write(bytes((value,)))
+                # The byte is gone at once: the register is empty again, unless the sink is full.
+                self._thr_pending = self._sink.room()
+            elif offset == 1:
+                if self._lcr & _LCR_DLAB:
+                    self._dlm = value
+                    return
+                rising = value & ~self._ier & _IER_THR
+                self._ier = value & 0x0F
+                if rising and self._sink.room():
+                    self._thr_pending = True
+            elif offset == 2:
+                self._fcr = value & 0xC9
+                if value & 2:
+                    self._rx.clear()
+            elif offset == 3:
+                self._lcr = value
+            elif offset == 4:
+                self._mcr = value & 0x1F
+            elif offset == 7:
+                self._scr = value
+            self._update()
+
+    def save(self) -> SerialState:
+        """The state; the VM is stopped."""
+        with self._lock:
+            return SerialState(
+                ier=self._ier,
+                fcr=self._fcr,
+                lcr=self._lcr,
+                mcr=self._mcr,
+                scr=self._scr,
+                dll=self._dll,
+                dlm=self._dlm,
+                thr_pending=self._thr_pending,
+                received=bytes(self._rx),
+            )
+
+    def load(self, state: SerialState) -> None:
+        """Take over a saved state; the line's level lives in the saved interrupt controllers."""
+        with self._lock:
+            self._ier, self._fcr, self._lcr = state.ier, state.fcr, state.lcr
+            self._mcr, self._scr = state.mcr, state.scr
+            self._dll, self._dlm = state.dll, state.dlm
+            self._thr_pending = state.thr_pending
+            self._rx = deque(state.received)
+            self._level = self._cause() != _IIR_NONE
+
+    def _cause(self) -> int:
+        if self._ier & _IER_RX and self._rx:
+            return _IIR_RX
+        if self._ier & _IER_THR and self._thr_pending:
+            return _IIR_THR
+        return _IIR_NONE
+
+    def _update(self) -> None:
+        level = self._cause() != _IIR_NONE
+        if level != self._level:
+            self._level = level
+            self._set_irq(level)

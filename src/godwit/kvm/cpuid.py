@@ -1,0 +1,57 @@
+"""What CPUID says to a vCPU: what KVM offers, less nesting, with the guest's own topology.
+
+Leaves: Intel SDM vol. 2A 'CPUID'; AMD APM vol. 3 appendix E.
+"""
+
+from __future__ import annotations
+
+Entry = tuple[int, int, int, int, int, int, int]
+
+_HYPERVISOR = 1 << 31  # leaf 1 ECX
+_TSC_DEADLINE = 1 << 24  # leaf 1 ECX
+_X2APIC = 1 << 21  # leaf 1 ECX
+_VMX = 1 << 5  # leaf 1 ECX
+_HTT = 1 << 28  # leaf 1 EDX
+_SVM = 1 << 2  # leaf 0x80000001 ECX
+_CMP_LEGACY = 1 << 1  # leaf 0x80000001 ECX
+
+
+def guest_cpuid(supported: list[Entry], index: int, count: int, deadline: bool) -> list[Entry]:
+    """CPUID of vCPU ``index`` of ``count``: one socket, one thread a core.
+
+    ``deadline``: KVM emulates the TSC-deadline timer (it is never in KVM's own list, because it
+    depends on the in-kernel APIC).
+    """
+    width = max(count - 1, 0).bit_length()
+    entries = []
+    for entry in supported:
+        function, sub, flags, eax, ebx, ecx, edx = entry
+        if function == 1:
+            ebx = index << 24 | min(count, 255) << 16 | (ebx & 0xFFFF)
+            ecx = (ecx | _HYPERVISOR | (_TSC_DEADLINE if deadline else 0)) & ~_VMX
+            edx = edx | _HTT if count > 1 else edx & ~_HTT
+        elif function == 4 and eax & 0x1F:
+            # Caches: level 3 is shared by all, the others belong to one core.
+            shared = (1 << width) - 1 if eax >> 5 & 7 == 3 else 0
+            eax = (eax & 0x3FFF) | shared << 14 | ((1 << width) - 1) << 26
+        elif function in (0xB, 0x1F):
+            edx = index
+            if sub == 0:
+                eax, ebx, ecx = 0, 1, 1 << 8
+            elif sub == 1:
+                eax, ebx, ecx = width, count, 2 << 8 | 1
+            else:
+                eax, ebx, ecx = 0, 0, sub
+        elif function == 0x80000001:
+            ecx = ecx & ~_SVM & ~_CMP_LEGACY | (_CMP_LEGACY if count > 1 else 0)
+        elif function == 0x80000008:
+            ecx = width << 12 | (count - 1)
+        elif function == 0x8000000A:
+            eax = ebx = ecx = edx = 0
+        elif function == 0x8000001D and eax & 0x1F:
+            shared = count - 1 if eax >> 5 & 7 == 3 else 0
+            eax = (eax & 0x3FFF) | shared << 14
+        elif function == 0x8000001E:
+            eax, ebx, ecx = index, index & 0xFF, 0
+        entries.append((function, sub, flags, eax, ebx, ecx, edx))
+    return entries

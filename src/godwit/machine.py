@@ -1,0 +1,290 @@
+"""The machine: it owns RAM, vCPUs, devices and NICs, and starts and stops them in one order.
+
+Stop: vCPUs, then devices (backends, control queues, interrupts). Start: devices, then vCPUs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from .config import NicConfig, VmConfig
+from .errors import ConfigError, GuestError, StreamError
+from .hw import acpi, linuxboot, power, serial
+from .hw.bus import MmioBus, PortBus
+from .hw.console import Console
+from .hw.irq import Routes
+from .hw.memory import GuestMemory
+from .hw.pci import CONFIG_ADDRESS, PciBus
+from .kvm import abi, cpustate
+from .kvm.cpuid import guest_cpuid
+from .kvm.handles import System
+from .loop import Loop
+from .machine_state import MachineState, NicSaved
+from .nic.backend import Backend
+from .nic.inprocess import InProcessBackend
+from .nic.tap import Tap
+from .nic.vhost import VhostBackend
+from .nic.virtio_net import VirtioNet
+from .vcpu import Ending, VcpuThread
+from .virtio.pci import BAR_SIZE, VirtioPci
+
+_FIRST_BAR = 0xE000_0000
+
+
+class Machine:
+    """A machine, paused at first.
+
+    ``on_end(ending, detail)`` comes from a vCPU's thread, ``on_offence(nic, message)`` from any.
+
+    Raises:
+        HostError: KVM, a tap or vhost-net is missing.
+        ConfigError: the configuration asks for what cannot be.
+    """
+
+    def __init__(
+        self,
+        config: VmConfig,
+        loop: Loop,
+        console: Console,
+        on_end: Callable[[Ending, str], None],
+        on_offence: Callable[[str, str], None],
+    ) -> None:
+        self.config = config
+        self._loop = loop
+        self._on_end = on_end
+        self._on_offence = on_offence
+        self.lock = threading.RLock()
+        self.running = False
+        with ExitStack() as undo:
+            system = undo.enter_context(System())
+            self.memory = GuestMemory(config.memory)
+            undo.callback(self.memory.close)
+            self.vm = undo.enter_context(system.create_vm())
+            self.set_dirty_log(False)
+            self.ports, self.mmio = PortBus(), MmioBus()
+            self._routes = Routes(self.vm)
+            self._make_platform(console)
+            self.nics: list[VirtioPci] = []
+            for index, nic in enumerate(config.nics):
+                self.nics.append(self._make_nic(index, nic))
+                undo.callback(self.nics[-1].device.backend.close)
+                undo.callback(self.nics[-1].close)
+            self.vcpus: list[VcpuThread] = []
+            self._make_vcpus(system, undo)
+            self._undo = undo.pop_all()
+        self._initial: MachineState | None = None
+        #: (guest clock ns, time.monotonic at which it stood still): set while time is to be made up.
+        self._clock_debt: tuple[int, float] | None = None
+
+    # --- making it --------------------------------------------------------------------------------
+    def _make_platform(self, console: Console) -> None:
+        self.serial = serial.Serial(console, lambda level: self.vm.irq_line(serial.GSI, level))
+        console.on_room = self.serial.room_again
+        self.pm1 = power.Pm1(
+            lambda level: self.vm.irq_line(power.SCI_GSI, level),
+            lambda: self._guest_asked(Ending.POWER_OFF, "the guest powered off"),
+        )
+        self.pci = PciBus(self.mmio)
+        self.ports.map(serial.PORT, 8, self.serial)
+        self.ports.map(power.PM1_EVENT, 8, self.pm1)
+        self.ports.map(CONFIG_ADDRESS, 8, self.pci)
+
+        def reset() -> None:
+            self._guest_asked(Ending.RESET, "the guest reset the machine")
+
+        for port in (power.RESET_PORT, power.KEYBOARD_COMMAND):
+            self.ports.map(port, 1, power.ResetPorts(port, reset))
+
+    def _make_nic(self, index: int, config: NicConfig) -> VirtioPci:
+        announce = config.guest_announce
+        tap = Tap(config.tap)
+
+        def backend(device: VirtioNet) -> Backend:
+            if config.vhost:
+                return VhostBackend(tap, self.memory)
+            return InProcessBackend(
+                tap,
+                self._loop,
+                device.lock,
+                device.accepts,
+                lambda message: device.on_offence(message),
+            )
+
+        try:
+            net = VirtioNet(
+                config.id,
+                config.mac,
+                self.memory,
+                self._loop,
+                backend,
+                mtu=config.mtu,
+                queue_size=config.queue_size,
+                guest_announce=self.config.machine.guest_announce if announce is None else announce,
+            )
+        except BaseException:
+            tap.close()
+            raise
+        transport = VirtioPci(
+            net,
+            self.vm,
+            self._routes,
+            _FIRST_BAR + index * BAR_SIZE,
+            lambda message: self._on_offence(config.id, message),
+        )
+        self.pci.add(index + 1, transport)
+        return transport
+
+    def _make_vcpus(self, system: System, undo: ExitStack) -> None:
+        supported = system.supported_cpuid()
+        deadline = bool(system.check(abi.CAP_TSC_DEADLINE_TIMER))
+        count = self.config.cpus
+        for index in range(count):
+            vcpu = undo.enter_context(self.vm.create_vcpu(index))
+            vcpu.set_cpuid(guest_cpuid(supported, index, count, deadline))
+            self.vcpus.append(VcpuThread(vcpu, self.ports, self.mmio, self._on_end))
+        self._msrs = cpustate.readable_msrs(self.vcpus[0].vcpu, system.msr_indices())
+        for thread in self.vcpus:
+            thread.start()
+            undo.callback(thread.stop)
+
+    # --- boot, start, stop ------------------------------------------------------------------------
+    def boot(self) -> None:
+        """Load kernel, initrd and tables, and put the first vCPU at the kernel's entry.
+
+        Raises:
+            ConfigError: no kernel was given, or it cannot be loaded.
+        """
+        config = self.config
+        if config.kernel is None:
+            raise ConfigError("there is nothing to boot; give --kernel, or --incoming")
+        if self._initial is None:
+            self._initial = self.save()
+        acpi.write_tables(self.memory, config.cpus)
+        boot = linuxboot.load(self.memory, config.kernel, config.initrd, config.command_line)
+        linuxboot.start_vcpu(self.vcpus[0].vcpu, boot)
+
+    def reboot(self) -> None:
+        """Reset everything to power-on and boot again; the machine is paused."""
+        if self._initial is None:
+            raise ConfigError(
+                "the guest asked for a reboot, but it was booted on another host, and no kernel "
+                "was given here; give --kernel and --initrd beside --incoming"
+            )
+        with self.lock:
+            self.memory.clear()
+            for nic in self.nics:
+                nic.reset()
+            self.serial.reset()
+            self.pm1.reset()
+            for thread, state in zip(self.vcpus, self._initial.vcpus, strict=True):
+                cpustate.load_vcpu(thread.vcpu, state)
+                thread.revive()
+            cpustate.load_platform(self.vm, self._initial.platform)
+            self.boot()
+
+    def resume(self) -> None:
+        """Let the guest run."""
+        with self.lock:
+            if self.running:
+                return
+            self.running = True
+            if self._clock_debt is not None:
+                clock, since = self._clock_debt
+                self._clock_debt = None
+                self.vm.set_clock(clock + int((time.monotonic() - since) * 1e9))
+            for nic in self.nics:
+                nic.resume()
+            for thread in self.vcpus:
+                thread.resume()
+
+    def pause(self) -> None:
+        """Stop the guest; every vCPU has left it when this returns, and devices serve no more."""
+        with self.lock:
+            if not self.running:
+                return
+            self.running = False
+            for thread in self.vcpus:
+                thread.request_pause()
+            for thread in self.vcpus:
+                thread.wait_paused()
+            for nic in self.nics:
+                nic.pause()
+
+    def freeze_clock(self) -> None:
+        """The guest's clock stands still until the next start: a plain stop, as QEMU has it."""
+        self._clock_debt = (self.vm.clock()[0], time.monotonic())
+
+    @property
+    def ended(self) -> tuple[Ending, str] | None:
+        """Why the guest will not go on by itself, if so."""
+        return next((t.ending for t in self.vcpus if t.ending is not None), None)
+
+    def close(self) -> None:
+        """Stop everything and give everything back."""
+        self.pause()
+        self._undo.close()
+
+    def _guest_asked(self, ending: Ending, detail: str) -> None:
+        """Called by a device within an exit: the vCPU at hand must not go on."""
+        current = threading.current_thread().name
+        for thread in self.vcpus:
+            if f"vcpu{thread.vcpu.index}" == current:
+                thread._end(ending, detail)
+
+    # --- dirty pages ------------------------------------------------------------------------------
+    def set_dirty_log(self, on: bool) -> None:
+        """Have KVM log the guest's writes, or not."""
+        for region in self.memory.regions:
+            self.vm.set_memory(region.slot, region.start, region.size, region.host, on)
+
+    # --- state ------------------------------------------------------------------------------------
+    def save(self) -> MachineState:
+        """The state of the machine, which is paused."""
+        for thread in self.vcpus:
+            thread.settle()
+        return MachineState(
+            vcpus=[cpustate.save_vcpu(thread.vcpu, self._msrs) for thread in self.vcpus],
+            platform=cpustate.save_platform(self.vm),
+            serial=self.serial.save(),
+            power=self.pm1.save(),
+            pci_address=self.pci.save(),
+            nics=[
+                NicSaved(nic.device.name, "virtio-net", nic.save_transport(), nic.device.save_net())
+                for nic in self.nics
+            ],
+        )
+
+    def load(self, state: MachineState, stood_still: float) -> None:
+        """Take over a saved state; the machine is paused. The clock makes up for what it missed.
+
+        ``stood_still`` is the ``time.monotonic()`` at which the source's clock was read.
+
+        Raises:
+            StreamError: the state is not one of this machine; names what differs.
+        """
+        if len(state.vcpus) != len(self.vcpus):
+            raise StreamError(f"vcpus: {len(state.vcpus)} in the stream, {len(self.vcpus)} here")
+        if [nic.id for nic in state.nics] != [nic.device.name for nic in self.nics]:
+            raise StreamError("nics: not the ones that this machine has")
+        missed = time.monotonic() - stood_still
+        ticks = int(missed * self.vcpus[0].vcpu.tsc_khz() * 1000)
+        for thread, saved in zip(self.vcpus, state.vcpus, strict=True):
+            cpustate.load_vcpu(thread.vcpu, saved, ticks)
+        cpustate.load_platform(self.vm, state.platform)
+        self._clock_debt = (state.platform.clock_ns, stood_still)
+        self.serial.load(state.serial)
+        self.pm1.load(state.power)
+        self.pci.load(state.pci_address)
+        self._routes.hold()
+        try:
+            for nic, nic_state in zip(self.nics, state.nics, strict=True):
+                try:
+                    nic.load_transport(nic_state.transport)
+                    nic.device.load_net(nic_state.net)
+                except GuestError as error:
+                    raise StreamError(f"{nic.device.name}: {error}") from error
+        finally:
+            self._routes.release()

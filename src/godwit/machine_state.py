@@ -1,0 +1,35 @@
+"""A machine's saved state: what follows RAM in a migration stream."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from .hw.power import PowerState
+from .hw.serial import SerialState
+from .kvm.cpustate import PlatformState, VcpuState
+from .nic.virtio_net import NetState
+from .virtio.pci import TransportState
+
+
+class NicSaved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One NIC."""
+
+    id: Annotated[str, msgspec.Meta(max_length=64)]
+    model: Literal["virtio-net"]
+    transport: TransportState
+    net: NetState
+    version: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
+
+
+class MachineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything but RAM."""
+
+    vcpus: Annotated[list[VcpuState], msgspec.Meta(min_length=1, max_length=64)]
+    platform: PlatformState
+    serial: SerialState
+    power: PowerState
+    pci_address: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+    nics: Annotated[list[NicSaved], msgspec.Meta(max_length=64)]
+    version: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1

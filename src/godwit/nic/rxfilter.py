@@ -1,0 +1,61 @@
+"""Which frames a NIC takes: the tables a driver sets, and the verdict on a frame.
+
+virtio 1.2, 5.1.6.5 'Control Virtqueue' says what each switch means. vhost-net does not filter, as
+with every VMM: the tap then delivers all, and the guest's kernel drops what is not its own.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+#: More addresses than this and the table is given up: all of that kind are taken.
+TABLE_LIMIT = 64
+
+_Mac = Annotated[bytes, msgspec.Meta(min_length=6, max_length=6)]
+_Vid = Annotated[int, msgspec.Meta(ge=0, lt=4096)]
+_BROADCAST = b"\xff" * 6
+
+
+class RxFilter(msgspec.Struct, forbid_unknown_fields=True):
+    """The tables. It is its own saved state: nothing in it is derived."""
+
+    promiscuous: bool = True  # until the driver says otherwise
+    all_multicast: bool = False
+    all_unicast: bool = False
+    no_multicast: bool = False
+    no_unicast: bool = False
+    no_broadcast: bool = False
+    unicast: Annotated[list[_Mac], msgspec.Meta(max_length=TABLE_LIMIT)] = []
+    multicast: Annotated[list[_Mac], msgspec.Meta(max_length=TABLE_LIMIT)] = []
+    unicast_overflow: bool = False
+    multicast_overflow: bool = False
+    vlans: Annotated[list[_Vid], msgspec.Meta(max_length=4096)] = []
+
+    def accepts(self, frame: memoryview | bytes, mac: bytes, filter_vlans: bool) -> bool:
+        """Whether the guest wants ``frame`` (Ethernet, no FCS)."""
+        if len(frame) < 14:
+            return False
+        if self.promiscuous:
+            return True
+        if filter_vlans and frame[12] == 0x81 and frame[13] == 0 and len(frame) >= 16:
+            if (frame[14] & 0x0F) << 8 | frame[15] not in self.vlans:
+                return False
+        to = bytes(frame[:6])
+        if to[0] & 1:
+            if to == _BROADCAST:
+                return not self.no_broadcast
+            if self.no_multicast:
+                return False
+            return self.all_multicast or self.multicast_overflow or to in self.multicast
+        if self.no_unicast:
+            return False
+        return to == mac or self.all_unicast or self.unicast_overflow or to in self.unicast
+
+    def set_tables(self, unicast: list[bytes], multicast: list[bytes]) -> None:
+        """Replace both tables."""
+        self.unicast_overflow = len(unicast) > TABLE_LIMIT
+        self.unicast = [] if self.unicast_overflow else unicast
+        self.multicast_overflow = len(multicast) > TABLE_LIMIT
+        self.multicast = [] if self.multicast_overflow else multicast

@@ -1,0 +1,162 @@
+"""The vhost-net backend: the kernel walks the rings, Python is not on the frames' road.
+
+KVM cannot see vhost's writes, so a migration asks vhost to log them: VHOST_F_LOG_ALL and a bitmap
+that vhost sets bits in. Python has no atomic swap of a bitmap, so there are two: vhost is switched
+to the other (the ioctl takes each ring's mutex, drivers/vhost/vhost.c), then the idle one is read.
+"""
+
+from __future__ import annotations
+
+import os
+
+from ..errors import GuestError, HostError
+from ..hw.memory import GuestMemory
+from ..kvm import vhost as abi
+from ..kvm.ioctl import address_of, ioctl, ioctl_in, ioctl_out
+from ..virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC
+from . import offloads
+from .backend import Ring
+from .tap import Tap
+
+DEVICE = "/dev/vhost-net"
+_MRG_RXBUF = 1 << 15
+_VERSION_1 = 1 << 32
+_RING_FEATURES = F_EVENT_IDX | F_INDIRECT_DESC | _MRG_RXBUF | _VERSION_1
+
+
+class VhostBackend:
+    """A tap served by vhost-net. See :class:`.backend.Backend` for the methods.
+
+    Raises:
+        HostError: vhost-net is missing; the message names the other backend.
+    """
+
+    def __init__(self, tap: Tap, memory: GuestMemory) -> None:
+        self._tap = tap
+        self._memory = memory
+        try:
+            self._fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(
+                f"{DEVICE}: {error.strerror}; load the module (modprobe vhost_net), or use the "
+                "in-process backend (vhost=off)"
+            ) from error
+        try:
+            ioctl(self._fd, abi.SET_OWNER)
+            raw = bytearray(8)
+            ioctl_out(self._fd, abi.GET_FEATURES, raw)
+            self._supported = int.from_bytes(raw, "little")
+            regions = [
+                abi.MEMORY_REGION.pack(region.start, region.size, region.host, 0)
+                for region in memory.regions
+            ]
+            ioctl_in(
+                self._fd,
+                abi.SET_MEM_TABLE,
+                abi.MEMORY_HEADER.pack(len(regions), 0) + b"".join(regions),
+            )
+        except OSError as error:
+            os.close(self._fd)
+            raise HostError(f"{DEVICE}: {error}; use the in-process backend (vhost=off)") from error
+        self.features = offloads.offered(tap.offloads) | (self._supported & _MRG_RXBUF)
+        self._rings: tuple[Ring, ...] = ()
+        self._negotiated = 0
+        pages = memory.regions[-1].end // abi.LOG_PAGE
+        self._log_size = -(-pages // 64) * 8
+        self._logs: list[bytearray] = []
+
+    def start(self, features: int, rx: Ring, tx: Ring) -> None:
+        """Hand the rings to the kernel."""
+        self._negotiated = features & self._supported & _RING_FEATURES
+        self._tap.set_offloads(offloads.tap_flags(features))
+        self._set_features()
+        self._rings = (rx, tx)
+        try:
+            for index, ring in enumerate(self._rings):
+                queue = ring.queue
+                self._put(abi.SET_VRING_NUM, abi.VRING_STATE.pack(index, queue.size))
+                self._put(abi.SET_VRING_BASE, abi.VRING_STATE.pack(index, queue.last_avail))
+                self._set_addresses(index)
+                self._put(abi.SET_VRING_CALL, abi.VRING_FILE.pack(index, ring.call))
+                self._put(abi.SET_VRING_KICK, abi.VRING_FILE.pack(index, ring.kick))
+            for index in (0, 1):
+                self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(index, self._tap.fd))
+        except OSError as error:
+            self.stop()
+            raise GuestError(f"vhost-net refused a ring: {error}") from error
+
+    def stop(self) -> None:
+        """Take the rings back, and learn where the kernel was."""
+        rings, self._rings = self._rings, ()
+        for index in range(len(rings)):
+            self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(index, -1))
+        for index, ring in enumerate(rings):
+            state = bytearray(abi.VRING_STATE.pack(index, 0))
+            ioctl_out(self._fd, abi.GET_VRING_BASE, state)
+            ring.queue.last_avail = abi.VRING_STATE.unpack(state)[1] & 0xFFFF
+            ring.queue.resync_used()
+
+    def set_call(self, index: int, fd: int) -> None:
+        """Have ring ``index`` interrupt by another eventfd."""
+        if self._rings:
+            self._put(abi.SET_VRING_CALL, abi.VRING_FILE.pack(index, fd))
+
+    def start_log(self) -> None:
+        """Log what vhost writes, from now on, in the middle of traffic too."""
+        self._logs = [bytearray(self._log_size), bytearray(self._log_size)]
+        self._set_log_base()
+        self._set_features()
+        for index in range(len(self._rings)):
+            self._set_addresses(index)
+
+    def take_log(self) -> bytes | None:
+        """Switch vhost to the other bitmap and take this one."""
+        self._logs.reverse()
+        self._set_log_base()
+        idle = self._logs[1]
+        taken = bytes(idle)
+        idle[:] = bytes(len(idle))
+        return taken
+
+    def stop_log(self) -> None:
+        """Log no more."""
+        self._logs, old = [], self._logs
+        self._set_features()
+        for index in range(len(self._rings)):
+            self._set_addresses(index)
+        del old  # kept alive until vhost was told
+
+    def send(self, frame: bytes) -> None:
+        """As if the guest had sent it."""
+        self._tap.send(frame)
+
+    def drain(self) -> int:
+        """Throw away what waits in the tap."""
+        return self._tap.drain()
+
+    def close(self) -> None:
+        """Stop, and give vhost and the tap back."""
+        if self._fd >= 0:
+            self.stop()
+            os.close(self._fd)
+            self._fd = -1
+            self._tap.close()
+
+    def _set_features(self) -> None:
+        logging = abi.F_LOG_ALL if self._logs else 0
+        self._put(abi.SET_FEATURES, (self._negotiated | logging).to_bytes(8, "little"))
+
+    def _set_log_base(self) -> None:
+        self._put(abi.SET_LOG_BASE, address_of(self._logs[0]).to_bytes(8, "little"))
+
+    def _set_addresses(self, index: int) -> None:
+        queue = self._rings[index].queue
+        flags = abi.VRING_F_LOG if self._logs else 0
+        host = [
+            address_of(self._memory.view(address, 1))
+            for address in (queue.desc, queue.used, queue.avail)
+        ]
+        self._put(abi.SET_VRING_ADDR, abi.VRING_ADDR.pack(index, flags, *host, queue.used))
+
+    def _put(self, request: int, data: bytes) -> None:
+        ioctl_in(self._fd, request, data)

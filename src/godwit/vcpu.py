@@ -1,0 +1,196 @@
+"""A vCPU's thread: in KVM_RUN nearly always; it leaves for port I/O, MMIO, and when it is kicked.
+
+Kick: ``immediate_exit`` in the shared page and a signal whose handler does nothing. KVM_RUN then
+first completes what was pending (the second half of an IN or an MMIO read) and returns EINTR, so a
+vCPU parks only with its architectural state complete (Documentation/virt/kvm/api.rst, KVM_RUN).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import threading
+from collections.abc import Callable
+from enum import Enum
+
+from .errors import GuestError, KvmError
+from .hw.bus import MmioBus, PortBus
+from .kvm import abi
+from .kvm.handles import Vcpu
+
+KICK_SIGNAL = signal.SIGUSR1
+
+
+class Ending(Enum):
+    """Why a vCPU will not go on by itself."""
+
+    POWER_OFF = "power-off"
+    RESET = "reset"
+    TRIPLE_FAULT = "triple-fault"
+    INTERNAL_ERROR = "internal-error"
+
+
+def install_kick_handler() -> None:
+    """Once, from the main thread, before the first vCPU runs."""
+    signal.signal(KICK_SIGNAL, lambda number, frame: None)
+
+
+class VcpuThread:
+    """Runs ``vcpu``; parked at first. ``on_end(ending, detail)`` is called in its thread."""
+
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        ports: PortBus,
+        mmio: MmioBus,
+        on_end: Callable[[Ending, str], None],
+    ) -> None:
+        self.vcpu = vcpu
+        self._ports = ports
+        self._mmio = mmio
+        self._on_end = on_end
+        self._page = vcpu.run_page
+        self._changed = threading.Condition()
+        self._run_wanted = False
+        self._parked = True
+        self._quit = False
+        #: Set by a device during an exit: the guest asked for its own end.
+        self.ending: tuple[Ending, str] | None = None
+        self._thread = threading.Thread(target=self._main, name=f"vcpu{vcpu.index}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; it waits for :meth:`resume`."""
+        self._thread.start()
+
+    def resume(self) -> None:
+        """Let the guest run; a vCPU that ended stays parked until :meth:`revive`."""
+        with self._changed:
+            if self.ending is None:
+                self._page[abi.RUN_IMMEDIATE_EXIT] = 0
+                self._run_wanted = True
+                self._changed.notify_all()
+
+    def revive(self) -> None:
+        """Forget the ending: the VM was reset."""
+        self.ending = None
+
+    def request_pause(self) -> None:
+        """Ask it to leave the guest; does not wait."""
+        with self._changed:
+            self._run_wanted = False
+            self._page[abi.RUN_IMMEDIATE_EXIT] = 1
+            if not self._parked and self._thread.ident is not None:
+                signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
+
+    def wait_paused(self, timeout: float = 10.0) -> None:
+        """Wait until it is parked.
+
+        Raises:
+            KvmError: it did not come back in ``timeout`` seconds.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._parked, timeout):
+                raise KvmError(f"vCPU {self.vcpu.index} did not leave the guest in {timeout} s")
+
+    def stop(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._quit = True
+            self._changed.notify_all()
+        self.request_pause()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(10)
+
+    def settle(self) -> None:
+        """Complete a pending exit of a parked vCPU that ended on its own, before it is saved."""
+        self._page[abi.RUN_IMMEDIATE_EXIT] = 1
+        try:
+            fcntl.ioctl(self.vcpu.fd, abi.RUN, 0)
+        except InterruptedError:
+            pass
+
+    def _main(self) -> None:
+        while True:
+            with self._changed:
+                self._parked = True
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._run_wanted or self._quit)
+                if self._quit:
+                    return
+                self._parked = False
+            try:
+                self._run()
+            except OSError as error:
+                self._end(Ending.INTERNAL_ERROR, f"KVM_RUN: {error}")
+            except Exception as error:  # a device's bug must not end in silence
+                self._end(Ending.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+
+    def _run(self) -> None:
+        """Until it is kicked, or the guest ends."""
+        fd, run, ioctl = self.vcpu.fd, abi.RUN, fcntl.ioctl
+        page = memoryview(self._page)
+        reason_at = page[abi.RUN_EXIT_REASON : abi.RUN_EXIT_REASON + 4].cast("I")
+        try:
+            while True:
+                try:
+                    ioctl(fd, run, 0)
+                except InterruptedError:
+                    if page[abi.RUN_IMMEDIATE_EXIT]:
+                        return
+                    continue
+                except BlockingIOError:  # an AP that got its INIT
+                    continue
+                reason = reason_at[0]
+                if reason == abi.EXIT_IO:
+                    self._port_io(page)
+                elif reason == abi.EXIT_MMIO:
+                    self._mmio_access(page)
+                elif reason != abi.EXIT_INTR:
+                    self._end(*_explain(reason, page))
+                if self.ending is not None:
+                    return
+        finally:
+            reason_at.release()
+            page.release()
+
+    def _port_io(self, page: memoryview) -> None:
+        out, size, port, count, at = abi.RUN_IO.unpack_from(page, abi.RUN_UNION)
+        for offset in range(at, at + size * count, size):
+            if out:
+                value = int.from_bytes(page[offset : offset + size], "little")
+                self._ports.write(port, size, value)
+            else:
+                value = self._ports.read(port, size)
+                page[offset : offset + size] = value.to_bytes(size, "little")
+
+    def _mmio_access(self, page: memoryview) -> None:
+        address, data, size, write = abi.RUN_MMIO.unpack_from(page, abi.RUN_UNION)
+        if not 1 <= size <= 8:
+            raise GuestError(f"MMIO access of {size} bytes")
+        if write:
+            self._mmio.write(address, size, int.from_bytes(data[:size], "little"))
+        else:
+            value = self._mmio.read(address, size) & (1 << 8 * size) - 1
+            at = abi.RUN_MMIO_DATA
+            page[at : at + size] = value.to_bytes(size, "little")
+
+    def _end(self, ending: Ending, detail: str) -> None:
+        with self._changed:
+            self._run_wanted = False
+            first = self.ending is None
+            self.ending = (ending, detail)
+        if first:
+            self._on_end(ending, detail)
+
+
+def _explain(reason: int, page: memoryview) -> tuple[Ending, str]:
+    if reason == abi.EXIT_SHUTDOWN:
+        return Ending.TRIPLE_FAULT, "the guest triple-faulted"
+    union = abi.RUN_UNION
+    if reason == abi.EXIT_FAIL_ENTRY:
+        code = int.from_bytes(page[union : union + 8], "little")
+        return Ending.INTERNAL_ERROR, f"the CPU refused to enter the guest ({code:#x})"
+    if reason == abi.EXIT_INTERNAL_ERROR:
+        code = int.from_bytes(page[union : union + 4], "little")
+        return Ending.INTERNAL_ERROR, f"KVM could not emulate an instruction (suberror {code})"
+    return Ending.INTERNAL_ERROR, f"KVM exit {reason} that nothing here handles"

@@ -1,0 +1,430 @@
+"""The PCI transport, modern only (virtio 1.2, 4.1): capabilities, common configuration, MSI-X.
+
+One 16 KiB BAR: common configuration at 0, ISR at 0x400, device configuration at 0x800, MSI-X table
+at 0x1000, pending bits at 0x1800, notifications at 0x2000, four bytes a queue.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from struct import pack
+from typing import Annotated
+
+import msgspec
+
+from ..errors import GuestError, StreamError
+from ..hw.irq import Msix, MsixState, Routes
+from ..hw.pci import PciFunction, PciState
+from ..kvm.handles import Vm
+from . import device as v
+from .device import VirtioDevice
+from .queue import QueueState
+
+BAR_SIZE = 0x4000
+_COMMON, _ISR, _DEVICE, _TABLE, _PENDING, _NOTIFY = 0, 0x400, 0x800, 0x1000, 0x1800, 0x2000
+_CAP_MSIX, _CAP_VENDOR = 0x11, 0x09
+_NO_VECTOR = 0xFFFF
+_KINDS = ((1, _COMMON, 0x40), (3, _ISR, 1), (4, _DEVICE, 0x100))
+
+_U64 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 64)]
+
+
+class TransportState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The transport's share of a virtio device's saved state."""
+
+    pci: PciState
+    msix: MsixState
+    status: Annotated[int, msgspec.Meta(ge=0, le=255)]
+    negotiated: _U64
+    generation: Annotated[int, msgspec.Meta(ge=0, le=255)]
+    isr: Annotated[int, msgspec.Meta(ge=0, le=3)]
+    config_vector: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+    queues: Annotated[list[QueueState], msgspec.Meta(max_length=64)]
+
+
+class VirtioPci(PciFunction):
+    """A virtio device behind PCI. It owns the device's lock discipline: all entries take it."""
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        vm: Vm,
+        routes: Routes,
+        address: int,
+        on_offence: Callable[[str], None],
+    ) -> None:
+        super().__init__(
+            0x1AF4,
+            0x1040 + device.device_id,
+            device.class_code,
+            (0x1AF4, 0x1100),
+            revision=1,
+        )
+        self.device = device
+        self._vm = vm
+        self._on_offence = on_offence
+        device.transport = self
+        device.on_offence = self._offend
+        self.add_bar(BAR_SIZE, address)
+        count = len(device.queues)
+        self.msix = Msix(vm, routes, count + 1)
+        self._msix_at = self.add_capability(
+            _CAP_MSIX, pack("<HII", count, _TABLE, _PENDING), b"\x00\xc0"
+        )
+        for kind, offset, length in _KINDS:
+            self._capability(kind, offset, length)
+        self._capability(2, _NOTIFY, 4 * count, pack("<I", 4))
+        self._window_at = self._capability(5, 0, 0, bytes(4), b"\0\0\xff\0\0\0" + b"\xff" * 12)
+        self._kicks = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
+        self._ioeventfds: int | None = None  # BAR address for which they are registered
+        self._status = self._generation = self._isr = 0
+        self._paused = True
+        self._clear()
+
+    def _capability(
+        self, kind: int, offset: int, length: int, tail: bytes = b"", mask: bytes = b""
+    ) -> int:
+        body = pack("<BBBBBBII", 16 + len(tail), kind, 0, 0, 0, 0, offset, length) + tail
+        return self.add_capability(_CAP_VENDOR, body, mask)
+
+    def _clear(self) -> None:
+        self._status = 0
+        self._isr = 0
+        self._feature_select = self._driver_feature_select = self._queue_select = 0
+        self._driver_features = 0
+        self._config_vector = _NO_VECTOR
+
+    # --- what the device asks of its transport ----------------------------------------------------
+    def signal_queue(self, index: int) -> None:
+        """Raise the interrupt of a queue."""
+        self._isr |= 1
+        self.msix.signal(self.device.queues[index].vector)
+
+    def signal_config(self) -> None:
+        """Raise the configuration interrupt; what the guest reads has a new generation."""
+        self._generation = self._generation + 1 & 0xFF
+        self._isr |= 2
+        self.msix.signal(self._config_vector)
+
+    def queue_fd(self, index: int) -> int:
+        """The eventfd of a queue's vector; -1 when it has none."""
+        vector = self.device.queues[index].vector
+        return self.msix.fds[vector] if vector < self.msix.count else -1
+
+    def kick_fd(self, index: int) -> int:
+        """The eventfd that the guest's notifications of a queue signal."""
+        return self._kicks[index]
+
+    @property
+    def driver_ok(self) -> bool:
+        """Whether the driver is running, and the device has not given up on it."""
+        return self._status & (v.DRIVER_OK | v.NEEDS_RESET) == v.DRIVER_OK
+
+    # --- the life of the VM -----------------------------------------------------------------------
+    def pause(self) -> None:
+        """The vCPUs are stopped: stop serving, and let pending interrupts reach the APICs."""
+        with self.device.lock:
+            if self._paused:
+                return
+            self._paused = True
+            if self.driver_ok:
+                self.device.stop()
+            self.msix.detach()
+
+    def resume(self) -> None:
+        """The vCPUs are about to run: serve again."""
+        with self.device.lock:
+            if not self._paused:
+                return
+            self._paused = False
+            self.msix.attach()
+            if self.driver_ok:
+                self._start()
+                # A notification or interrupt may have been on its way when the VM stopped, here or
+                # at a migration's source; both sides take a spurious one lightly.
+                for index, queue in enumerate(self.device.queues):
+                    if queue.enabled:
+                        os.eventfd_write(self._kicks[index], 1)
+                        self.msix.signal(queue.vector)
+
+    def reset(self) -> None:
+        """The VM is reset."""
+        with self.device.lock:
+            self._reset_device()
+            self.msix.reset()
+            self.reset_config()
+
+    def close(self) -> None:
+        """Give the descriptors back; the VM is paused."""
+        with self.device.lock:
+            self._remove_ioeventfds()
+            self.msix.close()
+            for fd in self._kicks:
+                os.close(fd)
+            self._kicks.clear()
+
+    def save_transport(self) -> TransportState:
+        """The transport's state; paused."""
+        return TransportState(
+            self.save_config(),
+            self.msix.save(),
+            self._status,
+            self.device.negotiated,
+            self._generation,
+            self._isr,
+            self._config_vector,
+            [queue.save() for queue in self.device.queues],
+        )
+
+    def load_transport(self, state: TransportState) -> None:
+        """Take over a saved state; paused.
+
+        Raises:
+            StreamError: the state is not one that this device can be in; names the field.
+        """
+        device = self.device
+        if state.negotiated & ~device.offered:
+            raise StreamError(
+                f"negotiated: the guest uses features {state.negotiated & ~device.offered:#x} "
+                "that are not offered here"
+            )
+        if len(state.queues) != len(device.queues):
+            raise StreamError(f"queues: {len(state.queues)}, but {len(device.queues)} here")
+        device.negotiated = state.negotiated
+        self._status, self._generation = state.status, state.generation
+        self._isr, self._config_vector = state.isr, state.config_vector
+        try:
+            self.msix.load(state.msix)
+            for queue, saved in zip(device.queues, state.queues, strict=True):
+                queue.load(saved)
+                if saved.ready and self.driver_ok:
+                    queue.enable(state.negotiated)
+        except (GuestError, ValueError) as error:
+            raise StreamError(f"queues, msix: {error}") from error
+        self.load_config(state.pci)
+
+    # --- configuration space ----------------------------------------------------------------------
+    def read_config(self, offset: int, size: int) -> int:
+        """As PCI; message control lives in the MSI-X object, and the window reads the BAR."""
+        if offset <= self._msix_at + 2 < offset + size:
+            self.config[self._msix_at + 2 : self._msix_at + 4] = self.msix.control().to_bytes(
+                2, "little"
+            )
+        if offset == self._window_at + 16:
+            at, length = self._window()
+            if length:
+                return self.read(at, length)
+        return super().read_config(offset, size)
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """As PCI."""
+        super().write_config(offset, size, value)
+        if offset <= self._msix_at + 3 < offset + size:
+            control = self.config[self._msix_at + 2 : self._msix_at + 4]
+            with self.device.lock:
+                self.msix.set_control(int.from_bytes(control, "little"))
+        if offset == self._window_at + 16:
+            at, length = self._window()
+            if length:
+                self.write(at, length, value & (1 << 8 * length) - 1)
+
+    def _window(self) -> tuple[int, int]:
+        """BAR offset and length of the configuration access capability (4.1.4.9); 0: none."""
+        at = super().read_config(self._window_at + 8, 4)
+        length = super().read_config(self._window_at + 12, 4)
+        if length not in (1, 2, 4) or at % length or at + length > BAR_SIZE:
+            return 0, 0
+        return at, length
+
+    def bar_moved(self) -> None:
+        """The notification addresses moved along."""
+        with self.device.lock:
+            if self._ioeventfds is not None:
+                self._remove_ioeventfds()
+                self._add_ioeventfds()
+
+    def _add_ioeventfds(self) -> None:
+        if self.bar is None or self._ioeventfds is not None:
+            return
+        self._ioeventfds = self.bar
+        for index, queue in enumerate(self.device.queues):
+            if queue.enabled:
+                self._vm.ioeventfd(self._kicks[index], self.bar + _NOTIFY + 4 * index, 2, True)
+
+    def _remove_ioeventfds(self) -> None:
+        base, self._ioeventfds = self._ioeventfds, None
+        if base is None:
+            return
+        for index, queue in enumerate(self.device.queues):
+            if queue.enabled:
+                self._vm.ioeventfd(self._kicks[index], base + _NOTIFY + 4 * index, 2, False)
+
+    # --- the BAR ----------------------------------------------------------------------------------
+    def read(self, offset: int, size: int) -> int:
+        """Guest reads of the BAR."""
+        with self.device.lock:
+            if offset < _ISR:
+                return self._read_common(offset) & (1 << 8 * size) - 1
+            if offset < _DEVICE:
+                value, self._isr = self._isr, 0  # reading ISR clears it (4.1.4.5)
+                return value
+            if offset < _TABLE:
+                at = offset - _DEVICE
+                return int.from_bytes(self.device.config()[at : at + size], "little")
+            if offset < _PENDING:
+                return self.msix.read_table(offset - _TABLE, size)
+            if offset < _NOTIFY:
+                return self.msix.read_pending(offset - _PENDING, size)
+            return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Guest writes of the BAR. Device configuration is read-only, every bit of it."""
+        with self.device.lock:
+            if offset < _ISR:
+                self._write_common(offset, size, value)
+            elif _TABLE <= offset < _PENDING:
+                self.msix.write_table(offset - _TABLE, size, value)
+            elif offset >= _NOTIFY:
+                index = (offset - _NOTIFY) // 4
+                if index < len(self._kicks):
+                    os.eventfd_write(self._kicks[index], 1)
+
+    def _read_common(self, offset: int) -> int:
+        device = self.device
+        queues = device.queues
+        selected = queues[self._queue_select] if self._queue_select < len(queues) else None
+        if offset < 0x16:
+            return {
+                0x00: self._feature_select,
+                0x04: _word(device.offered, self._feature_select),
+                0x08: self._driver_feature_select,
+                0x0C: _word(self._driver_features, self._driver_feature_select),
+                0x10: self._config_vector,
+                0x12: len(queues),
+                0x14: self._status,
+                0x15: self._generation,
+            }.get(offset, 0)
+        if offset == 0x16:
+            return self._queue_select
+        if selected is None:
+            return 0
+        return {
+            0x18: selected.size,
+            0x1A: selected.vector,
+            0x1C: int(selected.ready),
+            0x1E: self._queue_select,  # queue_notify_off
+            0x20: selected.desc,
+            0x24: selected.desc >> 32,
+            0x28: selected.avail,
+            0x2C: selected.avail >> 32,
+            0x30: selected.used,
+            0x34: selected.used >> 32,
+        }.get(offset, 0)
+
+    def _write_common(self, offset: int, size: int, value: int) -> None:
+        if offset == 0x00:
+            self._feature_select = value
+        elif offset == 0x08:
+            self._driver_feature_select = value
+        elif offset == 0x0C:
+            if self._driver_feature_select < 2 and not self._status & v.FEATURES_OK:
+                shift = 32 * self._driver_feature_select
+                self._driver_features &= ~(0xFFFFFFFF << shift)
+                self._driver_features |= (value & 0xFFFFFFFF) << shift
+        elif offset == 0x10:
+            self._config_vector = self._vector(value)
+        elif offset == 0x14:
+            self._set_status(value)
+        elif offset == 0x16:
+            self._queue_select = value
+        elif self._queue_select < len(self.device.queues):
+            self._write_queue(offset, size, value)
+
+    def _write_queue(self, offset: int, size: int, value: int) -> None:
+        index = self._queue_select
+        queue = self.device.queues[index]
+        if offset == 0x1A:
+            queue.vector = self._vector(value)
+            if self.device.started:
+                self.device.vector_changed(index)
+            return
+        if queue.ready or self._status & v.DRIVER_OK:
+            return  # the rest is fixed once the queue is enabled (4.1.4.3.2)
+        if offset == 0x18:
+            queue.size = value
+        elif offset == 0x1C:
+            queue.ready = value == 1
+        else:
+            for at, field in ((0x20, "desc"), (0x28, "avail"), (0x30, "used")):
+                if at <= offset < at + 8:
+                    shift = 8 * (offset - at)
+                    mask = (1 << 8 * size) - 1
+                    old = getattr(queue, field)
+                    new = (old & ~(mask << shift) | (value & mask) << shift) & (1 << 64) - 1
+                    setattr(queue, field, new)
+
+    def _vector(self, value: int) -> int:
+        return value if value < self.msix.count else _NO_VECTOR
+
+    def _set_status(self, value: int) -> None:
+        if value == 0:
+            self._reset_device()
+            return
+        rising = value & ~self._status
+        if rising & v.FEATURES_OK and not self._accept_features():
+            value &= ~v.FEATURES_OK
+        self._status |= value & (
+            v.ACKNOWLEDGE | v.DRIVER | v.FEATURES_OK | v.DRIVER_OK | v.FAILED
+        )
+        if rising & v.DRIVER_OK:
+            if not self._status & v.FEATURES_OK:
+                self._offend("the driver is ready, but negotiated no features")
+            elif not self._paused:
+                self._enable_queues()
+
+    def _accept_features(self) -> bool:
+        device, wanted = self.device, self._driver_features
+        if wanted & ~device.offered or not wanted & v.F_VERSION_1:
+            return False
+        device.negotiated = wanted
+        return True
+
+    def _enable_queues(self) -> None:
+        try:
+            for queue in self.device.queues:
+                if queue.ready:
+                    queue.enable(self.device.negotiated)
+        except GuestError as error:
+            self._offend(str(error))
+            return
+        self._start()
+
+    def _start(self) -> None:
+        self._add_ioeventfds()
+        try:
+            self.device.start()
+        except GuestError as error:
+            self._offend(str(error))
+
+    def _reset_device(self) -> None:
+        self.device.stop()
+        self._remove_ioeventfds()
+        self.device.negotiated = 0
+        for queue in self.device.queues:
+            queue.reset()
+        self.device.reset()
+        self._clear()
+
+    def _offend(self, message: str) -> None:
+        """The guest broke a rule: the device stops and asks to be reset (2.1.1); the VM lives."""
+        self.device.stop()
+        if not self._status & v.NEEDS_RESET:
+            self._status |= v.NEEDS_RESET
+            self._on_offence(message)
+            if self._status & v.DRIVER_OK:
+                self.signal_config()
+
+
+def _word(value: int, select: int) -> int:
+    return value >> 32 * select & 0xFFFFFFFF if select < 2 else 0
