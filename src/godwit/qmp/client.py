@@ -178,7 +178,10 @@ class Client:
         arrived = asyncio.ensure_future(self._qmp.events.get())
         changed = asyncio.ensure_future(self._qmp.runstate_changed())
         try:
-            await asyncio.wait({arrived, changed}, return_when=asyncio.FIRST_COMPLETED)
+            # A change is told only to those who wait for it already: let both begin, look again.
+            await asyncio.sleep(0)
+            if self._qmp.runstate is Runstate.RUNNING:
+                await asyncio.wait({arrived, changed}, return_when=asyncio.FIRST_COMPLETED)
             if arrived.done():
                 return dict(arrived.result())
             raise EOFError("the connection is closed")

@@ -25,6 +25,8 @@ MAX_UNREAD = 1 << 20
 PAUSE_AT = 64 << 10
 # Small, since each byte may cause an error reply of a hundred.
 _CHUNK = 4096
+# When there were no descriptors left for a client, seconds.
+_ACCEPT_AGAIN = 1.0
 
 
 class _Client:
@@ -39,7 +41,7 @@ class _Client:
         """Add to what is to be sent; too much of it is the end. Call with the server's lock."""
         if len(self.out) + len(data) > MAX_UNREAD:
             self.dropped = True
-        else:
+        elif not self.dropped:  # no gap in what it hears until it is closed
             self.out += data
 
 
@@ -71,7 +73,7 @@ class Server:
         self._lock = threading.Lock()
         self._closed = False
         self._sock, self._inode = _listen(self.path)
-        loop.watch(self._sock.fileno(), self._accept)
+        self._watch_listener()
 
     def __enter__(self) -> Server:
         return self
@@ -121,11 +123,19 @@ class Server:
             if self.path.stat().st_ino == self._inode:
                 self.path.unlink()
 
+    def _watch_listener(self) -> None:
+        if not self._closed:
+            self._loop.watch(self._sock.fileno(), self._accept)
+
     def _accept(self) -> None:
         try:
             sock, _ = self._sock.accept()
-        except OSError:
-            return  # gone already, or no descriptors left: the client sees it, the VM goes on
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # The client stays in the queue and the socket readable: do not turn in circles.
+                self._loop.unwatch(self._sock.fileno())
+                self._loop.call_later(_ACCEPT_AGAIN, self._watch_listener)
+            return  # else it has gone already
         if len(self._clients) >= MAX_CLIENTS:
             sock.close()
             return

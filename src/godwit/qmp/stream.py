@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NoReturn
 
 import msgspec
 
@@ -24,6 +25,10 @@ _OUTSIDE = re.compile(rb'[{}\[\]"\x00-\x08\x0b\x0c\x0e-\x1f\xff]')
 _INSIDE = re.compile(rb'["\\\x00-\x1f\xff]')
 # Where a number or a word at the top level ends.
 _AFTER_SCALAR = re.compile(rb'[\s{}\[\]"\x00-\x1f\xff]')
+# After an error the rest of the line says nothing, unless an object begins in it: ...
+_RESUME = re.compile(rb"[\n{]")
+# ... which it does all the time in what is nested too deeply.
+_RESUME_LINE = re.compile(rb"[\n\x00-\x08\x0b\x0c\x0e-\x1f\xff]")
 _BLANK = b" \t\r\n"
 _OPEN_TO_CLOSE = {ord("{"): ord("}"), ord("["): ord("]")}
 _QUOTE = ord('"')
@@ -46,7 +51,7 @@ class JsonStream:
         self._scanned = 0
         self._closers = bytearray()
         self._in_string = False
-        self._skipping = False
+        self._skip_to: re.Pattern[bytes] | None = None
 
     def feed(self, data: bytes) -> Iterator[bytes | MalformedJson]:
         """Yield each complete JSON text, or what is wrong, in order.
@@ -77,14 +82,13 @@ class JsonStream:
 
     def _begin(self) -> bool:
         """Drop what stands before a value; whether one begins."""
-        if self._skipping:
-            # After an error: the rest of the line says nothing, unless an object begins in it.
-            starts = [at for at in map(self._buffer.find, (b"\n", b"{")) if at >= 0]
-            if not starts:
+        if self._skip_to:
+            found = self._skip_to.search(self._buffer)
+            if not found:
                 self._buffer.clear()
                 return False
-            del self._buffer[: min(starts)]
-            self._skipping = False
+            del self._buffer[: found.start()]
+            self._skip_to = None
         blank = len(self._buffer) - len(self._buffer.lstrip(_BLANK))
         del self._buffer[:blank]
         return bool(self._buffer)
@@ -112,7 +116,7 @@ class JsonStream:
             elif byte in _OPEN_TO_CLOSE:
                 self._closers.append(_OPEN_TO_CLOSE[byte])
                 if len(self._closers) > MAX_NESTING:
-                    self._refuse(f"nested more than {MAX_NESTING} levels deep")
+                    self._refuse(f"nested more than {MAX_NESTING} levels deep", _RESUME_LINE)
             elif self._closers and byte == self._closers[-1]:
                 self._closers.pop()
             else:
@@ -126,19 +130,26 @@ class JsonStream:
         if not found:
             self._scanned = len(self._buffer)
             return None
-        if found.start() == 0:
+        end = found.start()
+        if end == 0:
             self._scanned = 1
             self._refuse(f"unexpected {_shown(self._buffer[0])}")
-        return found.start()
+        try:
+            decode(bytes(self._buffer[:end]))
+        except MalformedJson:
+            word = self._buffer[: min(end, 40)].decode("utf-8", "replace")
+            self._scanned = end
+            self._refuse(f"invalid keyword '{word}'")
+        return end
 
     def _take(self, end: int) -> bytes:
         text = bytes(self._buffer[:end])
         self._drop(end)
         return text
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str, skip_to: re.Pattern[bytes] = _RESUME) -> NoReturn:
         self._drop(self._scanned)
-        self._skipping = True
+        self._skip_to = skip_to
         raise MalformedJson(f"JSON parse error, {why}")
 
     def _drop(self, end: int) -> None:

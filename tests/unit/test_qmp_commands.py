@@ -1,0 +1,274 @@
+"""The commands against a fake VM: arguments, run states, results."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from godwit.announce.schedule import AnnounceParameters
+from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
+from godwit.qmp import commands, events
+from godwit.qmp.commands import COMMANDS
+from godwit.qmp.controller import Controller
+from godwit.qmp.protocol import CommandNotFound
+from godwit.runstate import RunState, RunStates
+
+S = RunState
+
+
+class Vm:
+    """A Controller that notes what it is told."""
+
+    def __init__(self, state: RunState = S.RUNNING) -> None:
+        self.states = RunStates(state)
+        self.announce_parameters = AnnounceParameters()
+        self.max_bandwidth = 0
+        self.downtime_limit = 300
+        self.told: list[tuple[Any, ...]] = []
+        self.info: dict[str, object] = {}
+        self.error: GodwitError | None = None
+
+    def _note(self, *what: object) -> None:
+        self.told.append(what)
+        if self.error:
+            raise self.error
+
+    def stop(self) -> None:
+        self._note("stop")
+
+    def cont(self) -> None:
+        self._note("cont")
+
+    def powerdown(self) -> None:
+        self._note("powerdown")
+
+    def quit(self) -> None:
+        self._note("quit")
+
+    def migrate(self, uri: str, insecure: bool) -> None:
+        self._note("migrate", uri, insecure)
+
+    def migrate_incoming(self, uri: str, insecure: bool) -> None:
+        self._note("migrate_incoming", uri, insecure)
+
+    def migration_info(self) -> dict[str, object]:
+        return self.info
+
+    def migrate_cancel(self) -> None:
+        self._note("migrate_cancel")
+
+    def announce_self(
+        self, parameters: AnnounceParameters, interfaces: Sequence[str] | None, id: str | None
+    ) -> None:
+        self._note("announce_self", parameters, interfaces, id)
+
+
+def run(vm: Vm, name: str, **arguments: object) -> Any:
+    controller: Controller = vm
+    given = {key.replace("_", "-"): value for key, value in arguments.items()}
+    return commands.execute(controller, name, given)
+
+
+PAUSABLE = "prelaunch prelaunch-migrate running paused"
+#: Command -> the states it is allowed in, once more by hand; the others: everywhere.
+ALLOWED = {
+    "stop": PAUSABLE,
+    "cont": PAUSABLE,
+    "system_powerdown": "running paused",
+    "migrate": "running paused",
+    "migrate-incoming": "inmigrate",
+    "announce-self": "running",
+}
+NEEDED: dict[str, dict[str, object]] = {
+    "migrate": {"uri": "unix:x"},
+    "migrate-incoming": {"uri": "unix:x"},
+}
+
+
+@pytest.mark.parametrize("state", RunState)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_in_every_state(name: str, state: RunState) -> None:
+    vm = Vm(state)
+    allowed = ALLOWED[name].split() if name in ALLOWED else [s.value for s in RunState]
+    if state.value in allowed:
+        run(vm, name, **NEEDED.get(name, {}))
+    else:
+        with pytest.raises(StateError) as caught:
+            run(vm, name, **NEEDED.get(name, {}))
+        text = str(caught.value)
+        assert f"'{name}' is not allowed in state '{state}'" in text
+        named = text.partition("it is allowed in ")[2].replace("'", "").split(", ")
+        assert sorted(named) == sorted(allowed)
+        assert vm.told == []
+
+
+def test_a_refusal_says_why() -> None:
+    with pytest.raises(StateError, match="lives elsewhere"):
+        run(Vm(S.POSTMIGRATE), "cont")
+    with pytest.raises(StateError, match="has not arrived yet"):
+        run(Vm(S.INMIGRATE), "cont")
+
+
+def test_query_status_as_qemu_7_2() -> None:
+    for state in RunState:
+        assert run(Vm(state), "query-status") == {
+            "running": state is S.RUNNING,
+            "singlestep": False,
+            "status": state.value,
+        }
+
+
+@pytest.mark.parametrize("state", PAUSABLE.split())
+def test_stop_and_cont_where_there_is_nothing_to_do(state: str) -> None:
+    running = state == "running"
+    vm = Vm(RunState(state))
+    run(vm, "stop")
+    assert vm.told == ([("stop",)] if running else [])
+    vm = Vm(RunState(state))
+    run(vm, "cont")
+    assert vm.told == ([] if running else [("cont",)])
+
+
+def test_simple_commands_reach_the_vm() -> None:
+    vm = Vm()
+    for name in ("system_powerdown", "quit", "migrate_cancel"):
+        assert run(vm, name) is None
+    assert vm.told == [("powerdown",), ("quit",), ("migrate_cancel",)]
+
+
+def test_migrate_and_its_arguments() -> None:
+    vm = Vm()
+    run(vm, "migrate", uri="unix:/run/b")
+    run(vm, "migrate", uri="tcp:b:4444", insecure=True)
+    assert vm.told == [("migrate", "unix:/run/b", False), ("migrate", "tcp:b:4444", True)]
+    vm = Vm(S.INMIGRATE)
+    run(vm, "migrate-incoming", uri="tcp:0:4444", insecure=True)
+    assert vm.told == [("migrate_incoming", "tcp:0:4444", True)]
+
+
+def test_what_the_vm_refuses_is_the_error() -> None:
+    vm = Vm()
+    vm.error = MigrationError("nobody listens on unix:/run/b")
+    with pytest.raises(MigrationError, match="nobody listens"):
+        run(vm, "migrate", uri="unix:/run/b")
+
+
+def test_query_migrate_shows_what_the_vm_says() -> None:
+    vm = Vm()
+    assert run(vm, "query-migrate") == {}
+    vm.info = {"status": "completed", "downtime": 31}
+    assert run(vm, "query-migrate") == {"status": "completed", "downtime": 31}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "text"),
+    [
+        ("migrate", {}, "Parameter 'uri' is missing"),
+        ("migrate", {"uri": 5}, "Invalid parameter type for 'uri': Expected `str`, got `int`"),
+        ("migrate", {"uri": None}, "Invalid parameter type for 'uri'"),
+        ("migrate", {"uri": "unix:x", "insecure": 1}, "'insecure': Expected `bool`"),
+        ("migrate", {"uri": "unix:x", "detach": True}, "Parameter 'detach' is unexpected"),
+        ("stop", {"now": True}, "Parameter 'now' is unexpected"),
+        ("query-status", {"x" * 500: 1}, "is unexpected"),
+        ("announce-self", {"rounds": "5"}, "'rounds': Expected `int"),
+        ("announce-self", {"rounds": True}, "'rounds': Expected `int"),
+        ("announce-self", {"interfaces": ["nic0", 1]}, "'interfaces[1]': Expected `str`"),
+        ("announce-self", {"rounds": 1001}, "'rounds' is 1001"),
+        ("announce-self", {"step": 0}, "'step' is 0 ms"),
+        ("announce-self", {"max": -1}, "'max' is -1 ms"),
+        ("migrate-set-parameters", {"announce-initial": 100_001}, "'initial' is 100001 ms"),
+        ("migrate-set-parameters", {"announce_initial": 1}, "'announce_initial' is unexpected"),
+        ("migrate-set-parameters", {"max-bandwidth": -1}, "'max-bandwidth' is -1"),
+        ("migrate-set-parameters", {"max-bandwidth": 2**63}, "'max-bandwidth'"),
+        ("migrate-set-parameters", {"downtime-limit": 2_000_001}, "from 0 to 2000000 ms"),
+    ],
+)
+def test_wrong_arguments_are_named(name: str, arguments: dict[str, object], text: str) -> None:
+    vm = Vm()
+    with pytest.raises(ConfigError) as caught:
+        commands.execute(vm, name, arguments)
+    assert text in str(caught.value)
+    assert len(str(caught.value)) < 250
+    assert vm.told == []
+
+
+def test_an_unknown_command() -> None:
+    with pytest.raises(CommandNotFound, match="The command fly has not been found"):
+        run(Vm(), "fly")
+    with pytest.raises(CommandNotFound):
+        run(Vm(), "qmp_capabilities")
+
+
+def test_announce_self_completes_its_schedule_from_the_parameters() -> None:
+    vm = Vm()
+    vm.announce_parameters = AnnounceParameters(initial=7, rounds=9)
+    run(vm, "announce-self")
+    run(vm, "announce-self", rounds=2, step=30, max=60, initial=1, interfaces=["nic1"], id="a")
+    assert vm.told == [
+        ("announce_self", AnnounceParameters(7, 550, 9, 100), None, None),
+        ("announce_self", AnnounceParameters(1, 60, 2, 30), ["nic1"], "a"),
+    ]
+
+
+def test_parameters_are_set_and_shown() -> None:
+    vm = Vm()
+    shown = run(vm, "query-migrate-parameters")
+    assert shown == {
+        "announce-initial": 50,
+        "announce-max": 550,
+        "announce-rounds": 5,
+        "announce-step": 100,
+        "max-bandwidth": 0,
+        "downtime-limit": 300,
+    }
+    for name in shown:
+        commands.execute(vm, "migrate-set-parameters", {name: 42})
+        assert run(vm, "query-migrate-parameters")[name] == 42
+    run(vm, "migrate-set-parameters")
+    assert set(run(vm, "query-migrate-parameters").values()) == {42}
+
+
+def test_parameters_change_all_or_none() -> None:
+    vm = Vm()
+    before = run(vm, "query-migrate-parameters")
+    with pytest.raises(ConfigError):
+        run(vm, "migrate-set-parameters", announce_rounds=3, max_bandwidth=9, downtime_limit=-1)
+    assert run(vm, "query-migrate-parameters") == before
+
+
+def test_query_commands_and_version() -> None:
+    names = [entry["name"] for entry in run(Vm(), "query-commands")]
+    assert names == sorted(names)
+    assert {"qmp_capabilities", "migrate", "announce-self", "query-commands"} <= set(names)
+    assert set(run(Vm(), "query-version")) == {"qemu", "package"}
+    assert run(Vm(), "query-kvm") == {"enabled": True, "present": True}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "names"),
+    [
+        (S.PRELAUNCH, S.RUNNING, ["RUN_STATE", "RESUME"]),
+        (S.RUNNING, S.PAUSED, ["RUN_STATE", "STOP"]),
+        (S.RUNNING, S.FINISH_MIGRATE, ["RUN_STATE", "STOP"]),
+        (S.FINISH_MIGRATE, S.POSTMIGRATE, ["RUN_STATE"]),
+        (S.INMIGRATE, S.PRELAUNCH_MIGRATE, ["RUN_STATE"]),
+        (S.PRELAUNCH_MIGRATE, S.RUNNING, ["RUN_STATE", "RESUME"]),
+        (S.RUNNING, S.PRELAUNCH, ["RUN_STATE", "RESET"]),
+    ],
+)
+def test_events_of_transitions(old: RunState, new: RunState, names: list[str]) -> None:
+    found = events.of_transition(old, new)
+    assert [name for name, _ in found] == names
+    assert found[0][1] == {"from": old.value, "to": new.value}
+
+
+def test_events_with_reasons() -> None:
+    assert events.shutdown(events.Reason.GUEST_SHUTDOWN) == (
+        "SHUTDOWN",
+        {"guest": True, "reason": "guest-shutdown"},
+    )
+    assert events.shutdown(events.Reason.HOST_QUIT)[1] == {
+        "guest": False,
+        "reason": "host-qmp-quit",
+    }
+    assert events.migration("active") == ("MIGRATION", {"status": "active"})

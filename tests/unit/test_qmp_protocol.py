@@ -1,0 +1,292 @@
+"""The protocol without sockets: negotiation, streams however cut, and garbage of all kinds."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from godwit import __version__
+from godwit.errors import ConfigError
+from godwit.qmp import protocol, stream
+from godwit.qmp.protocol import CommandNotFound, Session
+
+NEGOTIATE = b'{"execute": "qmp_capabilities"}'
+
+
+class Executor:
+    """Notes the commands; 'fail...' fail in as many ways."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Mapping[str, object]]] = []
+
+    def __call__(self, name: str, arguments: Mapping[str, object]) -> object:
+        self.calls.append((name, dict(arguments)))
+        if name == "fail":
+            raise ConfigError("it is wrong")
+        if name == "fail-unknown":
+            raise CommandNotFound("The command fail-unknown has not been found")
+        if name == "fail-bug":
+            raise KeyError("bug")
+        if name == "fail-path":
+            raise ConfigError("no file /tmp/\udcff")
+        if name == "fail-result":
+            return {"object": object()}
+        return {"n": len(self.calls)} if name == "count" else None
+
+
+def _messages(data: bytes) -> list[Any]:
+    lines = data.split(b"\r\n")
+    assert lines.pop() == b""
+    return [json.loads(line) for line in lines]
+
+
+def _session(*, negotiated: bool = True) -> tuple[Session, Executor]:
+    executor = Executor()
+    session = Session(executor)
+    if negotiated:
+        assert _messages(session.feed(NEGOTIATE)) == [{"return": {}}]
+    return session, executor
+
+
+def _ask(data: bytes | str) -> list[Any]:
+    return _messages(_session()[0].feed(data.encode() if isinstance(data, str) else data))
+
+
+def _error(desc: str, kind: str = "GenericError", **more: object) -> dict[str, object]:
+    return {"error": {"class": kind, "desc": desc}, **more}
+
+
+def test_the_greeting_has_qemus_form() -> None:
+    (greeting,) = _messages(_session(negotiated=False)[0].greeting())
+    version = greeting["QMP"]["version"]
+    assert greeting["QMP"]["capabilities"] == []
+    assert set(version["qemu"]) == {"major", "minor", "micro"}
+    assert version["package"] == f"godwit-{__version__}"
+
+
+def test_only_the_negotiation_is_allowed_before_it() -> None:
+    session, executor = _session(negotiated=False)
+    desc = "Expecting capabilities negotiation with 'qmp_capabilities'"
+    assert _messages(session.feed(b'{"execute": "count", "id": 7}')) == [
+        _error(desc, "CommandNotFound", id=7)
+    ]
+    assert not session.negotiated
+    assert _messages(session.feed(NEGOTIATE)) == [{"return": {}}]
+    assert session.negotiated
+    assert _messages(session.feed(NEGOTIATE)) == [
+        _error("Capabilities negotiation is already complete, command ignored", "CommandNotFound")
+    ]
+    assert executor.calls == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "desc"),
+    [
+        ('{"enable": ["oob"]}', "Capability 'oob' is not available"),
+        ('{"enable": "oob"}', "Invalid parameter type for 'enable', expected: array"),
+        ('{"disable": []}', "Parameter 'disable' is unexpected"),
+    ],
+)
+def test_a_negotiation_that_fails_can_be_tried_again(arguments: str, desc: str) -> None:
+    session, _ = _session(negotiated=False)
+    request = f'{{"execute": "qmp_capabilities", "arguments": {arguments}}}'
+    assert _messages(session.feed(request.encode())) == [_error(desc)]
+    assert not session.negotiated
+    request = '{"execute": "qmp_capabilities", "arguments": {"enable": []}}'
+    assert _messages(session.feed(request.encode())) == [{"return": {}}]
+
+
+@pytest.mark.parametrize(
+    ("request_", "reply"),
+    [
+        ("[1]", "QMP input must be a JSON object"),
+        ("42\n", "QMP input must be a JSON object"),
+        ('"text"', "QMP input must be a JSON object"),
+        ("{}", "QMP input lacks member 'execute'"),
+        ('{"execute": 1}', "QMP input member 'execute' must be a string"),
+        (
+            '{"execute": "count", "arguments": []}',
+            "QMP input member 'arguments' must be an object",
+        ),
+        ('{"execute": "count", "argument": {}}', "QMP input member 'argument' is unexpected"),
+        ('{"exec-oob": "count"}', "QMP input member 'exec-oob' is unexpected"),
+        ('{"execute": "fail"}', "it is wrong"),
+        ('{"execute": "fail-path"}', "no file /tmp/\\udcff"),
+    ],
+)
+def test_refusals(request_: str, reply: str) -> None:
+    assert _ask(request_) == [_error(reply)]
+
+
+@pytest.mark.parametrize("name", ["fail-bug", "fail-result"])
+def test_a_bug_in_a_command_is_an_error_reply_and_is_reported(name: str) -> None:
+    reported: list[BaseException] = []
+    session = Session(Executor(), reported.append)
+    session.feed(NEGOTIATE)
+    (reply,) = _messages(session.feed(b'{"execute": "%s", "id": 1}' % name.encode()))
+    assert reply["error"]["desc"].startswith("internal error: ")
+    assert reply["id"] == 1
+    assert len(reported) == 1
+    assert _messages(session.feed(b'{"execute": "count"}')) == [{"return": {"n": 2}}]
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text("ab", max_size=2), inner),
+    max_leaves=8,
+)
+
+
+@given(json_values, st.sampled_from(["count", "fail", "fail-unknown", "fail-bug"]), st.booleans())
+def test_every_id_comes_back(tag: object, name: str, ascii_only: bool) -> None:
+    request = json.dumps({"execute": name, "id": tag}, ensure_ascii=ascii_only)
+    (reply,) = _ask(request)
+    assert reply["id"] == tag
+    assert ("return" in reply) == (name == "count")
+
+
+def test_an_id_beyond_64_bits_comes_back_as_it_was() -> None:
+    session, _ = _session()
+    assert b'"id":123456789012345678901234567890}' in session.feed(
+        b'{"execute": "count", "id": 123456789012345678901234567890}'
+    )
+
+
+requests = st.lists(
+    st.tuples(
+        st.sampled_from(["", " ", "\n", "\r\n", "\t"]),
+        st.fixed_dictionaries(
+            {"execute": st.just("count")},
+            optional={
+                "arguments": st.dictionaries(st.text('a"\\{}[é€', max_size=6), json_values),
+                "id": json_values,
+            },
+        ),
+        st.booleans(),
+    ),
+    max_size=6,
+)
+
+
+@given(requests, st.data())
+def test_however_the_stream_is_cut_the_commands_are_the_same(
+    wanted: list[tuple[str, dict[str, Any], bool]], data: st.DataObject
+) -> None:
+    whole = "".join(
+        blank + json.dumps(request, ensure_ascii=ascii_only)
+        for blank, request, ascii_only in wanted
+    ).encode()
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(whole)))))
+    session, executor = _session()
+    replies = b"".join(
+        session.feed(whole[start:end])
+        for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)
+    )
+    assert executor.calls == [(r["execute"], r.get("arguments", {})) for _, r, _ in wanted]
+    assert [reply["return"]["n"] for reply in _messages(replies)] == [
+        number + 1 for number in range(len(wanted))
+    ]
+
+
+noise = st.binary(max_size=60) | st.text('{}[]":,\\ \n\r\t\x01truefalse019.-e', max_size=60).map(
+    str.encode
+)
+
+
+@settings(max_examples=500)
+@given(st.lists(noise, max_size=6))
+def test_garbage_is_answered_by_errors_only_and_can_be_left(pieces: list[bytes]) -> None:
+    session, executor = _session()
+    for piece in pieces:
+        for reply in _messages(session.feed(piece)):
+            assert set(reply) - {"id"} == {"error"}
+    # qmp-spec: a byte that no JSON holds ends whatever was begun.
+    session.feed(b"\xff")
+    (reply,) = _messages(session.feed(b'{"execute": "count"}'))
+    assert "return" in reply
+    assert executor.calls == [("count", {})]
+
+
+@pytest.mark.parametrize(
+    ("garbage", "errors"),
+    [
+        (b"garbage\n", 1),
+        (b"garbage and more of it\n", 1),
+        (b"}\n", 1),
+        (b"}}}]]] : , and so on\n", 1),
+        (b'{"execute": "count"]\n', 1),
+        (b'{"execute": "count",}', 1),
+        (b"{'execute': 'count'}", 1),
+        (b'{"execute": "a forgotten quote}\n', 1),
+        (b'{"execute": "\xff', 1),
+        (b'{"id": "\xc3("}', 1),
+        (b'{"id": "\\ud800"}', 1),
+        (b'{"id": NaN}', 1),
+        (b"{" + b'"a":{' * 200 + b"\n", 1),
+        (b"[" * 5000 + b"\n", 1),
+        (b"[[1], [2", 0),
+    ],
+)
+def test_what_follows_garbage_is_understood(garbage: bytes, errors: int) -> None:
+    session, executor = _session()
+    replies = _messages(session.feed(garbage))
+    assert len(replies) == errors
+    for reply in replies:
+        assert reply["error"]["class"] == "GenericError"
+        assert reply["error"]["desc"]
+    if not errors:
+        session.feed(b"\x01")
+    assert _messages(session.feed(b'{"execute": "count"}')) == [{"return": {"n": 1}}]
+    assert len(executor.calls) == 1
+
+
+def test_what_has_no_end_breaks_the_session() -> None:
+    session, _ = _session()
+    piece = b'{"execute": "' + b"x" * 65536
+    replies = session.feed(piece)
+    assert replies == b""
+    for _ in range(stream.MAX_VALUE // 65536 + 1):
+        replies += session.feed(b"x" * 65536)
+    (reply,) = _messages(replies)
+    assert str(stream.MAX_VALUE) in reply["error"]["desc"]
+    assert session.broken
+    assert session.feed(NEGOTIATE) == b""
+
+
+def test_the_longest_value_is_still_taken() -> None:
+    session, executor = _session()
+    frame = '{"execute": "count", "arguments": {"x": "%s"}}'
+    text = "y" * (stream.MAX_VALUE - len(frame) + 2)
+    assert _messages(session.feed((frame % text).encode())) == [{"return": {"n": 1}}]
+    assert executor.calls == [("count", {"x": text})]
+
+
+def test_byte_by_byte_costs_no_more_than_at_once() -> None:
+    # Quadratic scanning would take minutes here, and the suite's time limit would end it.
+    session, executor = _session()
+    text = "y" * 200_000
+    for byte in b'{"execute": "count", "arguments": {"x": "%s"}}' % text.encode():
+        session.feed(bytes([byte]))
+    assert executor.calls == [("count", {"x": text})]
+
+
+def test_long_names_are_cut_in_errors() -> None:
+    (reply,) = _ask('{"%s": 1}' % ("x" * 100_000))
+    assert len(reply["error"]["desc"]) < 200
+
+
+def test_an_event_on_the_wire() -> None:
+    wire = protocol.event("STOP", now_ns=1_700_000_000_123_456_789)
+    assert _messages(wire) == [
+        {"timestamp": {"seconds": 1_700_000_000, "microseconds": 123_456}, "event": "STOP"}
+    ]
+    (message,) = _messages(protocol.event("MIGRATION", {"status": "active"}))
+    assert message["data"] == {"status": "active"}
+    assert message["timestamp"]["seconds"] > 1_700_000_000
