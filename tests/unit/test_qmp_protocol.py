@@ -277,6 +277,16 @@ def test_byte_by_byte_costs_no_more_than_at_once() -> None:
     assert executor.calls == [("count", {"x": text})]
 
 
+def test_escapes_and_brackets_in_strings_byte_by_byte() -> None:
+    session, executor = _session()
+    arguments = {'"}\\': ['\\"]', "\\\\", "{[", "\u00e9\u20ac\U0001f600"]}
+    request = {"execute": "count", "arguments": arguments}
+    for text in (json.dumps(request), json.dumps(request, ensure_ascii=False)):
+        for byte in text.encode():
+            session.feed(bytes([byte]))
+    assert executor.calls == [("count", arguments)] * 2
+
+
 def test_long_names_are_cut_in_errors() -> None:
     (reply,) = _ask('{"%s": 1}' % ("x" * 100_000))
     assert len(reply["error"]["desc"]) < 200
