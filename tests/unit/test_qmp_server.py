@@ -111,7 +111,7 @@ def test_a_client_that_does_not_read_is_dropped_and_the_others_are_served(vm: Vm
 
 def test_a_client_that_asks_without_reading_is_not_listened_to(vm: Vm) -> None:
     with Raw(vm.path) as greedy, Client.connect(vm.path, DEADLINE) as client:
-        request = json.dumps({"execute": "big", "arguments": {"size": 3000}}).encode()
+        request = json.dumps({"execute": "big", "arguments": {"size": 10_000}}).encode()
         greedy.sock.setblocking(False)
         asked = 0
         with contextlib.suppress(BlockingIOError):
@@ -120,9 +120,9 @@ def test_a_client_that_asks_without_reading_is_not_listened_to(vm: Vm) -> None:
         assert client.execute("still here", deadline=DEADLINE) == {"did": "still here"}
         # It is served on, once it reads.
         greedy.sock.settimeout(DEADLINE)
-        assert asked > 50
+        assert asked * 10_000 > 2 * module.MAX_UNREAD
         for _ in range(asked):
-            assert len(greedy.read()["return"]) == 3000
+            assert len(greedy.read()["return"]) == 10_000
 
 
 def test_garbage_does_not_end_the_server(vm: Vm) -> None:
