@@ -21,6 +21,7 @@ from .hw.pci import CONFIG_ADDRESS, PciBus
 from .kvm import abi, cpustate
 from .kvm.cpuid import guest_cpuid
 from .kvm.handles import System
+from .kvm.ioctl import ioctl
 from .loop import Loop
 from .machine_state import MachineState, NicSaved
 from .nic.backend import Backend
@@ -151,6 +152,10 @@ class Machine:
             undo.callback(thread.stop)
 
     # --- boot, start, stop ------------------------------------------------------------------------
+    def remember_power_on(self) -> None:
+        """Keep the power-on state of vCPUs and platform, so that a reboot can go back to it."""
+        self._initial = self.save()
+
     def boot(self) -> None:
         """Load kernel, initrd and tables, and put the first vCPU at the kernel's entry.
 
@@ -160,8 +165,6 @@ class Machine:
         config = self.config
         if config.kernel is None:
             raise ConfigError("there is nothing to boot; give --kernel, or --incoming")
-        if self._initial is None:
-            self._initial = self.save()
         acpi.write_tables(self.memory, config.cpus)
         boot = linuxboot.load(self.memory, config.kernel, config.initrd, config.command_line)
         linuxboot.start_vcpu(self.vcpus[0].vcpu, boot)
@@ -198,7 +201,16 @@ class Machine:
             for nic in self.nics:
                 nic.resume()
             for thread in self.vcpus:
+                self._tell_paused(thread)
                 thread.resume()
+
+    @staticmethod
+    def _tell_paused(thread: VcpuThread) -> None:
+        """Have the guest's watchdogs forgive the pause (Documentation/virt/kvm/api.rst, 4.59)."""
+        try:
+            ioctl(thread.vcpu.fd, abi.KVMCLOCK_CTRL)
+        except OSError:
+            pass  # EINVAL: the guest uses no paravirtual clock
 
     def pause(self) -> None:
         """Stop the guest; every vCPU has left it when this returns, and devices serve no more."""
@@ -212,10 +224,6 @@ class Machine:
                 thread.wait_paused()
             for nic in self.nics:
                 nic.pause()
-
-    def freeze_clock(self) -> None:
-        """The guest's clock stands still until the next start: a plain stop, as QEMU has it."""
-        self._clock_debt = (self.vm.clock()[0], time.monotonic())
 
     @property
     def ended(self) -> tuple[Ending, str] | None:
@@ -243,8 +251,6 @@ class Machine:
     # --- state ------------------------------------------------------------------------------------
     def save(self) -> MachineState:
         """The state of the machine, which is paused."""
-        for thread in self.vcpus:
-            thread.settle()
         return MachineState(
             vcpus=[cpustate.save_vcpu(thread.vcpu, self._msrs) for thread in self.vcpus],
             platform=cpustate.save_platform(self.vm),

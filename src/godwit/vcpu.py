@@ -101,14 +101,6 @@ class VcpuThread:
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(10)
 
-    def settle(self) -> None:
-        """Complete a pending exit of a parked vCPU that ended on its own, before it is saved."""
-        self._page[abi.RUN_IMMEDIATE_EXIT] = 1
-        try:
-            fcntl.ioctl(self.vcpu.fd, abi.RUN, 0)
-        except InterruptedError:
-            pass
-
     def _main(self) -> None:
         while True:
             with self._changed:

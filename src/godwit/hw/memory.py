@@ -15,6 +15,7 @@ from ..kvm.ioctl import address_of
 
 PAGE = 4096
 HUGE = 2 << 20
+_MAP_NORESERVE = 0x4000  # not in Python's mmap module before 3.13 (asm-generic/mman.h)
 HOLE_START = 0xC000_0000
 HOLE_END = 0x1_0000_0000
 
@@ -63,7 +64,7 @@ class GuestMemory:
         self._dirty_lock = threading.Lock()
 
     def _allocate(self, slot: int, start: int, length: int) -> Region:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         try:
             # 2 MiB more than asked, so that guest and host addresses agree modulo a huge page.
             mapping = mmap.mmap(-1, length + HUGE, flags=flags)

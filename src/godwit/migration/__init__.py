@@ -1,1 +1,1 @@
-"""See docs/design.md."""
+"""Moving a running guest: codec, RAM, source, destination, report. See docs/design.md."""

@@ -1,0 +1,226 @@
+"""The line between source and destination: addresses, frames on a socket, deadlines."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import stat
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+
+from ..errors import ConfigError, LinkLost, PeerRefused, StreamError
+from . import codec
+from .codec import Kind
+
+#: A peer that says nothing for so long is gone, seconds.
+SILENCE = 10.0
+_BUFFER = 1 << 20
+_T = TypeVar("_T")
+
+
+class Address:
+    """``unix:PATH`` or ``tcp:HOST:PORT``.
+
+    Raises:
+        ConfigError: neither; or ``tcp:`` beyond this host without ``insecure``, because the stream
+            is neither encrypted nor authenticated.
+    """
+
+    def __init__(self, uri: str, insecure: bool) -> None:
+        self.uri = uri
+        scheme, _, rest = uri.partition(":")
+        self.path: str | None = None
+        self.host, self.port = "", 0
+        if scheme == "unix" and rest:
+            self.path = rest
+            return
+        host, _, port = rest.rpartition(":")
+        if scheme != "tcp" or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ConfigError(f"migration address '{uri}'; unix:PATH or tcp:HOST:PORT, please")
+        self.host, self.port = host.strip("[]"), int(port)
+        if not insecure and not _loopback(self.host):
+            raise ConfigError(
+                f"'{uri}' leaves this host, and the stream is neither encrypted nor "
+                "authenticated: whoever reads it has the guest's memory. Use a tunnel to a "
+                "loopback address, or say --insecure on a network that you trust"
+            )
+
+    def listen(self) -> socket.socket:
+        """A listening socket.
+
+        Raises:
+            ConfigError: the address cannot be had.
+        """
+        try:
+            if self.path is None:
+                family = socket.getaddrinfo(self.host, self.port)[0][0]
+                listener = socket.create_server((self.host, self.port), family=family)
+            else:
+                self._remove_stale(self.path)
+                listener = socket.socket(socket.AF_UNIX)
+                listener.bind(self.path)
+                os.chmod(self.path, 0o600)
+                listener.listen()
+        except OSError as error:
+            raise ConfigError(f"cannot listen on '{self.uri}': {error}") from error
+        return listener
+
+    def connect(self, timeout: float = SILENCE) -> Channel:
+        """A line to who listens there.
+
+        Raises:
+            LinkLost: nobody does (its cause is the OSError).
+        """
+        try:
+            if self.path is None:
+                sock = socket.create_connection((self.host, self.port), timeout)
+            else:
+                sock = socket.socket(socket.AF_UNIX)
+                sock.settimeout(timeout)
+                sock.connect(self.path)
+        except OSError as error:
+            raise LinkLost(f"cannot reach '{self.uri}': {error}") from error
+        return Channel(sock)
+
+    @staticmethod
+    def _remove_stale(path: str) -> None:
+        """A socket file that nobody listens on is in the way; anything else is not ours."""
+        try:
+            if not stat.S_ISSOCK(os.stat(path).st_mode):
+                return
+        except OSError:
+            return
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+            except OSError:
+                pass
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Channel:
+    """Frames on a connected socket. One thread sends, one receives; either may close."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        sock.settimeout(SILENCE)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+        self.sent = 0
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long a silent peer is waited for."""
+        self._sock.settimeout(seconds)
+
+    def send(self, kind: Kind, value: msgspec.Struct | None = None) -> None:
+        """Send a struct, or an empty frame. Raises LinkLost."""
+        payload = codec.encode(value) if value is not None else b""
+        self.send_parts([codec.frame(kind, payload)])
+
+    def send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Send the bytes of all parts, without copying them first. Raises LinkLost."""
+        left: list[bytes | memoryview] = list(parts)
+        try:
+            while left:
+                sent = self._sock.sendmsg(left)
+                self.sent += sent
+                while left and sent >= len(left[0]):
+                    sent -= len(left.pop(0))
+                if sent:
+                    left[0] = memoryview(left[0])[sent:]
+        except OSError as error:
+            raise _lost(error) from error
+
+    def receive(self) -> tuple[Kind, int]:
+        """The next frame's kind and payload length. Raises LinkLost, StreamError."""
+        return codec.parse_header(self.read(codec.HEADER.size))
+
+    def read(self, length: int) -> bytearray:
+        """Exactly ``length`` bytes. Raises LinkLost."""
+        data = bytearray(length)
+        self.read_into([memoryview(data)])
+        return data
+
+    def read_into(self, views: Sequence[memoryview]) -> None:
+        """Fill all ``views``. Raises LinkLost."""
+        left = [view for view in views if len(view)]
+        try:
+            while left:
+                got = self._sock.recvmsg_into(left)[0]
+                if not got:
+                    raise LinkLost("the peer closed the line")
+                while left and got >= len(left[0]):
+                    got -= len(left.pop(0))
+                if got:
+                    left[0] = left[0][got:]
+        except OSError as error:
+            raise _lost(error) from error
+
+    def expect(self, kind: Kind) -> None:
+        """The next frame must be an empty one of ``kind``. Raises as :meth:`expect_struct`."""
+        if self._expect(kind):
+            raise StreamError(f"frame {kind.name} has a payload")
+
+    def expect_struct(self, kind: Kind, struct: type[_T]) -> _T:
+        """The next frame must be of ``kind``, and hold a ``struct``.
+
+        Raises:
+            LinkLost: no frame came.
+            PeerRefused: the peer said why not.
+            StreamError: another frame came, or a malformed one.
+        """
+        return codec.decode(self._expect(kind), struct)
+
+    def _expect(self, kind: Kind) -> bytearray:
+        got, length = self.receive()
+        payload = self.read(length)
+        if got in (Kind.REFUSED, Kind.FAILED):
+            raise PeerRefused(codec.decode(payload, codec.Text).reason)
+        if got is not kind:
+            raise StreamError(f"frame {got.name} where {kind.name} was due")
+        return payload
+
+    def peer_spoke(self) -> bool:
+        """Whether something can be read now, the line's end included."""
+        self._sock.setblocking(False)
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            self._sock.settimeout(SILENCE)
+        return True
+
+    def interrupt(self) -> None:
+        """Make whoever waits on the line give up, from any thread."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        """Give the socket back."""
+        self._sock.close()
+
+
+def _lost(error: OSError) -> LinkLost:
+    if isinstance(error, TimeoutError):
+        return LinkLost(f"the peer was silent for {SILENCE:.0f} s")
+    return LinkLost(f"the line broke: {error.strerror or error}")

@@ -1,0 +1,214 @@
+"""The migration stream's bytes: no sockets, no meaning.
+
+A frame is a header (kind, a zero byte, a zero u16, length of the payload as u32, little endian) and
+a payload. Payloads are msgpack of the structs below, except RAM's: a count of runs (u32), the runs
+(guest address u64, pages u32), and for :attr:`Kind.RAM` the pages themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from struct import Struct
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from ..errors import StreamError
+from ..hw.memory import PAGE
+
+#: Changes when an older peer could misread the stream; both must have the same.
+PROTOCOL = 1
+
+HEADER = Struct("<BBHI")
+_COUNT = Struct("<I")
+_RUN = Struct("<QI")
+
+#: A frame of RAM: at most this many runs (IOV_MAX is 1,024) and bytes of pages.
+MAX_RUNS = 512
+MAX_PAGES = 512
+_MAX_RAM = _COUNT.size + MAX_RUNS * _RUN.size + MAX_PAGES * PAGE
+_MAX_STATE = 4 << 20
+_MAX_SMALL = 64 << 10
+_MAX_TABLE = 1 << 20
+
+Run = tuple[int, int]  # guest address, pages
+
+
+class Kind(IntEnum):
+    """What a frame is. s: sent by the source, d: by the destination."""
+
+    HELLO = 1  # s
+    WELCOME = 2  # d: the move can go on
+    REFUSED = 3  # d: it cannot, and why
+    TOUCH = 4  # s: runs that RAM will come for
+    RAM = 5  # s: runs and their pages
+    ZERO = 6  # s: runs that are all zeros
+    ROUND = 7  # s: a pass over RAM ends
+    STATE = 8  # s: everything but RAM; the guest is stopped
+    READY = 9  # d: all is loaded and would run
+    COMMIT = 10  # s: the guest is yours
+    STARTED = 11  # d: it is mine
+    FAILED = 12  # s, d: given up, and why
+    ASK = 13  # s, on a new line: what became of the move with this token?
+
+
+_LIMITS = {
+    Kind.TOUCH: _MAX_TABLE,
+    Kind.RAM: _MAX_RAM,
+    Kind.ZERO: _MAX_TABLE,
+    Kind.STATE: _MAX_STATE,
+}
+
+
+class NicHello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A NIC as the destination must have it."""
+
+    id: str
+    model: str
+    version: int
+    mac: bytes
+    mtu: int | None
+    queue_size: int
+    #: Feature bits that the guest uses now.
+    negotiated: Annotated[int, msgspec.Meta(ge=0, lt=1 << 64)]
+
+
+class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the source is about to send."""
+
+    protocol: int
+    machine: str
+    token: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    cpus: int
+    #: (guest address, bytes)
+    ram: Annotated[list[tuple[int, int]], msgspec.Meta(max_length=8)]
+    nics: Annotated[list[NicHello], msgspec.Meta(max_length=64)]
+    #: Saved-state types and their versions.
+    versions: dict[str, int]
+    #: Whether the guest runs: one that was paused stays so at the destination.
+    running: bool
+
+
+class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why: REFUSED and FAILED."""
+
+    reason: Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which move: ASK."""
+
+    token: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class Started(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The destination's share of the report: STARTED. Times in ms."""
+
+    phases: dict[str, float]
+    runstates: list[str]
+
+
+_T = TypeVar("_T")
+
+
+def frame(kind: Kind, payload: bytes = b"") -> bytes:
+    """A whole frame."""
+    return header(kind, len(payload)) + payload
+
+
+def header(kind: Kind, length: int) -> bytes:
+    """The header of a frame whose payload follows."""
+    return HEADER.pack(kind, 0, 0, length)
+
+
+def parse_header(raw: bytes) -> tuple[Kind, int]:
+    """Kind and payload length.
+
+    Raises:
+        StreamError: an unknown kind, or a length beyond the kind's limit.
+    """
+    number, zero, also_zero, length = HEADER.unpack(raw)
+    try:
+        kind = Kind(number)
+    except ValueError:
+        raise StreamError(f"frame kind {number} is unknown: not a Godwit stream?") from None
+    if zero or also_zero:
+        raise StreamError(f"frame {kind.name}: reserved bits are set")
+    if length > _LIMITS.get(kind, _MAX_SMALL):
+        raise StreamError(f"frame {kind.name}: a payload of {length} bytes is too long")
+    return kind, length
+
+
+def encode(value: msgspec.Struct) -> bytes:
+    """A struct as a payload."""
+    return msgspec.msgpack.encode(value)
+
+
+def decode(payload: bytes | bytearray, kind: type[_T]) -> _T:
+    """A payload as a struct.
+
+    Raises:
+        StreamError: names the field that is wrong.
+    """
+    try:
+        return msgspec.msgpack.decode(payload, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise StreamError(f"{kind.__name__}: {error}") from error
+
+
+def encode_runs(runs: Sequence[Run]) -> bytes:
+    """The table of runs."""
+    return _COUNT.pack(len(runs)) + b"".join(_RUN.pack(*run) for run in runs)
+
+
+def table_size(count: int) -> int:
+    """Bytes of a table of ``count`` runs."""
+    return _COUNT.size + count * _RUN.size
+
+
+def decode_count(payload: bytes | bytearray | memoryview, length: int) -> int:
+    """How many runs a payload of ``length`` bytes, of which the first four are given, has.
+
+    Raises:
+        StreamError: the table would not fit.
+    """
+    if length < _COUNT.size:
+        raise StreamError(f"a table of runs in {length} bytes")
+    count: int = _COUNT.unpack_from(payload)[0]
+    if table_size(count) > length:
+        raise StreamError(f"{count} runs do not fit in {length} bytes")
+    return count
+
+
+def decode_runs(table: bytes | bytearray | memoryview, count: int) -> list[Run]:
+    """The runs that follow the count.
+
+    Raises:
+        StreamError: an address that is no page's, or an empty run.
+    """
+    runs = [_RUN.unpack_from(table, i * _RUN.size) for i in range(count)]
+    for address, pages in runs:
+        if address % PAGE or not pages:
+            raise StreamError(f"run of {pages} pages at {address:#x}")
+    return runs
+
+
+def batches(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs cut and grouped so that each group fits a RAM frame."""
+    groups: list[list[Run]] = []
+    group: list[Run] = []
+    room = MAX_PAGES
+    for address, pages in runs:
+        while pages:
+            if not room or len(group) == MAX_RUNS:
+                groups.append(group)
+                group, room = [], MAX_PAGES
+            taken = min(pages, room)
+            group.append((address, taken))
+            address += taken * PAGE
+            pages -= taken
+            room -= taken
+    if group:
+        groups.append(group)
+    return groups

@@ -1,0 +1,326 @@
+"""The destination's side of a move: it makes everything before the stop, loads, and waits.
+
+Nothing of the guest runs here before COMMIT. After READY was said, the guest may be ours: a lost
+line is then waited out on the listening socket, where the source asks with the move's token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from ..errors import GodwitError, GuestError, LinkLost, MigrationError, StreamError
+from ..hw.memory import HUGE, PAGE
+from ..kvm.ioctl import address_of
+from ..machine import Machine
+from ..machine_state import MachineState
+from . import codec
+from .channel import SILENCE, Address, Channel
+from .codec import Kind, Run
+
+#: How long a guest that was loaded waits for its source to ask, seconds.
+PATIENCE = 30.0
+_MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h, Linux 5.14
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class Destination:
+    """Waits for a guest at ``address``, in a thread of its own, where the callbacks are made.
+
+    ``on_start(running) -> run states`` takes the guest over (``running``: it ran at its source);
+    ``on_failed(error)`` says that this machine's RAM is spoilt, and that no guest will come.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        address: Address,
+        on_start: Callable[[bool], list[str]],
+        on_failed: Callable[[GodwitError], None],
+    ) -> None:
+        self._machine = machine
+        self._address = address
+        self._on_start = on_start
+        self._on_failed = on_failed
+        self._listener = address.listen()
+        self._closing = threading.Event()
+        self._channel: Channel | None = None
+        self._hello: codec.Hello | None = None
+        self._touched: list[threading.Thread] = []
+        self.phases: dict[str, float] = {}
+        self.bytes_received = 0
+        self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
+
+    def start(self) -> None:
+        """Begin to wait."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait no more."""
+        self._closing.set()
+        if self._channel is not None:
+            self._channel.interrupt()
+        try:
+            self._listener.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(SILENCE)
+        self._listener.close()
+
+    # --- the conversation -------------------------------------------------------------------------
+    def _main(self) -> None:
+        try:
+            while not self._closing.is_set():
+                channel = self._accept(None)
+                if channel is None or self._serve(channel):
+                    return
+        except GodwitError as error:
+            if not self._closing.is_set():
+                self._on_failed(error)
+        except Exception as error:
+            self._on_failed(MigrationError(f"{type(error).__name__}: {error}"))
+
+    def _accept(self, timeout: float | None) -> Channel | None:
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        if not poll.poll(None if timeout is None else timeout * 1000) or self._closing.is_set():
+            return None
+        try:
+            return Channel(self._listener.accept()[0])
+        except OSError:
+            return None
+
+    def _serve(self, channel: Channel) -> bool:
+        """One source; False when it was refused and another may come.
+
+        Raises:
+            MigrationError: the move failed after RAM began to come.
+        """
+        self._channel = channel
+        try:
+            try:
+                hello = channel.expect_struct(Kind.HELLO, codec.Hello)
+                check(hello, self._machine)
+            except GodwitError as error:
+                _tell(channel, Kind.REFUSED, str(error))
+                return False
+            self._hello = hello
+            # From now on the machine changes: what fails, fails for good.
+            channel.send(Kind.WELCOME)
+            try:
+                state = self._receive(channel)
+                self._load(state)
+            except LinkLost:
+                raise
+            except GodwitError as error:
+                _tell(channel, Kind.FAILED, str(error))
+                raise
+            self._await_commit(channel, hello)
+            return True
+        finally:
+            channel.close()
+
+    def _receive(self, channel: Channel) -> MachineState:
+        """RAM, until the state comes."""
+        while True:
+            kind, length = channel.receive()
+            if kind is Kind.RAM:
+                self._receive_ram(channel, length)
+            elif kind is Kind.STATE:
+                payload = channel.read(length)
+                self._stood_still = time.monotonic()
+                self.phases["state-received"] = 0.0
+                return codec.decode(payload, MachineState)
+            elif kind in (Kind.TOUCH, Kind.ZERO):
+                payload = channel.read(length)
+                count = codec.decode_count(payload, length)
+                runs = codec.decode_runs(memoryview(payload)[4:], count)
+                if codec.table_size(count) != length:
+                    raise StreamError(f"frame {kind.name}: {length} bytes for {count} runs")
+                if kind is Kind.TOUCH:
+                    self._touch(runs)
+                else:
+                    self._clear(runs)
+            elif kind is Kind.ROUND:
+                channel.read(length)
+            elif kind is Kind.FAILED:
+                text = codec.decode(channel.read(length), codec.Text)
+                raise MigrationError(f"the source gave up: {text.reason}")
+            else:
+                raise StreamError(f"frame {kind.name} where RAM was due")
+
+    def _receive_ram(self, channel: Channel, length: int) -> None:
+        first = channel.read(4)
+        count = codec.decode_count(first, length)
+        runs = codec.decode_runs(channel.read(codec.table_size(count) - 4), count)
+        if codec.table_size(count) + sum(pages for _, pages in runs) * PAGE != length:
+            raise StreamError(f"frame RAM: {length} bytes, but its runs say otherwise")
+        views = self._views(runs)
+        for start in range(0, len(views), 512):
+            channel.read_into(views[start : start + 512])
+        self.bytes_received += length
+
+    def _views(self, runs: list[Run]) -> list[memoryview]:
+        try:
+            return [self._machine.memory.view(address, pages * PAGE) for address, pages in runs]
+        except GuestError as error:
+            raise StreamError(str(error)) from error
+
+    def _touch(self, runs: list[Run]) -> None:
+        """Have the kernel make the pages before they are needed: page faults, not Python, are what
+        limits the copy. The call holds no lock of Python's, so it runs ahead of the stream."""
+        views = self._views(runs)
+
+        def populate() -> None:
+            for view in views:
+                host = address_of(view)
+                start = host // HUGE * HUGE
+                for at in range(start, host + len(view), HUGE):
+                    low, high = max(at, host), min(at + HUGE, host + len(view))
+                    _madvise(low, high - low, _MADV_POPULATE_WRITE)
+
+        thread = threading.Thread(target=populate, name="touch", daemon=True)
+        thread.start()
+        self._touched.append(thread)
+
+    def _clear(self, runs: list[Run]) -> None:
+        for view in self._views(runs):
+            view[:] = bytes(len(view))
+
+    def _load(self, state: MachineState) -> None:
+        """Everything that can be wrong is found here, before READY."""
+        for thread in self._touched:
+            thread.join()
+        self._touched.clear()
+        self._machine.load(state, self._stood_still)
+        for nic in self._machine.nics:
+            nic.device.backend.drain()  # what waits in the tap is older than the guest's arrival
+        self._mark("loaded")
+
+    def _await_commit(self, channel: Channel, hello: codec.Hello) -> None:
+        channel.send(Kind.READY)
+        try:
+            channel.set_timeout(SILENCE)
+            channel.expect(Kind.COMMIT)
+        except GodwitError as lost:
+            if not isinstance(lost, LinkLost):
+                raise
+            channel = self._await_question(hello, lost)
+        # The guest is ours.
+        self._mark("commit")
+        states = self._on_start(hello.running)
+        self._mark("running")
+        started = codec.Started(self.phases, states)
+        self._answer(channel, hello, started)
+
+    def _await_question(self, hello: codec.Hello, lost: LinkLost) -> Channel:
+        """The line broke between READY and COMMIT: did the source hand over, or resume?
+
+        A source that resumed does not ask. One that handed over asks until it is answered; its
+        question is as good as the COMMIT that was lost.
+        """
+        until = time.monotonic() + PATIENCE
+        while True:
+            channel = self._accept(max(0.0, until - time.monotonic()))
+            if channel is None:
+                # Never to run here: the listening socket closes before anything else can happen.
+                self._listener.close()
+                raise MigrationError(
+                    f"the line was lost before the commit ({lost}), and the source did not ask "
+                    f"for its guest in {PATIENCE:.0f} s: it runs there"
+                )
+            try:
+                if channel.expect_struct(Kind.ASK, codec.Token).token == hello.token:
+                    return channel
+                _tell(channel, Kind.REFUSED, "this is another move")
+            except GodwitError:
+                pass
+            channel.close()
+
+    def _answer(self, channel: Channel, hello: codec.Hello, started: codec.Started) -> None:
+        """Tell the source; if the line is gone, wait for it to ask."""
+        try:
+            channel.send(Kind.STARTED, started)
+            channel.set_timeout(SILENCE)
+            channel.read(1)  # the source closes the line when it has heard
+        except LinkLost as lost:
+            if "closed" in str(lost):
+                return
+        # For as long as it takes: a source that finds nobody listening concludes that the guest
+        # is not here, and would let it run there too.
+        while not self._closing.is_set():
+            again = self._accept(None)
+            if again is None:
+                return
+            try:
+                if again.expect_struct(Kind.ASK, codec.Token).token == hello.token:
+                    again.send(Kind.STARTED, started)
+                    return
+            except GodwitError:
+                pass
+            finally:
+                again.close()
+
+    def _mark(self, phase: str) -> None:
+        """ms since the state came."""
+        self.phases[phase] = round((time.monotonic() - self._stood_still) * 1000, 3)
+
+
+def check(hello: codec.Hello, machine: Machine) -> None:
+    """Refuse what this machine cannot become, before the guest is stopped.
+
+    Raises:
+        StreamError: names each thing that differs.
+    """
+    from .source import describe
+
+    if hello.protocol != codec.PROTOCOL:
+        raise StreamError(f"stream protocol {hello.protocol}; this Godwit has {codec.PROTOCOL}")
+    own = describe(machine, hello.token, hello.running)
+    differences = [
+        f"{name}: {theirs} at the source, {ours} here"
+        for name, theirs, ours in (
+            ("machine type", hello.machine, own.machine),
+            ("vCPUs", hello.cpus, own.cpus),
+            ("RAM", _show(hello.ram), _show(own.ram)),
+            ("versions", hello.versions, own.versions),
+            ("NICs", len(hello.nics), len(own.nics)),
+        )
+        if theirs != ours
+    ]
+    for theirs, ours, nic in zip(hello.nics, own.nics, machine.nics, strict=False):
+        differences += [
+            f"NIC {ours.id}, {field}: {_text(getattr(theirs, field))} at the source, "
+            f"{_text(getattr(ours, field))} here"
+            for field in ("id", "model", "version", "mac", "mtu", "queue_size")
+            if getattr(theirs, field) != getattr(ours, field)
+        ]
+        missing = theirs.negotiated & ~nic.device.offered
+        if missing:
+            differences.append(f"NIC {ours.id}: the guest uses features {missing:#x}, not offered")
+    if differences:
+        raise StreamError("the machines differ: " + "; ".join(differences))
+
+
+def _show(ram: list[tuple[int, int]]) -> str:
+    return f"{sum(size for _, size in ram) >> 20} MiB"
+
+
+def _text(value: object) -> str:
+    return value.hex(":") if isinstance(value, bytes) else str(value)
+
+
+def _tell(channel: Channel, kind: Kind, reason: str) -> None:
+    try:
+        channel.send(kind, codec.Text(reason[:4000]))
+    except LinkLost:
+        pass

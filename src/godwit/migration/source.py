@@ -1,0 +1,343 @@
+"""The source's side of a move: one method a phase, one list of phases, one failure path.
+
+Until COMMIT is sent, any failure lets the guest go on here. Once it is sent, the destination may
+have the guest, so the source asks until it knows (see :meth:`Source._resolve`): exactly one side
+runs whatever dies when. docs/decisions/0002-commit.md has the argument.
+"""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from ..errors import GodwitError, LinkLost, MigrationError, PeerRefused, StateError
+from ..hw.memory import PAGE
+from ..machine import Machine
+from ..runstate import RunState, RunStates
+from . import codec, ram
+from .channel import Address, Channel
+from .codec import Kind, Run
+from .report import Report, Round
+
+#: Passes over dirty RAM at the most; then the guest is stopped however much is left.
+_MAX_ROUNDS = 30
+#: What may be left for the stop, as sending time in ms, if further rounds could still shrink it.
+_GOOD_ENOUGH_MS = 2.0
+#: Between two attempts to ask the destination what became of the guest, seconds.
+_ASK_AGAIN = 0.5
+
+
+class Limits(Protocol):
+    """The operator's parameters."""
+
+    max_bandwidth: int  # bytes per second; 0: none
+    downtime_limit: int  # ms
+
+
+class Source:
+    """Moves ``machine`` to ``address`` in a thread of its own. ``on_status`` is called there."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        states: RunStates,
+        address: Address,
+        limits: Limits,
+        on_status: Callable[[str], None],
+    ) -> None:
+        self._machine = machine
+        self._states = states
+        self._address = address
+        self._limits = limits
+        self._on_status = on_status
+        self._before = states.current
+        self._cancelled = threading.Event()
+        self._committed = False
+        self._token = secrets.token_bytes(16)
+        self._log = ram.DirtyLog(machine)
+        self._left: list[Run] = []
+        self._budget_start = time.monotonic()
+        self.report = Report(ram_total=machine.memory.size)
+        self._line: Channel | None = None
+        self._thread = threading.Thread(target=self._main, name="migration", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    @property
+    def active(self) -> bool:
+        """Whether the move is still under way."""
+        return self.report.ended is None
+
+    def cancel(self) -> bool:
+        """Give the move up; False when it is too late, because the guest was handed over."""
+        self._cancelled.set()
+        if self._committed:
+            return False
+        if self._line is not None:
+            self._line.interrupt()
+        return True
+
+    def join(self, timeout: float) -> None:
+        """Wait for the thread's end."""
+        self._thread.join(timeout)
+
+    # --- phases -----------------------------------------------------------------------------------
+    def _main(self) -> None:
+        phases = (self._hello, self._precopy, self._stop, self._final, self._commit)
+        try:
+            for phase in phases:
+                if self._cancelled.is_set() and not self._committed:
+                    raise MigrationError("cancelled")
+                phase()
+            self._finish("completed")
+        except Exception as error:
+            self._fail(error)
+        finally:
+            if self._line is not None:
+                self._line.close()
+
+    @property
+    def _channel(self) -> Channel:
+        if self._line is None:
+            raise LinkLost("there is no line to the destination")
+        return self._line
+
+    def _hello(self) -> None:
+        """Say what will come; the destination refuses what it could not run."""
+        machine = self._machine
+        if machine.ended is not None:
+            raise StateError(f"the guest is dead: {machine.ended[1]}")
+        self._line = self._address.connect()
+        self._channel.send(
+            Kind.HELLO, describe(machine, self._token, self._before is RunState.RUNNING)
+        )
+        self._channel.expect(Kind.WELCOME)
+        self._status("active")
+
+    def _precopy(self) -> None:
+        """Send RAM while the guest runs, until little enough is left for the stop."""
+        # Logging starts before the first page is read: what changes afterwards is sent again.
+        self._log.start()
+        runs = self._log.populated()
+        for part in _tables(runs):
+            self._channel.send_parts([codec.frame(Kind.TOUCH, codec.encode_runs(part))])
+        previous = None
+        for _ in range(_MAX_ROUNDS):
+            before = time.monotonic()
+            first = previous is None
+            data, zero = ram.split_zeros(self._machine, runs)
+            if not first:  # at first, the destination's RAM is zeros anyway
+                for part in _tables(zero):
+                    self._channel.send_parts([codec.frame(Kind.ZERO, codec.encode_runs(part))])
+            self._send_pages(data)
+            self._channel.send(Kind.ROUND)
+            took = time.monotonic() - before
+            sent, zeros = ram.pages_in(data), ram.pages_in(zero)
+            self.report.rounds.append(Round(sent, zeros, took * 1000))
+            if self._before is not RunState.RUNNING:
+                break
+            runs = self._log.take()
+            pages = ram.pages_in(runs)
+            self.report.remaining = pages * PAGE
+            per_page_ms = took * 1000 / max(sent, 1)
+            expected = pages * per_page_ms if sent >= 64 else 0.0
+            if expected <= _GOOD_ENOUGH_MS:
+                break
+            shrinking = previous is None or pages < previous * 0.75
+            if not shrinking and expected <= self._limits.downtime_limit:
+                break
+            previous = pages
+        self._left = runs if self._before is RunState.RUNNING else []
+
+    def _stop(self) -> None:
+        """Stop the guest: vCPUs, then backends."""
+        self.report.stopped = time.monotonic()
+        self._status("device")
+        with self._machine.lock:
+            self._states.set(RunState.FINISH_MIGRATE)
+            self._machine.pause()
+        self.report.mark("pause")
+        if self._machine.ended is not None:
+            raise StateError(f"the guest died before it could move: {self._machine.ended[1]}")
+
+    def _final(self) -> None:
+        """Send the last dirty pages and everything else; wait until all is loaded."""
+        # The state first: saving it makes KVM and the devices write their last bits of RAM (a
+        # pending MMIO read completed, the paravirtual clock), and the log is read after that.
+        state = self._machine.save()
+        self.report.mark("save")
+        # A page that was dirty before the stop and after it is sent once, as it is now.
+        runs = _union(self._left, self._log.take())
+        self.report.mark("dirty-log")
+        self._send_pages(runs)
+        payload = codec.encode(state)
+        self._channel.send_parts([codec.header(Kind.STATE, len(payload)), payload])
+        self.report.rounds.append(Round(ram.pages_in(runs), 0, 0.0))
+        self.report.remaining = 0
+        self.report.mark("send")
+        self._channel.expect(Kind.READY)
+        self.report.mark("ready")
+
+    def _commit(self) -> None:
+        """Hand the guest over. From here on it may not run here until we know."""
+        self._committed = True
+        if self._cancelled.is_set():
+            self._committed = False
+            raise MigrationError("cancelled")
+        try:
+            self._channel.send(Kind.COMMIT)
+            started = self._channel.expect_struct(Kind.STARTED, codec.Started)
+        except GodwitError as error:
+            started = self._resolve(error)
+        self.report.mark("started")
+        self._started(started)
+
+    def _started(self, started: codec.Started) -> None:
+        if self.report.stopped is not None:
+            self.report.downtime_ms = (time.monotonic() - self.report.stopped) * 1000
+        self.report.destination_phases = started.phases
+        self.report.destination_runstates = started.runstates
+        self._states.set(RunState.POSTMIGRATE)
+
+    def _resolve(self, cause: GodwitError) -> codec.Started:
+        """The line was lost with COMMIT on its way: ask until the answer is certain.
+
+        A destination that has the guest, or could still take it, keeps listening until its source
+        heard of it; so a refused connection proves that the guest does not run there. A destination
+        that cannot be reached proves nothing, and the guest stays stopped here meanwhile.
+
+        Raises:
+            MigrationError: the guest is not there and never will be: it may run here.
+        """
+        while True:
+            try:
+                channel = self._address.connect(2.0)
+            except LinkLost as lost:
+                reason = lost.__cause__
+                if isinstance(reason, OSError) and reason.errno in (
+                    errno.ECONNREFUSED,
+                    errno.ENOENT,
+                ):
+                    self._committed = False
+                    raise MigrationError(
+                        f"the destination is gone ({cause}); it did not take the guest"
+                    ) from cause
+                self.report.error = f"{cause}; asking the destination what became of the guest"
+                time.sleep(_ASK_AGAIN)
+                continue
+            try:
+                channel.send(Kind.ASK, codec.Token(self._token))
+                return channel.expect_struct(Kind.STARTED, codec.Started)
+            except PeerRefused as refused:
+                self._committed = False
+                raise MigrationError(f"the destination gave the guest up: {refused}") from cause
+            except GodwitError:
+                time.sleep(_ASK_AGAIN)
+            finally:
+                channel.close()
+
+    # --- ends -------------------------------------------------------------------------------------
+    def _finish(self, status: str, error: str | None = None) -> None:
+        if self._line is not None:
+            self.report.bytes_sent = self._line.sent
+        self.report.error = error
+        self._log.stop()
+        self.report.ended = time.monotonic()
+        self._status(status)
+
+    def _fail(self, error: Exception) -> None:
+        """The one way back: the guest goes on here, as it was."""
+        if not isinstance(error, PeerRefused):
+            try:
+                reason = "cancelled" if self._cancelled.is_set() else str(error)
+                self._channel.send(Kind.FAILED, codec.Text(reason[:4000]))
+            except GodwitError:
+                pass
+        with self._machine.lock:
+            if self._states.current is RunState.FINISH_MIGRATE:
+                ended = self._machine.ended
+                if ended is None:
+                    # Running first, state second: who hears of the state finds it true.
+                    if self._before is RunState.RUNNING:
+                        self._machine.resume()
+                    self._states.set(self._before)
+        if self._cancelled.is_set():
+            self._finish("cancelled")
+        else:
+            self._finish("failed", str(error) or type(error).__name__)
+
+    # --- helpers ----------------------------------------------------------------------------------
+    def _status(self, status: str) -> None:
+        self.report.status = status
+        self._on_status(status)
+
+    def _send_pages(self, runs: list[Run]) -> None:
+        view = self._machine.memory.view
+        for batch in codec.batches(runs):
+            if self._cancelled.is_set():
+                raise MigrationError("cancelled")
+            table = codec.encode_runs(batch)
+            size = len(table) + ram.pages_in(batch) * PAGE
+            parts: list[bytes | memoryview] = [codec.header(Kind.RAM, size) + table]
+            parts += [view(address, pages * PAGE) for address, pages in batch]
+            self._channel.send_parts(parts)
+            self.report.bytes_sent = self._channel.sent
+            self._pace(size)
+
+    def _pace(self, size: int) -> None:
+        """Keep to the bandwidth limit, except in the stop, where it would only hurt."""
+        limit = self._limits.max_bandwidth
+        if not limit or self.report.stopped is not None:
+            return
+        now = time.monotonic()
+        # Time not used before is not saved up beyond 50 ms.
+        self._budget_start = max(self._budget_start, now - 0.05) + size / limit
+        if self._budget_start > now:
+            self._cancelled.wait(self._budget_start - now)
+
+
+def describe(machine: Machine, token: bytes, running: bool) -> codec.Hello:
+    """The machine as a HELLO; a destination compares its own with it."""
+    return codec.Hello(
+        protocol=codec.PROTOCOL,
+        machine=machine.config.machine.name,
+        token=token,
+        cpus=machine.config.cpus,
+        ram=[(region.start, region.size) for region in machine.memory.regions],
+        nics=[
+            codec.NicHello(
+                id=nic.device.name,
+                model=config.model,
+                version=1,
+                mac=config.mac,
+                mtu=config.mtu,
+                queue_size=config.queue_size,
+                negotiated=nic.device.negotiated,
+            )
+            for nic, config in zip(machine.nics, machine.config.nics, strict=True)
+        ],
+        versions={"machine": 1, "serial": 1, "power": 1},
+        running=running,
+    )
+
+
+def _tables(runs: list[Run]) -> list[list[Run]]:
+    return [runs[i : i + 4096] for i in range(0, len(runs), 4096)]
+
+
+def _union(left: list[Run], right: list[Run]) -> list[Run]:
+    """Runs of pages in either."""
+    merged: list[Run] = []
+    for address, pages in sorted(left + right):
+        if merged and address <= merged[-1][0] + merged[-1][1] * PAGE:
+            start, count = merged[-1]
+            merged[-1] = start, max(count, (address - start) // PAGE + pages)
+        else:
+            merged.append((address, pages))
+    return merged

@@ -1,0 +1,297 @@
+"""One VM under its operator's hand: run states, machine, moves, announcement and QMP together.
+
+It implements :class:`godwit.qmp.controller.Controller`. The rule for every start: the machine runs
+first and the state says so second, so that what listens to the state (the announcer above all)
+acts after the VM has started, never before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from .announce.announcer import Announcer
+from .announce.schedule import AnnounceParameters
+from .config import VmConfig
+from .errors import ConfigError, GodwitError, StateError
+from .hw.console import Console
+from .loop import Loop
+from .machine import Machine
+from .migration.channel import Address
+from .migration.destination import Destination
+from .migration.source import Source
+from .qmp import commands, events
+from .qmp.server import Server
+from .runstate import RunState, RunStates
+from .vcpu import Ending, install_kick_handler
+
+_S = RunState
+
+#: Exit codes of ``godwit run``, beside 0 (powered off, quit, or moved away) and 1 (an error).
+EXIT_RESET = 3
+EXIT_TRIPLE_FAULT = 4
+EXIT_INTERNAL_ERROR = 5
+
+
+class Vmm:
+    """A VM from its making to its end.
+
+    ``say(text)`` is told what an operator at the terminal should know.
+
+    Raises:
+        HostError: the host lacks something.
+        ConfigError: the configuration asks for what cannot be.
+    """
+
+    def __init__(
+        self,
+        config: VmConfig,
+        loop: Loop,
+        console: Console,
+        *,
+        qmp: Path | None = None,
+        autostart: bool = True,
+        reboot: bool = True,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        install_kick_handler()
+        self._loop = loop
+        self._autostart = autostart
+        self._reboot = reboot
+        self._say = say
+        self.states = RunStates()
+        self.max_bandwidth = 0
+        self.downtime_limit = 300
+        self.exit_code = 0
+        self._source: Source | None = None
+        self._destination: Destination | None = None
+        self.machine = Machine(config, loop, console, self._vcpu_ended, self._offence)
+        self._server: Server | None = None
+        try:
+            models = [nic.device for nic in self.machine.nics]
+            self.announcer = Announcer(models, loop, self._emit)
+            # Before the server: the frames leave before the events are told.
+            self.states.listen(self.announcer.run_state_changed)
+            if qmp is not None:
+                self._server = Server(loop, qmp, self._execute, self._loop_error)
+                self.states.listen(self._server.run_state_changed)
+            for model in models:
+                model.on_ack = self._acked(model.name)
+            if config.kernel is not None:
+                self.machine.remember_power_on()
+        except BaseException:
+            self.close()
+            raise
+
+    # --- beginnings -------------------------------------------------------------------------------
+    def boot(self) -> None:
+        """Load the kernel; with autostart, run. Raises ConfigError."""
+        self.machine.boot()
+        if self._autostart:
+            self.cont()
+
+    def await_guest(self, uri: str | None, insecure: bool) -> None:
+        """Be a destination; with ``uri`` None, for the migrate-incoming that names one."""
+        self.states.set(_S.INMIGRATE)
+        if uri is not None:
+            self.migrate_incoming(uri, insecure)
+
+    def close(self) -> None:
+        """End everything and give everything back."""
+        if self._source is not None:
+            self._source.cancel()
+            self._source.join(10)
+        if self._destination is not None:
+            self._destination.close()
+        self.machine.close()
+        if self._server is not None:
+            self._server.close()
+
+    # --- Controller -------------------------------------------------------------------------------
+    @property
+    def announce_parameters(self) -> AnnounceParameters:
+        """The schedule of the announcement after a move."""
+        return self.announcer.parameters
+
+    @announce_parameters.setter
+    def announce_parameters(self, new: AnnounceParameters) -> None:
+        self.announcer.parameters = new
+
+    def stop(self) -> None:
+        """Pause a running guest."""
+        with self.machine.lock:
+            self.states.require(_S.RUNNING)
+            self.machine.pause()
+            self.states.set(_S.PAUSED)
+
+    def cont(self) -> None:
+        """Start or resume a guest."""
+        with self.machine.lock:
+            self.states.require(_S.PRELAUNCH, _S.PRELAUNCH_MIGRATE, _S.PAUSED)
+            self.machine.resume()
+            self.states.set(_S.RUNNING)
+
+    def powerdown(self) -> None:
+        """Press the power button."""
+        self.machine.pm1.press()
+
+    def quit(self) -> None:
+        """End the VM soon."""
+        self._emit(*events.shutdown(events.Reason.HOST_QUIT))
+        self._loop.call_soon(self._loop.stop)
+
+    def end_by_signal(self) -> None:
+        """SIGTERM or SIGINT came, or the operator left the terminal."""
+        self._emit(*events.shutdown(events.Reason.HOST_SIGNAL))
+        self._loop.call_soon(self._loop.stop)
+
+    def migrate(self, uri: str, insecure: bool) -> None:
+        """Start moving the guest to ``uri``."""
+        if self._source is not None and self._source.active:
+            raise StateError("a move is under way already; see query-migrate, or migrate_cancel")
+        ended = self.machine.ended
+        if ended is not None:
+            raise StateError(f"the guest is dead ({ended[1]}); there is nothing to move")
+        self._source = Source(
+            self.machine, self.states, Address(uri, insecure), self, self._move_status
+        )
+        self._emit(*events.migration("setup"))
+        self._source.start()
+
+    def migrate_incoming(self, uri: str, insecure: bool) -> None:
+        """Wait for a guest at ``uri``."""
+        self.states.require(_S.INMIGRATE)
+        if self._destination is not None:
+            raise StateError("the VM waits for a guest already")
+        self._destination = Destination(
+            self.machine, Address(uri, insecure), self._take_over, self._arrival_failed
+        )
+        self._destination.start()
+
+    def migration_info(self) -> dict[str, object]:
+        """The present or last move; of a guest that came here, its arrival."""
+        if self._source is not None:
+            return self._source.report.info()
+        if self._destination is None:
+            return {}
+        arrived = self.states.current is not _S.INMIGRATE
+        return {
+            "status": "completed" if arrived else "setup",
+            "godwit": {
+                "destination-phases": dict(self._destination.phases),
+                "runstates": [str(state) for state in self.states.history],
+                "announce": [
+                    {
+                        "nic": record.nic,
+                        "mac": record.mac,
+                        "method": record.method,
+                        "rounds": record.rounds,
+                        "ack-ms": record.ack_ms,
+                        "host-sent": record.host_sent,
+                        "error": record.error,
+                    }
+                    for record in self.announcer.records()
+                ],
+            },
+        }
+
+    def migrate_cancel(self) -> None:
+        """Give up the present move."""
+        if self._source is not None and self._source.active and not self._source.cancel():
+            raise StateError("too late to cancel: the guest was handed over")
+
+    def announce_self(
+        self, parameters: AnnounceParameters, interfaces: Sequence[str] | None, id: str | None
+    ) -> None:
+        """Announce the guest's NICs now."""
+        self.announcer.announce_self(parameters, interfaces, id)
+
+    # --- what happens -----------------------------------------------------------------------------
+    def _execute(self, name: str, arguments: Mapping[str, object]) -> object:
+        return commands.execute(self, name, arguments)
+
+    def _emit(self, name: str, data: dict[str, object]) -> None:
+        if self._server is not None:
+            self._server.emit(name, data)
+
+    def _loop_error(self, error: BaseException) -> None:
+        self._say(f"internal error: {type(error).__name__}: {error}")
+
+    def _acked(self, nic: str) -> Callable[[], None]:
+        return lambda: self.announcer.acked(nic)
+
+    def _offence(self, nic: str, message: str) -> None:
+        """A guest broke a device's rules: the device stops, the VM lives, the operator knows."""
+        self._emit("GUEST_OFFENCE", {"device": nic, "message": message})
+        self._say(f"{nic}: the guest broke the device's rules ({message}); it needs a reset")
+
+    def _move_status(self, status: str) -> None:
+        """From the source's thread."""
+        self._emit(*events.migration(status))
+        if status == "completed":
+            self._say("the guest has moved away")
+        elif status == "failed" and self._source is not None:
+            self._say(f"the guest stays here; the move failed: {self._source.report.error}")
+
+    def _take_over(self, ran: bool) -> list[str]:
+        """The commit was received: from the destination's thread."""
+        with self.machine.lock:
+            self.states.set(_S.PRELAUNCH_MIGRATE)
+            if self._autostart and ran:
+                self.machine.resume()
+                self.states.set(_S.RUNNING)
+        return [str(state) for state in self.states.history]
+
+    def _arrival_failed(self, error: GodwitError) -> None:
+        """No guest will come: from the destination's thread."""
+
+        def end() -> None:
+            self._say(f"no guest arrived: {error}")
+            self._end(_S.SHUTDOWN, events.Reason.HOST_ERROR, 1)
+
+        self._emit(*events.migration("failed"))
+        self._loop.call_soon(end)
+
+    def _vcpu_ended(self, ending: Ending, detail: str) -> None:
+        """From a vCPU's thread."""
+        self._loop.call_soon(lambda: self._guest_ended(ending, detail))
+
+    def _guest_ended(self, ending: Ending, detail: str) -> None:
+        with self.machine.lock:
+            if self.states.current in (_S.POSTMIGRATE, _S.SHUTDOWN):
+                return
+            self.machine.pause()
+            if ending is Ending.RESET and self._reboot:
+                try:
+                    self._restart()
+                    return
+                except ConfigError as error:
+                    detail = str(error)
+        if ending is Ending.POWER_OFF:
+            self._end(_S.SHUTDOWN, events.Reason.GUEST_SHUTDOWN, 0)
+            return
+        self._say(detail)
+        if ending is Ending.RESET:
+            self._end(_S.SHUTDOWN, events.Reason.GUEST_RESET, EXIT_RESET)
+        elif ending is Ending.TRIPLE_FAULT:
+            self._end(_S.GUEST_PANICKED, events.Reason.GUEST_PANIC, EXIT_TRIPLE_FAULT)
+        else:
+            self._end(_S.INTERNAL_ERROR, events.Reason.HOST_ERROR, EXIT_INTERNAL_ERROR)
+
+    def _restart(self) -> None:
+        """The guest asked for a reboot. A move that is under way cannot go on with another guest."""
+        if self._source is not None and self._source.active:
+            self._source.cancel()
+            self._source.join(10)
+        if self.states.current is not _S.RUNNING:
+            self.states.set(_S.RUNNING)
+        self.states.set(_S.PRELAUNCH)
+        self.machine.reboot()
+        self.machine.resume()
+        self.states.set(_S.RUNNING)
+
+    def _end(self, state: RunState, reason: events.Reason, code: int) -> None:
+        self.exit_code = code
+        self.states.set(state)
+        self._emit(*events.shutdown(reason))
+        self._loop.call_soon(self._loop.stop)
