@@ -1,0 +1,34 @@
+# What a developer does here. Everything a target needs and lacks is installed by `make setup`.
+BIN := .venv/bin
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: help setup demo test check clean
+
+help:
+	@echo 'make demo   move a running guest between two hosts and judge it'
+	@echo 'make test   unit tests, then the VM tests (in the lab where this machine has no KVM)'
+	@echo 'make check  format, lint, types, import direction, unit tests'
+	@echo 'make setup  install what is missing (the others do it too)'
+
+setup:
+	@scripts/setup
+
+demo: setup
+	@$(BIN)/godwit demo
+
+# out/lab-status tells .ci/run a lab that died (75) from tests that failed: make's own status is 2.
+test: setup
+	@mkdir -p out && rm -f out/lab-status
+	$(BIN)/pytest tests/unit
+	@$(BIN)/godwit lab run --timeout 900 --rw out -- $(CURDIR)/$(BIN)/pytest -p no:cacheprovider tests/vm; \
+	status=$$?; echo $$status >out/lab-status; exit $$status
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest tests/unit
+
+clean:
+	rm -rf out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

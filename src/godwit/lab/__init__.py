@@ -1,0 +1,1 @@
+"""The lab: an emulated host with KVM, guests, and networks to move them between."""
