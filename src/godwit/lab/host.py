@@ -15,16 +15,19 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Mapping, Sequence
+from ctypes import CDLL
 from pathlib import Path
 
 from godwit.errors import HostError
 from godwit.kvm.probe import why_unusable
-from godwit.lab import emulator, kernels
+from godwit.lab import emulator, guest, kernels
 
 Log = Callable[[str], None]
 #: Boots of the emulated host that may fail before the command starts.
 _BOOTS = 3
 _KEPT_LOGS = 20
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = CDLL(None)
 
 
 class LabCrashed(HostError):
@@ -60,6 +63,7 @@ def run(
         path.mkdir(parents=True, exist_ok=True)
     if why_unusable() is None:
         return _run_here(argv, timeout_s, where, env or {})
+    _build_guests()
     deadline = time.monotonic() + timeout_s
     for boot in range(1, _BOOTS + 1):
         with emulator.job(argv, where, env or {}, rw) as job:
@@ -75,12 +79,15 @@ def run(
 
 def shell(*, cpus: int = 2, memory_mb: int = 4096, rw: Sequence[Path] = ()) -> int:
     """An interactive shell where KVM works, on this terminal; its exit status. Raises as run()."""
-    argv = [os.environ.get("SHELL", "/bin/bash"), "-i"]
     if why_unusable() is None:
-        return subprocess.call(argv)
+        return subprocess.call([os.environ.get("SHELL", "/bin/bash"), "-i"])
+    _build_guests()
     size = shutil.get_terminal_size()
     first = f"stty rows {size.lines} cols {size.columns}\n"
-    with emulator.job(argv, Path.cwd(), {}, rw, first) as job:
+    # Without the user's start-up files, which an emulated CPU may chew on for half a minute.
+    argv = ["/bin/bash", "--norc", "-i"]
+    env = {"PS1": r"lab:\w\$ "}
+    with emulator.job(argv, Path.cwd(), env, rw, first) as job:
         (job / "interactive").touch()
         command = emulator.qemu_argv(job, rw, cpus, memory_mb)
         command += ["-chardev", "stdio,id=io,signal=off", "-device", "virtconsole,chardev=io"]
@@ -89,12 +96,25 @@ def shell(*, cpus: int = 2, memory_mb: int = 4096, rw: Sequence[Path] = ()) -> i
             if saved:
                 tty.setraw(0)
             with (job / "qemu.log").open("wb") as errors:
-                subprocess.call(command, stderr=errors)
+                subprocess.call(command, stderr=errors, preexec_fn=_die_with_parent)
         finally:
             if saved:
                 termios.tcsetattr(0, termios.TCSADRAIN, saved)
                 os.set_blocking(0, True)  # QEMU leaves the terminal non-blocking
         return _result(job, True)
+
+
+def _build_guests() -> None:
+    """Bring the guests' images up to date here: in there it is slow, and lost at the end."""
+    for name in kernels.META_PACKAGES:
+        kernel = kernels.cached(name)
+        if kernel is not None:
+            guest.build(kernel)
+
+
+def _die_with_parent() -> None:
+    """In a child: be killed when the parent dies, however that happens (prctl(2))."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _run_here(argv: Sequence[str], timeout_s: float, cwd: Path, env: Mapping[str, str]) -> int:
@@ -127,6 +147,7 @@ def _emulate(command: list[str], job: Path, deadline: float) -> bool:
             stdout=subprocess.PIPE,
             stderr=errors,
             start_new_session=True,  # the terminal's ^C is ours to act on
+            preexec_fn=_die_with_parent,
         )
     try:
         assert qemu.stdout is not None

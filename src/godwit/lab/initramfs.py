@@ -129,7 +129,7 @@ def digest(*parts: bytes) -> str:
 
 
 def cached_file(name: str, build: Callable[[Path], None]) -> Path:
-    """The file of that name in the cache; ``build`` makes it, under another name first, if missing."""
+    """The file of that name in the cache; if missing, ``build`` makes it, never half of it."""
     target = cache_dir() / name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
