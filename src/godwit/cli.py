@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from . import __version__
 from .errors import GodwitError
@@ -18,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
     except GodwitError as error:
         print(f"godwit: {error}", file=sys.stderr)
-        return int(getattr(error, "exit_code", 1))
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
 
@@ -31,8 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = sub.add_parser("run", help="run a guest, or wait for one")
-    run.add_argument("--kernel", type=Path, help="a bzImage: /boot/vmlinuz-...")
-    run.add_argument("--initrd", type=Path, help="an initial RAM disk")
+    run.add_argument("--kernel", help="a bzImage: /boot/vmlinuz-...")
+    run.add_argument("--initrd", help="an initial RAM disk")
     run.add_argument("--append", default="console=ttyS0", help="the kernel's command line")
     run.add_argument("--memory", default="256M", help="RAM: 256M, 2G (default %(default)s)")
     run.add_argument("--cpus", type=int, default=1, help="vCPUs (default %(default)s)")
@@ -44,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a NIC on a tap; keys: mac, id, vhost=on|off, guest-announce=on|off, mtu, queue-size",
     )
     run.add_argument("--machine", default=None, help="machine type (default: the newest)")
-    run.add_argument("--qmp", type=Path, metavar="PATH", help="QMP's Unix socket")
+    run.add_argument("--qmp", metavar="PATH", help="QMP's Unix socket")
     run.add_argument(
         "--incoming",
         metavar="URI",
@@ -68,13 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(action=_run)
 
     migrate = sub.add_parser("migrate", help="move a running guest")
-    migrate.add_argument("--qmp", type=Path, required=True, help="the guest's QMP socket")
+    migrate.add_argument("--qmp", required=True, help="the guest's QMP socket")
     migrate.add_argument("--insecure", action="store_true", help="allow tcp: beyond this host")
     migrate.add_argument("uri", help="where a 'godwit run --incoming' waits")
     migrate.set_defaults(action=_migrate)
 
     demo = sub.add_parser("demo", help="move a guest to and fro inside 802.1Q, and judge it")
-    demo.add_argument("--out", type=Path, default=Path("out"), help="where results go")
+    demo.add_argument("--out", default="out", help="where results go")
     demo.set_defaults(action=_demo)
 
     lab = sub.add_parser("lab", help="a host with KVM, emulated where there is none")
@@ -84,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     inside = labs.add_parser("run", help="run a command in it")
     inside.add_argument("--timeout", type=float, default=600.0, help="seconds (default 600)")
     inside.add_argument("--cpus", type=int, default=2)
-    inside.add_argument("--rw", type=Path, action="append", default=[], help="a writable folder")
+    inside.add_argument("--rw", action="append", default=[], help="a writable folder")
     inside.add_argument("command", nargs=argparse.REMAINDER)
     inside.set_defaults(action=_lab_run)
     return parser
@@ -103,9 +102,11 @@ def _migrate(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from .lab.demo import run
 
-    return run(arguments.out, lambda text: print(text, flush=True))
+    return run(Path(arguments.out), lambda text: print(text, flush=True))
 
 
 def _lab_shell(arguments: argparse.Namespace) -> int:
@@ -115,6 +116,8 @@ def _lab_shell(arguments: argparse.Namespace) -> int:
 
 
 def _lab_run(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from .lab import host
 
     command = arguments.command
@@ -124,7 +127,7 @@ def _lab_run(arguments: argparse.Namespace) -> int:
         command,
         timeout_s=arguments.timeout,
         cpus=arguments.cpus,
-        rw=arguments.rw,
+        rw=[Path(folder) for folder in arguments.rw],
         log=lambda text: print(text, file=sys.stderr, flush=True),
     )
 

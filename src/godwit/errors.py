@@ -20,6 +20,9 @@ Only ``cli.py`` turns them into messages and exit codes; the cause is always kep
 class GodwitError(Exception):
     """Base of every error that Godwit raises on purpose."""
 
+    #: What ``godwit`` exits with when this ends it.
+    exit_code = 1
+
 
 class ConfigError(GodwitError):
     """What was asked for is wrong; the message names the value and the remedy."""

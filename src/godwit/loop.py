@@ -73,15 +73,18 @@ class Loop:
         readable: Callable[[], None] | None = None,
         writable: Callable[[], None] | None = None,
     ) -> None:
-        """Call back while ``fd`` is readable / writable; replaces what was watched on ``fd``."""
+        """Call back while ``fd`` is readable / writable; replaces what was watched on ``fd``.
+
+        Raises:
+            PermissionError: ``fd`` is a regular file, for which there is nothing to wait.
+        """
         mask = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if writable else 0)
         with self._lock:
-            known = fd in self._watched
-            self._watched[fd] = (readable, writable)
-            if known:
+            if fd in self._watched:
                 self._epoll.modify(fd, mask)
             else:
                 self._epoll.register(fd, mask)
+            self._watched[fd] = (readable, writable)
 
     def unwatch(self, fd: int) -> None:
         """Stop watching ``fd``; harmless when it is not watched. Call it before closing ``fd``."""

@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import cast
 
 from .config import NicConfig, VmConfig
-from .errors import ConfigError, GuestError, StreamError
+from .errors import ConfigError, StreamError
 from .hw import acpi, linuxboot, power, serial
 from .hw.bus import MmioBus, PortBus
 from .hw.console import Console
@@ -24,15 +25,12 @@ from .kvm.handles import System
 from .kvm.ioctl import ioctl
 from .loop import Loop
 from .machine_state import MachineState, NicSaved
-from .nic.backend import Backend
-from .nic.inprocess import InProcessBackend
-from .nic.tap import Tap
-from .nic.vhost import VhostBackend
-from .nic.virtio_net import VirtioNet
+from .nic.model import Nic, Parts
+from .nic.models import NicState, make
 from .vcpu import Ending, VcpuThread
-from .virtio.pci import BAR_SIZE, VirtioPci
 
 _FIRST_BAR = 0xE000_0000
+_BAR_STRIDE = 1 << 20  # room for any model's BAR, aligned to its size
 
 
 class Machine:
@@ -68,10 +66,9 @@ class Machine:
             self.ports, self.mmio = PortBus(), MmioBus()
             self._routes = Routes(self.vm)
             self._make_platform(console)
-            self.nics: list[VirtioPci] = []
+            self.nics: list[Nic] = []
             for index, nic in enumerate(config.nics):
                 self.nics.append(self._make_nic(index, nic))
-                undo.callback(self.nics[-1].device.backend.close)
                 undo.callback(self.nics[-1].close)
             self.vcpus: list[VcpuThread] = []
             self._make_vcpus(system, undo)
@@ -99,44 +96,19 @@ class Machine:
         for port in (power.RESET_PORT, power.KEYBOARD_COMMAND):
             self.ports.map(port, 1, power.ResetPorts(port, reset))
 
-    def _make_nic(self, index: int, config: NicConfig) -> VirtioPci:
-        announce = config.guest_announce
-        tap = Tap(config.tap)
-
-        def backend(device: VirtioNet) -> Backend:
-            if config.vhost:
-                return VhostBackend(tap, self.memory)
-            return InProcessBackend(
-                tap,
-                self._loop,
-                device.lock,
-                device.accepts,
-                lambda message: device.on_offence(message),
-            )
-
-        try:
-            net = VirtioNet(
-                config.id,
-                config.mac,
-                self.memory,
-                self._loop,
-                backend,
-                mtu=config.mtu,
-                queue_size=config.queue_size,
-                guest_announce=self.config.machine.guest_announce if announce is None else announce,
-            )
-        except BaseException:
-            tap.close()
-            raise
-        transport = VirtioPci(
-            net,
+    def _make_nic(self, index: int, config: NicConfig) -> Nic:
+        parts = Parts(
+            self.memory,
             self.vm,
             self._routes,
-            _FIRST_BAR + index * BAR_SIZE,
-            lambda message: self._on_offence(config.id, message),
+            self._loop,
+            _FIRST_BAR + index * _BAR_STRIDE,
+            self.config.machine.guest_announce,
+            self._on_offence,
         )
-        self.pci.add(index + 1, transport)
-        return transport
+        nic = make(config, parts)
+        self.pci.add(index + 1, nic.function)
+        return nic
 
     def _make_vcpus(self, system: System, undo: ExitStack) -> None:
         supported = system.supported_cpuid()
@@ -257,40 +229,41 @@ class Machine:
             serial=self.serial.save(),
             power=self.pm1.save(),
             pci_address=self.pci.save(),
-            nics=[
-                NicSaved(nic.device.name, "virtio-net", nic.save_transport(), nic.device.save_net())
-                for nic in self.nics
-            ],
+            nics=[NicSaved(nic.name, nic.version, cast(NicState, nic.save())) for nic in self.nics],
         )
 
-    def load(self, state: MachineState, stood_still: float) -> None:
+    def load(
+        self,
+        state: MachineState,
+        stood_still: float,
+        mark: Callable[[str], None] = lambda phase: None,
+    ) -> None:
         """Take over a saved state; the machine is paused. The clock makes up for what it missed.
 
-        ``stood_still`` is the ``time.monotonic()`` at which the source's clock was read.
+        ``stood_still`` is the ``time.monotonic()`` at which the source's clock was read; ``mark``
+        is told when a part is done.
 
         Raises:
             StreamError: the state is not one of this machine; names what differs.
         """
         if len(state.vcpus) != len(self.vcpus):
             raise StreamError(f"vcpus: {len(state.vcpus)} in the stream, {len(self.vcpus)} here")
-        if [nic.id for nic in state.nics] != [nic.device.name for nic in self.nics]:
+        if [nic.id for nic in state.nics] != [nic.name for nic in self.nics]:
             raise StreamError("nics: not the ones that this machine has")
         missed = time.monotonic() - stood_still
         ticks = int(missed * self.vcpus[0].vcpu.tsc_khz() * 1000)
         for thread, saved in zip(self.vcpus, state.vcpus, strict=True):
             cpustate.load_vcpu(thread.vcpu, saved, ticks)
+        mark("vcpus")
         cpustate.load_platform(self.vm, state.platform)
         self._clock_debt = (state.platform.clock_ns, stood_still)
+        mark("platform")
         self.serial.load(state.serial)
         self.pm1.load(state.power)
         self.pci.load(state.pci_address)
         self._routes.hold()
         try:
-            for nic, nic_state in zip(self.nics, state.nics, strict=True):
-                try:
-                    nic.load_transport(nic_state.transport)
-                    nic.device.load_net(nic_state.net)
-                except GuestError as error:
-                    raise StreamError(f"{nic.device.name}: {error}") from error
+            for nic, saved_nic in zip(self.nics, state.nics, strict=True):
+                nic.load(saved_nic.state)
         finally:
             self._routes.release()

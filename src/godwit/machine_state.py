@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
 from .hw.power import PowerState
 from .hw.serial import SerialState
 from .kvm.cpustate import PlatformState, VcpuState
-from .nic.virtio_net import NetState
-from .virtio.pci import TransportState
+from .nic.models import NicState
 
 
 class NicSaved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One NIC."""
 
     id: Annotated[str, msgspec.Meta(max_length=64)]
-    model: Literal["virtio-net"]
-    transport: TransportState
-    net: NetState
-    version: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
+    version: Annotated[int, msgspec.Meta(ge=1, le=1)]
+    state: NicState
 
 
 class MachineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -5,13 +5,12 @@ A stream of one type loads only in the same type. An older type switches off wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from .errors import ConfigError
 
 
-@dataclass(frozen=True)
-class MachineType:
+class MachineType(msgspec.Struct, frozen=True):
     """A version of the machine, and the defaults that it pins."""
 
     name: str

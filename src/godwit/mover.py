@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from .errors import MigrationError
@@ -11,7 +10,7 @@ from .qmp.client import Client, VmGone
 _DONE = ("completed", "failed", "cancelled")
 
 
-def move(qmp: Path, uri: str, insecure: bool) -> int:
+def move(qmp: str, uri: str, insecure: bool) -> int:
     """Move the guest behind ``qmp`` to ``uri``; 0 when it has arrived.
 
     Raises:
@@ -21,7 +20,12 @@ def move(qmp: Path, uri: str, insecure: bool) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
     with Client.connect(qmp) as client, Progress(*columns, console=console) as progress:
         client.execute("migrate", {"uri": uri, "insecure": insecure})
         task = progress.add_task("setup", total=None)
@@ -54,9 +58,7 @@ def _table(info: dict[str, Any]) -> Any:
     table.add_row("total time", f"{info['total-time']:.0f} ms")
     table.add_row("downtime", f"{info['downtime']:.1f} ms")
     table.add_row("sent", f"{info['ram']['transferred'] / 1e6:.1f} MB")
-    table.add_row(
-        "rounds (pages)", ", ".join(str(number["pages"]) for number in own["rounds"])
-    )
+    table.add_row("rounds (pages)", ", ".join(str(number["pages"]) for number in own["rounds"]))
     for side, key in (("stop, source", "stop-phases"), ("stop, destination", "destination-phases")):
         table.add_row(side, ", ".join(f"{name} {ms:.1f}" for name, ms in own[key].items()) + " ms")
     table.add_row("destination's states", " > ".join(own["destination-runstates"]))

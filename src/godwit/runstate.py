@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 
 from .errors import StateError
 
 
-class RunState(str, Enum):
+class RunState(StrEnum):
     """What the VM is doing; the values are what QMP shows."""
 
     PRELAUNCH = "prelaunch"
@@ -30,9 +30,6 @@ class RunState(str, Enum):
     SHUTDOWN = "shutdown"
     GUEST_PANICKED = "guest-panicked"
     INTERNAL_ERROR = "internal-error"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 _S = RunState

@@ -37,7 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
         machine=machine_type(arguments.machine or DEFAULT),
     )
     if arguments.kernel is None and arguments.incoming is None:
-        raise ConfigError("nothing to run; give --kernel to boot, or --incoming to wait for a guest")
+        raise ConfigError(
+            "nothing to run; give --kernel to boot, or --incoming to wait for a guest"
+        )
     # A vCPU's exit waits for the interpreter at most this long behind another Python thread.
     sys.setswitchinterval(0.0002)
     loop = Loop(lambda error: _say(f"internal error: {type(error).__name__}: {error}"))

@@ -8,7 +8,7 @@ acts after the VM has started, never before.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .announce.announcer import Announcer
 from .announce.schedule import AnnounceParameters
@@ -17,13 +17,14 @@ from .errors import ConfigError, GodwitError, StateError
 from .hw.console import Console
 from .loop import Loop
 from .machine import Machine
-from .migration.channel import Address
-from .migration.destination import Destination
-from .migration.source import Source
 from .qmp import commands, events
 from .qmp.server import Server
 from .runstate import RunState, RunStates
 from .vcpu import Ending, install_kick_handler
+
+if TYPE_CHECKING:
+    from .migration.destination import Destination
+    from .migration.source import Source
 
 _S = RunState
 
@@ -49,7 +50,7 @@ class Vmm:
         loop: Loop,
         console: Console,
         *,
-        qmp: Path | None = None,
+        qmp: str | None = None,
         autostart: bool = True,
         reboot: bool = True,
         say: Callable[[str], None] = lambda text: None,
@@ -68,15 +69,15 @@ class Vmm:
         self.machine = Machine(config, loop, console, self._vcpu_ended, self._offence)
         self._server: Server | None = None
         try:
-            models = [nic.device for nic in self.machine.nics]
-            self.announcer = Announcer(models, loop, self._emit)
+            nics = self.machine.nics
+            self.announcer = Announcer(nics, loop, self._emit)
             # Before the server: the frames leave before the events are told.
             self.states.listen(self.announcer.run_state_changed)
             if qmp is not None:
                 self._server = Server(loop, qmp, self._execute, self._loop_error)
                 self.states.listen(self._server.run_state_changed)
-            for model in models:
-                model.on_ack = self._acked(model.name)
+            for nic in nics:
+                nic.on_ack = self._acked(nic.name)
             if config.kernel is not None:
                 self.machine.remember_power_on()
         except BaseException:
@@ -89,6 +90,8 @@ class Vmm:
         self.machine.boot()
         if self._autostart:
             self.cont()
+        # The guest is on its way; what only a move needs is imported meanwhile.
+        self._loop.call_soon(_prepare_to_move)
 
     def await_guest(self, uri: str | None, insecure: bool) -> None:
         """Be a destination; with ``uri`` None, for the migrate-incoming that names one."""
@@ -152,6 +155,9 @@ class Vmm:
         ended = self.machine.ended
         if ended is not None:
             raise StateError(f"the guest is dead ({ended[1]}); there is nothing to move")
+        from .migration.channel import Address
+        from .migration.source import Source
+
         self._source = Source(
             self.machine, self.states, Address(uri, insecure), self, self._move_status
         )
@@ -163,6 +169,9 @@ class Vmm:
         self.states.require(_S.INMIGRATE)
         if self._destination is not None:
             raise StateError("the VM waits for a guest already")
+        from .migration.channel import Address
+        from .migration.destination import Destination
+
         self._destination = Destination(
             self.machine, Address(uri, insecure), self._take_over, self._arrival_failed
         )
@@ -279,7 +288,7 @@ class Vmm:
             self._end(_S.INTERNAL_ERROR, events.Reason.HOST_ERROR, EXIT_INTERNAL_ERROR)
 
     def _restart(self) -> None:
-        """The guest asked for a reboot. A move that is under way cannot go on with another guest."""
+        """The guest asked for a reboot; a move under way cannot go on with a guest made anew."""
         if self._source is not None and self._source.active:
             self._source.cancel()
             self._source.join(10)
@@ -295,3 +304,10 @@ class Vmm:
         self.states.set(state)
         self._emit(*events.shutdown(reason))
         self._loop.call_soon(self._loop.stop)
+
+
+def _prepare_to_move() -> None:
+    """Import the source's side, so that a later move does not begin with reading files."""
+    from .migration import source
+
+    del source

@@ -40,7 +40,7 @@ def write_tables(memory: GuestMemory, cpus: int) -> None:
         address += len(table)
         return at
 
-    facs = place(pack("<4sIIIIIB31x", b"FACS", 64, 0, 0, 0, 0, 2), align=64)
+    facs = place(pack("<4sIIIIIQB31x", b"FACS", 64, 0, 0, 0, 0, 0, 2), align=64)
     dsdt = place(_table(b"DSDT", 2, _dsdt()))
     fadt = place(_table(b"FACP", 6, _fadt(facs, dsdt)))
     madt = place(_table(b"APIC", 5, _madt(cpus)))

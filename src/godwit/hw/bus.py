@@ -46,31 +46,29 @@ class MmioBus:
     an overlap is refused, and the guest's accesses go to who was there first."""
 
     def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._windows: list[tuple[int, int, BusDevice]] = []
+        # One object, replaced by one store: a vCPU that looks up while another moves a BAR must
+        # find the windows that did not move.
+        self._table: tuple[list[int], list[tuple[int, int, BusDevice]]] = ([], [])
 
     def map(self, start: int, size: int, device: BusDevice) -> bool:
         """Map a window; False when it overlaps another, and then nothing is mapped."""
-        if any(s < start + size and start < e for s, e, _ in self._windows):
+        if any(s < start + size and start < e for s, e, _ in self._table[1]):
             return False
-        self._set([*self._windows, (start, start + size, device)])
+        self._set([*self._table[1], (start, start + size, device)])
         return True
 
     def unmap(self, device: BusDevice) -> None:
         """Take all windows of ``device`` away."""
-        self._set([w for w in self._windows if w[2] is not device])
+        self._set([w for w in self._table[1] if w[2] is not device])
 
     def _set(self, windows: list[tuple[int, int, BusDevice]]) -> None:
-        # Two plain stores of new lists: a vCPU thread that reads in between finds a window that
-        # does not hold its address, and gets all ones, as from a bus whose device just moved.
         windows.sort(key=lambda w: w[0])
-        self._windows = windows
-        self._starts = [w[0] for w in windows]
+        self._table = ([w[0] for w in windows], windows)
 
     def _find(self, address: int) -> tuple[int, BusDevice] | None:
-        windows = self._windows
-        index = bisect_right(self._starts, address) - 1
-        if 0 <= index < len(windows):
+        starts, windows = self._table
+        index = bisect_right(starts, address) - 1
+        if index >= 0:
             start, end, device = windows[index]
             if start <= address < end:
                 return address - start, device

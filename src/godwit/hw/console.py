@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 from collections.abc import Callable
 
@@ -65,7 +66,7 @@ class Console:
                 self._writing = True
             try:
                 while data:
-                    data = data[os.write(self._fd, data) :]
+                    data = data[self._write(data) :]
             except OSError:
                 # The reader is gone (EPIPE, EIO): there is nobody left to lose it for.
                 pass
@@ -74,3 +75,13 @@ class Console:
                 self._changed.notify_all()
             if full and self.on_room is not None:
                 self.on_room()
+
+    def _write(self, data: bytes) -> int:
+        try:
+            return os.write(self._fd, data)
+        except BlockingIOError:
+            # Who shares the terminal may have made it non-blocking: wait, do not lose.
+            poll = select.poll()
+            poll.register(self._fd, select.POLLOUT)
+            poll.poll()
+            return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import select
+import threading
 from typing import Annotated
 
 import msgspec
@@ -28,6 +29,9 @@ class Routes:
         self._routes: dict[int, tuple[int, int]] = {}
         self._next = _FIRST_GSI
         self._held = False
+        # Devices have a lock each, and vCPUs unmask vectors of two at once: a table made before the
+        # other's route was known must not reach the kernel after it.
+        self._lock = threading.Lock()
 
     def allocate(self) -> int:
         """A GSI for one vector."""
@@ -36,9 +40,10 @@ class Routes:
 
     def set(self, gsi: int, address: int, data: int) -> None:
         """Have ``gsi`` send the message ``data`` to ``address``."""
-        if self._routes.get(gsi) != (address, data):
-            self._routes[gsi] = (address, data)
-            self._commit()
+        with self._lock:
+            if self._routes.get(gsi) != (address, data):
+                self._routes[gsi] = (address, data)
+                self._commit()
 
     def hold(self) -> None:
         """Collect changes until :meth:`release`: loading a state sets many at once."""
@@ -46,8 +51,9 @@ class Routes:
 
     def release(self) -> None:
         """Hand the collected changes to the kernel in one call."""
-        self._held = False
-        self._commit()
+        with self._lock:
+            self._held = False
+            self._commit()
 
     def _commit(self) -> None:
         if not self._held:
@@ -60,13 +66,11 @@ class MsixState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     table: Annotated[bytes, msgspec.Meta(max_length=_ENTRY * 64)]
     enabled: bool
     masked: bool
-    pending: Annotated[
-        list[Annotated[int, msgspec.Meta(ge=0, lt=64)]], msgspec.Meta(max_length=64)
-    ]
+    pending: Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=64)]], msgspec.Meta(max_length=64)]
 
 
 class Msix:
-    """The vectors of one device; accessed under the device's lock."""
+    """The vectors of one device; accessed under the device's lock. Detached at first."""
 
     def __init__(self, vm: Vm, routes: Routes, count: int) -> None:
         self._vm = vm
@@ -76,14 +80,13 @@ class Msix:
         self._gsis = [routes.allocate() for _ in range(count)]
         self._live = [False] * count
         self._table = bytearray()
-        self._attached = True
+        # A vector that is loaded as pending must not meet its irqfd before its route is known.
+        self._attached = False
         self.reset()
 
     def reset(self) -> None:
         """As after power-on: disabled, every vector masked."""
-        self._table = bytearray(
-            (bytes(12) + _MASKED.to_bytes(4, "little")) * self.count
-        )
+        self._table = bytearray((bytes(12) + _MASKED.to_bytes(4, "little")) * self.count)
         self._enabled = self._masked = False
         for fd in self.fds:
             _drain(fd)
@@ -163,11 +166,12 @@ class Msix:
         return sorted(by_fd[fd] for fd, _ in poll.poll(0))
 
     def _update(self, only: int | None = None) -> None:
-        on = self._enabled and not self._masked and self._attached
+        on = self._enabled and not self._masked
         for vector in range(self.count) if only is None else (only,):
             at = vector * _ENTRY
-            live = on and not self._table[at + 12] & _MASKED
-            if live:
+            wanted = on and not self._table[at + 12] & _MASKED
+            live = wanted and self._attached
+            if wanted:
                 address = int.from_bytes(self._table[at : at + 8], "little")
                 data = int.from_bytes(self._table[at + 8 : at + 12], "little")
                 self._routes.set(self._gsis[vector], address, data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from struct import Struct, pack, pack_into, unpack_from
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ class Boot(NamedTuple):
     zero_page: int
 
 
-def load(memory: GuestMemory, kernel: Path, initrd: Path | None, command_line: str) -> Boot:
+def load(memory: GuestMemory, kernel: str, initrd: str | None, command_line: str) -> Boot:
     """Put kernel, initrd, command line, page tables and the zero page into RAM.
 
     Raises:
@@ -109,9 +108,10 @@ def start_vcpu(vcpu: Vcpu, boot: Boot) -> None:
     vcpu.set(abi.SET_REGS, pack("<18Q", *regs))
 
 
-def _read(path: Path, what: str) -> bytes:
+def _read(path: str, what: str) -> bytes:
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise ConfigError(f"{what} {path}: {error.strerror}") from error
 

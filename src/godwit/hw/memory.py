@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import ConfigError, GuestError
 from ..kvm.ioctl import address_of
@@ -20,8 +20,7 @@ HOLE_START = 0xC000_0000
 HOLE_END = 0x1_0000_0000
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """A run of RAM: ``size`` bytes at guest address ``start``, at ``host`` in this process."""
 
     slot: int
@@ -51,9 +50,7 @@ class GuestMemory:
 
     def __init__(self, size: int) -> None:
         if size < 32 << 20 or size % HUGE:
-            raise ConfigError(
-                f"memory of {size} bytes: at least 32M, and a multiple of 2M, please"
-            )
+            raise ConfigError(f"memory of {size} bytes: at least 32M, and a multiple of 2M, please")
         self.size = size
         self.regions: list[Region] = []
         self._maps: list[mmap.mmap] = []
@@ -88,7 +85,7 @@ class GuestMemory:
         """
         for region in self.regions:
             offset = address - region.start
-            if 0 <= offset and offset + length <= region.size:
+            if offset >= 0 and offset + length <= region.size:
                 if length < 0:
                     break
                 return region.view[offset : offset + length]

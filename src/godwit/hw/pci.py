@@ -99,9 +99,7 @@ class PciFunction:
 
     def save_config(self) -> PciState:
         """What the guest changed."""
-        return PciState(
-            self.read_config(COMMAND, 2), self.read_config(BAR0, 4), self.config[0x3C]
-        )
+        return PciState(self.read_config(COMMAND, 2), self.read_config(BAR0, 4), self.config[0x3C])
 
     def load_config(self, state: PciState) -> None:
         """Take over a saved state: as if the guest wrote it, so masks hold."""

@@ -15,7 +15,7 @@ from ..errors import KvmError, StreamError
 from . import abi
 from .handles import Vcpu, Vm
 
-_U64 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 64)]
+_U64 = Annotated[int, msgspec.Meta(ge=0)]
 _U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
@@ -42,7 +42,9 @@ class PlatformState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """PICs, I/O APIC, PIT and the guest's clock."""
 
     irqchips: Annotated[list[_Chip], msgspec.Meta(min_length=3, max_length=3)]
-    pit: Annotated[bytes, msgspec.Meta(min_length=abi.PIT_STATE_SIZE, max_length=abi.PIT_STATE_SIZE)]
+    pit: Annotated[
+        bytes, msgspec.Meta(min_length=abi.PIT_STATE_SIZE, max_length=abi.PIT_STATE_SIZE)
+    ]
     clock_ns: _U64
     #: CLOCK_REALTIME of the source at ``clock_ns``; 0 when its kernel does not tell.
     realtime_ns: _U64

@@ -163,9 +163,7 @@ class Vm(_Handle):
             )
             for gsi, address, data in msi
         ]
-        self.set(
-            abi.SET_GSI_ROUTING, abi.ROUTING_HEADER.pack(len(entries), 0) + b"".join(entries)
-        )
+        self.set(abi.SET_GSI_ROUTING, abi.ROUTING_HEADER.pack(len(entries), 0) + b"".join(entries))
 
     def irqfd(self, fd: int, gsi: int, assign: bool) -> None:
         """Have writes to eventfd ``fd`` raise ``gsi``, or stop that."""

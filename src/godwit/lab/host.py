@@ -33,6 +33,8 @@ _libc = CDLL(None)
 class LabCrashed(HostError):
     """The emulated host died without a result: the lab's failure, not the command's."""
 
+    exit_code = 75  # EX_TEMPFAIL (sysexits.h)
+
 
 class LabTimeout(HostError):
     """The command did not end within its time limit; it and the lab were ended."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
-import os
 import socket
-import stat
 from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
 
+from .. import unixsocket
 from ..errors import ConfigError, LinkLost, PeerRefused, StreamError
 from . import codec
 from .codec import Kind
@@ -52,21 +50,15 @@ class Address:
         """A listening socket.
 
         Raises:
-            ConfigError: the address cannot be had.
+            ConfigError, HostError: the address cannot be had.
         """
+        if self.path is not None:
+            return unixsocket.listen(self.path, "migration")
         try:
-            if self.path is None:
-                family = socket.getaddrinfo(self.host, self.port)[0][0]
-                listener = socket.create_server((self.host, self.port), family=family)
-            else:
-                self._remove_stale(self.path)
-                listener = socket.socket(socket.AF_UNIX)
-                listener.bind(self.path)
-                os.chmod(self.path, 0o600)
-                listener.listen()
+            family = socket.getaddrinfo(self.host, self.port)[0][0]
+            return socket.create_server((self.host, self.port), family=family)
         except OSError as error:
             raise ConfigError(f"cannot listen on '{self.uri}': {error}") from error
-        return listener
 
     def connect(self, timeout: float = SILENCE) -> Channel:
         """A line to who listens there.
@@ -85,26 +77,12 @@ class Address:
             raise LinkLost(f"cannot reach '{self.uri}': {error}") from error
         return Channel(sock)
 
-    @staticmethod
-    def _remove_stale(path: str) -> None:
-        """A socket file that nobody listens on is in the way; anything else is not ours."""
-        try:
-            if not stat.S_ISSOCK(os.stat(path).st_mode):
-                return
-        except OSError:
-            return
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-            except OSError:
-                pass
-
 
 def _loopback(host: str) -> bool:
     if host == "localhost":
         return True
+    import ipaddress  # here: it is slow to import, and most addresses never come this far
+
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

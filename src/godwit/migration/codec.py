@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 from struct import Struct
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -71,7 +71,7 @@ class NicHello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mtu: int | None
     queue_size: int
     #: Feature bits that the guest uses now.
-    negotiated: Annotated[int, msgspec.Meta(ge=0, lt=1 << 64)]
+    negotiated: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,12 +122,14 @@ def header(kind: Kind, length: int) -> bytes:
     return HEADER.pack(kind, 0, 0, length)
 
 
-def parse_header(raw: bytes) -> tuple[Kind, int]:
+def parse_header(raw: bytes | bytearray) -> tuple[Kind, int]:
     """Kind and payload length.
 
     Raises:
         StreamError: an unknown kind, or a length beyond the kind's limit.
     """
+    if len(raw) != HEADER.size:
+        raise StreamError(f"a frame's header of {len(raw)} bytes; {HEADER.size} are due")
     number, zero, also_zero, length = HEADER.unpack(raw)
     try:
         kind = Kind(number)
@@ -145,6 +147,21 @@ def encode(value: msgspec.Struct) -> bytes:
     return msgspec.msgpack.encode(value)
 
 
+_decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
+
+
+def _decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    # Kept: making one reads the type's whole tree, milliseconds for a machine's state.
+    if kind not in _decoders:
+        _decoders[kind] = msgspec.msgpack.Decoder(kind)
+    return _decoders[kind]
+
+
+def prepare(kind: Any) -> None:
+    """Get ready to decode a ``kind``, before it matters how long that takes."""
+    _decoder(kind)
+
+
 def decode(payload: bytes | bytearray, kind: type[_T]) -> _T:
     """A payload as a struct.
 
@@ -152,8 +169,12 @@ def decode(payload: bytes | bytearray, kind: type[_T]) -> _T:
         StreamError: names the field that is wrong.
     """
     try:
-        return msgspec.msgpack.decode(payload, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+        value: _T = _decoder(kind).decode(payload)
+        return value
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # DecodeError and UnicodeDecodeError are the first
         raise StreamError(f"{kind.__name__}: {error}") from error
 
 
@@ -173,7 +194,7 @@ def decode_count(payload: bytes | bytearray | memoryview, length: int) -> int:
     Raises:
         StreamError: the table would not fit.
     """
-    if length < _COUNT.size:
+    if min(length, len(payload)) < _COUNT.size:
         raise StreamError(f"a table of runs in {length} bytes")
     count: int = _COUNT.unpack_from(payload)[0]
     if table_size(count) > length:
@@ -185,8 +206,10 @@ def decode_runs(table: bytes | bytearray | memoryview, count: int) -> list[Run]:
     """The runs that follow the count.
 
     Raises:
-        StreamError: an address that is no page's, or an empty run.
+        StreamError: an address that is no page's, an empty run, or a table that ends too early.
     """
+    if len(table) < count * _RUN.size:
+        raise StreamError(f"{count} runs in {len(table)} bytes")
     runs = [_RUN.unpack_from(table, i * _RUN.size) for i in range(count)]
     for address, pages in runs:
         if address % PAGE or not pages:

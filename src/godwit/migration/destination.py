@@ -55,6 +55,8 @@ class Destination:
         self._channel: Channel | None = None
         self._hello: codec.Hello | None = None
         self._touched: list[threading.Thread] = []
+        codec.prepare(MachineState)
+        codec.prepare(codec.Token)
         self.phases: dict[str, float] = {}
         self.bytes_received = 0
         self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
@@ -138,8 +140,9 @@ class Destination:
             elif kind is Kind.STATE:
                 payload = channel.read(length)
                 self._stood_still = time.monotonic()
-                self.phases["state-received"] = 0.0
-                return codec.decode(payload, MachineState)
+                state = codec.decode(payload, MachineState)
+                self._mark("decoded")
+                return state
             elif kind in (Kind.TOUCH, Kind.ZERO):
                 payload = channel.read(length)
                 count = codec.decode_count(payload, length)
@@ -201,9 +204,10 @@ class Destination:
         for thread in self._touched:
             thread.join()
         self._touched.clear()
-        self._machine.load(state, self._stood_still)
+        self._mark("touched")
+        self._machine.load(state, self._stood_still, self._mark)
         for nic in self._machine.nics:
-            nic.device.backend.drain()  # what waits in the tap is older than the guest's arrival
+            nic.drain()  # what waits in the tap is older than the guest's arrival
         self._mark("loaded")
 
     def _await_commit(self, channel: Channel, hello: codec.Hello) -> None:
@@ -304,7 +308,7 @@ def check(hello: codec.Hello, machine: Machine) -> None:
             for field in ("id", "model", "version", "mac", "mtu", "queue_size")
             if getattr(theirs, field) != getattr(ours, field)
         ]
-        missing = theirs.negotiated & ~nic.device.offered
+        missing = theirs.negotiated & ~nic.offered
         if missing:
             differences.append(f"NIC {ours.id}: the guest uses features {missing:#x}, not offered")
     if differences:

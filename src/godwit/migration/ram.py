@@ -45,8 +45,7 @@ class DirtyLog:
         machine = self._machine
         machine.memory.start_log()
         for nic in machine.nics:
-            with nic.device.lock:
-                nic.device.backend.start_log()
+            nic.start_log()
         machine.set_dirty_log(True)
         self._on = True
 
@@ -57,8 +56,7 @@ class DirtyLog:
             machine = self._machine
             machine.set_dirty_log(False)
             for nic in machine.nics:
-                with nic.device.lock:
-                    nic.device.backend.stop_log()
+                nic.stop_log()
             machine.memory.stop_log()
 
     def populated(self) -> list[Run]:
@@ -71,7 +69,7 @@ class DirtyLog:
     def take(self) -> list[Run]:
         """The pages that got dirty since the last call."""
         machine = self._machine
-        others = [nic.device.backend.take_log() for nic in machine.nics]
+        others = [nic.take_log() for nic in machine.nics]
         own = machine.memory.take_log()
         runs: list[Run] = []
         for region, bitmap in zip(machine.memory.regions, self._bitmaps, strict=True):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+
+import msgspec
 
 
-@dataclass
-class Round:
+class Round(msgspec.Struct, frozen=True):
     """One pass over RAM."""
 
     pages: int
@@ -15,8 +15,7 @@ class Round:
     ms: float
 
 
-@dataclass
-class Report:
+class Report(msgspec.Struct):
     """A move as its source saw it. Times in ms, from the command on.
 
     ``status`` is QEMU's MigrationStatus: setup, active, device, completed, failed, cancelled.
@@ -24,18 +23,18 @@ class Report:
 
     status: str = "setup"
     error: str | None = None
-    started: float = field(default_factory=time.monotonic)
+    started: float = msgspec.field(default_factory=time.monotonic)
     ended: float | None = None
     stopped: float | None = None
-    rounds: list[Round] = field(default_factory=list)
+    rounds: list[Round] = msgspec.field(default_factory=list)
     bytes_sent: int = 0
     ram_total: int = 0
     remaining: int = 0
     downtime_ms: float | None = None
     #: Name of a phase -> ms since the guest stopped, at the phase's end.
-    stop_phases: dict[str, float] = field(default_factory=dict)
-    destination_phases: dict[str, float] = field(default_factory=dict)
-    destination_runstates: list[str] = field(default_factory=list)
+    stop_phases: dict[str, float] = msgspec.field(default_factory=dict)
+    destination_phases: dict[str, float] = msgspec.field(default_factory=dict)
+    destination_runstates: list[str] = msgspec.field(default_factory=list)
 
     def mark(self, phase: str) -> None:
         """A phase of the stop window ended."""

@@ -8,7 +8,7 @@ runs whatever dies when. docs/decisions/0002-commit.md has the argument.
 from __future__ import annotations
 
 import errno
-import secrets
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -57,7 +57,7 @@ class Source:
         self._before = states.current
         self._cancelled = threading.Event()
         self._committed = False
-        self._token = secrets.token_bytes(16)
+        self._token = os.urandom(16)
         self._log = ram.DirtyLog(machine)
         self._left: list[Run] = []
         self._budget_start = time.monotonic()
@@ -312,13 +312,13 @@ def describe(machine: Machine, token: bytes, running: bool) -> codec.Hello:
         ram=[(region.start, region.size) for region in machine.memory.regions],
         nics=[
             codec.NicHello(
-                id=nic.device.name,
-                model=config.model,
-                version=1,
+                id=nic.name,
+                model=nic.model,
+                version=nic.version,
                 mac=config.mac,
                 mtu=config.mtu,
                 queue_size=config.queue_size,
-                negotiated=nic.device.negotiated,
+                negotiated=nic.negotiated,
             )
             for nic, config in zip(machine.nics, machine.config.nics, strict=True)
         ],

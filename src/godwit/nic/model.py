@@ -1,12 +1,21 @@
-"""What a NIC model is to the rest of the VMM, its way to announce included."""
+"""What a NIC is to the rest of the VMM, its way to announce included."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from ..hw.irq import Routes
+from ..hw.memory import GuestMemory
+from ..hw.pci import PciFunction
+from ..kvm.handles import Vm
+from ..loop import Loop
 
 
 class NicModel(Protocol):
-    """A NIC as the announcer and the machine see it."""
+    """A NIC as the announcer sees it."""
 
     @property
     def name(self) -> str:
@@ -28,3 +37,74 @@ class NicModel(Protocol):
         Raises:
             OSError: the backend did not take it.
         """
+
+
+class Nic(NicModel, Protocol):
+    """A NIC as the machine sees it."""
+
+    model: str
+    #: Version of the saved state.
+    version: int
+    #: Told of each announcement that the guest acknowledged; never under the NIC's lock.
+    on_ack: Callable[[], None]
+
+    @property
+    def function(self) -> PciFunction:
+        """What is plugged into the PCI bus."""
+
+    @property
+    def offered(self) -> int:
+        """Feature bits that the guest may use; 0 for a model without negotiation."""
+
+    @property
+    def negotiated(self) -> int:
+        """Feature bits that the guest uses now."""
+
+    def pause(self) -> None:
+        """The vCPUs are stopped: move no frames, and let interrupts under way reach the APICs."""
+
+    def resume(self) -> None:
+        """The vCPUs are about to run."""
+
+    def reset(self) -> None:
+        """Power-on; paused."""
+
+    def close(self) -> None:
+        """Give everything back; paused."""
+
+    def start_log(self) -> None:
+        """Log the pages that the backend writes behind the VMM's back."""
+
+    def take_log(self) -> bytes | None:
+        """The bitmap since the last call, if any: a bit per 4 KiB page of guest memory."""
+
+    def stop_log(self) -> None:
+        """Log no more."""
+
+    def drain(self) -> int:
+        """Throw away the frames that wait in the tap; how many. Paused."""
+
+    def save(self) -> msgspec.Struct:
+        """The state, of the type that the model's row in :data:`.models.MODELS` names; paused."""
+
+    def load(self, state: msgspec.Struct) -> None:
+        """Take over a saved state; paused.
+
+        Raises:
+            StreamError: it is not one that this NIC can be in; names the field.
+        """
+
+
+class Parts(NamedTuple):
+    """What a NIC is made from, beside its configuration."""
+
+    memory: GuestMemory
+    vm: Vm
+    routes: Routes
+    loop: Loop
+    #: Where firmware would put BAR 0.
+    bar: int
+    #: The machine type's word on VIRTIO_NET_F_GUEST_ANNOUNCE.
+    guest_announce: bool
+    #: Told when the guest broke the device's rules: (NIC's id, message).
+    on_offence: Callable[[str, str], None]

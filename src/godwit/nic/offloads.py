@@ -42,4 +42,6 @@ def tap_flags(negotiated: int) -> int:
     for feature, flag in _RECEIVE.items():
         if negotiated & feature:
             flags |= flag
+    if not flags & (tun.F_TSO4 | tun.F_TSO6):
+        flags &= ~tun.F_TSO_ECN  # alone it is EINVAL, and a guest may negotiate what it likes
     return flags if flags & tun.F_CSUM else 0

@@ -39,9 +39,9 @@ class RxFilter(msgspec.Struct, forbid_unknown_fields=True):
             return False
         if self.promiscuous:
             return True
-        if filter_vlans and frame[12] == 0x81 and frame[13] == 0 and len(frame) >= 16:
-            if (frame[14] & 0x0F) << 8 | frame[15] not in self.vlans:
-                return False
+        tagged = len(frame) >= 16 and frame[12] == 0x81 and frame[13] == 0
+        if filter_vlans and tagged and (frame[14] & 0x0F) << 8 | frame[15] not in self.vlans:
+            return False
         to = bytes(frame[:6])
         if to[0] & 1:
             if to == _BROADCAST:
@@ -52,6 +52,15 @@ class RxFilter(msgspec.Struct, forbid_unknown_fields=True):
         if self.no_unicast:
             return False
         return to == mac or self.all_unicast or self.unicast_overflow or to in self.unicast
+
+    def copy(self) -> RxFilter:
+        """One that shares nothing with this one."""
+        return msgspec.structs.replace(
+            self,
+            unicast=self.unicast.copy(),
+            multicast=self.multicast.copy(),
+            vlans=self.vlans.copy(),
+        )
 
     def set_tables(self, unicast: list[bytes], multicast: list[bytes]) -> None:
         """Replace both tables."""

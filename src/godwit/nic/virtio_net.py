@@ -15,11 +15,11 @@ import msgspec
 from ..errors import GuestError
 from ..hw.memory import GuestMemory
 from ..loop import Loop
-from .backend import Backend, Ring
-from .rxfilter import RxFilter
 from ..virtio.device import VirtioDevice
-from .netctrl import ERR, OK, Control
 from ..virtio.queue import Virtqueue
+from .backend import Backend, Ring
+from .netctrl import ERR, OK, Control
+from .rxfilter import RxFilter
 
 F_MTU = 1 << 3
 F_MAC = 1 << 5
@@ -33,13 +33,7 @@ F_GUEST_ANNOUNCE = 1 << 21
 F_CTRL_MAC_ADDR = 1 << 23
 
 _OWN_FEATURES = (
-    F_MAC
-    | F_STATUS
-    | F_CTRL_VQ
-    | F_CTRL_RX
-    | F_CTRL_VLAN
-    | F_CTRL_RX_EXTRA
-    | F_CTRL_MAC_ADDR
+    F_MAC | F_STATUS | F_CTRL_VQ | F_CTRL_RX | F_CTRL_VLAN | F_CTRL_RX_EXTRA | F_CTRL_MAC_ADDR
 )
 
 S_LINK_UP = 1
@@ -170,13 +164,13 @@ class VirtioNet(VirtioDevice):
     # --- saved state ------------------------------------------------------------------------------
     def save_net(self) -> NetState:
         """The state; paused."""
-        return NetState(self._mac, self._announce_pending, self.filter)
+        return NetState(self._mac, self._announce_pending, self.filter.copy())
 
     def load_net(self, state: NetState) -> None:
         """Take over a saved state; paused."""
         self._mac = state.mac
         self._announce_pending = state.announce_pending
-        self.filter = state.filter
+        self.filter = state.filter.copy()
 
     # --- the control queue ------------------------------------------------------------------------
     def _control_kicked(self) -> None:

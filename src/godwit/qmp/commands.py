@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -73,8 +72,7 @@ class ParameterArguments(Arguments, frozen=True):
     downtime_limit: int | None = None
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(msgspec.Struct, frozen=True):
     """One command; ``states`` is where it is allowed, None for everywhere."""
 
     run: Callable[[Controller, Any], object]

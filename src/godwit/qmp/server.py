@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
-import stat
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import TracebackType
 
-from ..errors import ConfigError, HostError
+from .. import unixsocket
 from ..loop import Loop
 from ..runstate import RunState
 from . import events, protocol
@@ -64,7 +61,7 @@ class Server:
         execute: protocol.Execute,
         on_error: Callable[[BaseException], None] | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = os.fspath(path)
         self._loop = loop
         self._execute = execute
         self._on_error = on_error
@@ -72,7 +69,9 @@ class Server:
         # Held to touch buffers and the table of clients, never while a command is executed.
         self._lock = threading.Lock()
         self._closed = False
-        self._sock, self._inode = _listen(self.path)
+        self._sock = unixsocket.listen(self.path, "QMP")
+        self._sock.setblocking(False)
+        self._inode = os.stat(self.path).st_ino
         self._watch_listener()
 
     def __enter__(self) -> Server:
@@ -118,10 +117,7 @@ class Server:
             self._drop(client)
         self._loop.unwatch(self._sock.fileno())
         self._sock.close()
-        with contextlib.suppress(OSError):
-            # Another VM may have taken the path meanwhile.
-            if self.path.stat().st_ino == self._inode:
-                self.path.unlink()
+        unixsocket.remove(self.path, self._inode)
 
     def _watch_listener(self) -> None:
         if not self._closed:
@@ -199,43 +195,3 @@ class Server:
             self._clients.pop(fd, None)
         self._loop.unwatch(fd)
         client.sock.close()
-
-
-def _listen(path: Path) -> tuple[socket.socket, int]:
-    """A listening socket at ``path``, and its inode."""
-    _remove_stale(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        sock.bind(str(path))
-        # Between bind and listen nobody can connect, so the mode is never wider than it should
-        # be for anyone; the process's umask, which all threads share, stays as it is.
-        path.chmod(0o600)
-        sock.listen(8)
-        return sock, path.stat().st_ino
-    except OSError as error:
-        sock.close()
-        if error.errno is None:  # Python's own 'AF_UNIX path too long' (sun_path: 108 bytes)
-            raise ConfigError(f"{path} is too long for a Unix socket: at most 107 bytes") from error
-        reason = os.strerror(error.errno)
-        raise HostError(f"cannot make the QMP socket {path}: {reason}") from error
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove the socket that a VM which is no more left behind."""
-    try:
-        mode = path.lstat().st_mode
-    except OSError:
-        return  # nothing there; or bind will say what is wrong
-    if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"{path} exists and is not a socket: choose another path for QMP")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        failure = probe.connect_ex(str(path))
-    if failure == errno.ECONNREFUSED:
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-    elif failure != errno.ENOENT:
-        # 0 or EAGAIN: somebody is there. EACCES: not ours to judge.
-        raise ConfigError(f"a VM listens on {path} already: choose another path for QMP")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from struct import pack
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 
 import msgspec
 
@@ -17,17 +17,21 @@ from ..errors import GuestError, StreamError
 from ..hw.irq import Msix, MsixState, Routes
 from ..hw.pci import PciFunction, PciState
 from ..kvm.handles import Vm
+from . import common
 from . import device as v
+from .common import CommonConfig, CommonState
 from .device import VirtioDevice
 from .queue import QueueState
 
 BAR_SIZE = 0x4000
 _COMMON, _ISR, _DEVICE, _TABLE, _PENDING, _NOTIFY = 0, 0x400, 0x800, 0x1000, 0x1800, 0x2000
 _CAP_MSIX, _CAP_VENDOR = 0x11, 0x09
-_NO_VECTOR = 0xFFFF
-_KINDS = ((1, _COMMON, 0x40), (3, _ISR, 1), (4, _DEVICE, 0x100))
+_KINDS = ((1, _COMMON, common.SIZE), (3, _ISR, 1), (4, _DEVICE, 0x100))
 
-_U64 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 64)]
+_WINDOW_SIZE = 20  # struct virtio_pci_cfg_cap
+
+_Device = TypeVar("_Device", bound=VirtioDevice)
+_U64 = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class TransportState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,20 +39,20 @@ class TransportState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     pci: PciState
     msix: MsixState
-    status: Annotated[int, msgspec.Meta(ge=0, le=255)]
+    common: CommonState
     negotiated: _U64
-    generation: Annotated[int, msgspec.Meta(ge=0, le=255)]
     isr: Annotated[int, msgspec.Meta(ge=0, le=3)]
-    config_vector: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+    #: The configuration access capability: a driver may stand between setting and using it.
+    window: Annotated[bytes, msgspec.Meta(min_length=_WINDOW_SIZE, max_length=_WINDOW_SIZE)]
     queues: Annotated[list[QueueState], msgspec.Meta(max_length=64)]
 
 
-class VirtioPci(PciFunction):
+class VirtioPci(PciFunction, Generic[_Device]):
     """A virtio device behind PCI. It owns the device's lock discipline: all entries take it."""
 
     def __init__(
         self,
-        device: VirtioDevice,
+        device: _Device,
         vm: Vm,
         routes: Routes,
         address: int,
@@ -78,22 +82,15 @@ class VirtioPci(PciFunction):
         self._window_at = self._capability(5, 0, 0, bytes(4), b"\0\0\xff\0\0\0" + b"\xff" * 12)
         self._kicks = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
         self._ioeventfds: int | None = None  # BAR address for which they are registered
-        self._status = self._generation = self._isr = 0
+        self._common = CommonConfig(device, self.msix.count, self._set_status)
+        self._isr = 0
         self._paused = True
-        self._clear()
 
     def _capability(
         self, kind: int, offset: int, length: int, tail: bytes = b"", mask: bytes = b""
     ) -> int:
         body = pack("<BBBBBBII", 16 + len(tail), kind, 0, 0, 0, 0, offset, length) + tail
         return self.add_capability(_CAP_VENDOR, body, mask)
-
-    def _clear(self) -> None:
-        self._status = 0
-        self._isr = 0
-        self._feature_select = self._driver_feature_select = self._queue_select = 0
-        self._driver_features = 0
-        self._config_vector = _NO_VECTOR
 
     # --- what the device asks of its transport ----------------------------------------------------
     def signal_queue(self, index: int) -> None:
@@ -103,9 +100,9 @@ class VirtioPci(PciFunction):
 
     def signal_config(self) -> None:
         """Raise the configuration interrupt; what the guest reads has a new generation."""
-        self._generation = self._generation + 1 & 0xFF
+        self._common.changed()
         self._isr |= 2
-        self.msix.signal(self._config_vector)
+        self.msix.signal(self._common.config_vector)
 
     def queue_fd(self, index: int) -> int:
         """The eventfd of a queue's vector; -1 when it has none."""
@@ -119,7 +116,7 @@ class VirtioPci(PciFunction):
     @property
     def driver_ok(self) -> bool:
         """Whether the driver is running, and the device has not given up on it."""
-        return self._status & (v.DRIVER_OK | v.NEEDS_RESET) == v.DRIVER_OK
+        return self._common.status & (v.DRIVER_OK | v.NEEDS_RESET) == v.DRIVER_OK
 
     # --- the life of the VM -----------------------------------------------------------------------
     def pause(self) -> None:
@@ -169,11 +166,10 @@ class VirtioPci(PciFunction):
         return TransportState(
             self.save_config(),
             self.msix.save(),
-            self._status,
+            self._common.save(),
             self.device.negotiated,
-            self._generation,
             self._isr,
-            self._config_vector,
+            bytes(self.config[self._window_at : self._window_at + _WINDOW_SIZE]),
             [queue.save() for queue in self.device.queues],
         )
 
@@ -192,8 +188,8 @@ class VirtioPci(PciFunction):
         if len(state.queues) != len(device.queues):
             raise StreamError(f"queues: {len(state.queues)}, but {len(device.queues)} here")
         device.negotiated = state.negotiated
-        self._status, self._generation = state.status, state.generation
-        self._isr, self._config_vector = state.isr, state.config_vector
+        self._common.load(state.common)
+        self._isr = state.isr
         try:
             self.msix.load(state.msix)
             for queue, saved in zip(device.queues, state.queues, strict=True):
@@ -203,18 +199,21 @@ class VirtioPci(PciFunction):
         except (GuestError, ValueError) as error:
             raise StreamError(f"queues, msix: {error}") from error
         self.load_config(state.pci)
+        # As if the guest wrote it, so masks hold; all but the data, whose write is an access.
+        for offset in range(_WINDOW_SIZE - 4):
+            super().write_config(self._window_at + offset, 1, state.window[offset])
 
     # --- configuration space ----------------------------------------------------------------------
     def read_config(self, offset: int, size: int) -> int:
         """As PCI; message control lives in the MSI-X object, and the window reads the BAR."""
-        if offset <= self._msix_at + 2 < offset + size:
+        if offset < self._msix_at + 4 and offset + size > self._msix_at + 2:
             self.config[self._msix_at + 2 : self._msix_at + 4] = self.msix.control().to_bytes(
                 2, "little"
             )
         if offset == self._window_at + 16:
             at, length = self._window()
             if length:
-                return self.read(at, length)
+                return self.read(at, length) & (1 << 8 * min(size, length)) - 1
         return super().read_config(offset, size)
 
     def write_config(self, offset: int, size: int, value: int) -> None:
@@ -233,15 +232,16 @@ class VirtioPci(PciFunction):
         """BAR offset and length of the configuration access capability (4.1.4.9); 0: none."""
         at = super().read_config(self._window_at + 8, 4)
         length = super().read_config(self._window_at + 12, 4)
-        if length not in (1, 2, 4) or at % length or at + length > BAR_SIZE:
+        bar = self.config[self._window_at + 4]
+        if bar or length not in (1, 2, 4) or at % length or at + length > BAR_SIZE:
             return 0, 0
         return at, length
 
     def bar_moved(self) -> None:
         """The notification addresses moved along."""
         with self.device.lock:
-            if self._ioeventfds is not None:
-                self._remove_ioeventfds()
+            self._remove_ioeventfds()
+            if self.device.started:
                 self._add_ioeventfds()
 
     def _add_ioeventfds(self) -> None:
@@ -265,7 +265,7 @@ class VirtioPci(PciFunction):
         """Guest reads of the BAR."""
         with self.device.lock:
             if offset < _ISR:
-                return self._read_common(offset) & (1 << 8 * size) - 1
+                return self._common.read(offset) & (1 << 8 * size) - 1
             if offset < _DEVICE:
                 value, self._isr = self._isr, 0  # reading ISR clears it (4.1.4.5)
                 return value
@@ -282,7 +282,7 @@ class VirtioPci(PciFunction):
         """Guest writes of the BAR. Device configuration is read-only, every bit of it."""
         with self.device.lock:
             if offset < _ISR:
-                self._write_common(offset, size, value)
+                self._common.write(offset, size, value)
             elif _TABLE <= offset < _PENDING:
                 self.msix.write_table(offset - _TABLE, size, value)
             elif offset >= _NOTIFY:
@@ -290,101 +290,23 @@ class VirtioPci(PciFunction):
                 if index < len(self._kicks):
                     os.eventfd_write(self._kicks[index], 1)
 
-    def _read_common(self, offset: int) -> int:
-        device = self.device
-        queues = device.queues
-        selected = queues[self._queue_select] if self._queue_select < len(queues) else None
-        if offset < 0x16:
-            return {
-                0x00: self._feature_select,
-                0x04: _word(device.offered, self._feature_select),
-                0x08: self._driver_feature_select,
-                0x0C: _word(self._driver_features, self._driver_feature_select),
-                0x10: self._config_vector,
-                0x12: len(queues),
-                0x14: self._status,
-                0x15: self._generation,
-            }.get(offset, 0)
-        if offset == 0x16:
-            return self._queue_select
-        if selected is None:
-            return 0
-        return {
-            0x18: selected.size,
-            0x1A: selected.vector,
-            0x1C: int(selected.ready),
-            0x1E: self._queue_select,  # queue_notify_off
-            0x20: selected.desc,
-            0x24: selected.desc >> 32,
-            0x28: selected.avail,
-            0x2C: selected.avail >> 32,
-            0x30: selected.used,
-            0x34: selected.used >> 32,
-        }.get(offset, 0)
-
-    def _write_common(self, offset: int, size: int, value: int) -> None:
-        if offset == 0x00:
-            self._feature_select = value
-        elif offset == 0x08:
-            self._driver_feature_select = value
-        elif offset == 0x0C:
-            if self._driver_feature_select < 2 and not self._status & v.FEATURES_OK:
-                shift = 32 * self._driver_feature_select
-                self._driver_features &= ~(0xFFFFFFFF << shift)
-                self._driver_features |= (value & 0xFFFFFFFF) << shift
-        elif offset == 0x10:
-            self._config_vector = self._vector(value)
-        elif offset == 0x14:
-            self._set_status(value)
-        elif offset == 0x16:
-            self._queue_select = value
-        elif self._queue_select < len(self.device.queues):
-            self._write_queue(offset, size, value)
-
-    def _write_queue(self, offset: int, size: int, value: int) -> None:
-        index = self._queue_select
-        queue = self.device.queues[index]
-        if offset == 0x1A:
-            queue.vector = self._vector(value)
-            if self.device.started:
-                self.device.vector_changed(index)
-            return
-        if queue.ready or self._status & v.DRIVER_OK:
-            return  # the rest is fixed once the queue is enabled (4.1.4.3.2)
-        if offset == 0x18:
-            queue.size = value
-        elif offset == 0x1C:
-            queue.ready = value == 1
-        else:
-            for at, field in ((0x20, "desc"), (0x28, "avail"), (0x30, "used")):
-                if at <= offset < at + 8:
-                    shift = 8 * (offset - at)
-                    mask = (1 << 8 * size) - 1
-                    old = getattr(queue, field)
-                    new = (old & ~(mask << shift) | (value & mask) << shift) & (1 << 64) - 1
-                    setattr(queue, field, new)
-
-    def _vector(self, value: int) -> int:
-        return value if value < self.msix.count else _NO_VECTOR
-
     def _set_status(self, value: int) -> None:
         if value == 0:
             self._reset_device()
             return
-        rising = value & ~self._status
+        registers = self._common
+        rising = value & ~registers.status
         if rising & v.FEATURES_OK and not self._accept_features():
             value &= ~v.FEATURES_OK
-        self._status |= value & (
-            v.ACKNOWLEDGE | v.DRIVER | v.FEATURES_OK | v.DRIVER_OK | v.FAILED
-        )
+        registers.status |= value & v.DRIVER_BITS
         if rising & v.DRIVER_OK:
-            if not self._status & v.FEATURES_OK:
+            if not registers.status & v.FEATURES_OK:
                 self._offend("the driver is ready, but negotiated no features")
             elif not self._paused:
                 self._enable_queues()
 
     def _accept_features(self) -> bool:
-        device, wanted = self.device, self._driver_features
+        device, wanted = self.device, self._common.driver_features
         if wanted & ~device.offered or not wanted & v.F_VERSION_1:
             return False
         device.negotiated = wanted
@@ -414,17 +336,14 @@ class VirtioPci(PciFunction):
         for queue in self.device.queues:
             queue.reset()
         self.device.reset()
-        self._clear()
+        self._common.clear()
+        self._isr = 0
 
     def _offend(self, message: str) -> None:
         """The guest broke a rule: the device stops and asks to be reset (2.1.1); the VM lives."""
         self.device.stop()
-        if not self._status & v.NEEDS_RESET:
-            self._status |= v.NEEDS_RESET
+        if not self._common.status & v.NEEDS_RESET:
+            self._common.status |= v.NEEDS_RESET
             self._on_offence(message)
-            if self._status & v.DRIVER_OK:
+            if self._common.status & v.DRIVER_OK:
                 self.signal_config()
-
-
-def _word(value: int, select: int) -> int:
-    return value >> 32 * select & 0xFFFFFFFF if select < 2 else 0

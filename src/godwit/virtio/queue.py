@@ -17,18 +17,21 @@ from ..hw.memory import GuestMemory
 _DESC = Struct("<QIHH")  # addr, len, flags, next
 _NEXT, _WRITE, _INDIRECT = 1, 2, 4
 _NO_INTERRUPT = 1  # avail.flags
+#: Descriptors of an indirect table that are followed. The specification allows the queue's size,
+#: but Linux puts more there when the queue is short; vhost and writev stop at UIO_MAXIOV: this.
+_MAX_INDIRECT = 1024
 
 F_INDIRECT_DESC = 1 << 28
 F_EVENT_IDX = 1 << 29
 
 _U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
-_U64 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 64)]
+_U64 = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is saved of a virtqueue; addresses are guest physical."""
 
-    size: Annotated[int, msgspec.Meta(ge=1, le=32768)]
+    size: _U16  # what the guest wrote: no good size until the queue is enabled
     ready: bool
     desc: _U64
     avail: _U64
@@ -88,6 +91,7 @@ class Virtqueue:
         self.vector = 0xFFFF
         self.last_avail = self.last_used = 0
         self._signalled: int | None = None
+        self._pushed = False
         self._event_idx = self._indirect = False
         self._table: memoryview | None = None
 
@@ -110,12 +114,13 @@ class Virtqueue:
         self._event_idx = bool(features & F_EVENT_IDX)
         self._indirect = bool(features & F_INDIRECT_DESC)
         extra = 2 if self._event_idx else 0
-        self._table = self._memory.view(self.desc, 16 * size)
+        table = self._memory.view(self.desc, 16 * size)
         self._avail = self._memory.view(self.avail, 4 + 2 * size + extra).cast("H")
         self._used16 = self._memory.view(self.used, 4 + 8 * size + extra).cast("H")
         self._used32 = self._memory.view(self.used + 4, 8 * size).cast("I")
         self._signalled = None
         self.ready = True
+        self._table = table
 
     @property
     def enabled(self) -> bool:
@@ -175,9 +180,13 @@ class Virtqueue:
         self.last_used = self.last_used + 1 & 0xFFFF
         self._used16[1] = self.last_used
         self._memory.mark(self.used + 2, 2)
+        self._pushed = True
 
     def should_notify(self) -> bool:
         """Whether the driver wants an interrupt for what was pushed since the last one (2.7.10)."""
+        if not self._pushed:
+            return False
+        self._pushed = False
         with _fence:
             if not self._event_idx:
                 return not self._avail[0] & _NO_INTERRUPT
@@ -214,12 +223,12 @@ class Virtqueue:
         readable: list[memoryview] = []
         writable: list[memoryview] = []
         writable_at: list[tuple[int, int]] = []
-        index, seen, indirect = head, 0, False
+        index, seen, indirect, limit = head, 0, False, size
         while True:
             if index >= size:
                 raise GuestError(f"descriptor {index} in a table of {size}")
-            if seen >= size:
-                raise GuestError(f"descriptor chain from {head} is longer than {size}")
+            if seen >= limit:
+                raise GuestError(f"descriptor chain from {head} is longer than {limit}")
             seen += 1
             address, length, flags, following = _DESC.unpack_from(table, 16 * index)
             if flags & _INDIRECT:
@@ -228,7 +237,7 @@ class Virtqueue:
                 if not length or length % 16:
                     raise GuestError(f"indirect table of {length} bytes")
                 table, size = self._memory.view(address, length), length // 16
-                index, seen, indirect = 0, 0, True
+                index, seen, indirect, limit = 0, 0, True, min(size, _MAX_INDIRECT)
                 continue
             view = self._memory.view(address, length)
             if flags & _WRITE:

@@ -1,0 +1,32 @@
+"""The NIC models there are. A new one is a file with a class, and a line in the table here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..config import NicConfig
+from ..errors import ConfigError
+from .model import Nic, Parts
+from .virtio_nic import VirtioNic, VirtioNicState
+
+MODELS: dict[str, Callable[[NicConfig, Parts], Nic]] = {
+    VirtioNic.model: VirtioNic,
+}
+
+#: The saved states of all models; each is tagged with its model's name.
+NicState = VirtioNicState
+
+
+def make(config: NicConfig, parts: Parts) -> Nic:
+    """A NIC of the configured model.
+
+    Raises:
+        ConfigError: there is no such model; the message lists them.
+        HostError: its tap or backend is missing.
+    """
+    try:
+        model = MODELS[config.model]
+    except KeyError:
+        known = ", ".join(MODELS)
+        raise ConfigError(f"NIC model '{config.model}' is unknown; there is {known}") from None
+    return model(config, parts)

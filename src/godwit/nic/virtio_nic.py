@@ -1,0 +1,157 @@
+"""virtio-net as a NIC of the machine: the device, its PCI transport and its backend together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from ..config import NicConfig
+from ..errors import StreamError
+from ..virtio.pci import TransportState, VirtioPci
+from .backend import Backend
+from .inprocess import InProcessBackend
+from .model import Parts
+from .tap import Tap
+from .vhost import VhostBackend
+from .virtio_net import NetState, VirtioNet
+
+
+class VirtioNicState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="virtio-net"):
+    """The saved state."""
+
+    transport: TransportState
+    net: NetState
+
+
+class VirtioNic:
+    """See :class:`.model.Nic`."""
+
+    model = "virtio-net"
+    version = 1
+
+    def __init__(self, config: NicConfig, parts: Parts) -> None:
+        tap = Tap(config.tap)
+
+        def backend(device: VirtioNet) -> Backend:
+            if config.vhost:
+                return VhostBackend(tap, parts.memory)
+            return InProcessBackend(
+                tap,
+                parts.loop,
+                device.lock,
+                device.accepts,
+                lambda message: device.on_offence(message),
+            )
+
+        announce = config.guest_announce
+        try:
+            self.device = VirtioNet(
+                config.id,
+                config.mac,
+                parts.memory,
+                parts.loop,
+                backend,
+                mtu=config.mtu,
+                queue_size=config.queue_size,
+                guest_announce=parts.guest_announce if announce is None else announce,
+            )
+        except BaseException:
+            tap.close()
+            raise
+        self.function = VirtioPci(
+            self.device,
+            parts.vm,
+            parts.routes,
+            parts.bar,
+            lambda message: parts.on_offence(config.id, message),
+        )
+
+    # --- NicModel ---------------------------------------------------------------------------------
+    @property
+    def name(self) -> str:
+        """The NIC's id."""
+        return self.device.name
+
+    @property
+    def mac(self) -> bytes:
+        """The MAC address in force."""
+        return self.device.mac
+
+    def announce(self) -> bool:
+        """Have the guest announce itself; False when it declines."""
+        return self.device.announce()
+
+    def send_from_host(self, frame: bytes) -> None:
+        """As if the guest had sent it. Raises OSError."""
+        self.device.send_from_host(frame)
+
+    # --- Nic --------------------------------------------------------------------------------------
+    @property
+    def on_ack(self) -> Callable[[], None]:
+        """Told of each acknowledged announcement."""
+        return self.device.on_ack
+
+    @on_ack.setter
+    def on_ack(self, listener: Callable[[], None]) -> None:
+        self.device.on_ack = listener
+
+    @property
+    def offered(self) -> int:
+        """Features on offer."""
+        return self.device.offered
+
+    @property
+    def negotiated(self) -> int:
+        """Features in use."""
+        return self.device.negotiated
+
+    def pause(self) -> None:
+        """Move no frames."""
+        self.function.pause()
+
+    def resume(self) -> None:
+        """Move frames."""
+        self.function.resume()
+
+    def reset(self) -> None:
+        """Power-on."""
+        self.function.reset()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.function.close()
+        self.device.backend.close()
+
+    def start_log(self) -> None:
+        """Log what the backend writes."""
+        with self.device.lock:
+            self.device.backend.start_log()
+
+    def take_log(self) -> bytes | None:
+        """What it wrote."""
+        with self.device.lock:
+            return self.device.backend.take_log()
+
+    def stop_log(self) -> None:
+        """Log no more."""
+        with self.device.lock:
+            self.device.backend.stop_log()
+
+    def drain(self) -> int:
+        """Throw away what waits in the tap."""
+        return self.device.backend.drain()
+
+    def save(self) -> VirtioNicState:
+        """The state."""
+        return VirtioNicState(self.function.save_transport(), self.device.save_net())
+
+    def load(self, state: msgspec.Struct) -> None:
+        """Take over a saved state. Raises StreamError."""
+        if not isinstance(state, VirtioNicState):
+            raise StreamError(f"{self.name}: the state of another model")
+        try:
+            self.function.load_transport(state.transport)
+            self.device.load_net(state.net)
+        except StreamError as error:
+            raise StreamError(f"{self.name}: {error}") from error
