@@ -6,65 +6,40 @@ at 0x1000, pending bits at 0x1800, notifications at 0x2000, four bytes a queue.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from struct import pack
-from typing import Annotated, Generic, TypeVar
-
-import msgspec
+from struct import pack, pack_into
 
 from ..errors import GuestError, StreamError
-from ..hw.irq import Msix, MsixState, Routes
-from ..hw.pci import PciFunction, PciState
+from ..hw.irq import Msix, Routes
+from ..hw.pci import PciFunction
 from ..kvm.handles import Vm
 from . import common
 from . import device as v
-from .common import CommonConfig, CommonState
+from .common import CommonConfig
 from .device import VirtioDevice
-from .queue import QueueState
+from .kicks import STRIDE, Kicks
+from .saved import TransportState
+from .window import Window
 
 BAR_SIZE = 0x4000
 _COMMON, _ISR, _DEVICE, _TABLE, _PENDING, _NOTIFY = 0, 0x400, 0x800, 0x1000, 0x1800, 0x2000
 _CAP_MSIX, _CAP_VENDOR = 0x11, 0x09
 _KINDS = ((1, _COMMON, common.SIZE), (3, _ISR, 1), (4, _DEVICE, 0x100))
 
-_WINDOW_SIZE = 20  # struct virtio_pci_cfg_cap
 
-_Device = TypeVar("_Device", bound=VirtioDevice)
-_U64 = Annotated[int, msgspec.Meta(ge=0)]
-
-
-class TransportState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The transport's share of a virtio device's saved state."""
-
-    pci: PciState
-    msix: MsixState
-    common: CommonState
-    negotiated: _U64
-    isr: Annotated[int, msgspec.Meta(ge=0, le=3)]
-    #: The configuration access capability: a driver may stand between setting and using it.
-    window: Annotated[bytes, msgspec.Meta(min_length=_WINDOW_SIZE, max_length=_WINDOW_SIZE)]
-    queues: Annotated[list[QueueState], msgspec.Meta(max_length=64)]
-
-
-class VirtioPci(PciFunction, Generic[_Device]):
+class VirtioPci(PciFunction):
     """A virtio device behind PCI. It owns the device's lock discipline: all entries take it."""
 
     def __init__(
         self,
-        device: _Device,
+        device: VirtioDevice,
         vm: Vm,
         routes: Routes,
         address: int,
         on_offence: Callable[[str], None],
     ) -> None:
-        super().__init__(
-            0x1AF4,
-            0x1040 + device.device_id,
-            device.class_code,
-            (0x1AF4, 0x1100),
-            revision=1,
-        )
+        kind = 0x1040 + device.device_id
+        super().__init__(0x1AF4, kind, device.class_code, (0x1AF4, 0x1100), revision=1)
         self.device = device
         self._vm = vm
         self._on_offence = on_offence
@@ -78,10 +53,10 @@ class VirtioPci(PciFunction, Generic[_Device]):
         )
         for kind, offset, length in _KINDS:
             self._capability(kind, offset, length)
-        self._capability(2, _NOTIFY, 4 * count, pack("<I", 4))
-        self._window_at = self._capability(5, 0, 0, bytes(4), b"\0\0\xff\0\0\0" + b"\xff" * 12)
-        self._kicks = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
-        self._ioeventfds: int | None = None  # BAR address for which they are registered
+        self._capability(2, _NOTIFY, STRIDE * count, pack("<I", STRIDE))
+        at = self._capability(5, 0, 0, bytes(4), Window.MASK)
+        self._window = Window(self.config, at, BAR_SIZE)
+        self._kicks = Kicks(vm, count)
         self._common = CommonConfig(device, self.msix.count, self._set_status)
         self._isr = 0
         self._paused = True
@@ -111,7 +86,7 @@ class VirtioPci(PciFunction, Generic[_Device]):
 
     def kick_fd(self, index: int) -> int:
         """The eventfd that the guest's notifications of a queue signal."""
-        return self._kicks[index]
+        return self._kicks.fds[index]
 
     @property
     def driver_ok(self) -> bool:
@@ -142,7 +117,7 @@ class VirtioPci(PciFunction, Generic[_Device]):
                 # at a migration's source; both sides take a spurious one lightly.
                 for index, queue in enumerate(self.device.queues):
                     if queue.enabled:
-                        os.eventfd_write(self._kicks[index], 1)
+                        self._kicks.kick(index)
                         self.msix.signal(queue.vector)
 
     def reset(self) -> None:
@@ -155,11 +130,8 @@ class VirtioPci(PciFunction, Generic[_Device]):
     def close(self) -> None:
         """Give the descriptors back; the VM is paused."""
         with self.device.lock:
-            self._remove_ioeventfds()
+            self._kicks.close()
             self.msix.close()
-            for fd in self._kicks:
-                os.close(fd)
-            self._kicks.clear()
 
     def save_transport(self) -> TransportState:
         """The transport's state; paused."""
@@ -169,7 +141,7 @@ class VirtioPci(PciFunction, Generic[_Device]):
             self._common.save(),
             self.device.negotiated,
             self._isr,
-            bytes(self.config[self._window_at : self._window_at + _WINDOW_SIZE]),
+            self._window.save(),
             [queue.save() for queue in self.device.queues],
         )
 
@@ -199,19 +171,15 @@ class VirtioPci(PciFunction, Generic[_Device]):
         except (GuestError, ValueError) as error:
             raise StreamError(f"queues, msix: {error}") from error
         self.load_config(state.pci)
-        # As if the guest wrote it, so masks hold; all but the data, whose write is an access.
-        for offset in range(_WINDOW_SIZE - 4):
-            super().write_config(self._window_at + offset, 1, state.window[offset])
+        self._window.load(state.window)
 
     # --- configuration space ----------------------------------------------------------------------
     def read_config(self, offset: int, size: int) -> int:
         """As PCI; message control lives in the MSI-X object, and the window reads the BAR."""
         if offset < self._msix_at + 4 and offset + size > self._msix_at + 2:
-            self.config[self._msix_at + 2 : self._msix_at + 4] = self.msix.control().to_bytes(
-                2, "little"
-            )
-        if offset == self._window_at + 16:
-            at, length = self._window()
+            pack_into("<H", self.config, self._msix_at + 2, self.msix.control())
+        if offset == self._window.data:
+            at, length = self._window.target()
             if length:
                 return self.read(at, length) & (1 << 8 * min(size, length)) - 1
         return super().read_config(offset, size)
@@ -223,42 +191,22 @@ class VirtioPci(PciFunction, Generic[_Device]):
             control = self.config[self._msix_at + 2 : self._msix_at + 4]
             with self.device.lock:
                 self.msix.set_control(int.from_bytes(control, "little"))
-        if offset == self._window_at + 16:
-            at, length = self._window()
+        if offset == self._window.data:
+            at, length = self._window.target()
             if length:
                 self.write(at, length, value & (1 << 8 * length) - 1)
-
-    def _window(self) -> tuple[int, int]:
-        """BAR offset and length of the configuration access capability (4.1.4.9); 0: none."""
-        at = super().read_config(self._window_at + 8, 4)
-        length = super().read_config(self._window_at + 12, 4)
-        bar = self.config[self._window_at + 4]
-        if bar or length not in (1, 2, 4) or at % length or at + length > BAR_SIZE:
-            return 0, 0
-        return at, length
 
     def bar_moved(self) -> None:
         """The notification addresses moved along."""
         with self.device.lock:
-            self._remove_ioeventfds()
+            self._kicks.unregister()
             if self.device.started:
-                self._add_ioeventfds()
+                self._register_kicks()
 
-    def _add_ioeventfds(self) -> None:
-        if self.bar is None or self._ioeventfds is not None:
-            return
-        self._ioeventfds = self.bar
-        for index, queue in enumerate(self.device.queues):
-            if queue.enabled:
-                self._vm.ioeventfd(self._kicks[index], self.bar + _NOTIFY + 4 * index, 2, True)
-
-    def _remove_ioeventfds(self) -> None:
-        base, self._ioeventfds = self._ioeventfds, None
-        if base is None:
-            return
-        for index, queue in enumerate(self.device.queues):
-            if queue.enabled:
-                self._vm.ioeventfd(self._kicks[index], base + _NOTIFY + 4 * index, 2, False)
+    def _register_kicks(self) -> None:
+        if self.bar is not None:
+            enabled = [index for index, queue in enumerate(self.device.queues) if queue.enabled]
+            self._kicks.register(self.bar + _NOTIFY, enabled)
 
     # --- the BAR ----------------------------------------------------------------------------------
     def read(self, offset: int, size: int) -> int:
@@ -286,9 +234,7 @@ class VirtioPci(PciFunction, Generic[_Device]):
             elif _TABLE <= offset < _PENDING:
                 self.msix.write_table(offset - _TABLE, size, value)
             elif offset >= _NOTIFY:
-                index = (offset - _NOTIFY) // 4
-                if index < len(self._kicks):
-                    os.eventfd_write(self._kicks[index], 1)
+                self._kicks.kick((offset - _NOTIFY) // STRIDE)
 
     def _set_status(self, value: int) -> None:
         if value == 0:
@@ -323,7 +269,7 @@ class VirtioPci(PciFunction, Generic[_Device]):
         self._start()
 
     def _start(self) -> None:
-        self._add_ioeventfds()
+        self._register_kicks()
         try:
             self.device.start()
         except GuestError as error:
@@ -331,7 +277,7 @@ class VirtioPci(PciFunction, Generic[_Device]):
 
     def _reset_device(self) -> None:
         self.device.stop()
-        self._remove_ioeventfds()
+        self._kicks.unregister()
         self.device.negotiated = 0
         for queue in self.device.queues:
             queue.reset()
@@ -347,3 +293,6 @@ class VirtioPci(PciFunction, Generic[_Device]):
             self._on_offence(message)
             if self._common.status & v.DRIVER_OK:
                 self.signal_config()
+
+
+__all__ = ["BAR_SIZE", "TransportState", "VirtioPci"]

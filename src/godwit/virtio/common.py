@@ -1,0 +1,175 @@
+"""The common configuration registers of the PCI transport (virtio 1.2, 4.1.4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import msgspec
+
+from .device import DRIVER_OK, FEATURES_OK, VirtioDevice
+
+SIZE = 0x38  # struct virtio_pci_common_cfg up to queue_device
+NO_VECTOR = 0xFFFF
+
+_QUEUE_ADDRESSES = ((0x20, "desc"), (0x28, "avail"), (0x30, "used"))
+
+_U8 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 8)]
+_U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+_U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+_U64 = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class CommonState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The registers; a driver may stand between any two accesses when the VM stops."""
+
+    status: _U8
+    generation: _U8
+    config_vector: _U16
+    feature_select: _U32
+    driver_feature_select: _U32
+    driver_features: _U64
+    queue_select: _U16
+
+
+class CommonConfig:
+    """The registers. ``set_status(value)`` is called for each write of the device status."""
+
+    def __init__(
+        self, device: VirtioDevice, vectors: int, set_status: Callable[[int], None]
+    ) -> None:
+        self._device = device
+        self._vectors = vectors
+        self._set_status = set_status
+        self._generation = 0
+        self._seen: bytes | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """As after a device reset; the generation goes on."""
+        self.status = 0
+        self.config_vector = NO_VECTOR
+        self.driver_features = 0
+        self._feature_select = self._driver_feature_select = self._queue_select = 0
+
+    def changed(self) -> None:
+        """The device configuration is about to be announced as changed: a new generation."""
+        self._generation = self._generation + 1 & 0xFF
+        self._seen = self._device.config()
+
+    def save(self) -> CommonState:
+        """The state; paused."""
+        return CommonState(
+            self.status,
+            self._generation,
+            self.config_vector,
+            self._feature_select,
+            self._driver_feature_select,
+            self.driver_features,
+            self._queue_select,
+        )
+
+    def load(self, state: CommonState) -> None:
+        """Take over a saved state."""
+        self.status = state.status
+        self._generation = state.generation
+        self.config_vector = self._vector(state.config_vector)
+        self._feature_select = state.feature_select
+        self._driver_feature_select = state.driver_feature_select
+        self.driver_features = state.driver_features
+        self._queue_select = state.queue_select
+        self._seen = None
+
+    def read(self, offset: int) -> int:
+        """The register at ``offset``, perhaps wider than what was asked for; 0 between them."""
+        queues = self._device.queues
+        if offset == 0x15:
+            return self._current_generation()
+        if offset < 0x18:
+            return {
+                0x00: self._feature_select,
+                0x04: _word(self._device.offered, self._feature_select),
+                0x08: self._driver_feature_select,
+                0x0C: _word(self.driver_features, self._driver_feature_select),
+                0x10: self.config_vector,
+                0x12: len(queues),
+                0x14: self.status,
+                0x16: self._queue_select,
+            }.get(offset, 0)
+        if self._queue_select >= len(queues):
+            return 0
+        queue = queues[self._queue_select]
+        return {
+            0x18: queue.size,
+            0x1A: queue.vector,
+            0x1C: int(queue.ready),
+            0x1E: self._queue_select,  # queue_notify_off
+            0x20: queue.desc,
+            0x24: queue.desc >> 32,
+            0x28: queue.avail,
+            0x2C: queue.avail >> 32,
+            0x30: queue.used,
+            0x34: queue.used >> 32,
+        }.get(offset, 0)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """The guest wrote; what is read-only, or fixed by now, stays as it is."""
+        if offset == 0x00:
+            self._feature_select = value & 0xFFFFFFFF
+        elif offset == 0x08:
+            self._driver_feature_select = value & 0xFFFFFFFF
+        elif offset == 0x0C:
+            if self._driver_feature_select < 2 and not self.status & FEATURES_OK:
+                shift = 32 * self._driver_feature_select
+                self.driver_features &= ~(0xFFFFFFFF << shift)
+                self.driver_features |= (value & 0xFFFFFFFF) << shift
+        elif offset == 0x10:
+            self.config_vector = self._vector(value & 0xFFFF)
+        elif offset == 0x14:
+            self._set_status(value & 0xFF)
+        elif offset == 0x16:
+            self._queue_select = value & 0xFFFF
+        elif self._queue_select < len(self._device.queues):
+            self._write_queue(offset, size, value)
+
+    def _write_queue(self, offset: int, size: int, value: int) -> None:
+        index = self._queue_select
+        queue = self._device.queues[index]
+        if offset == 0x1A:
+            queue.vector = self._vector(value & 0xFFFF)
+            if self._device.started:
+                self._device.vector_changed(index)
+            return
+        if queue.ready or self.status & DRIVER_OK:
+            return  # the rest is fixed once the queue is enabled (4.1.4.3.2)
+        if offset == 0x18:
+            queue.size = value & 0xFFFF
+        elif offset == 0x1C:
+            queue.ready = value & 0xFFFF == 1
+        else:
+            for at, field in _QUEUE_ADDRESSES:
+                if at <= offset < at + 8:
+                    shift = 8 * (offset - at)
+                    mask = (1 << 8 * size) - 1
+                    old = getattr(queue, field)
+                    new = (old & ~(mask << shift) | (value & mask) << shift) & (1 << 64) - 1
+                    setattr(queue, field, new)
+
+    def _vector(self, value: int) -> int:
+        return value if value < self._vectors else NO_VECTOR
+
+    def _current_generation(self) -> int:
+        """A new one whenever the configuration is not what it was at the last look (4.1.4.3.1).
+
+        A driver that reads it before and after sees every change: those that come with an
+        interrupt, and those that its own control commands make.
+        """
+        now = self._device.config()
+        if self._seen is not None and now != self._seen:
+            self._generation = self._generation + 1 & 0xFF
+        self._seen = now
+        return self._generation
+
+
+def _word(value: int, select: int) -> int:
+    return value >> 32 * select & 0xFFFFFFFF if select < 2 else 0

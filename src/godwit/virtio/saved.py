@@ -1,0 +1,28 @@
+"""The saved state of the PCI transport."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from ..hw.irq import MsixState
+from ..hw.pci import PciState
+from .common import CommonState
+from .queue import QueueState
+from .window import Window
+
+_U64 = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class TransportState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The transport's share of a virtio device's saved state."""
+
+    pci: PciState
+    msix: MsixState
+    common: CommonState
+    negotiated: _U64
+    isr: Annotated[int, msgspec.Meta(ge=0, le=3)]
+    #: The configuration access capability: a driver may stand between setting and using it.
+    window: Annotated[bytes, msgspec.Meta(min_length=Window.SIZE, max_length=Window.SIZE)]
+    queues: Annotated[list[QueueState], msgspec.Meta(max_length=64)]
