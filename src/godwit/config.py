@@ -104,14 +104,20 @@ def parse_nic(text: str, index: int) -> NicConfig:
             raise ConfigError(f"--nic: '{part}' in '{text}'; KEY=VALUE with {', '.join(known)}")
         values[key] = value
     tap = values.get("tap", "")
-    if not re.fullmatch(r"[^\s/:]{1,15}", tap):
-        raise ConfigError(f"--nic '{text}': tap= needs an interface name of 1 to 15 characters")
+    if not re.fullmatch(r"[^\s/:]{1,15}", tap) or len(tap.encode()) > 15:
+        raise ConfigError(f"--nic '{text}': tap= needs an interface name of 1 to 15 bytes")
+    name = values.get("id", f"nic{index}")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII):
+        raise ConfigError(
+            f"--nic: id={name}; 1 to 64 letters, digits, '.', '_' and '-', please, "
+            "the first a letter or digit"
+        )
     mtu = _number(values, "mtu", 68, 65535)
     size = _number(values, "queue-size", 16, 1024) or 256
     if size & size - 1:
         raise ConfigError(f"--nic: queue-size={size}; a power of two, please")
     return NicConfig(
-        id=values.get("id", f"nic{index}"),
+        id=name,
         tap=tap,
         mac=parse_mac(values["mac"]) if "mac" in values else default_mac(tap, index),
         model=values.get("model", "virtio-net"),

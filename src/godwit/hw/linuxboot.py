@@ -49,14 +49,18 @@ def load(memory: GuestMemory, kernel: str, initrd: str | None, command_line: str
         )
     setup = (image[0x1F1] or 4) * 512 + 512
     body = memoryview(image)[setup:]
+    if not body:
+        raise ConfigError(f"kernel {kernel}: ends within its setup code; the file is cut off")
     initrd_max, max_line = unpack_from("<I", image, 0x22C)[0], unpack_from("<I", image, 0x238)[0]
     init_size = unpack_from("<I", image, 0x260)[0]
+    # The kernel moves up to its preferred address and unpacks itself there (head_64.S).
+    init_end = max(_KERNEL, unpack_from("<Q", image, 0x258)[0]) + init_size
     line = command_line.encode()
     if len(line) > max_line:
         raise ConfigError(f"command line has {len(line)} bytes; this kernel takes {max_line}")
 
     low = memory.regions[0].size
-    if _KERNEL + max(init_size, len(body)) > low:
+    if max(init_end, _KERNEL + len(body)) > low:
         raise ConfigError(f"kernel {kernel} needs more than {low >> 20} MiB; give --memory more")
     memory.write(_KERNEL, body)
     memory.write(_COMMAND_LINE, line + b"\0")
@@ -67,7 +71,7 @@ def load(memory: GuestMemory, kernel: str, initrd: str | None, command_line: str
     if initrd is not None:
         data = _read(initrd, "initrd")
         at = (min(low, initrd_max + 1) - len(data)) // PAGE * PAGE
-        if at < _KERNEL + init_size:
+        if at < max(init_end, _KERNEL + len(body)):
             raise ConfigError(
                 f"initrd {initrd} ({len(data) >> 20} MiB) does not fit beside the kernel in "
                 f"{low >> 20} MiB; give --memory more"

@@ -1,0 +1,209 @@
+"""The 16550A: registers, loopback, interrupts, a sink that is full, saved state."""
+
+import pytest
+
+from godwit.hw.serial import Serial, SerialState
+from godwit.migration.codec import decode, encode
+
+RX_THR, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR = range(8)
+DLAB, LOOP = 0x80, 0x10
+DATA, THRE, IDLE = 1, 0x20, 0x40
+NONE, THR, RX = 1, 2, 4
+
+
+class Sink:
+    """Takes ``limit`` bytes, and more if it must."""
+
+    def __init__(self, limit: int = 1000) -> None:
+        self.limit = limit
+        self.data = b""
+
+    def room(self) -> bool:
+        return len(self.data) < self.limit
+
+    def write(self, data: bytes) -> None:
+        self.data += data
+
+
+class Port:
+    """A UART, its sink and its line."""
+
+    def __init__(self, limit: int = 1000) -> None:
+        self.sink = Sink(limit)
+        self.edges: list[bool] = []
+        self.uart = Serial(self.sink, self.edges.append)
+
+    def read(self, register: int) -> int:
+        return self.uart.read(register, 1)
+
+    def write(self, register: int, value: int) -> None:
+        self.uart.write(register, 1, value)
+
+    @property
+    def line(self) -> bool:
+        return bool(self.edges) and self.edges[-1]
+
+
+@pytest.fixture
+def port() -> Port:
+    return Port()
+
+
+def test_registers_read_back(port: Port) -> None:
+    for register, value, shown in (
+        (IER, 0xFF, 0x0F),
+        (LCR, 0x1B, 0x1B),
+        (MCR, 0xFF, 0x1F),
+        (SCR, 0xA5, 0xA5),
+    ):
+        port.write(register, value)
+        assert port.read(register) == shown
+    port.write(LSR, 0)
+    port.write(MSR, 0)
+    assert port.read(LSR) == THRE | IDLE
+
+
+def test_the_divisor_hides_behind_dlab(port: Port) -> None:
+    port.write(LCR, DLAB | 3)
+    port.write(RX_THR, 0x34)
+    port.write(IER, 0x12)
+    assert (port.read(RX_THR), port.read(IER)) == (0x34, 0x12)
+    port.write(LCR, 3)
+    assert (port.read(RX_THR), port.read(IER)) == (0, 0)
+    assert port.sink.data == b""
+
+
+def test_the_fifo_makes_it_a_16550a(port: Port) -> None:
+    assert port.read(IIR_FCR) == NONE
+    port.write(IIR_FCR, 1)
+    assert port.read(IIR_FCR) == 0xC0 | NONE
+    port.write(IIR_FCR, 0)
+    assert port.read(IIR_FCR) == NONE
+
+
+def test_bytes_go_out_and_come_in(port: Port) -> None:
+    for byte in b"hello":
+        port.write(RX_THR, byte)
+    assert port.sink.data == b"hello"
+    assert not port.read(LSR) & DATA
+    assert port.uart.receive(b"yes") == 3
+    seen = b""
+    while port.read(LSR) & DATA:
+        seen += bytes((port.read(RX_THR),))
+    assert seen == b"yes"
+    assert port.read(RX_THR) == 0
+
+
+def test_input_is_bounded_and_says_so(port: Port) -> None:
+    assert port.uart.receive(bytes(70_000)) == 65_536
+    assert port.uart.receive(b"x") == 0
+    port.read(RX_THR)
+    assert port.uart.receive(b"xy") == 1
+    port.write(IIR_FCR, 3)  # clear the receiver's FIFO
+    assert not port.read(LSR) & DATA
+
+
+def test_loopback(port: Port) -> None:
+    port.write(MCR, LOOP)
+    port.write(RX_THR, 0x55)
+    assert port.sink.data == b""
+    assert port.read(RX_THR) == 0x55
+    # Linux's autoconfig: with MCR = LOOP | OUT2 | RTS, the modem status shows DCD and CTS.
+    port.write(MCR, LOOP | 0x0A)
+    assert port.read(MSR) & 0xF0 == 0x90
+    for mcr, msr in ((1, 0x20), (2, 0x10), (4, 0x40), (8, 0x80)):
+        port.write(MCR, LOOP | mcr)
+        assert port.read(MSR) == msr
+    port.write(MCR, 0)
+    assert port.read(MSR) == 0xB0
+
+
+def test_input_interrupts_until_it_is_read(port: Port) -> None:
+    port.uart.receive(b"ab")
+    assert not port.line
+    port.write(IER, 1)
+    assert port.line
+    assert port.read(IIR_FCR) == RX
+    port.read(RX_THR)
+    assert port.line
+    port.read(RX_THR)
+    assert not port.line
+    assert port.read(IIR_FCR) == NONE
+    assert port.edges == [True, False]
+
+
+def test_the_empty_transmitter_interrupts_once_a_byte(port: Port) -> None:
+    port.write(IER, 2)
+    assert port.line
+    assert port.read(IIR_FCR) == THR
+    assert not port.line  # reading IIR took the cause away
+    port.write(RX_THR, 65)
+    assert port.line
+    port.write(IER, 0)
+    assert not port.line
+    port.write(IER, 2)
+    assert port.line
+
+
+def test_input_comes_before_the_transmitter(port: Port) -> None:
+    port.write(IER, 3)
+    port.uart.receive(b"x")
+    assert port.read(IIR_FCR) == RX
+    port.read(RX_THR)
+    assert port.read(IIR_FCR) == THR
+    assert port.read(IIR_FCR) == NONE
+    assert not port.line
+
+
+def test_a_full_sink_is_not_ready_and_loses_nothing() -> None:
+    port = Port(limit=3)
+    port.write(IER, 2)
+    for byte in b"abc":
+        assert port.read(LSR) & THRE
+        port.write(RX_THR, byte)
+    assert not port.read(LSR) & (THRE | IDLE)
+    assert not port.line
+    # A driver that does not look (Linux's console gives up waiting after a while) loses nothing.
+    port.write(RX_THR, ord("d"))
+    assert port.sink.data == b"abcd"
+    assert port.read(IIR_FCR) == NONE
+    port.sink.limit = 100
+    port.uart.room_again()
+    assert port.line
+    assert port.read(IIR_FCR) == THR
+    assert port.read(LSR) & THRE
+
+
+def test_room_again_interrupts_only_who_asked() -> None:
+    port = Port(limit=0)
+    port.uart.room_again()
+    assert port.edges == []
+
+
+def test_wider_accesses_are_bytes(port: Port) -> None:
+    port.uart.write(SCR, 4, 0x1234_56AB)
+    assert port.uart.read(SCR, 4) == 0xAB
+
+
+def test_state_moves(port: Port) -> None:
+    for register, value in ((IIR_FCR, 1), (LCR, DLAB), (RX_THR, 7), (IER, 8), (LCR, 3)):
+        port.write(register, value)
+    port.write(IER, 3)
+    port.write(MCR, 0x0B)
+    port.write(SCR, 0x5A)
+    port.uart.receive(b"waiting")
+    state = decode(encode(port.uart.save()), SerialState)
+    other = Port()
+    other.uart.load(state)
+    assert other.uart.save() == port.uart.save()
+    assert other.edges == []  # the line's level lives in the interrupt controllers' state
+    assert bytes(other.read(RX_THR) for _ in range(7)) == b"waiting"
+    assert other.read(IIR_FCR) & 0x0F == THR
+    assert other.edges == [False]
+
+
+def test_reset(port: Port) -> None:
+    port.write(IER, 3)
+    port.uart.receive(b"x")
+    port.uart.reset()
+    assert port.uart.save() == Port().uart.save()
