@@ -1,0 +1,138 @@
+"""Guest RAM: its layout, its bounds, the marks of the VMM's own writes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from godwit.errors import ConfigError, GuestError
+from godwit.hw.memory import HUGE, PAGE, GuestMemory, layout
+
+M, G = 1 << 20, 1 << 30
+SIZE = 32 * M
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[GuestMemory]:
+    memory = GuestMemory(SIZE)
+    yield memory
+    memory.close()
+
+
+@pytest.fixture(scope="module")
+def large() -> Iterator[GuestMemory]:
+    memory = GuestMemory(4 * G)  # not reserved: it costs address space alone
+    yield memory
+    memory.close()
+
+
+def test_the_layout_has_a_hole_for_devices() -> None:
+    assert layout(256 * M) == [(0, 256 * M)]
+    assert layout(3 * G) == [(0, 3 * G)]
+    assert layout(3 * G + 2 * M) == [(0, 3 * G), (4 * G, 2 * M)]
+    assert layout(8 * G) == [(0, 3 * G), (4 * G, 5 * G)]
+
+
+@pytest.mark.parametrize("size", [0, -1, 30 * M, 33 * M + 1, SIZE + PAGE, SIZE + M])
+def test_sizes_that_are_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match=r"multiple of 2M"):
+        GuestMemory(size)
+
+
+def test_more_than_the_host_has_names_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"--memory"):
+        GuestMemory(1 << 56)
+
+
+def test_guest_and_host_agree_modulo_a_huge_page(large: GuestMemory) -> None:
+    assert [(region.slot, region.start) for region in large.regions] == [(0, 0), (1, 4 * G)]
+    assert all(region.host % HUGE == region.start % HUGE == 0 for region in large.regions)
+    assert large.regions[1].end == 5 * G
+
+
+def test_what_is_written_is_read(large: GuestMemory) -> None:
+    for at in (0, PAGE - 2, 3 * G - 4, 4 * G, 5 * G - 4):
+        large.write(at, b"data")
+        assert large.read(at, 4) == b"data"
+        assert bytes(large.view(at, 4)) == b"data"
+    large.clear()
+    assert large.read(3 * G - 4, 4) == bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("address", "length"),
+    [
+        (3 * G - 4, 8),
+        (3 * G, 1),
+        (4 * G - 1, 1),
+        (4 * G - 1, 2),
+        (5 * G, 1),
+        (5 * G - 1, 2),
+        (3 * G - 1, 2 * G),
+        (-1, 1),
+        (-4, 8),
+        (0, -1),
+        (16, -8),
+        ((1 << 64) - 1, 2),
+        (1 << 64, 1),
+        (6 * G, 0),
+    ],
+)
+def test_nothing_outside_ram_is_reached(large: GuestMemory, address: int, length: int) -> None:
+    with pytest.raises(GuestError, match="RAM"):
+        large.view(address, length)
+    with pytest.raises(GuestError):
+        large.read(address, length)
+    with pytest.raises(GuestError):
+        large.writable(address, length)
+
+
+@pytest.mark.parametrize("address", [0, 8, 9, SIZE - 2, SIZE - 3])
+def test_numbers_are_little_endian_at_any_address(memory: GuestMemory, address: int) -> None:
+    memory.write(address, b"\x34\x12")
+    assert memory.read_u16(address) == 0x1234
+    with pytest.raises(GuestError):
+        memory.read_u16(SIZE - 1)
+
+
+def test_a_number_is_stored_whole(memory: GuestMemory) -> None:
+    memory.write_u16(0x100, 0xBEEF)
+    assert memory.read(0x100, 2) == b"\xef\xbe"
+
+
+def test_own_writes_are_marked_while_it_logs(memory: GuestMemory) -> None:
+    memory.write(0, b"before")
+    assert memory.take_log() == set()
+    memory.start_log()
+    memory.write(PAGE - 1, b"ab")
+    memory.write_u16(5 * PAGE + 2, 1)
+    memory.writable(7 * PAGE, 2 * PAGE)
+    memory.mark(SIZE - 1, 1)
+    memory.write(9 * PAGE, b"")
+    memory.mark(9 * PAGE, 0)
+    assert memory.take_log() == {0, 1, 5, 7, 8, SIZE // PAGE - 1}
+    assert memory.take_log() == set()
+    memory.write(0, b"x")
+    memory.stop_log()
+    memory.write(PAGE, b"x")
+    assert memory.take_log() == set()
+
+
+def test_memory_of_a_guest_goes_away_with_it() -> None:
+    # In a process of its own, so that other tests' memory does not count.
+    program = (
+        "from godwit.hw.memory import GuestMemory\n"
+        "def size():\n"
+        "    return int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "before = size()\n"
+        "memory = GuestMemory(1 << 32)\n"
+        "assert size() - before >= 1 << 32\n"
+        "view = memory.view(0, 4)\n"
+        "del view\n"
+        "memory.close()\n"
+        "assert size() - before < 1 << 28, size() - before\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, timeout=60)
