@@ -33,6 +33,14 @@ _FIRST_BAR = 0xE000_0000
 _BAR_STRIDE = 1 << 20  # room for any model's BAR, aligned to its size
 
 
+#: Is told that a phase has ended.
+Mark = Callable[[str], None]
+
+
+def _unmarked(phase: str) -> None:
+    """For those who do not ask."""
+
+
 class Machine:
     """A machine, paused at first.
 
@@ -160,7 +168,7 @@ class Machine:
             cpustate.load_platform(self.vm, self._initial.platform)
             self.boot()
 
-    def resume(self) -> None:
+    def resume(self, mark: Mark = _unmarked) -> None:
         """Let the guest run."""
         with self.lock:
             if self.running:
@@ -170,11 +178,14 @@ class Machine:
                 clock, since = self._clock_debt
                 self._clock_debt = None
                 self.vm.set_clock(clock + int((time.monotonic() - since) * 1e9))
+            mark("clock")
             for nic in self.nics:
                 nic.resume()
+            mark("nics-started")
             for thread in self.vcpus:
                 self._tell_paused(thread)
                 thread.resume()
+            mark("vcpus-started")
 
     @staticmethod
     def _tell_paused(thread: VcpuThread) -> None:
@@ -184,7 +195,7 @@ class Machine:
         except OSError:
             pass  # EINVAL: the guest uses no paravirtual clock
 
-    def pause(self) -> None:
+    def pause(self, mark: Mark = _unmarked) -> None:
         """Stop the guest; every vCPU has left it when this returns, and devices serve no more."""
         with self.lock:
             if not self.running:
@@ -194,8 +205,10 @@ class Machine:
                 thread.request_pause()
             for thread in self.vcpus:
                 thread.wait_paused()
+            mark("vcpus-stopped")
             for nic in self.nics:
                 nic.pause()
+            mark("nics-stopped")
 
     @property
     def ended(self) -> tuple[Ending, str] | None:
@@ -236,7 +249,7 @@ class Machine:
         self,
         state: MachineState,
         stood_still: float,
-        mark: Callable[[str], None] = lambda phase: None,
+        mark: Mark = _unmarked,
     ) -> None:
         """Take over a saved state; the machine is paused. The clock makes up for what it missed.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import MigrationError
-from .qmp.client import Client, VmGone
+from .qmp.client import Client
 
 _DONE = ("completed", "failed", "cancelled")
 
@@ -40,10 +40,7 @@ def move(qmp: str, uri: str, insecure: bool) -> int:
             )
             if info["status"] in _DONE:
                 break
-            try:
-                client.wait_event("MIGRATION", 0.1)  # or look at the progress again
-            except VmGone:
-                pass
+            client.wait_any("MIGRATION", 0.1)  # or look at the progress again
     if info["status"] != "completed":
         raise MigrationError(f"{info['status']}: {info.get('error-desc', 'no reason given')}")
     console.print(_table(info))

@@ -180,7 +180,9 @@ class Vmm:
     def migration_info(self) -> dict[str, object]:
         """The present or last move; of a guest that came here, its arrival."""
         if self._source is not None:
-            return self._source.report.info()
+            info = self._source.report.info()
+            info["godwit"]["runstates"] = [str(state) for state in self.states.history]
+            return info
         if self._destination is None:
             return {}
         arrived = self.states.current is not _S.INMIGRATE
@@ -242,12 +244,12 @@ class Vmm:
         elif status == "failed" and self._source is not None:
             self._say(f"the guest stays here; the move failed: {self._source.report.error}")
 
-    def _take_over(self, ran: bool) -> list[str]:
+    def _take_over(self, ran: bool, mark: Callable[[str], None]) -> list[str]:
         """The commit was received: from the destination's thread."""
         with self.machine.lock:
             self.states.set(_S.PRELAUNCH_MIGRATE)
             if self._autostart and ran:
-                self.machine.resume()
+                self.machine.resume(mark)
                 self.states.set(_S.RUNNING)
         return [str(state) for state in self.states.history]
 

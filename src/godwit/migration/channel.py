@@ -15,7 +15,8 @@ from .codec import Kind
 
 #: A peer that says nothing for so long is gone, seconds.
 SILENCE = 10.0
-_BUFFER = 1 << 20
+_BUFFER = 4 << 20
+_SO_SNDBUFFORCE = 32  # beyond wmem_max, for root (asm-generic/socket.h)
 _T = TypeVar("_T")
 
 
@@ -97,8 +98,12 @@ class Channel:
         sock.settimeout(SILENCE)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER)
+        else:
+            # TCP tunes its buffers itself; a Unix socket's default holds fifty pages.
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
+            except PermissionError:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         self.sent = 0
 
     def set_timeout(self, seconds: float) -> None:

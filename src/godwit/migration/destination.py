@@ -32,7 +32,8 @@ _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 class Destination:
     """Waits for a guest at ``address``, in a thread of its own, where the callbacks are made.
 
-    ``on_start(running) -> run states`` takes the guest over (``running``: it ran at its source);
+    ``on_start(running, mark) -> run states`` takes the guest over (``running``: it ran at its
+    source; ``mark`` is told of each phase's end);
     ``on_failed(error)`` says that this machine's RAM is spoilt, and that no guest will come.
 
     Raises:
@@ -43,7 +44,7 @@ class Destination:
         self,
         machine: Machine,
         address: Address,
-        on_start: Callable[[bool], list[str]],
+        on_start: Callable[[bool, Callable[[str], None]], list[str]],
         on_failed: Callable[[GodwitError], None],
     ) -> None:
         self._machine = machine
@@ -221,7 +222,7 @@ class Destination:
             channel = self._await_question(hello, lost)
         # The guest is ours.
         self._mark("commit")
-        states = self._on_start(hello.running)
+        states = self._on_start(hello.running, self._mark)
         self._mark("running")
         started = codec.Started(self.phases, states)
         self._answer(channel, hello, started)

@@ -24,7 +24,9 @@ _ZEROS = re.compile(rb"\0+")
 #: Bit 63: present, bit 62: swapped (Documentation/admin-guide/mm/pagemap.rst); top byte of eight.
 _POPULATED = bytes(49 if byte & 0xC0 else 48 for byte in range(256))
 #: Where in a page a byte is looked at before the whole page is compared with zeros.
-_SAMPLES = (0, 1, 8, 16, 24, 64, 128, 256, 512, 1032, 2048, 3072, 4088, 4095)
+_SAMPLES = (0, 8, 64, 1032, 2048, 4088)
+#: Pages in a run from which on looking for zeros pays.
+_WORTH_A_LOOK = 16
 _ZERO = bytes(2 << 20)
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
@@ -126,23 +128,44 @@ def _populated(region: Region) -> Iterator[Run]:
         yield region.start + ones.start() * PAGE, ones.end() - ones.start()
 
 
+def portions(runs: Iterable[Run], pages: int = 512) -> Iterator[list[Run]]:
+    """``runs`` in groups of at most ``pages`` pages."""
+    group: list[Run] = []
+    room = pages
+    for address, count in runs:
+        while count:
+            taken = min(count, room)
+            group.append((address, taken))
+            address += taken * PAGE
+            count -= taken
+            room -= taken
+            if not room:
+                yield group
+                group, room = [], pages
+    if group:
+        yield group
+
+
 def split_zeros(machine: Machine, runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
     """``runs`` as (those with something in them, those that are all zeros).
 
     A few bytes of each page are gathered first, by one strided copy for each; only pages whose
-    samples are all zero are compared whole, run by run.
+    samples are all zero are compared whole. Short runs are not looked at: pages that the guest
+    just wrote are seldom zeros, and looking costs more than sending.
     """
     data: list[Run] = []
     zero: list[Run] = []
     for address, pages in runs:
+        if pages < _WORTH_A_LOOK:
+            _add(data, address, pages)
+            continue
         view = machine.memory.view(address, pages * PAGE)
         seen = 0
         for offset in _SAMPLES:
-            seen |= int.from_bytes(bytes(view[offset::PAGE]), "little")
-        marks = seen.to_bytes(pages, "little")
+            seen |= int.from_bytes(view[offset::PAGE].tobytes(), "little")
         host = address_of(view)
         at = 0
-        for quiet in _ZEROS.finditer(marks):
+        for quiet in _ZEROS.finditer(seen.to_bytes(pages, "little")):
             if quiet.start() > at:
                 _add(data, address + at * PAGE, quiet.start() - at)
             at = quiet.end()
@@ -154,16 +177,13 @@ def split_zeros(machine: Machine, runs: Iterable[Run]) -> tuple[list[Run], list[
 
 
 def _compare(host: int, first: int, count: int) -> Iterator[tuple[int, int, bool]]:
-    """(first, count, all zeros) of parts of a run; halved until a part is one or the other."""
+    """(first, count, all zeros) of parts of a run: at once if it is all zeros, else page by page."""
     size = count * PAGE
     if size <= len(_ZERO) and not _memcmp(host + first * PAGE, _ZERO, size):
         yield first, count, True
-    elif count == 1:
-        yield first, 1, False
-    else:
-        half = count // 2
-        yield from _compare(host, first, half)
-        yield from _compare(host, first + half, count - half)
+        return
+    for page in range(first, first + count):
+        yield page, 1, not _memcmp(host + page * PAGE, _ZERO, PAGE)
 
 
 def _add(runs: list[Run], address: int, pages: int) -> None:

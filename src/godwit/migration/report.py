@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import msgspec
 
@@ -41,11 +42,11 @@ class Report(msgspec.Struct):
         if self.stopped is not None:
             self.stop_phases[phase] = round((time.monotonic() - self.stopped) * 1000, 3)
 
-    def info(self) -> dict[str, object]:
+    def info(self) -> dict[str, Any]:
         """As query-migrate shows it: QEMU's MigrationInfo members, and our own under ``godwit``."""
         now = self.ended if self.ended is not None else time.monotonic()
         pages = sum(r.pages for r in self.rounds)
-        info: dict[str, object] = {
+        info: dict[str, Any] = {
             "status": self.status,
             "total-time": round((now - self.started) * 1000, 3),
             "ram": {

@@ -131,14 +131,18 @@ class Source:
         for _ in range(_MAX_ROUNDS):
             before = time.monotonic()
             first = previous is None
-            data, zero = ram.split_zeros(self._machine, runs)
-            if not first:  # at first, the destination's RAM is zeros anyway
-                for part in _tables(zero):
-                    self._channel.send_parts([codec.frame(Kind.ZERO, codec.encode_runs(part))])
-            self._send_pages(data)
+            sent = zeros = 0
+            # In portions: while one is looked through here, the one before is on its way, and
+            # the destination's kernel makes pages for it.
+            for portion in ram.portions(runs):
+                data, zero = ram.split_zeros(self._machine, portion)
+                if zero and not first:  # at first, the destination's RAM is zeros anyway
+                    self._channel.send_parts([codec.frame(Kind.ZERO, codec.encode_runs(zero))])
+                self._send_pages(data)
+                sent += ram.pages_in(data)
+                zeros += ram.pages_in(zero)
             self._channel.send(Kind.ROUND)
             took = time.monotonic() - before
-            sent, zeros = ram.pages_in(data), ram.pages_in(zero)
             self.report.rounds.append(Round(sent, zeros, took * 1000))
             if self._before is not RunState.RUNNING:
                 break
@@ -161,8 +165,7 @@ class Source:
         self._status("device")
         with self._machine.lock:
             self._states.set(RunState.FINISH_MIGRATE)
-            self._machine.pause()
-        self.report.mark("pause")
+            self._machine.pause(self.report.mark)
         if self._machine.ended is not None:
             raise StateError(f"the guest died before it could move: {self._machine.ended[1]}")
 

@@ -165,6 +165,19 @@ class Client:
 
         return self._wait(search(), deadline, f"event {name}")
 
+    def wait_any(self, name: str, deadline: float) -> Event | None:
+        """The next event called ``name`` within ``deadline`` seconds, or None.
+
+        Raises:
+            VmGone: the VM hung up.
+        """
+        try:
+            return self.wait_event(name, deadline)
+        except VmGone as error:
+            if isinstance(error.__cause__, TimeoutError):
+                return None
+            raise
+
     async def _next_event(self) -> Event:
         """The next event, or EOFError once the VM has hung up: the listener hears nothing then."""
         import asyncio
