@@ -174,8 +174,9 @@ class InProcessBackend:
             if chain is None or (chains and not self._merge):
                 for _ in range(len(chains) + (chain is not None)):
                     queue.unpop()
-                # Without mergeable buffers, a frame longer than a buffer never fits: drop it.
-                return chain is not None
+                # A frame that never fits is dropped: longer than a buffer, if they are not merged,
+                # or than all that the ring can hold at once.
+                return chain is not None or len(chains) == queue.size
             taken = 0
             for part in chain.writable:
                 size = min(len(part), len(left))
