@@ -149,6 +149,30 @@ def test_a_frame_longer_than_the_whole_ring_does_not_block_it(bench: Bench) -> N
     assert [piece[HEADER:] for piece in bench.received(buffers)] == [make_frame(2)]
 
 
+def test_a_frame_that_waits_for_room_outlasts_a_stop(bench: Bench) -> None:
+    buffers = bench.offer(1526)
+    for number in range(3):
+        bench.tap.put(make_frame(number))
+    bench.serve()
+    bench.backend.stop()
+    bench.start()
+    bench.serve()
+    buffers += bench.offer(1526, 1526)
+    assert [piece[HEADER:] for piece in bench.received(buffers)] == [
+        make_frame(number) for number in range(3)
+    ]
+
+
+def test_the_drain_takes_a_frame_that_waits_for_room_too(bench: Bench) -> None:
+    bench.tap.put(make_frame(1))
+    bench.tap.put(make_frame(2))
+    bench.serve()
+    bench.backend.stop()
+    assert bench.backend.drain() == 2
+    bench.start()
+    assert bench.received(bench.offer(1526)) == []
+
+
 def test_frames_that_are_not_for_the_guest_are_not_delivered(bench: Bench) -> None:
     bench.refused.add(b"\2\0\0\0\0\1")
     buffers = bench.offer(1526, 1526)

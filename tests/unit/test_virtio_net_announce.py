@@ -11,7 +11,6 @@ from virtio_bench import (
     F_ANNOUNCE,
     F_EVENT_IDX,
     FEATURES_OK,
-    MAC,
     Bench,
 )
 
@@ -211,95 +210,6 @@ def test_the_listener_is_called_once_an_ack_and_not_under_the_lock(bench: Bench)
     bench.guest.command(3, 0)
     bench.guest.command(3, 0)
     assert free == [True]
-
-
-# --- (f) configuration space is read-only ---------------------------------------------------------
-def test_guest_writes_to_the_configuration_change_nothing(bench: Bench) -> None:
-    guest = bench.guest
-    guest.probe()
-    bench.net.announce()
-    before = guest.device_config()
-    assert before == MAC + b"\x03\0\x01\0\0\0"
-    for size in (1, 2, 4, 8):
-        for offset in range(0x100):
-            for value in (0, (1 << 8 * size) - 1):
-                guest.write(0x800 + offset, size, value)
-    assert guest.device_config() == before
-    assert bench.net.mac == MAC
-    assert bench.net.announce_pending
-
-
-def test_the_mtu_is_shown_when_there_is_one(memory: GuestMemory) -> None:
-    bench = Bench(memory, mtu=9000)
-    try:
-        bench.guest.probe()
-        assert bench.guest.read(0x80A, 2) == 9000
-        assert bench.net.negotiated & 1 << 3
-    finally:
-        bench.close()
-
-
-# --- (g) reset and migration ----------------------------------------------------------------------
-def test_a_reset_clears_what_is_pending(bench: Bench) -> None:
-    bench.guest.probe()
-    bench.net.announce()
-    bench.guest.status = 0
-    assert not bench.net.announce_pending
-    bench.guest.probe()
-    assert bench.guest.net_status() == LINK_UP
-    assert bench.guest.command(3, 0) == ERR
-
-
-def test_a_machine_reset_clears_it_too(bench: Bench) -> None:
-    bench.guest.probe()
-    bench.net.announce()
-    bench.pci.pause()
-    bench.pci.reset()
-    assert not bench.net.announce_pending
-
-
-def test_what_is_pending_survives_a_move_and_is_raised_again(memory: GuestMemory) -> None:
-    one = Bench(memory)
-    one.guest.probe()
-    one.net.announce()
-    one.guest.interrupts(0)
-    state = one.save()
-    assert state[1].announce_pending
-    two = Bench(memory, resume=False)
-    try:
-        two.load(state)
-        two.pci.resume()
-        guest = two.guest
-        assert guest.interrupts(0) == 1
-        assert guest.net_status() == LINK_UP | ANNOUNCE
-        guest.queues = one.guest.queues
-        assert guest.command(3, 0) == OK
-        assert two.acks == 1
-        assert not two.net.announce_pending
-    finally:
-        one.close()
-        two.close()
-
-
-def test_a_stop_raises_it_again_as_well(bench: Bench) -> None:
-    bench.guest.probe()
-    bench.net.announce()
-    bench.guest.interrupts(0)
-    bench.pci.pause()
-    bench.pci.resume()
-    assert bench.guest.interrupts(0) == 1
-
-
-def test_nothing_pending_raises_nothing(bench: Bench) -> None:
-    bench.guest.probe()
-    bench.pci.pause()
-    bench.pci.resume()
-    assert bench.guest.interrupts(0) == 0
-
-
-def test_frames_of_the_host_go_to_the_backend(bench: Bench) -> None:
-    bench.net.send_from_host(b"frame")
-    assert bench.backend.sent == [b"frame"]
 
 
 def _declines(bench: Bench) -> None:

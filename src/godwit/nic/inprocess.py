@@ -54,13 +54,12 @@ class InProcessBackend:
         self._loop.watch(self._tap.fd, self._receive)
 
     def stop(self) -> None:
-        """Watch nothing."""
+        """Watch nothing; a frame that found no room waits for :meth:`start`, as the tap's do."""
         for ring in (self._rx, self._tx):
             if ring is not None:
                 self._loop.unwatch(ring.kick)
         self._loop.unwatch(self._tap.fd)
         self._rx = self._tx = None
-        self._held = None
 
     def set_call(self, index: int, fd: int) -> None:
         """Have ring ``index`` interrupt by another eventfd."""
@@ -85,8 +84,9 @@ class InProcessBackend:
         self._tap.send(frame)
 
     def drain(self) -> int:
-        """Throw away what waits in the tap."""
-        return self._tap.drain()
+        """Throw away what waits in the tap, and what was taken from it."""
+        held, self._held = self._held, None
+        return self._tap.drain() + (held is not None)
 
     def close(self) -> None:
         """Stop, and give the tap back."""

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import msgspec
 
-from ..errors import GuestError
+from ..errors import GuestError, StreamError
 from ..hw.memory import GuestMemory
 from ..loop import Loop
 from ..virtio.device import VirtioDevice
@@ -167,7 +167,15 @@ class VirtioNet(VirtioDevice):
         return NetState(self._mac, self._announce_pending, self.filter.copy())
 
     def load_net(self, state: NetState) -> None:
-        """Take over a saved state; paused."""
+        """Take over a saved state; paused, and after the transport's.
+
+        Raises:
+            StreamError: names the field that cannot be.
+        """
+        if state.mac[0] & 1:
+            raise StreamError(f"mac: {state.mac.hex(':')} is a multicast address")
+        if state.announce_pending and not self.negotiated & F_GUEST_ANNOUNCE:
+            raise StreamError("announce_pending: the guest did not negotiate GUEST_ANNOUNCE")
         self._mac = state.mac
         self._announce_pending = state.announce_pending
         self.filter = state.filter.copy()

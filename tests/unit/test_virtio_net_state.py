@@ -1,0 +1,156 @@
+"""virtio-net: configuration that no guest changes, reset, and what a move carries along."""
+
+from collections.abc import Iterator
+
+import pytest
+from msgspec import structs
+from virtio_bench import (
+    ALL,
+    F_ANNOUNCE,
+    MAC,
+    Bench,
+)
+
+from godwit.errors import StreamError
+from godwit.hw.memory import GuestMemory
+
+OK, ERR = 0, 1
+LINK_UP, ANNOUNCE = 1, 2
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[GuestMemory]:
+    memory = GuestMemory(32 << 20)
+    yield memory
+    memory.close()
+
+
+@pytest.fixture
+def bench(memory: GuestMemory) -> Iterator[Bench]:
+    bench = Bench(memory)
+    yield bench
+    bench.close()
+
+
+# --- (f) configuration space is read-only ---------------------------------------------------------
+def test_guest_writes_to_the_configuration_change_nothing(bench: Bench) -> None:
+    guest = bench.guest
+    guest.probe()
+    bench.net.announce()
+    before = guest.device_config()
+    assert before == MAC + b"\x03\0\x01\0\0\0"
+    for size in (1, 2, 4, 8):
+        for offset in range(0x100):
+            for value in (0, (1 << 8 * size) - 1):
+                guest.write(0x800 + offset, size, value)
+    assert guest.device_config() == before
+    assert bench.net.mac == MAC
+    assert bench.net.announce_pending
+
+
+def test_the_mtu_is_shown_when_there_is_one(memory: GuestMemory) -> None:
+    bench = Bench(memory, mtu=9000)
+    try:
+        bench.guest.probe()
+        assert bench.guest.read(0x80A, 2) == 9000
+        assert bench.net.negotiated & 1 << 3
+    finally:
+        bench.close()
+
+
+# --- (g) reset and migration ----------------------------------------------------------------------
+def test_a_reset_clears_what_is_pending(bench: Bench) -> None:
+    bench.guest.probe()
+    bench.net.announce()
+    bench.guest.status = 0
+    assert not bench.net.announce_pending
+    bench.guest.probe()
+    assert bench.guest.net_status() == LINK_UP
+    assert bench.guest.command(3, 0) == ERR
+
+
+def test_a_machine_reset_clears_it_too(bench: Bench) -> None:
+    bench.guest.probe()
+    bench.net.announce()
+    bench.pci.pause()
+    bench.pci.reset()
+    assert not bench.net.announce_pending
+
+
+def test_what_is_pending_survives_a_move_and_is_raised_again(memory: GuestMemory) -> None:
+    one = Bench(memory)
+    one.guest.probe()
+    one.net.announce()
+    one.guest.interrupts(0)
+    state = one.save()
+    assert state[1].announce_pending
+    two = Bench(memory, resume=False)
+    try:
+        two.load(state)
+        two.pci.resume()
+        guest = two.guest
+        assert guest.interrupts(0) == 1
+        assert guest.net_status() == LINK_UP | ANNOUNCE
+        guest.queues = one.guest.queues
+        assert guest.command(3, 0) == OK
+        assert two.acks == 1
+        assert not two.net.announce_pending
+    finally:
+        one.close()
+        two.close()
+
+
+def test_a_state_that_cannot_be_is_refused(memory: GuestMemory) -> None:
+    one = Bench(memory)
+    one.guest.probe(ALL & ~F_ANNOUNCE)
+    transport, net = one.save()
+    two = Bench(memory, resume=False)
+    try:
+        two.pci.load_transport(transport)
+        with pytest.raises(StreamError, match="announce_pending"):
+            two.net.load_net(structs.replace(net, announce_pending=True))
+        with pytest.raises(StreamError, match="mac"):
+            two.net.load_net(structs.replace(net, mac=b"\x01\0\x5e\0\0\1"))
+        two.net.load_net(net)
+    finally:
+        one.close()
+        two.close()
+
+
+def test_a_transport_state_that_cannot_be_is_refused(memory: GuestMemory) -> None:
+    one = Bench(memory)
+    one.guest.probe()
+    state = one.save()[0]
+    one.close()
+    queue = structs.replace(state.queues[1], used=1 << 60)
+    for change, says in (
+        ({"negotiated": state.negotiated | 1 << 22}, "negotiated.*0x400000"),
+        ({"queues": state.queues[:2]}, "queues: 2"),
+        ({"queues": [state.queues[0], queue, state.queues[2]]}, "queues.*0x1000000000000000"),
+        ({"msix": structs.replace(state.msix, table=b"")}, "msix"),
+    ):
+        two = Bench(memory, resume=False)
+        with pytest.raises(StreamError, match=says):
+            two.pci.load_transport(structs.replace(state, **change))
+        two.close()
+
+
+def test_a_stop_raises_it_again_as_well(bench: Bench) -> None:
+    bench.guest.probe()
+    bench.net.announce()
+    bench.guest.interrupts(0)
+    bench.pci.pause()
+    bench.pci.resume()
+    assert bench.guest.interrupts(0) == 1
+
+
+def test_nothing_pending_raises_nothing(bench: Bench) -> None:
+    bench.guest.probe()
+    bench.pci.pause()
+    bench.pci.resume()
+    assert bench.guest.interrupts(0) == 0
+
+
+def test_frames_of_the_host_go_to_the_backend(bench: Bench) -> None:
+    bench.net.send_from_host(b"frame")
+    assert bench.backend.sent == [b"frame"]
