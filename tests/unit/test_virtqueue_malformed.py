@@ -61,8 +61,8 @@ def _indirect_loop(driver: Driver) -> None:
 
 
 def _indirect_too_long(driver: Driver) -> None:
-    table = driver.place(_table(*((0x1000, 1, NEXT, i + 1) for i in range(1100))))
-    driver.set_descriptor(0, table, 1100 * 16, INDIRECT)
+    parts = [(0x1000, 1, NEXT, i + 1) for i in range(1024)] + [(0x1000, 1, 0, 0)]
+    driver.set_descriptor(0, driver.place(_table(*parts)), 16 * len(parts), INDIRECT)
     driver.publish(0)
 
 
@@ -131,7 +131,7 @@ MALFORMED = {
     "two in a circle": _loop,
     "one in a circle": _itself,
     "circle in an indirect table": _indirect_loop,
-    "indirect table of 1,100": _indirect_too_long,
+    "indirect chain of 1,025": _indirect_too_long,
     "indirect next out of range": _indirect_next_out_of_range,
     "nested indirect": _nested,
     "indirect with next": _indirect_with_next,
