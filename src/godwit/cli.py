@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="tap=NAME[,KEY=VALUE...]",
-        help="a NIC on a tap; keys: mac, id, vhost=on|off, guest-announce=on|off, mtu, queue-size",
+        help="a NIC on a tap; keys: mac, id, model, vhost=on|off, guest-announce=on|off, mtu, queue-size",
     )
     run.add_argument("--machine", default=None, help="machine type (default: the newest)")
     run.add_argument("--qmp", metavar="PATH", help="QMP's Unix socket")
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--console",
         default="stdio",
         metavar="stdio|file:PATH|none",
-        help="the guest's serial console (default %(default)s; ctrl-] leaves it)",
+        help="the guest's serial console (default %(default)s; ctrl-] ends the VM)",
     )
     run.set_defaults(action=_run)
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import cast
 
 from .config import NicConfig, VmConfig
-from .errors import ConfigError, StreamError
+from .errors import ConfigError, KvmError, StreamError
 from .hw import acpi, linuxboot, power, serial
 from .hw.bus import MmioBus, PortBus
 from .hw.console import Console
@@ -30,6 +30,8 @@ from .nic.models import NicState, make
 from .vcpu import Ending, VcpuThread
 
 _FIRST_BAR = 0xE000_0000
+#: Between the reading of a source's clock and the arrival of its state: more is no real delay.
+_PLAUSIBLE_S = 2.0
 _BAR_STRIDE = 1 << 20  # room for any model's BAR, aligned to its size
 
 
@@ -82,7 +84,7 @@ class Machine:
             self._make_vcpus(system, undo)
             self._undo = undo.pop_all()
         self._initial: MachineState | None = None
-        #: (guest clock ns, time.monotonic at which it stood still): set while time is to be made up.
+        #: Guest clock, ns, and the time.monotonic of its reading: while time is to be made up.
         self._clock_debt: tuple[int, float] | None = None
 
     # --- making it --------------------------------------------------------------------------------
@@ -149,23 +151,32 @@ class Machine:
         boot = linuxboot.load(self.memory, config.kernel, config.initrd, config.command_line)
         linuxboot.start_vcpu(self.vcpus[0].vcpu, boot)
 
-    def reboot(self) -> None:
-        """Reset everything to power-on and boot again; the machine is paused."""
+    def check_reboot(self) -> MachineState:
+        """The power-on state.
+
+        Raises:
+            ConfigError: there is none, so that this guest cannot boot here.
+        """
         if self._initial is None:
             raise ConfigError(
                 "the guest asked for a reboot, but it was booted on another host, and no kernel "
                 "was given here; give --kernel and --initrd beside --incoming"
             )
+        return self._initial
+
+    def reboot(self) -> None:
+        """Reset everything to power-on and boot again; the machine is paused."""
+        initial = self.check_reboot()
         with self.lock:
             self.memory.clear()
             for nic in self.nics:
                 nic.reset()
             self.serial.reset()
             self.pm1.reset()
-            for thread, state in zip(self.vcpus, self._initial.vcpus, strict=True):
+            for thread, state in zip(self.vcpus, initial.vcpus, strict=True):
                 cpustate.load_vcpu(thread.vcpu, state)
                 thread.revive()
-            cpustate.load_platform(self.vm, self._initial.platform)
+            cpustate.load_platform(self.vm, initial.platform)
             self.boot()
 
     def resume(self, mark: Mark = _unmarked) -> None:
@@ -196,15 +207,25 @@ class Machine:
             pass  # EINVAL: the guest uses no paravirtual clock
 
     def pause(self, mark: Mark = _unmarked) -> None:
-        """Stop the guest; every vCPU has left it when this returns, and devices serve no more."""
+        """Stop the guest; every vCPU has left it when this returns, and devices serve no more.
+
+        Raises:
+            KvmError: a vCPU did not come back in time; all of them go on.
+        """
         with self.lock:
             if not self.running:
                 return
-            self.running = False
             for thread in self.vcpus:
                 thread.request_pause()
-            for thread in self.vcpus:
-                thread.wait_paused()
+            try:
+                for thread in self.vcpus:
+                    thread.wait_paused()
+            except KvmError:
+                # Half a machine must not stand: all of it goes on, and the caller hears why.
+                for thread in self.vcpus:
+                    thread.resume()
+                raise
+            self.running = False
             mark("vcpus-stopped")
             for nic in self.nics:
                 nic.pause()
@@ -222,10 +243,9 @@ class Machine:
 
     def _guest_asked(self, ending: Ending, detail: str) -> None:
         """Called by a device within an exit: the vCPU at hand must not go on."""
-        current = threading.current_thread().name
         for thread in self.vcpus:
-            if f"vcpu{thread.vcpu.index}" == current:
-                thread._end(ending, detail)
+            if thread.is_current():
+                thread.end(ending, detail)
 
     # --- dirty pages ------------------------------------------------------------------------------
     def set_dirty_log(self, on: bool) -> None:
@@ -248,13 +268,13 @@ class Machine:
     def load(
         self,
         state: MachineState,
-        stood_still: float,
+        received: float,
         mark: Mark = _unmarked,
     ) -> None:
         """Take over a saved state; the machine is paused. The clock makes up for what it missed.
 
-        ``stood_still`` is the ``time.monotonic()`` at which the source's clock was read; ``mark``
-        is told when a part is done.
+        ``received`` is the ``time.monotonic()`` at which the state came; ``mark`` is told when a
+        part is done.
 
         Raises:
             StreamError: the state is not one of this machine; names what differs.
@@ -263,7 +283,8 @@ class Machine:
             raise StreamError(f"vcpus: {len(state.vcpus)} in the stream, {len(self.vcpus)} here")
         if [nic.id for nic in state.nics] != [nic.name for nic in self.nics]:
             raise StreamError("nics: not the ones that this machine has")
-        missed = time.monotonic() - stood_still
+        missed = missed_seconds(state.platform, received)
+        stood_still = time.monotonic() - missed
         ticks = int(missed * self.vcpus[0].vcpu.tsc_khz() * 1000)
         for thread, saved in zip(self.vcpus, state.vcpus, strict=True):
             cpustate.load_vcpu(thread.vcpu, saved, ticks)
@@ -280,3 +301,17 @@ class Machine:
                 nic.load(saved_nic.state)
         finally:
             self._routes.release()
+
+
+def missed_seconds(platform: cpustate.PlatformState, received: float) -> float:
+    """For how long the guest's clock has stood still, seconds.
+
+    If both hosts' clocks agree, the source's reading says it exactly. They may not: what is known
+    for sure is that the clock was read before the state came, and not long before.
+    """
+    since = time.monotonic() - received
+    if platform.realtime_ns:
+        by_clock = (time.time_ns() - platform.realtime_ns) / 1e9
+        if since <= by_clock <= since + _PLAUSIBLE_S:
+            return by_clock
+    return since

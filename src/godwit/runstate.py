@@ -55,6 +55,7 @@ TRANSITIONS: dict[RunState, frozenset[RunState]] = {
     _S.PAUSED: frozenset(
         {
             _S.RUNNING,
+            _S.PRELAUNCH,
             _S.FINISH_MIGRATE,
             _S.SAVE_VM,
             _S.SHUTDOWN,
@@ -66,6 +67,7 @@ TRANSITIONS: dict[RunState, frozenset[RunState]] = {
     _S.FINISH_MIGRATE: frozenset(
         {
             _S.RUNNING,
+            _S.PRELAUNCH,
             _S.PAUSED,
             _S.POSTMIGRATE,
             _S.SHUTDOWN,

@@ -8,7 +8,7 @@ import signal
 import sys
 import termios
 import tty
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from .config import VmConfig, parse_nic, parse_size
@@ -40,9 +40,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "nothing to run; give --kernel to boot, or --incoming to wait for a guest"
         )
+    # A writer of its own: a terminal that somebody stopped must not hold a vCPU that complains.
+    messages = Console(sys.stderr.fileno())
+
+    def say(text: str) -> None:
+        # The terminal may be raw: a bare line feed would leave the cursor where it is.
+        messages.write(f"godwit: {text}\r\n".encode())
+
     # A vCPU's exit waits for the interpreter at most this long behind another Python thread.
     sys.setswitchinterval(0.0002)
-    loop = Loop(lambda error: _say(f"internal error: {type(error).__name__}: {error}"))
+    loop = Loop(lambda error: say(f"internal error: {type(error).__name__}: {error}"))
     with _console(arguments.console) as (console, interactive):
         vmm = Vmm(
             config,
@@ -51,12 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
             qmp=arguments.qmp,
             autostart=not arguments.no_autostart,
             reboot=not arguments.no_reboot,
-            say=_say,
+            say=say,
         )
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: vmm.end_by_signal())
         try:
-            with _input(loop, vmm, interactive):
+            with _input(loop, vmm, interactive, say):
                 if arguments.incoming is None:
                     vmm.boot()
                 else:
@@ -66,12 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             vmm.close()
             console.close()
+            messages.close()
     return vmm.exit_code
-
-
-def _say(text: str) -> None:
-    # The terminal may be raw: a bare line feed would leave the cursor where it is.
-    print(f"godwit: {text}", end="\r\n", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -95,7 +98,7 @@ def _console(spec: str) -> Iterator[tuple[Console, bool]]:
 
 
 @contextmanager
-def _input(loop: Loop, vmm: Vmm, interactive: bool) -> Iterator[None]:
+def _input(loop: Loop, vmm: Vmm, interactive: bool, say: Callable[[str], None]) -> Iterator[None]:
     """The terminal's keys go to the guest, raw, until the escape."""
     fd = sys.stdin.fileno() if interactive and sys.stdin else -1
     if fd < 0:
@@ -109,13 +112,13 @@ def _input(loop: Loop, vmm: Vmm, interactive: bool) -> Iterator[None]:
             loop.unwatch(fd)
         elif before is not None and _ESCAPE in data:
             vmm.machine.serial.receive(data[: data.index(_ESCAPE)])
-            _say("left the console; the VM ends")
+            say("left the console; the VM ends")
             vmm.end_by_signal()
         else:
             vmm.machine.serial.receive(data)
 
     if before is not None:
-        _say("ctrl-] ends the VM")
+        say("ctrl-] ends the VM")
         tty.setraw(fd)
     try:
         try:

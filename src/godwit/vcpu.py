@@ -92,13 +92,17 @@ class VcpuThread:
             if not self._changed.wait_for(lambda: self._parked, timeout):
                 raise KvmError(f"vCPU {self.vcpu.index} did not leave the guest in {timeout} s")
 
+    def is_current(self) -> bool:
+        """Whether this vCPU's thread is the one that asks."""
+        return self._thread is threading.current_thread()
+
     def stop(self) -> None:
         """End the thread."""
         with self._changed:
             self._quit = True
             self._changed.notify_all()
         self.request_pause()
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
+        if self._thread.ident is not None and not self.is_current():
             self._thread.join(10)
 
     def _main(self) -> None:
@@ -113,9 +117,9 @@ class VcpuThread:
             try:
                 self._run()
             except OSError as error:
-                self._end(Ending.INTERNAL_ERROR, f"KVM_RUN: {error}")
+                self.end(Ending.INTERNAL_ERROR, f"KVM_RUN: {error}")
             except Exception as error:  # a device's bug must not end in silence
-                self._end(Ending.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+                self.end(Ending.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
 
     def _run(self) -> None:
         """Until it is kicked, or the guest ends."""
@@ -138,7 +142,7 @@ class VcpuThread:
                 elif reason == abi.EXIT_MMIO:
                     self._mmio_access(page)
                 elif reason != abi.EXIT_INTR:
-                    self._end(*_explain(reason, page))
+                    self.end(*_explain(reason, page))
                 if self.ending is not None:
                     return
         finally:
@@ -166,7 +170,8 @@ class VcpuThread:
             at = abi.RUN_MMIO_DATA
             page[at : at + size] = value.to_bytes(size, "little")
 
-    def _end(self, ending: Ending, detail: str) -> None:
+    def end(self, ending: Ending, detail: str) -> None:
+        """The guest will not go on by itself: the first reason is told, and it parks."""
         with self._changed:
             self._run_wanted = False
             first = self.ending is None

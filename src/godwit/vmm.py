@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .announce.announcer import Announcer
 from .announce.schedule import AnnounceParameters
 from .config import VmConfig
-from .errors import ConfigError, GodwitError, StateError
+from .errors import ConfigError, GodwitError, MigrationError, StateError
 from .hw.console import Console
 from .loop import Loop
 from .machine import Machine
@@ -64,6 +64,7 @@ class Vmm:
         self.max_bandwidth = 0
         self.downtime_limit = 300
         self.exit_code = 0
+        self._closing = False
         self._source: Source | None = None
         self._destination: Destination | None = None
         self.machine = Machine(config, loop, console, self._vcpu_ended, self._offence)
@@ -102,8 +103,13 @@ class Vmm:
     def close(self) -> None:
         """End everything and give everything back."""
         if self._source is not None:
-            self._source.cancel()
+            self._source.abandon()
             self._source.join(10)
+        # The guest stops before the line to its source does: a source that asks and finds nobody
+        # may let its guest go on.
+        with self.machine.lock:
+            self._closing = True
+            self.machine.pause()
         if self._destination is not None:
             self._destination.close()
         self.machine.close()
@@ -234,7 +240,9 @@ class Vmm:
     def _offence(self, nic: str, message: str) -> None:
         """A guest broke a device's rules: the device stops, the VM lives, the operator knows."""
         self._emit("GUEST_OFFENCE", {"device": nic, "message": message})
-        self._say(f"{nic}: the guest broke the device's rules ({message}); it needs a reset")
+        self._say(
+            f"{nic}: the guest broke the device's rules ({message}); its driver must reset it"
+        )
 
     def _move_status(self, status: str) -> None:
         """From the source's thread."""
@@ -247,6 +255,8 @@ class Vmm:
     def _take_over(self, ran: bool, mark: Callable[[str], None]) -> list[str]:
         """The commit was received: from the destination's thread."""
         with self.machine.lock:
+            if self._closing:
+                raise MigrationError("the destination is ending")
             self.states.set(_S.PRELAUNCH_MIGRATE)
             if self._autostart and ran:
                 self.machine.resume(mark)
@@ -268,6 +278,10 @@ class Vmm:
         self._loop.call_soon(lambda: self._guest_ended(ending, detail))
 
     def _guest_ended(self, ending: Ending, detail: str) -> None:
+        if self._source is not None and self._source.active:
+            # A guest that ended cannot move. Outside the machine's lock, which the move needs.
+            self._source.cancel()
+            self._source.join(10)
         with self.machine.lock:
             if self.states.current in (_S.POSTMIGRATE, _S.SHUTDOWN):
                 return
@@ -290,12 +304,8 @@ class Vmm:
             self._end(_S.INTERNAL_ERROR, events.Reason.HOST_ERROR, EXIT_INTERNAL_ERROR)
 
     def _restart(self) -> None:
-        """The guest asked for a reboot; a move under way cannot go on with a guest made anew."""
-        if self._source is not None and self._source.active:
-            self._source.cancel()
-            self._source.join(10)
-        if self.states.current is not _S.RUNNING:
-            self.states.set(_S.RUNNING)
+        """The guest asked for a reboot."""
+        self.machine.check_reboot()
         self.states.set(_S.PRELAUNCH)
         self.machine.reboot()
         self.machine.resume()

@@ -2,7 +2,6 @@
 
 import os
 import re
-from pathlib import Path
 
 _REMEDY = "; the lab emulates a host that has it: godwit lab shell, or godwit lab run -- COMMAND"
 
@@ -15,7 +14,8 @@ def why_unusable(dev: str = "/dev/kvm", cpuinfo: str = "/proc/cpuinfo") -> str |
     """
     try:
         # Flags are the same on every CPU, and the file is long on a big machine: the first will do.
-        flags = re.search(r"^flags\s*:(.*)$", Path(cpuinfo).read_text(), re.MULTILINE)
+        with open(cpuinfo, encoding="ascii", errors="replace") as file:
+            flags = re.search(r"^flags\s*:(.*)$", file.read(), re.MULTILINE)
     except OSError as error:
         return f"{cpuinfo} cannot be read ({error.strerror}): mount /proc"
     if flags is None or not {"vmx", "svm"} & set(flags.group(1).split()):

@@ -1,7 +1,8 @@
-"""``godwit demo``: runs the scenario where KVM works, judges it here, shows and keeps the result."""
+"""``godwit demo``: runs the scenario where KVM works, judges it, shows and keeps the result."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -93,11 +94,11 @@ def _flow(
     for move in moves:
         gaps = [
             later - earlier
-            for earlier, later in zip(answers, answers[1:], strict=False)
+            for earlier, later in itertools.pairwise(answers)
             if later > move["began"] and earlier < move["ended"]
         ]
         outages.append(round(max(gaps, default=float("inf")) * 1000, 1))
-        first.append(next((f for f in _after(move, frames) if f.vlan == flow.vlan), None))
+        first.append(next((f for f in _after(move, frames) if _speaks_for(f, flow)), None))
     worst = max(outages)
     return {
         "network": flow.network,
@@ -124,11 +125,9 @@ def _after(move: dict[str, Any], frames: list[Announcement]) -> list[Announcemen
 
 
 def _speaks_for(frame: Announcement, flow: Flow) -> bool:
-    return (
-        frame.vlan == flow.vlan
-        and frame.kind == _KINDS[flow.family]
-        and frame.address == flow.guest
-    )
+    """RARP speaks for the MAC, that is, for both families."""
+    same = frame.kind == _KINDS[flow.family] and frame.address == flow.guest
+    return frame.vlan == flow.vlan and (same or frame.kind == "RARP")
 
 
 def _rules(moves: list[dict[str, Any]], frames: list[Announcement]) -> list[str]:

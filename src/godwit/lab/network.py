@@ -40,6 +40,8 @@ class Host:
     management: str
     """Its IPv4 address on the link to the other host."""
     tap: str = "tap0"
+    other_tap: str = "tap1"
+    """For a guest that comes back while its old process still holds the first."""
     bridge: str = "br0"
 
 
@@ -118,8 +120,11 @@ class Network:
                 [
                     *first,
                     bridge,
-                    f"tuntap add {host.tap} mode tap vnet_hdr",
-                    f"link set {host.tap} txqueuelen {TAP_QUEUE} master br0 up",
+                    *(f"tuntap add {tap} mode tap vnet_hdr" for tap in (host.tap, host.other_tap)),
+                    *(
+                        f"link set {tap} txqueuelen {TAP_QUEUE} master br0 up"
+                        for tap in (host.tap, host.other_tap)
+                    ),
                     "link set up0 master br0 up",
                     "link set br0 up",
                     "link set lo up",
@@ -127,7 +132,7 @@ class Network:
                     "link set mgmt up",
                 ],
             )
-            self._allow(host.netns, (host.tap, "up0"), tagged)
+            self._allow(host.netns, (host.tap, host.other_tap, "up0"), tagged)
         commands = ["link set lo up"]
         for lan in LANS:
             name = self.client.interface_of(lan)

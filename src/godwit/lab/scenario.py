@@ -7,15 +7,17 @@ was observed in OUT: ``scenario.json`` and the capture ``client.pcap``. It judge
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from . import guest
-from .agent import Agent
+from .agent import Agent, Flow
 from .network import Host, Network
 from .traffic import FLOWS, Capture, Ping, Sender, Stream
 from .vm import Vm
@@ -44,17 +46,23 @@ class Scenario:
     def run(self) -> None:
         """The whole scenario."""
         with ExitStack() as stack:
+            # Programs write here, not into the shared folder, which is slow in the lab.
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="godwit-")))
             net = stack.enter_context(Network())
             client = net.client.netns
             self.say("hosts A and B, a VLAN-filtering switch and a client are there")
             capture = stack.enter_context(
-                Capture(client, net.client.interface, self._out / "client.pcap")
+                Capture(client, net.client.interface, folder / "client.pcap")
             )
             source = stack.enter_context(self._boot(net.a))
-            target = stack.enter_context(self._await(net.b, "b"))
             took = source.wait_ready(90)
             self._result["boot_s"] = round(took, 3)
             self.say(f"the guest on A is up, {took:.1f} s after its start")
+            target = stack.enter_context(self._await(net.b, "b", net.b.tap))
+            back = stack.enter_context(self._await(net.a, "a2", net.a.other_tap))
+            for vm in (source, target, back):
+                vm.qmp.execute("query-status")
+            self.say("on B, and on A for the way back, a process waits for it")
             agent = stack.enter_context(Agent("10.0.0.2", client))
             agent.ping(30)
             self._result["cpus"] = agent.cpus()
@@ -62,15 +70,14 @@ class Scenario:
             stream = Stream(client, "10.0.100.2")
             stack.callback(stream.close)
             self._result["tcp"] = [stream.exchange()]
-            sender = stack.enter_context(Sender(client, self._out))
-            pings = [stack.enter_context(Ping(client, flow, self._out)) for flow in FLOWS]
+            sender = stack.enter_context(Sender(client, folder))
+            pings = [stack.enter_context(Ping(client, flow, folder)) for flow in FLOWS]
             self._settle(pings)
             self.say("six flows answer: three networks, IPv4 and IPv6")
 
             self._move(source, target, net.b, pings)
             self._result["tcp"].append(stream.exchange())
             source.quit()
-            back = stack.enter_context(self._await(net.a, "a2"))
             self._move(target, back, net.a, pings)
             self._result["tcp"].append(stream.exchange())
             target.quit()
@@ -84,34 +91,37 @@ class Scenario:
             flows = agent.flows()
             capture.stop()
             sent = sender.counts()
-        for ping in pings:
-            answers = ping.answers()
-            flow = flows.get(ping.flow.id)
-            self._result.setdefault("flows", []).append(
-                {
-                    "flow": ping.flow.id,
-                    "ping_sent": answers.sent,
-                    "ping_received": answers.received,
-                    "answers": [at for at, _ in answers.times],
-                    "udp_sent": sent[ping.flow.id],
-                    "udp_received": flow.received - flow.duplicates if flow else 0,
-                    "udp_duplicates": flow.duplicates if flow else 0,
-                    "udp_reordered": flow.reordered if flow else 0,
-                }
-            )
+            shutil.copy(capture.path, self._out)
+            self._result["flows"] = [
+                self._flow(ping, sent[ping.flow.id], flows.get(ping.flow.id)) for ping in pings
+            ]
         (self._out / "scenario.json").write_text(json.dumps(self._result))
 
-    def _nic(self, host: Host) -> str:
-        return f"tap={host.tap},mac={MAC}"
+    @staticmethod
+    def _flow(ping: Ping, sent: int, counted: Flow | None) -> dict[str, Any]:
+        answers = ping.answers()
+        return {
+            "flow": ping.flow.id,
+            "ping_sent": answers.sent,
+            "ping_received": answers.received,
+            "answers": [at for at, _ in answers.times],
+            "udp_sent": sent,
+            "udp_received": counted.received - counted.duplicates if counted else 0,
+            "udp_duplicates": counted.duplicates if counted else 0,
+            "udp_reordered": counted.reordered if counted else 0,
+        }
+
+    def _nic(self, tap: str) -> str:
+        return f"tap={tap},mac={MAC}"
 
     def _boot(self, host: Host) -> Vm:
         arguments = ["--kernel", self._kernel, "--initrd", self._initrd, "--append", guest.CMDLINE]
-        arguments += ["--memory", MEMORY, "--cpus", "2", "--nic", self._nic(host)]
+        arguments += ["--memory", MEMORY, "--cpus", "2", "--nic", self._nic(host.tap)]
         return Vm("a", Path("/run"), arguments, host.netns)
 
-    def _await(self, host: Host, name: str) -> Vm:
+    def _await(self, host: Host, name: str, tap: str) -> Vm:
         arguments = ["--incoming", f"tcp:{host.management}:{_PORT}", "--insecure"]
-        arguments += ["--memory", MEMORY, "--cpus", "2", "--nic", self._nic(host)]
+        arguments += ["--memory", MEMORY, "--cpus", "2", "--nic", self._nic(tap)]
         return Vm(name, Path("/run"), arguments, host.netns)
 
     def _settle(self, pings: list[Ping]) -> None:

@@ -57,6 +57,8 @@ class Vm:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, Exception):
+            error.add_note(f"{self.name} printed:\n{self.console[-2000:]}")
         self.close()
 
     @property
@@ -74,7 +76,10 @@ class Vm:
     def qmp(self) -> Client:
         """The QMP connection; waits for the socket."""
         if self._client is None:
-            self._client = Client.connect(self.qmp_path, 30.0, retry=True)
+            end = time.monotonic() + 60
+            while not self.qmp_path.exists() and not self._ended and time.monotonic() < end:
+                time.sleep(0.05)  # a look is cheap, an attempt to connect is not
+            self._client = Client.connect(self.qmp_path, 10.0, retry=True)
         return self._client
 
     def wait_console(self, text: str, deadline: float = 60.0) -> str:

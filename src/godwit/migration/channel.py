@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import struct
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -43,8 +45,8 @@ class Address:
         if not insecure and not _loopback(self.host):
             raise ConfigError(
                 f"'{uri}' leaves this host, and the stream is neither encrypted nor "
-                "authenticated: whoever reads it has the guest's memory. Use a tunnel to a "
-                "loopback address, or say --insecure on a network that you trust"
+                "authenticated: whoever reads it has the guest's memory. Say --insecure on a "
+                "network that you trust"
             )
 
     def listen(self) -> socket.socket:
@@ -72,8 +74,12 @@ class Address:
                 sock = socket.create_connection((self.host, self.port), timeout)
             else:
                 sock = socket.socket(socket.AF_UNIX)
-                sock.settimeout(timeout)
-                sock.connect(self.path)
+                try:
+                    sock.settimeout(timeout)
+                    sock.connect(self.path)
+                except OSError:
+                    sock.close()
+                    raise
         except OSError as error:
             raise LinkLost(f"cannot reach '{self.uri}': {error}") from error
         return Channel(sock)
@@ -178,18 +184,26 @@ class Channel:
             raise StreamError(f"frame {got.name} where {kind.name} was due")
         return payload
 
-    def peer_spoke(self) -> bool:
-        """Whether something can be read now, the line's end included."""
-        self._sock.setblocking(False)
-        try:
-            self._sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        finally:
-            self._sock.settimeout(SILENCE)
-        return True
+    def as_seen(self) -> codec.Welcome:
+        """How this end, the destination's, sees the line."""
+        near, far = self._ends()
+        return codec.Welcome(os.getpid(), near, far)
+
+    def is_direct(self, seen: codec.Welcome) -> bool:
+        """Whether nothing stands between the two ends, by what the other end has seen."""
+        if self._sock.family == socket.AF_UNIX:
+            size = struct.calcsize("3i")
+            pid, _, _ = struct.unpack(
+                "3i", self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+            )
+            return bool(pid == seen.pid)
+        return self._ends() == (seen.far, seen.near)
+
+    def _ends(self) -> tuple[str, str]:
+        if self._sock.family == socket.AF_UNIX:
+            return "", ""
+        near, far = self._sock.getsockname(), self._sock.getpeername()
+        return f"{near[0]} {near[1]}", f"{far[0]} {far[1]}"
 
     def interrupt(self) -> None:
         """Make whoever waits on the line give up, from any thread."""

@@ -1,7 +1,7 @@
 """The migration stream's bytes: no sockets, no meaning.
 
-A frame is a header (kind, a zero byte, a zero u16, length of the payload as u32, little endian) and
-a payload. Payloads are msgpack of the structs below, except RAM's: a count of runs (u32), the runs
+A frame is a header (kind, protocol, a zero u16, length of the payload as u32, little endian) and a
+payload. Payloads are msgpack of the structs below, except RAM's: a count of runs (u32), the runs
 (guest address u64, pages u32), and for :attr:`Kind.RAM` the pages themselves.
 """
 
@@ -50,7 +50,8 @@ class Kind(IntEnum):
     COMMIT = 10  # s: the guest is yours
     STARTED = 11  # d: it is mine
     FAILED = 12  # s, d: given up, and why
-    ASK = 13  # s, on a new line: what became of the move with this token?
+    ASK = 13  # s, on a new line: COMMIT again; what became of the guest?
+    HEARD = 14  # s: I know that it is yours; nobody will ask again
 
 
 _LIMITS = {
@@ -77,7 +78,6 @@ class NicHello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the source is about to send."""
 
-    protocol: int
     machine: str
     token: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
     cpus: int
@@ -86,8 +86,15 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nics: Annotated[list[NicHello], msgspec.Meta(max_length=64)]
     #: Saved-state types and their versions.
     versions: dict[str, int]
-    #: Whether the guest runs: one that was paused stays so at the destination.
-    running: bool
+
+
+class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the destination sees the line: WELCOME. A line that both see alike is a direct one."""
+
+    pid: int
+    #: The two ends of a TCP connection, ``HOST PORT``; empty for a Unix socket.
+    near: str
+    far: str
 
 
 class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,10 +103,12 @@ class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: Annotated[str, msgspec.Meta(max_length=4096)]
 
 
-class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which move: ASK."""
+class Handover(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The guest is yours: COMMIT, and ASK, which says it again on a new line."""
 
     token: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    #: Whether the guest ran when it was stopped: one that was paused stays so.
+    running: bool
 
 
 class Started(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,23 +128,25 @@ def frame(kind: Kind, payload: bytes = b"") -> bytes:
 
 def header(kind: Kind, length: int) -> bytes:
     """The header of a frame whose payload follows."""
-    return HEADER.pack(kind, 0, 0, length)
+    return HEADER.pack(kind, PROTOCOL, 0, length)
 
 
 def parse_header(raw: bytes | bytearray) -> tuple[Kind, int]:
     """Kind and payload length.
 
     Raises:
-        StreamError: an unknown kind, or a length beyond the kind's limit.
+        StreamError: another protocol, an unknown kind, or a length beyond the kind's limit.
     """
     if len(raw) != HEADER.size:
         raise StreamError(f"a frame's header of {len(raw)} bytes; {HEADER.size} are due")
-    number, zero, also_zero, length = HEADER.unpack(raw)
+    number, protocol, zero, length = HEADER.unpack(raw)
+    if protocol != PROTOCOL:
+        raise StreamError(f"stream protocol {protocol}; this Godwit has {PROTOCOL}")
     try:
         kind = Kind(number)
     except ValueError:
         raise StreamError(f"frame kind {number} is unknown: not a Godwit stream?") from None
-    if zero or also_zero:
+    if zero:
         raise StreamError(f"frame {kind.name}: reserved bits are set")
     if length > _LIMITS.get(kind, _MAX_SMALL):
         raise StreamError(f"frame {kind.name}: a payload of {length} bytes is too long")
@@ -217,16 +228,16 @@ def decode_runs(table: bytes | bytearray | memoryview, count: int) -> list[Run]:
     return runs
 
 
-def batches(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs cut and grouped so that each group fits a RAM frame."""
+def batches(runs: Sequence[Run], most: int = MAX_PAGES) -> list[list[Run]]:
+    """Runs cut and grouped so that each group fits a RAM frame of at most ``most`` pages."""
     groups: list[list[Run]] = []
     group: list[Run] = []
-    room = MAX_PAGES
+    room = most
     for address, pages in runs:
         while pages:
             if not room or len(group) == MAX_RUNS:
                 groups.append(group)
-                group, room = [], MAX_PAGES
+                group, room = [], most
             taken = min(pages, room)
             group.append((address, taken))
             address += taken * PAGE

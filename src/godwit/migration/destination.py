@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from queue import SimpleQueue
 
 from ..errors import GodwitError, GuestError, LinkLost, MigrationError, StreamError
 from ..hw.memory import HUGE, PAGE
@@ -21,6 +22,7 @@ from ..machine_state import MachineState
 from . import codec
 from .channel import SILENCE, Address, Channel
 from .codec import Kind, Run
+from .hello import check
 
 #: How long a guest that was loaded waits for its source to ask, seconds.
 PATIENCE = 30.0
@@ -55,9 +57,11 @@ class Destination:
         self._closing = threading.Event()
         self._channel: Channel | None = None
         self._hello: codec.Hello | None = None
-        self._touched: list[threading.Thread] = []
+        self._to_touch: SimpleQueue[list[memoryview] | None] = SimpleQueue()
+        self._touched_pages = 0
+        self._toucher: threading.Thread | None = None
         codec.prepare(MachineState)
-        codec.prepare(codec.Token)
+        codec.prepare(codec.Handover)
         self.phases: dict[str, float] = {}
         self.bytes_received = 0
         self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
@@ -93,14 +97,20 @@ class Destination:
             self._on_failed(MigrationError(f"{type(error).__name__}: {error}"))
 
     def _accept(self, timeout: float | None) -> Channel | None:
+        """The next line; None when ``timeout`` seconds went by, or it is time to close."""
+        until = None if timeout is None else time.monotonic() + timeout
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
-        if not poll.poll(None if timeout is None else timeout * 1000) or self._closing.is_set():
-            return None
-        try:
-            return Channel(self._listener.accept()[0])
-        except OSError:
-            return None
+        while not self._closing.is_set():
+            left = None if until is None else max(0.0, until - time.monotonic()) * 1000
+            if not poll.poll(left):
+                return None
+            try:
+                return Channel(self._listener.accept()[0])
+            except OSError:
+                # A peer that gave up already, or no descriptors left: others may come.
+                self._closing.wait(0.1)
+        return None
 
     def _serve(self, channel: Channel) -> bool:
         """One source; False when it was refused and another may come.
@@ -118,7 +128,7 @@ class Destination:
                 return False
             self._hello = hello
             # From now on the machine changes: what fails, fails for good.
-            channel.send(Kind.WELCOME)
+            channel.send(Kind.WELCOME, channel.as_seen())
             try:
                 state = self._receive(channel)
                 self._load(state)
@@ -140,7 +150,7 @@ class Destination:
                 self._receive_ram(channel, length)
             elif kind is Kind.STATE:
                 payload = channel.read(length)
-                self._stood_still = time.monotonic()
+                self._received_at = time.monotonic()
                 state = codec.decode(payload, MachineState)
                 self._mark("decoded")
                 return state
@@ -183,30 +193,34 @@ class Destination:
         """Have the kernel make the pages before they are needed: page faults, not Python, are what
         limits the copy. The call holds no lock of Python's, so it runs ahead of the stream."""
         views = self._views(runs)
+        self._touched_pages += sum(pages for _, pages in runs)
+        if self._touched_pages > self._machine.memory.size // PAGE:
+            raise StreamError("frame TOUCH: more pages than there are")
+        if self._toucher is None:
+            self._toucher = threading.Thread(target=self._populate, name="touch", daemon=True)
+            self._toucher.start()
+        self._to_touch.put(views)
 
-        def populate() -> None:
+    def _populate(self) -> None:
+        while (views := self._to_touch.get()) is not None:
             for view in views:
                 host = address_of(view)
-                start = host // HUGE * HUGE
-                for at in range(start, host + len(view), HUGE):
-                    low, high = max(at, host), min(at + HUGE, host + len(view))
+                end = host + len(view)
+                for at in range(host // HUGE * HUGE, end, HUGE):
+                    low, high = max(at, host), min(at + HUGE, end)
                     _madvise(low, high - low, _MADV_POPULATE_WRITE)
-
-        thread = threading.Thread(target=populate, name="touch", daemon=True)
-        thread.start()
-        self._touched.append(thread)
 
     def _clear(self, runs: list[Run]) -> None:
         for view in self._views(runs):
-            view[:] = bytes(len(view))
+            ctypes.memset(address_of(view), 0, len(view))
 
     def _load(self, state: MachineState) -> None:
         """Everything that can be wrong is found here, before READY."""
-        for thread in self._touched:
-            thread.join()
-        self._touched.clear()
+        if self._toucher is not None:
+            self._to_touch.put(None)
+            self._toucher.join()
         self._mark("touched")
-        self._machine.load(state, self._stood_still, self._mark)
+        self._machine.load(state, self._received_at, self._mark)
         for nic in self._machine.nics:
             nic.drain()  # what waits in the tap is older than the guest's arrival
         self._mark("loaded")
@@ -214,20 +228,18 @@ class Destination:
     def _await_commit(self, channel: Channel, hello: codec.Hello) -> None:
         channel.send(Kind.READY)
         try:
-            channel.set_timeout(SILENCE)
-            channel.expect(Kind.COMMIT)
-        except GodwitError as lost:
-            if not isinstance(lost, LinkLost):
-                raise
-            channel = self._await_question(hello, lost)
+            handover = channel.expect_struct(Kind.COMMIT, codec.Handover)
+            if handover.token != hello.token:
+                raise StreamError("COMMIT: the token of another move")
+        except LinkLost as lost:
+            channel, handover = self._await_question(hello, lost)
         # The guest is ours.
         self._mark("commit")
-        states = self._on_start(hello.running, self._mark)
+        states = self._on_start(handover.running, self._mark)
         self._mark("running")
-        started = codec.Started(self.phases, states)
-        self._answer(channel, hello, started)
+        self._answer(channel, hello, codec.Started(self.phases, states))
 
-    def _await_question(self, hello: codec.Hello, lost: LinkLost) -> Channel:
+    def _await_question(self, hello: codec.Hello, lost: LinkLost) -> tuple[Channel, codec.Handover]:
         """The line broke between READY and COMMIT: did the source hand over, or resume?
 
         A source that resumed does not ask. One that handed over asks until it is answered; its
@@ -243,85 +255,50 @@ class Destination:
                     f"the line was lost before the commit ({lost}), and the source did not ask "
                     f"for its guest in {PATIENCE:.0f} s: it runs there"
                 )
-            try:
-                if channel.expect_struct(Kind.ASK, codec.Token).token == hello.token:
-                    return channel
-                _tell(channel, Kind.REFUSED, "this is another move")
-            except GodwitError:
-                pass
+            handover = _question(channel, hello.token)
+            if handover is not None:
+                return channel, handover
             channel.close()
 
     def _answer(self, channel: Channel, hello: codec.Hello, started: codec.Started) -> None:
-        """Tell the source; if the line is gone, wait for it to ask."""
-        try:
-            channel.send(Kind.STARTED, started)
-            channel.set_timeout(SILENCE)
-            channel.read(1)  # the source closes the line when it has heard
-        except LinkLost as lost:
-            if "closed" in str(lost):
-                return
-        # For as long as it takes: a source that finds nobody listening concludes that the guest
-        # is not here, and would let it run there too.
-        while not self._closing.is_set():
-            again = self._accept(None)
-            if again is None:
-                return
+        """Tell the source, on this line or on those where it asks, until it has heard.
+
+        For as long as it takes: a source that finds nobody listening concludes that the guest is
+        not here, and would let it run there too.
+        """
+        while True:
             try:
-                if again.expect_struct(Kind.ASK, codec.Token).token == hello.token:
-                    again.send(Kind.STARTED, started)
-                    return
+                channel.send(Kind.STARTED, started)
+                channel.expect(Kind.HEARD)
+                return
             except GodwitError:
-                pass
-            finally:
-                again.close()
+                channel.close()
+            again = None
+            while again is None:
+                again = self._accept(None)
+                if again is None:
+                    return  # it is time to close: the guest ends here as well
+                if _question(again, hello.token) is None:
+                    again.close()
+                    again = None
+            channel = again
 
     def _mark(self, phase: str) -> None:
         """ms since the state came."""
-        self.phases[phase] = round((time.monotonic() - self._stood_still) * 1000, 3)
+        self.phases[phase] = round((time.monotonic() - self._received_at) * 1000, 3)
 
 
-def check(hello: codec.Hello, machine: Machine) -> None:
-    """Refuse what this machine cannot become, before the guest is stopped.
-
-    Raises:
-        StreamError: names each thing that differs.
-    """
-    from .source import describe
-
-    if hello.protocol != codec.PROTOCOL:
-        raise StreamError(f"stream protocol {hello.protocol}; this Godwit has {codec.PROTOCOL}")
-    own = describe(machine, hello.token, hello.running)
-    differences = [
-        f"{name}: {theirs} at the source, {ours} here"
-        for name, theirs, ours in (
-            ("machine type", hello.machine, own.machine),
-            ("vCPUs", hello.cpus, own.cpus),
-            ("RAM", _show(hello.ram), _show(own.ram)),
-            ("versions", hello.versions, own.versions),
-            ("NICs", len(hello.nics), len(own.nics)),
-        )
-        if theirs != ours
-    ]
-    for theirs, ours, nic in zip(hello.nics, own.nics, machine.nics, strict=False):
-        differences += [
-            f"NIC {ours.id}, {field}: {_text(getattr(theirs, field))} at the source, "
-            f"{_text(getattr(ours, field))} here"
-            for field in ("id", "model", "version", "mac", "mtu", "queue_size")
-            if getattr(theirs, field) != getattr(ours, field)
-        ]
-        missing = theirs.negotiated & ~nic.offered
-        if missing:
-            differences.append(f"NIC {ours.id}: the guest uses features {missing:#x}, not offered")
-    if differences:
-        raise StreamError("the machines differ: " + "; ".join(differences))
-
-
-def _show(ram: list[tuple[int, int]]) -> str:
-    return f"{sum(size for _, size in ram) >> 20} MiB"
-
-
-def _text(value: object) -> str:
-    return value.hex(":") if isinstance(value, bytes) else str(value)
+def _question(channel: Channel, token: bytes) -> codec.Handover | None:
+    """What a new line asks, if it asks about this move."""
+    try:
+        handover = channel.expect_struct(Kind.ASK, codec.Handover)
+    except GodwitError as error:
+        _tell(channel, Kind.REFUSED, f"a guest is here already ({error})")
+        return None
+    if handover.token != token:
+        _tell(channel, Kind.REFUSED, "this is another move")
+        return None
+    return handover
 
 
 def _tell(channel: Channel, kind: Kind, reason: str) -> None:

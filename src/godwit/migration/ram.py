@@ -177,7 +177,7 @@ def split_zeros(machine: Machine, runs: Iterable[Run]) -> tuple[list[Run], list[
 
 
 def _compare(host: int, first: int, count: int) -> Iterator[tuple[int, int, bool]]:
-    """(first, count, all zeros) of parts of a run: at once if it is all zeros, else page by page."""
+    """(first, count, all zeros) of parts of a run: whole if it is all zeros, else by the page."""
     size = count * PAGE
     if size <= len(_ZERO) and not _memcmp(host + first * PAGE, _ZERO, size):
         yield first, count, True

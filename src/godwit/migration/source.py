@@ -21,6 +21,7 @@ from ..runstate import RunState, RunStates
 from . import codec, ram
 from .channel import Address, Channel
 from .codec import Kind, Run
+from .hello import describe
 from .report import Report, Round
 
 #: Passes over dirty RAM at the most; then the guest is stopped however much is left.
@@ -56,7 +57,10 @@ class Source:
         self._on_status = on_status
         self._before = states.current
         self._cancelled = threading.Event()
+        self._abandoned = threading.Event()
+        self._decision = threading.Lock()  # between a cancel and the commit
         self._committed = False
+        self._direct = False
         self._token = os.urandom(16)
         self._log = ram.DirtyLog(machine)
         self._left: list[Run] = []
@@ -76,12 +80,18 @@ class Source:
 
     def cancel(self) -> bool:
         """Give the move up; False when it is too late, because the guest was handed over."""
-        self._cancelled.set()
-        if self._committed:
-            return False
+        with self._decision:
+            if self._committed:
+                return False
+            self._cancelled.set()
         if self._line is not None:
             self._line.interrupt()
         return True
+
+    def abandon(self) -> None:
+        """The process ends: ask no more what became of a guest that was handed over."""
+        self._abandoned.set()
+        self.cancel()
 
     def join(self, timeout: float) -> None:
         """Wait for the thread's end."""
@@ -114,10 +124,9 @@ class Source:
         if machine.ended is not None:
             raise StateError(f"the guest is dead: {machine.ended[1]}")
         self._line = self._address.connect()
-        self._channel.send(
-            Kind.HELLO, describe(machine, self._token, self._before is RunState.RUNNING)
-        )
-        self._channel.expect(Kind.WELCOME)
+        self._channel.send(Kind.HELLO, describe(machine, self._token))
+        welcome = self._channel.expect_struct(Kind.WELCOME, codec.Welcome)
+        self._direct = self._channel.is_direct(welcome)
         self._status("active")
 
     def _precopy(self) -> None:
@@ -144,8 +153,6 @@ class Source:
             self._channel.send(Kind.ROUND)
             took = time.monotonic() - before
             self.report.rounds.append(Round(sent, zeros, took * 1000))
-            if self._before is not RunState.RUNNING:
-                break
             runs = self._log.take()
             pages = ram.pages_in(runs)
             self.report.remaining = pages * PAGE
@@ -157,13 +164,14 @@ class Source:
             if not shrinking and expected <= self._limits.downtime_limit:
                 break
             previous = pages
-        self._left = runs if self._before is RunState.RUNNING else []
+        self._left = runs
 
     def _stop(self) -> None:
         """Stop the guest: vCPUs, then backends."""
         self.report.stopped = time.monotonic()
         self._status("device")
         with self._machine.lock:
+            self._before = self._states.current  # the operator may have paused it meanwhile
             self._states.set(RunState.FINISH_MIGRATE)
             self._machine.pause(self.report.mark)
         if self._machine.ended is not None:
@@ -189,17 +197,22 @@ class Source:
 
     def _commit(self) -> None:
         """Hand the guest over. From here on it may not run here until we know."""
-        self._committed = True
-        if self._cancelled.is_set():
-            self._committed = False
-            raise MigrationError("cancelled")
+        with self._decision:
+            if self._cancelled.is_set():
+                raise MigrationError("cancelled")
+            self._committed = True
+        handover = codec.Handover(self._token, self._before is RunState.RUNNING)
         try:
-            self._channel.send(Kind.COMMIT)
+            self._channel.send(Kind.COMMIT, handover)
             started = self._channel.expect_struct(Kind.STARTED, codec.Started)
         except GodwitError as error:
-            started = self._resolve(error)
+            started = self._resolve(error, handover)
         self.report.mark("started")
         self._started(started)
+        try:
+            self._channel.send(Kind.HEARD)
+        except LinkLost:
+            pass  # then the destination goes on listening, which harms nobody
 
     def _started(self, started: codec.Started) -> None:
         if self.report.stopped is not None:
@@ -208,12 +221,13 @@ class Source:
         self.report.destination_runstates = started.runstates
         self._states.set(RunState.POSTMIGRATE)
 
-    def _resolve(self, cause: GodwitError) -> codec.Started:
+    def _resolve(self, cause: GodwitError, handover: codec.Handover) -> codec.Started:
         """The line was lost with COMMIT on its way: ask until the answer is certain.
 
-        A destination that has the guest, or could still take it, keeps listening until its source
-        heard of it; so a refused connection proves that the guest does not run there. A destination
-        that cannot be reached proves nothing, and the guest stays stopped here meanwhile.
+        A destination that has the guest, or could still take it, listens until its source heard of
+        it; so a connection that it refuses proves that the guest does not run there, if the line
+        is a direct one: a tunnel's end refuses for itself. A destination that cannot be reached
+        proves nothing, and the guest stays stopped here meanwhile.
 
         Raises:
             MigrationError: the guest is not there and never will be: it may run here.
@@ -223,27 +237,30 @@ class Source:
                 channel = self._address.connect(2.0)
             except LinkLost as lost:
                 reason = lost.__cause__
-                if isinstance(reason, OSError) and reason.errno in (
-                    errno.ECONNREFUSED,
-                    errno.ENOENT,
-                ):
+                refused = isinstance(reason, OSError) and reason.errno == errno.ECONNREFUSED
+                if refused and self._direct:
                     self._committed = False
                     raise MigrationError(
                         f"the destination is gone ({cause}); it did not take the guest"
                     ) from cause
                 self.report.error = f"{cause}; asking the destination what became of the guest"
-                time.sleep(_ASK_AGAIN)
+                if self._abandoned.wait(_ASK_AGAIN):
+                    raise
                 continue
             try:
-                channel.send(Kind.ASK, codec.Token(self._token))
-                return channel.expect_struct(Kind.STARTED, codec.Started)
-            except PeerRefused as refused:
+                channel.send(Kind.ASK, handover)
+                started = channel.expect_struct(Kind.STARTED, codec.Started)
+            except PeerRefused as refusal:
                 self._committed = False
-                raise MigrationError(f"the destination gave the guest up: {refused}") from cause
+                raise MigrationError(f"the destination gave the guest up: {refusal}") from cause
             except GodwitError:
-                time.sleep(_ASK_AGAIN)
-            finally:
-                channel.close()
+                if self._abandoned.wait(_ASK_AGAIN):
+                    raise
+            else:
+                self._line = channel
+                self.report.error = None
+                return started
+            channel.close()
 
     # --- ends -------------------------------------------------------------------------------------
     def _finish(self, status: str, error: str | None = None) -> None:
@@ -263,7 +280,7 @@ class Source:
             except GodwitError:
                 pass
         with self._machine.lock:
-            if self._states.current is RunState.FINISH_MIGRATE:
+            if self._states.current is RunState.FINISH_MIGRATE and not self._committed:
                 ended = self._machine.ended
                 if ended is None:
                     # Running first, state second: who hears of the state finds it true.
@@ -282,7 +299,10 @@ class Source:
 
     def _send_pages(self, runs: list[Run]) -> None:
         view = self._machine.memory.view
-        for batch in codec.batches(runs):
+        limit = self._limits.max_bandwidth
+        # A slow line gets small frames: the peer takes long silence for a lost line.
+        most = max(1, min(codec.MAX_PAGES, limit // 4 // PAGE)) if limit else codec.MAX_PAGES
+        for batch in codec.batches(runs, most):
             if self._cancelled.is_set():
                 raise MigrationError("cancelled")
             table = codec.encode_runs(batch)
@@ -303,31 +323,6 @@ class Source:
         self._budget_start = max(self._budget_start, now - 0.05) + size / limit
         if self._budget_start > now:
             self._cancelled.wait(self._budget_start - now)
-
-
-def describe(machine: Machine, token: bytes, running: bool) -> codec.Hello:
-    """The machine as a HELLO; a destination compares its own with it."""
-    return codec.Hello(
-        protocol=codec.PROTOCOL,
-        machine=machine.config.machine.name,
-        token=token,
-        cpus=machine.config.cpus,
-        ram=[(region.start, region.size) for region in machine.memory.regions],
-        nics=[
-            codec.NicHello(
-                id=nic.name,
-                model=nic.model,
-                version=nic.version,
-                mac=config.mac,
-                mtu=config.mtu,
-                queue_size=config.queue_size,
-                negotiated=nic.negotiated,
-            )
-            for nic, config in zip(machine.nics, machine.config.nics, strict=True)
-        ],
-        versions={"machine": 1, "serial": 1, "power": 1},
-        running=running,
-    )
 
 
 def _tables(runs: list[Run]) -> list[list[Run]]:

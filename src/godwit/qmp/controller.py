@@ -47,7 +47,7 @@ class Controller(Protocol):
         Raises:
             ConfigError: the URI is wrong, or leaves this host without ``insecure``.
             StateError: a move is under way, or the guest is dead.
-            MigrationError: nobody listens there.
+            The rest is told by events: a MIGRATION with status failed, and why in query-migrate.
         """
 
     def migrate_incoming(self, uri: str, insecure: bool) -> None:
