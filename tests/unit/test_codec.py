@@ -13,15 +13,15 @@ from godwit.hw.memory import PAGE
 from godwit.hw.power import PowerState
 from godwit.hw.serial import SerialState
 from godwit.migration import codec
-from godwit.migration.codec import Hello, Kind, NicHello, Run, Started, Text, Token
+from godwit.migration.codec import Handover, Hello, Kind, NicHello, Run, Started, Text
 
 NIC = NicHello("nic0", "virtio-net", 1, b"\x52\x54\0\0\0\1", None, 256, 1 << 63)
-HELLO = Hello(codec.PROTOCOL, "godwit-0.2", bytes(16), 2, [(0, 1 << 28)], [NIC], {"vcpu": 1}, True)
+HELLO = Hello("godwit-0.2", bytes(16), 2, [(0, 1 << 28)], [NIC], {"vcpu": 1})
 STRUCTS: list[msgspec.Struct] = [
     HELLO,
     NIC,
     Text("because"),
-    Token(bytes(range(16))),
+    Handover(bytes(range(16)), True),
     Started({"vcpus": 1.5}, ["inmigrate", "running"]),
     PowerState(1, 2, 3),
     SerialState(1, 2, 3, 4, 5, 6, 7, True, b"in"),
@@ -54,11 +54,11 @@ def test_each_kind_has_a_limit(kind: Kind) -> None:
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (b"\0" * 8, "kind 0"),
-        (b"\x0e" + bytes(7), "kind 14"),
-        (b"\xff" * 8, "kind 255"),
-        (b"\1\1" + bytes(6), "reserved"),
-        (b"\1\0\0\1" + bytes(4), "reserved"),
+        (b"\0\1" + bytes(6), "kind 0"),
+        (b"\x0f\1" + bytes(6), "kind 15"),
+        (b"\xff\1" + b"\xff" * 6, "kind 255"),
+        (b"\1\2" + bytes(6), "protocol 2"),
+        (b"\1\1\0\1" + bytes(4), "reserved"),
         (b"", "0 bytes"),
         (b"\1" + bytes(6), "7 bytes"),
         (b"\1" + bytes(8), "9 bytes"),
@@ -114,7 +114,6 @@ def test_a_missing_or_unknown_field_is_named(value: msgspec.Struct) -> None:
         (HELLO, "ram", [[0, 1]] * 9),
         (HELLO, "ram", [[0]]),
         (HELLO, "cpus", "two"),
-        (HELLO, "running", 1),
         (HELLO, "versions", {"vcpu": None}),
         (NIC, "negotiated", -1),
         (NIC, "mtu", "1500"),
@@ -136,7 +135,7 @@ def test_a_field_out_of_range_is_named(value: msgspec.Struct, field: str, conten
 
 def test_a_struct_of_another_type_is_refused() -> None:
     with pytest.raises(StreamError):
-        codec.decode(codec.encode(Text("x")), Token)
+        codec.decode(codec.encode(Text("x")), Handover)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
+from ..errors import HostError
 from ..hw.memory import PAGE, Region
 from ..kvm.ioctl import address_of
 from ..machine import Machine
@@ -122,7 +123,7 @@ def _populated(region: Region) -> Iterator[Run]:
         while len(entries) < count:
             got = os.pread(pagemap.fileno(), count - len(entries), offset + len(entries))
             if not got:
-                break
+                raise HostError("/proc/self/pagemap ends before the guest's RAM does")
             entries += got
     for ones in _ONES.finditer(bytes(entries[7::8]).translate(_POPULATED)):
         yield region.start + ones.start() * PAGE, ones.end() - ones.start()

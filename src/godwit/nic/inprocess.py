@@ -46,7 +46,10 @@ class InProcessBackend:
 
     def start(self, features: int, rx: Ring, tx: Ring) -> None:
         """Watch both rings and the tap."""
-        self._tap.set_offloads(offloads.tap_flags(features))
+        try:
+            self._tap.set_offloads(offloads.tap_flags(features))
+        except OSError as error:
+            raise GuestError(f"the tap refused the offloads: {error}") from error
         self._merge = bool(features & _MRG_RXBUF)
         self._rx, self._tx = rx, tx
         self._loop.watch(rx.kick, self._rx_kicked)

@@ -68,10 +68,10 @@ class VhostBackend:
     def start(self, features: int, rx: Ring, tx: Ring) -> None:
         """Hand the rings to the kernel."""
         self._negotiated = features & self._supported & _RING_FEATURES
-        self._tap.set_offloads(offloads.tap_flags(features))
-        self._set_features()
         self._rings = (rx, tx)
         try:
+            self._tap.set_offloads(offloads.tap_flags(features))
+            self._set_features()
             for index, ring in enumerate(self._rings):
                 queue = ring.queue
                 self._put(abi.SET_VRING_NUM, abi.VRING_STATE.pack(index, queue.size))
@@ -81,8 +81,14 @@ class VhostBackend:
                 self._put(abi.SET_VRING_KICK, abi.VRING_FILE.pack(index, ring.kick))
             for index in (0, 1):
                 self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(index, self._tap.fd))
-        except OSError as error:
-            self.stop()
+        except (OSError, GuestError) as error:
+            # Its rings were never served: there are no positions to learn.
+            self._rings = ()
+            for index in (0, 1):
+                try:
+                    self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(index, -1))
+                except OSError:
+                    pass  # that ring was not set up far enough to have one
             raise GuestError(f"vhost-net refused a ring: {error}") from error
 
     def stop(self) -> None:

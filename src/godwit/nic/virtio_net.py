@@ -103,6 +103,8 @@ class VirtioNet(VirtioDevice):
         with self.lock:
             if not self.negotiated & F_GUEST_ANNOUNCE or not self.started:
                 return False
+            if not self.queues[CTRL].enabled:
+                return False  # there would be no way to acknowledge it
             self._announce_pending = True
             self.transport.signal_config()
             return True
