@@ -104,7 +104,16 @@ def busybox() -> bytes:
 
 
 def compiled(name: str, sources: Sequence[Path]) -> bytes:
-    """The C program as a static executable; compiled once per content of its sources."""
+    """The C program's bytes, for an archive. See :func:`program`."""
+    return program(name, sources).read_bytes()
+
+
+def program(name: str, sources: Sequence[Path]) -> Path:
+    """The C program as a static executable; compiled once per content of its sources.
+
+    Raises:
+        HostError: gcc is missing, or refused them.
+    """
 
     def build(target: Path) -> None:
         argv = ["gcc", "-Os", "-static", "-s", "-Wall", "-Wextra", "-pthread", "-o", str(target)]
@@ -117,7 +126,7 @@ def compiled(name: str, sources: Sequence[Path]) -> bytes:
             raise HostError(f"gcc, {name}: {error.stderr.decode(errors='replace')}") from error
 
     key = digest(*(source.read_bytes() for source in sources))
-    return cached_file(f"bin/{name}-{key}", build).read_bytes()
+    return cached_file(f"bin/{name}-{key}", build)
 
 
 def digest(*parts: bytes) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from . import guest
 from .agent import Agent, Flow
 from .network import Host, Network
-from .traffic import FLOWS, Capture, Ping, Sender, Stream
+from .traffic import ANNOUNCING, FLOWS, Capture, Ping, Sender, Stream
 from .vm import Vm
 
 MAC = "52:54:00:67:77:01"
@@ -52,7 +52,7 @@ class Scenario:
             client = net.client.netns
             self.say("hosts A and B, a VLAN-filtering switch and a client are there")
             capture = stack.enter_context(
-                Capture(client, net.client.interface, folder / "client.pcap")
+                Capture(client, net.client.interface, folder / "client.pcap", ANNOUNCING)
             )
             source = stack.enter_context(self._boot(net.a))
             took = source.wait_ready(90)

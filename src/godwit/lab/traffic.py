@@ -1,7 +1,7 @@
 """Traffic between the lab's client and its guest, by stock programs where there are any.
 
 Pings are iputils' ``ping``; the capture is ``tcpdump``'s; numbered UDP packets come from
-:mod:`godwit.lab.sender`, and the guest counts them.
+``host_files/sender.c``, and the guest counts them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from ..errors import HostError
+from . import initramfs
 from .addresses import LANS
 from .agent import ECHO, SINK
 from .netns import entering, inside
@@ -43,6 +43,16 @@ FLOWS = tuple(
 
 _REPLY = re.compile(rb"^\[(\d+\.\d+)\].* bytes from .*seq=(\d+) ", re.MULTILINE)
 _SUMMARY = re.compile(rb"(\d+) packets transmitted, (\d+) received")
+
+
+#: tcpdump's filter for what may announce: ARP, RARP and neighbour advertisements, tagged or not.
+ANNOUNCING = "arp or rarp or (ip6 and ip6[40] == 136)"
+ANNOUNCING = f"{ANNOUNCING} or (vlan and ({ANNOUNCING}))"
+
+
+def sender() -> Path:
+    """The program that sends numbered packets, compiled once."""
+    return initramfs.program("sender", [initramfs.DATA / "host_files/sender.c"])
 
 
 class _Program:
@@ -141,7 +151,7 @@ class Capture(_Program):
 
     def __init__(self, netns: str, interface: str, path: Path, expression: str = "") -> None:
         self.path = path
-        argv = ["tcpdump", "-i", interface, "-U", "--immediate-mode", "-n", "-s", "128"]
+        argv = ["tcpdump", "-i", interface, "-n", "-s", "128"]
         argv += ["-w", str(path), *([expression] if expression else [])]
         super().__init__(netns, argv, path.with_suffix(".log"))
         end = time.monotonic() + 20
@@ -155,7 +165,7 @@ class Sender(_Program):
     """Numbered UDP packets to the guest on every flow, ``rate`` a second each."""
 
     def __init__(self, netns: str, folder: Path, rate: int = 100) -> None:
-        argv = [sys.executable, "-m", "godwit.lab.sender", str(rate), str(SINK)]
+        argv = [str(sender()), str(rate), str(SINK)]
         argv += [f"{flow.id}={flow.guest}" for flow in FLOWS]
         super().__init__(netns, argv, folder / "sender.txt")
 
