@@ -120,11 +120,6 @@ class Network:
                 [
                     *first,
                     bridge,
-                    *(f"tuntap add {tap} mode tap vnet_hdr" for tap in (host.tap, host.other_tap)),
-                    *(
-                        f"link set {tap} txqueuelen {TAP_QUEUE} master br0 up"
-                        for tap in (host.tap, host.other_tap)
-                    ),
                     "link set up0 master br0 up",
                     "link set br0 up",
                     "link set lo up",
@@ -132,7 +127,8 @@ class Network:
                     "link set mgmt up",
                 ],
             )
-            self._allow(host.netns, (host.tap, host.other_tap, "up0"), tagged)
+            self._allow(host.netns, ("up0",), tagged)
+            self.add_taps(host, (host.tap, host.other_tap))
         commands = ["link set lo up"]
         for lan in LANS:
             name = self.client.interface_of(lan)
@@ -144,6 +140,15 @@ class Network:
             commands.append(f"address add {ipv6}/64 dev {name} nodad")
         _batch("ip", self.client.netns, commands)
         self._await_forwarding()
+
+    def add_taps(self, host: Host, taps: Sequence[str]) -> None:
+        """More taps on a host's bridge, in all networks."""
+        commands = []
+        for tap in taps:
+            commands.append(f"tuntap add {tap} mode tap vnet_hdr")
+            commands.append(f"link set {tap} txqueuelen {TAP_QUEUE} master {host.bridge} up")
+        _batch("ip", host.netns, commands)
+        self._allow(host.netns, taps, [lan.vlan for lan in LANS if lan.vlan])
 
     def _allow(self, netns: str, ports: Sequence[str], tagged: Sequence[int]) -> None:
         _batch("bridge", netns, [f"vlan add dev {p} vid {vid}" for p in ports for vid in tagged])

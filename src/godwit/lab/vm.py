@@ -67,6 +67,11 @@ class Vm:
         return self._process.pid
 
     @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
+
+    @property
     def console(self) -> str:
         """What it printed so far: the guest's console, and its own messages."""
         with self._changed:

@@ -101,7 +101,10 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        sock.settimeout(SILENCE)
+        # Blocking, with the kernel's own time-outs: a whole frame is then one call each way, where
+        # Python's would poll before each piece.
+        sock.setblocking(True)
+        self.set_timeout(SILENCE)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:
@@ -114,7 +117,9 @@ class Channel:
 
     def set_timeout(self, seconds: float) -> None:
         """How long a silent peer is waited for."""
-        self._sock.settimeout(seconds)
+        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
     def send(self, kind: Kind, value: msgspec.Struct | None = None) -> None:
         """Send a struct, or an empty frame. Raises LinkLost."""
@@ -150,7 +155,7 @@ class Channel:
         left = [view for view in views if len(view)]
         try:
             while left:
-                got = self._sock.recvmsg_into(left)[0]
+                got = self._sock.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
                 if not got:
                     raise LinkLost("the peer closed the line")
                 while left and got >= len(left[0]):
@@ -218,6 +223,6 @@ class Channel:
 
 
 def _lost(error: OSError) -> LinkLost:
-    if isinstance(error, TimeoutError):
+    if isinstance(error, (BlockingIOError, TimeoutError)):
         return LinkLost(f"the peer was silent for {SILENCE:.0f} s")
     return LinkLost(f"the line broke: {error.strerror or error}")

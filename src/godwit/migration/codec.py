@@ -44,7 +44,7 @@ class Kind(IntEnum):
     TOUCH = 4  # s: runs that RAM will come for
     RAM = 5  # s: runs and their pages
     ZERO = 6  # s: runs that are all zeros
-    ROUND = 7  # s: a pass over RAM ends
+    ROUND = 7  # s: a pass over RAM ends; after STATE: all is sent
     STATE = 8  # s: everything but RAM; the guest is stopped
     READY = 9  # d: all is loaded and would run
     COMMIT = 10  # s: the guest is yours

@@ -130,8 +130,7 @@ class Destination:
             # From now on the machine changes: what fails, fails for good.
             channel.send(Kind.WELCOME, channel.as_seen())
             try:
-                state = self._receive(channel)
-                self._load(state)
+                self._receive(channel)
             except LinkLost:
                 raise
             except GodwitError as error:
@@ -142,8 +141,9 @@ class Destination:
         finally:
             channel.close()
 
-    def _receive(self, channel: Channel) -> MachineState:
-        """RAM, until the state comes."""
+    def _receive(self, channel: Channel) -> None:
+        """RAM, and the state, which is loaded while the last pages are still on their way."""
+        loaded = False
         while True:
             kind, length = channel.receive()
             if kind is Kind.RAM:
@@ -151,9 +151,12 @@ class Destination:
             elif kind is Kind.STATE:
                 payload = channel.read(length)
                 self._received_at = time.monotonic()
+                if loaded:
+                    raise StreamError("frame STATE: a second one")
                 state = codec.decode(payload, MachineState)
                 self._mark("decoded")
-                return state
+                self._load(state)
+                loaded = True
             elif kind in (Kind.TOUCH, Kind.ZERO):
                 payload = channel.read(length)
                 count = codec.decode_count(payload, length)
@@ -166,6 +169,11 @@ class Destination:
                     self._clear(runs)
             elif kind is Kind.ROUND:
                 channel.read(length)
+                if loaded:
+                    for nic in self._machine.nics:
+                        nic.drain()  # what waits in the tap is older than the guest's arrival
+                    self._mark("loaded")
+                    return
             elif kind is Kind.FAILED:
                 text = codec.decode(channel.read(length), codec.Text)
                 raise MigrationError(f"the source gave up: {text.reason}")
@@ -215,15 +223,13 @@ class Destination:
             ctypes.memset(address_of(view), 0, len(view))
 
     def _load(self, state: MachineState) -> None:
-        """Everything that can be wrong is found here, before READY."""
+        """Everything that can be wrong with the state is found here, before READY."""
         if self._toucher is not None:
             self._to_touch.put(None)
             self._toucher.join()
         self._mark("touched")
         self._machine.load(state, self._received_at, self._mark)
-        for nic in self._machine.nics:
-            nic.drain()  # what waits in the tap is older than the guest's arrival
-        self._mark("loaded")
+        self._mark("state-loaded")
 
     def _await_commit(self, channel: Channel, hello: codec.Hello) -> None:
         channel.send(Kind.READY)

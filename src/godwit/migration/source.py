@@ -178,17 +178,19 @@ class Source:
             raise StateError(f"the guest died before it could move: {self._machine.ended[1]}")
 
     def _final(self) -> None:
-        """Send the last dirty pages and everything else; wait until all is loaded."""
-        # The state first: saving it makes KVM and the devices write their last bits of RAM (a
-        # pending MMIO read completed, the paravirtual clock), and the log is read after that.
+        """Send everything else and the last dirty pages; wait until all is loaded."""
+        # The state is saved first: saving it makes KVM and the devices write their last bits of
+        # RAM (the paravirtual clock, say), and the log is read after that.
         state = self._machine.save()
         self.report.mark("save")
+        # It goes first, so that the destination loads it while the last pages are looked up here.
+        payload = codec.encode(state)
+        self._channel.send_parts([codec.header(Kind.STATE, len(payload)), payload])
         # A page that was dirty before the stop and after it is sent once, as it is now.
         runs = _union(self._left, self._log.take())
         self.report.mark("dirty-log")
         self._send_pages(runs)
-        payload = codec.encode(state)
-        self._channel.send_parts([codec.header(Kind.STATE, len(payload)), payload])
+        self._channel.send(Kind.ROUND)
         self.report.rounds.append(Round(ram.pages_in(runs), 0, 0.0))
         self.report.remaining = 0
         self.report.mark("send")
@@ -215,8 +217,12 @@ class Source:
             pass  # then the destination goes on listening, which harms nobody
 
     def _started(self, started: codec.Started) -> None:
-        if self.report.stopped is not None:
-            self.report.downtime_ms = (time.monotonic() - self.report.stopped) * 1000
+        # Until READY came by this clock, from READY to the running vCPUs by the destination's: the
+        # latency of READY is counted twice, and that of STARTED, when the guest runs, not at all.
+        phases = started.phases
+        self.report.downtime_ms = self.report.stop_phases["ready"] + max(
+            0.0, phases.get("vcpus-started", 0.0) - phases.get("loaded", 0.0)
+        )
         self.report.destination_phases = started.phases
         self.report.destination_runstates = started.runstates
         self._states.set(RunState.POSTMIGRATE)
