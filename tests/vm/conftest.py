@@ -1,0 +1,72 @@
+"""Fixtures of the VM tests. They need KVM: ``make test`` runs them in the lab."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from vm_bench import TAPS, Bench, Guest
+
+from godwit.kvm.probe import why_unusable
+from godwit.lab.network import Network
+
+_HERE = Path(__file__).parent
+#: What neither Godwit nor a healthy guest prints.
+_BROKEN = re.compile(r"Traceback|internal error|Call Trace|Kernel panic|Oops:|BUG:")
+_bench: Bench | None = None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests here are VM tests, and an emulated CPU takes its time."""
+    for item in items:
+        if item.path.parent == _HERE:
+            item.add_marker(pytest.mark.vm)
+            item.add_marker(pytest.mark.timeout(240))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """What the VMs printed goes with a failure; the guest of a failed test serves no other."""
+    report = yield
+    if report.failed and _bench is not None:
+        for vm in _bench.vms:
+            report.sections.append((f"{vm.name} on {vm.host.netns} printed", vm.console[-3000:]))
+        if call.when == "call":
+            _bench.drop_guest()
+    return report
+
+
+@pytest.fixture(scope="session")
+def bench() -> Iterator[Bench]:
+    """The lab's network, and VMs in it."""
+    global _bench
+    why = why_unusable()
+    if why is not None:
+        pytest.exit(f"the VM tests need KVM ({why}): 'make test' runs them in the lab", 1)
+    # /run, in memory: the lab's other files come over a slow line.
+    with TemporaryDirectory(prefix="godwit-", dir="/run") as folder, Network() as net:
+        for host in (net.a, net.b):
+            net.add_taps(host, TAPS[2:])
+        _bench = Bench(net, Path(folder))
+        try:
+            yield _bench
+        finally:
+            _bench.close()
+            _bench = None
+
+
+@pytest.fixture(autouse=True)
+def _nothing_broke(bench: Bench) -> Iterator[None]:
+    yield
+    for vm in bench.vms:
+        broken = _BROKEN.search(vm.console)
+        assert broken is None, f"{vm.name} printed {broken}:\n{vm.console[-3000:]}"
+
+
+@pytest.fixture
+def guest(bench: Bench) -> Guest:
+    """A running guest of two vCPUs that tests share; it is wherever the last one left it."""
+    return bench.traveller()

@@ -1,0 +1,97 @@
+"""After a move the guest tells its networks where it is, and at no other time."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+
+from vm_bench import Bench, Guest, announced, records
+
+from godwit.lab.judge import announcements
+from godwit.lab.scenario import MAC
+from godwit.lab.traffic import FLOWS, Stream
+
+#: The guest's address of its own making (RFC 4291, appendix A), the same in each network.
+LINK_LOCAL = "fe80::5054:ff:fe67:7701"
+#: What the guest says on each network, for each of its addresses.
+EXPECTED = {
+    ("guest", "GARP" if flow.family == "ipv4" else "NA", flow.vlan, flow.guest) for flow in FLOWS
+} | {("guest", "NA", flow.vlan, LINK_LOCAL) for flow in FLOWS}
+
+
+def test_a_moved_guest_announces_itself_on_every_network(bench: Bench, guest: Guest) -> None:
+    with ExitStack() as stack:
+        capture = stack.enter_context(bench.capture("move"))
+        target = bench.target(guest)
+        checksum = guest.agent.mem_start(16)
+        stream = Stream(bench.net.client.netns, "10.0.100.2")
+        stack.callback(stream.close)
+        assert stream.exchange()
+        pings = [stack.enter_context(bench.ping(flow.id)) for flow in FLOWS]
+        for ping in pings:
+            ping.wait_answer(0.0)
+
+        moved = bench.move(guest, target)
+        ack = announced(target)
+        for ping in pings:
+            ping.wait_answer(moved.resumed, 60)
+        assert stream.exchange(), "the TCP connection did not survive"
+        assert guest.agent.mem_check() == checksum
+        capture.stop()
+
+    frames = announcements(capture.path, MAC)
+    assert {(f.sender, f.kind, f.vlan, f.address) for f in frames} == EXPECTED
+    assert min(f.at for f in frames) > moved.loaded, "announced before the guest was about to run"
+    assert ack["data"]["ms"] > 0
+    assert [record["method"] for record in records(target)] == ["guest"]
+
+    assert moved.source.transitions() == [
+        ("running", "finish-migrate"),
+        ("finish-migrate", "postmigrate"),
+    ]
+    states = ["prelaunch", "inmigrate", "prelaunch-migrate", "running"]
+    assert moved.info["godwit"]["destination-runstates"] == states
+    assert target.transitions()[-2:] == [
+        ("inmigrate", "prelaunch-migrate"),
+        ("prelaunch-migrate", "running"),
+    ]
+    assert moved.source.wait() == 0
+
+
+def test_with_autostart_off_it_announces_at_the_cont(bench: Bench, guest: Guest) -> None:
+    host = bench.other(guest.vm)
+    target = bench.run(host, "--incoming", "defer", "--no-autostart")
+    with bench.capture("held") as capture:
+        moved = bench.move(guest, target, runs=False)
+        assert target.status() == "prelaunch-migrate"
+        assert not target.news("RESUME", "ANNOUNCE_STARTED")
+        released = time.time()
+        target.qmp.execute("cont")
+        announced(target)
+        guest.agent.ping(60)
+        capture.stop()
+    frames = announcements(capture.path, MAC)
+    assert {(f.sender, f.kind, f.vlan, f.address) for f in frames} == EXPECTED
+    assert min(f.at for f in frames) > released
+    assert moved.info["godwit"]["destination-runstates"][-1] == "prelaunch-migrate"
+    assert target.status() == "running"
+
+
+def test_stop_and_cont_announce_nothing(bench: Bench, guest: Guest) -> None:
+    vm = guest.vm
+    vm.mark()
+    with bench.capture("pause") as capture, bench.ping(0) as ping:
+        ping.wait_answer(0.0)
+        vm.qmp.execute("stop")
+        assert vm.status() == "paused"
+        vm.qmp.execute("cont")
+        # An announcement starts at once: twenty answers later it would be on the wire.
+        at = time.time()
+        for _ in range(20):
+            at = ping.wait_answer(at)
+        bench.answers()
+        capture.stop()
+    assert announcements(capture.path, MAC) == []
+    assert [event["event"] for event in vm.news("STOP", "RESUME")] == ["STOP", "RESUME"]
+    assert not vm.news("ANNOUNCE_STARTED", "ANNOUNCE_HOST", "ANNOUNCE_ACKED")
+    assert vm.transitions() == [("running", "paused"), ("paused", "running")]

@@ -1,0 +1,87 @@
+"""A move that fails leaves the guest running at its source, and its peers notice nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vm_bench import Bench, Guest, Watched
+
+from godwit.lab.scenario import wait_for
+from godwit.lab.traffic import FLOWS
+
+#: Bytes a second: what the guest holds takes twenty seconds and more.
+_SLOW = 2 << 20
+
+
+@contextmanager
+def _copying_slowly(bench: Bench, guest: Guest, target: Watched) -> Iterator[None]:
+    """The copy has begun and will not end by itself; every flow is answered until the block ends,
+    and the guest never stops."""
+    source = guest.vm
+    source.qmp.execute("migrate-set-parameters", {"max-bandwidth": _SLOW})
+    pings = [bench.ping(flow.id, 0.2) for flow in FLOWS]
+    try:
+        for ping in pings:
+            ping.wait_answer(0.0)
+        source.start_move(bench.listen(target))
+        wait_for(lambda: _ram(source).get("transferred", 0) > 1 << 20, 60)
+        yield
+        assert not source.news("STOP", "RESUME")
+        assert source.status() == "running"
+        last = [ping.answers().times[-1][0] for ping in pings]
+        for ping, at in zip(pings, last, strict=True):
+            ping.wait_answer(at)
+    finally:
+        for ping in pings:
+            ping.stop()
+        source.qmp.execute("migrate-set-parameters", {"max-bandwidth": 0})
+    for ping in pings:
+        answers = ping.answers()
+        assert answers.sent - answers.received <= 1, f"{ping.flow}: lost {answers}"
+
+
+def _ram(vm: Watched) -> dict[str, int]:
+    return dict(vm.qmp.execute("query-migrate").get("ram", {}))
+
+
+def test_a_destination_that_dies_during_the_copy(bench: Bench, guest: Guest) -> None:
+    target = bench.target(guest, another=True)
+    with _copying_slowly(bench, guest, target):
+        target.kill()
+        info = guest.vm.end_of_move()
+        assert info["status"] == "failed"
+        assert "line" in info["error-desc"]
+    assert guest.vm.transitions() == []
+    # The same guest can be moved afterwards.
+    bench.move(guest, bench.target(guest))
+    guest.agent.ping()
+
+
+def test_a_move_that_is_cancelled_during_the_copy(bench: Bench, guest: Guest) -> None:
+    target = bench.target(guest, another=True)
+    with _copying_slowly(bench, guest, target):
+        guest.vm.qmp.execute("migrate_cancel")
+        assert guest.vm.end_of_move()["status"] == "cancelled"
+        # Its RAM is spoilt, so the destination ends, and says why.
+        assert target.wait(60) == 1
+        assert "no guest arrived" in target.console
+    assert guest.vm.transitions() == []
+    bench.move(guest, bench.target(guest))
+    guest.agent.ping()
+
+
+def test_nobody_listens(bench: Bench, guest: Guest) -> None:
+    vm = guest.vm
+    for uri, why in (
+        (f"unix:{bench.folder}/nobody", "No such file"),
+        ("tcp:127.0.0.1:9", "refused"),
+    ):
+        vm.start_move(uri)
+        info = vm.end_of_move()
+        assert info["status"] == "failed"
+        assert uri in info["error-desc"]
+        assert why in info["error-desc"]
+    assert not vm.news("STOP", "RUN_STATE")
+    assert vm.status() == "running"
+    guest.agent.ping()

@@ -1,0 +1,263 @@
+"""What the VM tests share: VMs in the lab's network, a guest that travels, and how it is moved.
+
+A guest costs ten seconds and a process three on an emulated CPU. So one guest serves many tests
+(:meth:`Bench.traveller`), and the process that it will move to next starts while it is busy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from godwit.errors import HostError
+from godwit.lab import guest as guest_image
+from godwit.lab import kernels
+from godwit.lab.agent import Agent
+from godwit.lab.network import Host, Network
+from godwit.lab.scenario import MAC, rounds, wait_for
+from godwit.lab.traffic import FLOWS, Capture, Ping
+from godwit.lab.vm import Vm
+
+ENDS = ("completed", "failed", "cancelled")
+TAPS = tuple(f"tap{number}" for number in range(9))
+Event = Mapping[str, Any]
+
+
+def stamp(event: Event) -> float:
+    """When an event happened: realtime, seconds."""
+    at = event["timestamp"]
+    return float(at["seconds"] + at["microseconds"] / 1e6)
+
+
+class Watched(Vm):
+    """A VM all of whose events are kept."""
+
+    def __init__(self, name: str, folder: Path, argv: list[str], host: Host, tap: str) -> None:
+        super().__init__(name, folder, argv, host.netns)
+        self.host = host
+        self.tap = tap
+        self.seen: list[Event] = []
+        self._since = 0
+
+    def mark(self) -> None:
+        """What happened up to now is the past."""
+        self._since = len(self._look())
+
+    def news(self, *names: str) -> list[Event]:
+        """Events of these names (or all) since the mark."""
+        return [e for e in self._look()[self._since :] if not names or e["event"] in names]
+
+    def event(
+        self, name: str, match: Callable[[Any], bool] = lambda data: True, deadline: float = 60.0
+    ) -> Event:
+        """The first such event since the mark; waits for it."""
+        end = time.monotonic() + deadline
+        while True:
+            for event in self.news(name):
+                if match(event.get("data", {})):
+                    return event
+            if time.monotonic() > end:
+                raise HostError(f"{self.name}: no {name} in {deadline:g} s; saw {self.seen}")
+            time.sleep(0.02)  # between two looks at what the client has taken in
+
+    def transitions(self) -> list[tuple[str, str]]:
+        """Run states since the mark, as the events told them."""
+        told = [event["data"] for event in self.news("RUN_STATE")]
+        return [(data["from"], data["to"]) for data in told]
+
+    def start_move(self, uri: str) -> None:
+        """Have the guest moved to ``uri``."""
+        self.mark()
+        self.qmp.execute("migrate", {"uri": uri, "insecure": True})
+
+    def end_of_move(self, deadline: float = 60.0) -> dict[str, Any]:
+        """Wait for it; query-migrate's answer."""
+        self.event("MIGRATION", lambda data: data["status"] in ENDS, deadline)
+        return dict(self.qmp.execute("query-migrate"))
+
+    def _look(self) -> list[Event]:
+        self.seen += self.qmp.events()
+        return self.seen
+
+
+@dataclass
+class Guest:
+    """A guest, wherever it runs."""
+
+    vm: Watched
+    agent: Agent
+    ready: float
+    """When it said that it was, realtime, seconds."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A move that succeeded. Times are realtime, seconds."""
+
+    info: dict[str, Any]
+    source: Watched
+    target: Watched
+    loaded: float
+    """The guest was there and about to start."""
+    resumed: float
+
+
+@dataclass
+class Bench:
+    """The network and the VMs in it."""
+
+    net: Network
+    folder: Path
+    vms: list[Watched] = field(default_factory=list)
+    guest: Guest | None = None
+    _count: int = 0
+    _spares: dict[str, Watched] = field(default_factory=dict)
+
+    # --- processes --------------------------------------------------------------------------------
+    def run(
+        self,
+        host: Host,
+        *arguments: str,
+        nic: str = "",
+        cpus: int = 2,
+        memory: str = "128M",
+        mac: str = MAC,
+        tap: str = "",
+    ) -> Watched:
+        """``godwit run`` on a host, with a NIC on a free tap; ``nic``: more of its keys."""
+        tap = tap or self._free_tap(host)
+        self._count += 1
+        argv = [*arguments, "--memory", memory, "--cpus", str(cpus)]
+        argv += ["--nic", f"tap={tap},mac={mac}{',' if nic else ''}{nic}"]
+        vm = Watched(f"vm{self._count}", self.folder, argv, host, tap)
+        self.vms.append(vm)
+        return vm
+
+    def boot(
+        self, *arguments: str, kernel: str = "cloud-6.12", deadline: float = 120.0, **more: Any
+    ) -> Guest:
+        """Boot a guest on host A, where it is the only one, and wait for its agent."""
+        self.drop_guest()
+        image = kernels.cached(kernel)
+        assert image is not None, f"no kernel {kernel} in the cache: run scripts/setup"
+        argv = ["--kernel", str(image.vmlinuz), "--initrd", str(guest_image.build(image))]
+        vm = self.run(self.net.a, *argv, "--append", guest_image.CMDLINE, *arguments, **more)
+        vm.qmp.execute("query-status")
+        vm.wait_ready(deadline)
+        ready = time.time()
+        agent = Agent("10.0.0.2", self.net.client.netns)
+        agent.ping(60)
+        self.guest = Guest(vm, agent, ready)
+        return self.guest
+
+    def traveller(self) -> Guest:
+        """The guest that tests share: the one that lives, or a new one."""
+        if self.guest is None:
+            self.spare(self.net.b)
+            self.boot()
+        assert self.guest is not None
+        return self.guest
+
+    def other(self, vm: Watched) -> Host:
+        """The host where a guest would move to."""
+        return self.net.b if vm.host is self.net.a else self.net.a
+
+    def spare(self, host: Host) -> None:
+        """Start a process that a guest may move to later on."""
+        if host.netns not in self._spares:
+            self._spares[host.netns] = self.run(host, "--incoming", "defer")
+
+    def target(self, guest: Guest, another: bool = False) -> Watched:
+        """A process on the other host, ready to be told where to listen.
+
+        The one after it is started meanwhile: for the way back, or for ``another`` try.
+        """
+        host = self.other(guest.vm)
+        self.spare(host)
+        vm = self._spares.pop(host.netns)
+        vm.qmp.execute("query-status")
+        self.spare(host if another else guest.vm.host)
+        return vm
+
+    def listen(self, vm: Watched, uri: str = "") -> str:
+        """Have a ``target`` listen; where."""
+        uri = uri or f"unix:{self.folder / vm.name}.move"
+        vm.qmp.execute("migrate-incoming", {"uri": uri, "insecure": True})
+        return uri
+
+    def retire(self, vm: Watched) -> None:
+        """Let it end, without waiting for that; its tap is free afterwards."""
+        vm.qmp.execute("quit")
+
+    def drop_guest(self) -> None:
+        """End the guest that lives, and every process that is not a spare."""
+        guest, self.guest = self.guest, None
+        if guest is not None:
+            guest.agent.close()
+        for vm in self.vms:
+            if vm not in self._spares.values():
+                vm.close()
+        self.vms = [vm for vm in self.vms if vm in self._spares.values()]
+
+    def close(self) -> None:
+        """End everything."""
+        self._spares.clear()
+        self.drop_guest()
+
+    def _free_tap(self, host: Host) -> str:
+        used = [vm.tap for vm in self.vms if vm.host is host and vm.alive]
+        return next(tap for tap in TAPS if tap not in used)
+
+    # --- what tests do with them ------------------------------------------------------------------
+    def capture(self, name: str) -> Capture:
+        """tcpdump on the client's port."""
+        client = self.net.client
+        return Capture(client.netns, client.interface, self.folder / f"{name}.pcap")
+
+    def ping(self, index: int, interval: float = 0.05) -> Ping:
+        """A ping of one of the six flows."""
+        return Ping(self.net.client.netns, FLOWS[index], self.folder, interval)
+
+    def answers(self) -> None:
+        """Each of the six flows answers."""
+        pings = [self.ping(flow.id) for flow in FLOWS]
+        try:
+            for ping in pings:
+                ping.wait_answer(0.0, 60)
+        finally:
+            for ping in pings:
+                ping.stop()
+
+    def move(self, guest: Guest, target: Watched, uri: str = "", runs: bool = True) -> Moved:
+        """Move the guest to ``target`` (which listens already if ``uri`` is given)."""
+        source = guest.vm
+        source.start_move(uri or self.listen(target))
+        info = source.end_of_move()
+        assert info["status"] == "completed", info
+        return self.moved(guest, target, info, runs)
+
+    def moved(self, guest: Guest, target: Watched, info: Any, runs: bool = True) -> Moved:
+        """The guest came to ``target``: the source ends, with code 0."""
+        source = guest.vm
+        loaded = target.event("RUN_STATE", lambda data: data["to"] == "prelaunch-migrate")
+        resumed = target.event("RESUME") if runs else loaded
+        assert source.status() == "postmigrate"
+        guest.vm = target
+        source.news()
+        self.retire(source)
+        return Moved(info, source, target, stamp(loaded), stamp(resumed))
+
+
+def announced(target: Watched) -> Event:
+    """Wait until a guest that arrived has acknowledged, and all rounds are made; the ack."""
+    ack = target.event("ANNOUNCE_ACKED")
+    wait_for(lambda: rounds(target) >= 5, 60)
+    return ack
+
+
+def records(vm: Watched) -> list[dict[str, Any]]:
+    """What the VMM says of its announcement, a record a NIC."""
+    return list(vm.qmp.execute("query-migrate")["godwit"]["announce"])
