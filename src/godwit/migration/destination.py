@@ -78,7 +78,7 @@ class Destination:
         try:
             self._listener.shutdown(socket.SHUT_RDWR)
         except OSError:
-            pass
+            pass  # closed already
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(SILENCE)
         self._listener.close()
@@ -95,6 +95,9 @@ class Destination:
                 self._on_failed(error)
         except Exception as error:
             self._on_failed(MigrationError(f"{type(error).__name__}: {error}"))
+        finally:
+            # Nobody is awaited any more: whoever connects shall be refused, not left waiting.
+            self._listener.close()
 
     def _accept(self, timeout: float | None) -> Channel | None:
         """The next line; None when ``timeout`` seconds went by, or it is time to close."""
