@@ -217,6 +217,13 @@ class Channel:
         except OSError:
             pass
 
+    def stop_receiving(self) -> None:
+        """Make whoever waits for a frame here give up, from any thread; sending goes on."""
+        try:
+            self._sock.shutdown(socket.SHUT_RD)
+        except OSError:
+            pass
+
     def close(self) -> None:
         """Give the socket back."""
         self._sock.close()

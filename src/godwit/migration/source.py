@@ -85,7 +85,8 @@ class Source:
                 return False
             self._cancelled.set()
         if self._line is not None:
-            self._line.interrupt()
+            # Only what waits for an answer is woken: the destination shall still be told why.
+            self._line.stop_receiving()
         return True
 
     def abandon(self) -> None:
