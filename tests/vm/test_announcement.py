@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 
-from vm_bench import Bench, Guest, announced, records
+from vm_bench import Bench, Guest, announced, rarps, records
 
 from godwit.lab.judge import announcements
 from godwit.lab.scenario import MAC
@@ -41,6 +41,7 @@ def test_a_moved_guest_announces_itself_on_every_network(bench: Bench, guest: Gu
 
     frames = announcements(capture.path, MAC)
     assert {(f.sender, f.kind, f.vlan, f.address) for f in frames} == EXPECTED
+    assert rarps(capture.path) == []
     assert min(f.at for f in frames) > moved.loaded, "announced before the guest was about to run"
     assert ack["data"]["ms"] > 0
     assert [record["method"] for record in records(target)] == ["guest"]
@@ -72,6 +73,7 @@ def test_with_autostart_off_it_announces_at_the_cont(bench: Bench, guest: Guest)
         capture.stop()
     frames = announcements(capture.path, MAC)
     assert {(f.sender, f.kind, f.vlan, f.address) for f in frames} == EXPECTED
+    assert rarps(capture.path) == []
     assert min(f.at for f in frames) > released
     assert moved.info["godwit"]["destination-runstates"][-1] == "prelaunch-migrate"
     assert target.status() == "running"
@@ -92,6 +94,7 @@ def test_stop_and_cont_announce_nothing(bench: Bench, guest: Guest) -> None:
         bench.answers()
         capture.stop()
     assert announcements(capture.path, MAC) == []
+    assert rarps(capture.path) == []
     assert [event["event"] for event in vm.news("STOP", "RESUME")] == ["STOP", "RESUME"]
     assert not vm.news("ANNOUNCE_STARTED", "ANNOUNCE_HOST", "ANNOUNCE_ACKED")
     assert vm.transitions() == [("running", "paused"), ("paused", "running")]

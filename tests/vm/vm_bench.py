@@ -7,7 +7,7 @@ A guest costs ten seconds and a process three on an emulated CPU. So one guest s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from godwit.lab import kernels
 from godwit.lab.agent import Agent
 from godwit.lab.network import Host, Network
 from godwit.lab.scenario import MAC, rounds, wait_for
-from godwit.lab.traffic import FLOWS, Capture, Ping
+from godwit.lab.traffic import ANNOUNCING, FLOWS, Capture, Ping
 from godwit.lab.vm import Vm
 
 ENDS = ("completed", "failed", "cancelled")
-TAPS = tuple(f"tap{number}" for number in range(9))
+TAPS = tuple(f"tap{number}" for number in range(12))
 Event = Mapping[str, Any]
 
 
@@ -114,6 +114,7 @@ class Bench:
     vms: list[Watched] = field(default_factory=list)
     guest: Guest | None = None
     _count: int = 0
+    _shared: Guest | None = None
     _spares: dict[str, Watched] = field(default_factory=dict)
 
     # --- processes --------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ class Bench:
         tap: str = "",
     ) -> Watched:
         """``godwit run`` on a host, with a NIC on a free tap; ``nic``: more of its keys."""
-        tap = tap or self._free_tap(host)
+        tap = tap or self.free_tap(host)
         self._count += 1
         argv = [*arguments, "--memory", memory, "--cpus", str(cpus)]
         argv += ["--nic", f"tap={tap},mac={mac}{',' if nic else ''}{nic}"]
@@ -137,10 +138,16 @@ class Bench:
         return vm
 
     def boot(
-        self, *arguments: str, kernel: str = "cloud-6.12", deadline: float = 120.0, **more: Any
+        self,
+        *arguments: str,
+        kernel: str = "cloud-6.12",
+        keep: Sequence[Watched] = (),
+        deadline: float = 120.0,
+        **more: Any,
     ) -> Guest:
-        """Boot a guest on host A, where it is the only one, and wait for its agent."""
-        self.drop_guest()
+        """Boot a guest on host A, and wait for its agent. All VMs but spares and those to
+        ``keep`` end first: there is one guest at a time."""
+        self.drop_guest(keep)
         image = kernels.cached(kernel)
         assert image is not None, f"no kernel {kernel} in the cache: run scripts/setup"
         argv = ["--kernel", str(image.vmlinuz), "--initrd", str(guest_image.build(image))]
@@ -155,11 +162,10 @@ class Bench:
 
     def traveller(self) -> Guest:
         """The guest that tests share: the one that lives, or a new one."""
-        if self.guest is None:
+        if self._shared is None:
             self.spare(self.net.b)
-            self.boot()
-        assert self.guest is not None
-        return self.guest
+            self._shared = self.boot()
+        return self._shared
 
     def other(self, vm: Watched) -> Host:
         """The host where a guest would move to."""
@@ -182,6 +188,15 @@ class Bench:
         self.spare(host if another else guest.vm.host)
         return vm
 
+    def targets(self, guest: Guest, count: int) -> list[Watched]:
+        """So many, for moves to and fro; they start side by side."""
+        hosts = [self.other(guest.vm), guest.vm.host]
+        vms = [self.target(guest)]
+        vms += [self.run(hosts[n % 2], "--incoming", "defer") for n in range(1, count)]
+        for vm in vms:
+            vm.qmp.execute("query-status")
+        return vms
+
     def listen(self, vm: Watched, uri: str = "") -> str:
         """Have a ``target`` listen; where."""
         uri = uri or f"unix:{self.folder / vm.name}.move"
@@ -192,30 +207,32 @@ class Bench:
         """Let it end, without waiting for that; its tap is free afterwards."""
         vm.qmp.execute("quit")
 
-    def drop_guest(self) -> None:
-        """End the guest that lives, and every process that is not a spare."""
-        guest, self.guest = self.guest, None
-        if guest is not None:
-            guest.agent.close()
+    def drop_guest(self, keep: Sequence[Watched] = ()) -> None:
+        """End the guest that lives, and every process that is neither a spare nor to be kept."""
+        if self.guest is not None:
+            self.guest.agent.close()
+        self.guest = self._shared = None
+        kept = [*self._spares.values(), *keep]
         for vm in self.vms:
-            if vm not in self._spares.values():
+            if vm not in kept:
                 vm.close()
-        self.vms = [vm for vm in self.vms if vm in self._spares.values()]
+        self.vms = kept
 
     def close(self) -> None:
         """End everything."""
         self._spares.clear()
         self.drop_guest()
 
-    def _free_tap(self, host: Host) -> str:
+    def free_tap(self, host: Host) -> str:
+        """A tap of that host that no VM has."""
         used = [vm.tap for vm in self.vms if vm.host is host and vm.alive]
         return next(tap for tap in TAPS if tap not in used)
 
     # --- what tests do with them ------------------------------------------------------------------
     def capture(self, name: str) -> Capture:
-        """tcpdump on the client's port."""
+        """tcpdump on the client's port, of what may announce."""
         client = self.net.client
-        return Capture(client.netns, client.interface, self.folder / f"{name}.pcap")
+        return Capture(client.netns, client.interface, self.folder / f"{name}.pcap", ANNOUNCING)
 
     def ping(self, index: int, interval: float = 0.05) -> Ping:
         """A ping of one of the six flows."""
@@ -261,3 +278,19 @@ def announced(target: Watched) -> Event:
 def records(vm: Watched) -> list[dict[str, Any]]:
     """What the VMM says of its announcement, a record a NIC."""
     return list(vm.qmp.execute("query-migrate")["godwit"]["announce"])
+
+
+def rarps(capture: Path) -> list[bytes]:
+    """The RARP frames in a capture, as long as they were on the wire.
+
+    No scapy layer is bound to their type, so they are told by it.
+    """
+    from scapy.utils import RawPcapReader
+
+    found = []
+    for raw, meta in RawPcapReader(str(capture)):
+        at = 16 if raw[12:14] == b"\x81\x00" else 12
+        if raw[at : at + 2] == b"\x80\x35":
+            assert meta.wirelen == len(raw)
+            found.append(bytes(raw))
+    return found

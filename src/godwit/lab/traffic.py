@@ -151,7 +151,8 @@ class Capture(_Program):
 
     def __init__(self, netns: str, interface: str, path: Path, expression: str = "") -> None:
         self.path = path
-        argv = ["tcpdump", "-i", interface, "-n", "-s", "128"]
+        # Without immediate mode the frames of the last second are lost at the end.
+        argv = ["tcpdump", "-i", interface, "-U", "--immediate-mode", "-n", "-s", "128"]
         argv += ["-w", str(path), *([expression] if expression else [])]
         super().__init__(netns, argv, path.with_suffix(".log"))
         end = time.monotonic() + 20

@@ -1,0 +1,110 @@
+"""Stands between source and destination of a move, reads its frames, and cuts the line at one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from godwit.errors import GodwitError
+from godwit.migration import codec
+from godwit.migration.channel import Address, Channel
+from godwit.migration.codec import Kind
+
+
+class LineCutter:
+    """Passes frames from ``near`` to ``far`` and back, until the first ``kind``.
+
+    That frame arrives if it is to be ``delivered``; then the line breaks. Later lines are left
+    whole. ``before`` is called as the frame comes, and then nobody listens at ``near`` any more:
+    it is the destination's death.
+    """
+
+    def __init__(
+        self,
+        near: Path,
+        far: Path,
+        kind: Kind,
+        delivered: bool,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        self.cut = threading.Event()
+        self.lines = 0
+        self._far = far
+        self._kind = kind
+        self._delivered = delivered
+        self._before = before
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(near))
+        self._listener.listen()
+        self._channels: list[Channel] = []
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._hang_up()
+        for channel in self._channels:
+            channel.interrupt()
+
+    def _hang_up(self) -> None:
+        try:
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        except OSError:
+            pass
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                source = Channel(self._listener.accept()[0])
+            except OSError:
+                return
+            self.lines += 1
+            target = Address(f"unix:{self._far}", False).connect()
+            self._channels += [source, target]
+            for one, other in ((source, target), (target, source)):
+                one.set_timeout(120)
+                threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
+
+    def _pass(self, one: Channel, other: Channel) -> None:
+        try:
+            while True:
+                kind, length = one.receive()
+                payload = one.read(length)
+                cutting = kind is self._kind and not self.cut.is_set()
+                if kind is Kind.WELCOME:
+                    payload = self._as_ours(payload)
+                if cutting:
+                    self.cut.set()
+                    if self._before is not None:
+                        self._before()
+                        self._hang_up()
+                if not cutting or self._delivered:
+                    other.send_parts([codec.header(kind, len(payload)), payload])
+                if cutting:
+                    break
+        except GodwitError:
+            pass  # one of them hung up
+        # What was sent still arrives (AF_UNIX keeps it), then the end.
+        one.interrupt()
+        other.interrupt()
+
+    @staticmethod
+    def _as_ours(payload: bytearray) -> bytearray:
+        """So that the source takes the line for a direct one, as it would be without us."""
+        welcome = codec.decode(payload, codec.Welcome)
+        return bytearray(codec.encode(msgspec.structs.replace(welcome, pid=os.getpid())))

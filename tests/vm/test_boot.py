@@ -1,0 +1,65 @@
+"""Stock kernels boot, are on the network, announce nothing by themselves, and end as they say."""
+
+from __future__ import annotations
+
+import re
+
+from vm_bench import Bench, Guest, rarps
+
+from godwit.lab.guest import READY
+from godwit.lab.judge import announcements
+from godwit.lab.scenario import MAC, wait_for
+
+
+def _boots(bench: Bench, kernel: str, cpus: int) -> Guest:
+    """All vCPUs are there, six flows answer, and a cold boot is not announced."""
+    with bench.capture("boot") as capture:
+        guest = bench.boot(kernel=kernel, cpus=cpus)
+        assert guest.agent.cpus() == cpus
+        assert guest.vm.status() == "running"
+        bench.answers()
+        capture.stop()
+    # While it configures its interfaces, a guest may say what it likes.
+    assert [f for f in announcements(capture.path, MAC) if f.at > guest.ready] == []
+    assert rarps(capture.path) == []
+    assert not guest.vm.news("ANNOUNCE_STARTED", "ANNOUNCE_HOST", "ANNOUNCE_ACKED")
+    return guest
+
+
+def _ended(guest: Guest, code: int, reason: str) -> None:
+    assert guest.vm.wait(90) == code
+    (event,) = guest.vm.news("SHUTDOWN")
+    assert event["data"] == {"guest": True, "reason": reason}
+
+
+def test_6_1_cloud_loses_no_console_output_and_powers_off(bench: Bench) -> None:
+    guest = _boots(bench, "cloud-6.1", 2)
+    count = 2000
+    loop = f'i=0; while [ $i -lt {count} ]; do i=$((i+1)); echo "line $i"; done >/dev/ttyS0'
+    guest.agent.sh(loop, 90)
+    printed = guest.vm.wait_console(f"line {count}\r\n")
+    assert [int(n) for n in re.findall(r"^line (\d+)\r$", printed, re.M)] == [*range(1, count + 1)]
+    guest.agent.power_off()
+    _ended(guest, 0, "guest-shutdown")
+
+
+def test_6_12_cloud_with_eight_cpus_reboots_and_crashes(bench: Bench) -> None:
+    guest = _boots(bench, "cloud-6.12", 8)
+    vm = guest.vm
+    vm.mark()
+    guest.agent.reboot()
+    assert vm.event("RESET")["data"] == {"guest": True, "reason": "guest-reset"}
+    wait_for(lambda: vm.console.count(READY) == 2, 120)
+    guest.agent.ping(60)
+    assert guest.agent.cpus() == 8
+    assert vm.transitions() == [("running", "prelaunch"), ("prelaunch", "running")]
+
+    guest.agent.crash()
+    _ended(guest, 4, "guest-panic")
+    assert vm.transitions()[-1] == ("running", "guest-panicked")
+
+
+def test_6_12_full_obeys_the_power_button(bench: Bench) -> None:
+    guest = _boots(bench, "full-6.12", 2)
+    guest.vm.qmp.execute("system_powerdown")
+    _ended(guest, 0, "guest-shutdown")

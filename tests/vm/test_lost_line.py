@@ -1,0 +1,58 @@
+"""The line is lost around the commit: exactly one side runs in the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from line_cutter import LineCutter
+from vm_bench import Bench, Guest
+
+from godwit.migration.codec import Kind
+
+
+@pytest.mark.parametrize("delivered", [False, True], ids=["commit lost", "answer lost"])
+def test_the_guest_runs_at_the_destination_alone(
+    bench: Bench, guest: Guest, delivered: bool
+) -> None:
+    """The commit, or the answer to it, is lost; on a new line the source asks, and learns."""
+    source, target = guest.vm, bench.target(guest)
+    checksum = guest.agent.mem_start(8)
+    far = bench.listen(target).removeprefix("unix:")
+    near = bench.folder / f"{target.name}.cut"
+    with LineCutter(near, Path(far), Kind.COMMIT, delivered) as cutter:
+        source.start_move(f"unix:{near}")
+        info = source.end_of_move()
+        assert cutter.cut.is_set()
+        assert cutter.lines >= 2
+    assert info["status"] == "completed"
+    assert target.status() == "running"
+    assert len(target.news("RESUME")) == 1
+    assert not source.news("RESUME")
+    bench.moved(guest, target, info)
+    bench.answers()
+    assert guest.agent.mem_check() == checksum
+
+
+def test_a_destination_that_dies_before_the_commit_leaves_it_at_the_source(
+    bench: Bench, guest: Guest
+) -> None:
+    """It was ready and is gone when COMMIT comes: nobody listens there, so the source goes on."""
+    source, target = guest.vm, bench.target(guest, another=True)
+    checksum = guest.agent.mem_start(8)
+    far = bench.listen(target).removeprefix("unix:")
+    near = bench.folder / f"{target.name}.cut"
+    with LineCutter(near, Path(far), Kind.READY, True, before=target.kill) as cutter:
+        source.start_move(f"unix:{near}")
+        info = source.end_of_move()
+        assert cutter.cut.is_set()
+    assert info["status"] == "failed"
+    assert source.status() == "running"
+    assert source.transitions() == [("running", "finish-migrate"), ("finish-migrate", "running")]
+    assert [event["event"] for event in source.news("STOP", "RESUME")] == ["STOP", "RESUME"]
+    bench.answers()
+    assert guest.agent.mem_check() == checksum
+    # Not announced: it never went away. And it can go later.
+    assert not source.news("ANNOUNCE_STARTED")
+    bench.move(guest, bench.target(guest))
+    guest.agent.ping()
