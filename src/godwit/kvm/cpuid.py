@@ -15,6 +15,12 @@ _HTT = 1 << 28  # leaf 1 EDX
 _SVM = 1 << 2  # leaf 0x80000001 ECX
 _CMP_LEGACY = 1 << 1  # leaf 0x80000001 ECX
 
+_KVM_FEATURES = 0x40000001  # Documentation/virt/kvm/x86/cpuid.rst
+#: Asynchronous page faults: ASYNC_PF, ASYNC_PF_VMEXIT and ASYNC_PF_INT. A guest that waits for a
+#: 'page ready' that was lost sleeps for ever: it happens after a restore, on AMD above all, and to
+#: directly booted kernels (docs/decisions/0007-no-async-page-faults.md).
+_ASYNC_PF = 1 << 4 | 1 << 10 | 1 << 14
+
 
 def guest_cpuid(supported: list[Entry], index: int, count: int, deadline: bool) -> list[Entry]:
     """CPUID of vCPU ``index`` of ``count``: one socket, one thread a core.
@@ -42,6 +48,8 @@ def guest_cpuid(supported: list[Entry], index: int, count: int, deadline: bool) 
                 eax, ebx, ecx = width, count, 2 << 8 | 1
             else:
                 eax, ebx, ecx = 0, 0, sub
+        elif function == _KVM_FEATURES:
+            eax &= ~_ASYNC_PF
         elif function == 0x80000001:
             ecx = ecx & ~_SVM & ~_CMP_LEGACY | (_CMP_LEGACY if count > 1 else 0)
         elif function == 0x80000008:
