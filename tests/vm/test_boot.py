@@ -34,7 +34,7 @@ def _ended(guest: Guest, code: int, reason: str) -> None:
 
 def test_6_1_cloud_loses_no_console_output_and_powers_off(bench: Bench) -> None:
     guest = _boots(bench, "cloud-6.1", 2)
-    count = 2000
+    count = 500
     loop = f'i=0; while [ $i -lt {count} ]; do i=$((i+1)); echo "line $i"; done >/dev/ttyS0'
     guest.agent.sh(loop, 90)
     printed = guest.vm.wait_console(f"line {count}\r\n")
