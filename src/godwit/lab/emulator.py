@@ -70,7 +70,10 @@ def qemu_argv(directory: Path, rw: Sequence[Path], cpus: int, memory_mb: int) ->
     kernel = kernels.get(KERNEL)
     command = [program, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     command += ["-machine", "q35,hpet=off,smbus=off", "-accel", "tcg,thread=multi,tb-size=512"]
-    command += ["-cpu", "EPYC,+svm,+npt,-monitor", "-smp", str(cpus), "-m", f"{memory_mb}M"]
+    # Without CMPXCHG16B: before QEMU 8.0, TCG leaves stale flags behind it (its helper reads a
+    # condition-code state that was not written back), so that bits of a pointer could become TF, NT
+    # or VM in the flags that an exit saves. Every slab allocation runs through it: guests crashed.
+    command += ["-cpu", "EPYC,+svm,+npt,-monitor,-cx16", "-smp", str(cpus), "-m", f"{memory_mb}M"]
     command += ["-kernel", str(kernels.uncompressed(kernel)), "-initrd", str(_image(kernel))]
     if _QBOOT.exists():  # starts a kernel 0.2 s sooner than SeaBIOS
         command += ["-bios", str(_QBOOT)]

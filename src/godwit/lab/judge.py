@@ -37,10 +37,14 @@ def announcements(capture: Path, mac: str) -> list[Announcement]:
     try:
         from scapy.layers.inet6 import ICMPv6ND_NA, IPv6
         from scapy.layers.l2 import ARP, Dot1Q, Ether
+        from scapy.packet import bind_layers
         from scapy.utils import RawPcapReader
     except ImportError as error:
         raise HostError(f"scapy is missing ({error}); run scripts/setup") from error
 
+    # RARP has ARP's format (RFC 903), and scapy binds nothing to its type.
+    bind_layers(Ether, ARP, type=0x8035)
+    bind_layers(Dot1Q, ARP, type=0x8035)
     wanted = bytes.fromhex(mac.replace(":", ""))
     found = []
     for raw, meta in RawPcapReader(str(capture)):
