@@ -1,6 +1,7 @@
 """Running commands: probe, job files, results, and the machine itself as the lab."""
 
 import os
+import select
 import subprocess
 import time
 from pathlib import Path
@@ -81,15 +82,22 @@ def test_a_command_past_its_time_is_ended_with_its_children(tmp_path: Path) -> N
     argv = ["sh", "-c", f"sleep 60 & echo $! >{tmp_path}/pid; wait"]
     with pytest.raises(host.LabTimeout):
         host.run(argv, timeout_s=0.5)
-    assert not _running(int((tmp_path / "pid").read_text()))
+    assert _ended(int((tmp_path / "pid").read_text()), deadline_s=10)
 
 
-def _running(pid: int) -> bool:
-    """A zombie that nobody has reaped yet does not count as running."""
+def _ended(pid: int, deadline_s: float) -> bool:
+    """Wait until *pid* has ended: SIGKILL is acted on a moment after it was sent.
+
+    A zombie that nobody has reaped yet has ended: its pidfd is readable (pidfd_open(2)).
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([process], [], [], deadline_s)[0])
+    finally:
+        os.close(process)
 
 
 def test_output_is_copied_until_the_end_or_the_deadline(
