@@ -17,7 +17,7 @@ from .codec import Kind
 
 #: A peer that says nothing for so long is gone, seconds.
 SILENCE = 10.0
-_BUFFER = 4 << 20
+_BUFFER = 1 << 20
 _SO_SNDBUFFORCE = 32  # beyond wmem_max, for root (asm-generic/socket.h)
 _T = TypeVar("_T")
 

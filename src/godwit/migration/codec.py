@@ -26,7 +26,7 @@ _RUN = Struct("<QI")
 
 #: A frame of RAM: at most this many runs (IOV_MAX is 1,024) and bytes of pages.
 MAX_RUNS = 512
-MAX_PAGES = 512
+MAX_PAGES = 2048
 _MAX_RAM = _COUNT.size + MAX_RUNS * _RUN.size + MAX_PAGES * PAGE
 _MAX_STATE = 4 << 20
 _MAX_SMALL = 64 << 10

@@ -12,10 +12,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from queue import SimpleQueue
 
 from ..errors import GodwitError, GuestError, LinkLost, MigrationError, StreamError
-from ..hw.memory import HUGE, PAGE
+from ..hw.memory import PAGE
 from ..kvm.ioctl import address_of
 from ..machine import Machine
 from ..machine_state import MachineState
@@ -23,12 +22,10 @@ from . import codec
 from .channel import SILENCE, Address, Channel
 from .codec import Kind, Run
 from .hello import check
+from .touch import Toucher
 
 #: How long a guest that was loaded waits for its source to ask, seconds.
 PATIENCE = 30.0
-_MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h, Linux 5.14
-_madvise = ctypes.CDLL(None).madvise
-_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Destination:
@@ -57,9 +54,8 @@ class Destination:
         self._closing = threading.Event()
         self._channel: Channel | None = None
         self._hello: codec.Hello | None = None
-        self._to_touch: SimpleQueue[list[memoryview] | None] = SimpleQueue()
+        self._toucher = Toucher(machine.memory)
         self._touched_pages = 0
-        self._toucher: threading.Thread | None = None
         codec.prepare(MachineState)
         codec.prepare(codec.Handover)
         self.phases: dict[str, float] = {}
@@ -68,6 +64,7 @@ class Destination:
 
     def start(self) -> None:
         """Begin to wait."""
+        self._toucher.start()
         self._thread.start()
 
     def close(self) -> None:
@@ -81,6 +78,7 @@ class Destination:
             pass  # closed already
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(SILENCE)
+        self._toucher.finish()
         self._listener.close()
 
     # --- the conversation -------------------------------------------------------------------------
@@ -172,6 +170,7 @@ class Destination:
                     self._clear(runs)
             elif kind is Kind.ROUND:
                 channel.read(length)
+                self._toucher.finish()
                 if loaded:
                     for nic in self._machine.nics:
                         nic.drain()  # what waits in the tap is older than the guest's arrival
@@ -190,6 +189,8 @@ class Destination:
         if codec.table_size(count) + sum(pages for _, pages in runs) * PAGE != length:
             raise StreamError(f"frame RAM: {length} bytes, but its runs say otherwise")
         views = self._views(runs)
+        if not self._toucher.finished:
+            self._toucher.use(views)
         for start in range(0, len(views), 512):
             channel.read_into(views[start : start + 512])
         self.bytes_received += length
@@ -201,25 +202,11 @@ class Destination:
             raise StreamError(str(error)) from error
 
     def _touch(self, runs: list[Run]) -> None:
-        """Have the kernel make the pages before they are needed: page faults, not Python, are what
-        limits the copy. The call holds no lock of Python's, so it runs ahead of the stream."""
-        views = self._views(runs)
+        """The first pass will bring these pages."""
         self._touched_pages += sum(pages for _, pages in runs)
         if self._touched_pages > self._machine.memory.size // PAGE:
             raise StreamError("frame TOUCH: more pages than there are")
-        if self._toucher is None:
-            self._toucher = threading.Thread(target=self._populate, name="touch", daemon=True)
-            self._toucher.start()
-        self._to_touch.put(views)
-
-    def _populate(self) -> None:
-        while (views := self._to_touch.get()) is not None:
-            for view in views:
-                host = address_of(view)
-                end = host + len(view)
-                for at in range(host // HUGE * HUGE, end, HUGE):
-                    low, high = max(at, host), min(at + HUGE, end)
-                    _madvise(low, high - low, _MADV_POPULATE_WRITE)
+        self._toucher.want(self._views(runs))
 
     def _clear(self, runs: list[Run]) -> None:
         for view in self._views(runs):
@@ -227,10 +214,7 @@ class Destination:
 
     def _load(self, state: MachineState) -> None:
         """Everything that can be wrong with the state is found here, before READY."""
-        if self._toucher is not None:
-            self._to_touch.put(None)
-            self._toucher.join()
-        self._mark("touched")
+        self._toucher.finish()
         self._machine.load(state, self._received_at, self._mark)
         self._mark("state-loaded")
 

@@ -32,14 +32,18 @@ class Report(msgspec.Struct):
     ram_total: int = 0
     remaining: int = 0
     downtime_ms: float | None = None
+    #: Name of a phase -> ms since the command, at the phase's end.
+    setup_phases: dict[str, float] = msgspec.field(default_factory=dict)
     #: Name of a phase -> ms since the guest stopped, at the phase's end.
     stop_phases: dict[str, float] = msgspec.field(default_factory=dict)
     destination_phases: dict[str, float] = msgspec.field(default_factory=dict)
     destination_runstates: list[str] = msgspec.field(default_factory=list)
 
     def mark(self, phase: str) -> None:
-        """A phase of the stop window ended."""
-        if self.stopped is not None:
+        """A phase ended: of the stop window if the guest is stopped, else of the setup."""
+        if self.stopped is None:
+            self.setup_phases[phase] = round((time.monotonic() - self.started) * 1000, 3)
+        else:
             self.stop_phases[phase] = round((time.monotonic() - self.stopped) * 1000, 3)
 
     def info(self) -> dict[str, Any]:
@@ -63,6 +67,7 @@ class Report(msgspec.Struct):
                     {"pages": r.pages, "zero-pages": r.zero_pages, "ms": round(r.ms, 3)}
                     for r in self.rounds
                 ],
+                "setup-phases": self.setup_phases,
                 "stop-phases": self.stop_phases,
                 "destination-phases": self.destination_phases,
                 "destination-runstates": self.destination_runstates,

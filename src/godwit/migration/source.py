@@ -58,6 +58,7 @@ class Source:
         self._before = states.current
         self._cancelled = threading.Event()
         self._abandoned = threading.Event()
+        self._over = threading.Event()
         self._decision = threading.Lock()  # between a cancel and the commit
         self._committed = False
         self._direct = False
@@ -76,7 +77,7 @@ class Source:
     @property
     def active(self) -> bool:
         """Whether the move is still under way."""
-        return self.report.ended is None
+        return not self._over.is_set()
 
     def cancel(self) -> bool:
         """Give the move up; False when it is too late, because the guest was handed over."""
@@ -125,16 +126,21 @@ class Source:
         if machine.ended is not None:
             raise StateError(f"the guest is dead: {machine.ended[1]}")
         self._line = self._address.connect()
+        self.report.mark("connected")
         self._channel.send(Kind.HELLO, describe(machine, self._token))
+        # While the destination compares. Logging starts before the first page is read: what
+        # changes afterwards is sent again.
+        self._log.start()
+        self._left = self._log.populated()
+        self.report.mark("log-started")
         welcome = self._channel.expect_struct(Kind.WELCOME, codec.Welcome)
         self._direct = self._channel.is_direct(welcome)
+        self.report.mark("welcomed")
         self._status("active")
 
     def _precopy(self) -> None:
         """Send RAM while the guest runs, until little enough is left for the stop."""
-        # Logging starts before the first page is read: what changes afterwards is sent again.
-        self._log.start()
-        runs = self._log.populated()
+        runs = self._left
         for part in _tables(runs):
             self._channel.send_parts([codec.frame(Kind.TOUCH, codec.encode_runs(part))])
         previous = None
@@ -274,8 +280,9 @@ class Source:
         if self._line is not None:
             self.report.bytes_sent = self._line.sent
         self.report.error = error
-        self._log.stop()
         self.report.ended = time.monotonic()
+        self._log.stop()
+        self._over.set()
         self._status(status)
 
     def _fail(self, error: Exception) -> None:
