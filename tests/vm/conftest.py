@@ -66,7 +66,18 @@ def _nothing_broke(bench: Bench) -> Iterator[None]:
         assert broken is None, f"{vm.name} printed {broken}:\n{vm.console[-3000:]}"
 
 
+#: The data paths, by the keys of ``--nic``: what uses ``guest`` runs on each of them. A module to
+#: which the path does not matter says ``pytestmark = ONE_BACKEND``.
+_BACKENDS = {"vhost": "", "in-process": "vhost=off"}
+
+
+@pytest.fixture(scope="session", params=_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """What ``--nic`` says of the data path."""
+    return _BACKENDS[request.param]
+
+
 @pytest.fixture
-def guest(bench: Bench) -> Guest:
+def guest(bench: Bench, backend: str) -> Guest:
     """A running guest of two vCPUs that tests share; it is wherever the last one left it."""
-    return bench.traveller()
+    return bench.traveller(backend)

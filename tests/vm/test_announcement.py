@@ -61,7 +61,7 @@ def test_a_moved_guest_announces_itself_on_every_network(bench: Bench, guest: Gu
 
 def test_with_autostart_off_it_announces_at_the_cont(bench: Bench, guest: Guest) -> None:
     host = bench.other(guest.vm)
-    target = bench.run(host, "--incoming", "defer", "--no-autostart")
+    target = bench.run(host, "--incoming", "defer", "--no-autostart", nic=guest.nic)
     with bench.capture("held") as capture:
         moved = bench.move(guest, target, runs=False)
         assert target.status() == "prelaunch-migrate"

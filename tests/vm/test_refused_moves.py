@@ -6,13 +6,15 @@ import socket
 from collections.abc import Iterator
 
 import pytest
-from vm_bench import Bench, Guest, Watched
+from vm_bench import ONE_BACKEND, Bench, Guest, Watched
 
 from godwit.errors import PeerRefused
 from godwit.lab.scenario import MAC
 from godwit.migration import codec
 from godwit.migration.channel import Address, Channel
 from godwit.qmp.client import CommandRefused
+
+pytestmark = ONE_BACKEND
 
 #: What is different at the destination -> the keys of ``Bench.run``, what the refusal names.
 _DIFFERENT: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from godwit.errors import HostError
 from godwit.lab import guest as guest_image
 from godwit.lab import kernels
@@ -20,6 +22,9 @@ from godwit.lab.network import Host, Network
 from godwit.lab.scenario import MAC, rounds, wait_for
 from godwit.lab.traffic import ANNOUNCING, FLOWS, Capture, Ping
 from godwit.lab.vm import Vm
+
+#: For a module to which the data path does not matter.
+ONE_BACKEND = pytest.mark.parametrize("backend", ["vhost"], indirect=True, scope="session")
 
 ENDS = ("completed", "failed", "cancelled")
 TAPS = tuple(f"tap{number}" for number in range(12))
@@ -91,6 +96,8 @@ class Guest:
     agent: Agent
     ready: float
     """When it said that it was, realtime, seconds."""
+    nic: str = ""
+    """What its NIC was given beside tap and MAC, here and wherever it goes."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Bench:
     guest: Guest | None = None
     _count: int = 0
     _shared: Guest | None = None
-    _spares: dict[str, Watched] = field(default_factory=dict)
+    _spares: dict[tuple[str, str], Watched] = field(default_factory=dict)
 
     # --- processes --------------------------------------------------------------------------------
     def run(
@@ -157,24 +164,24 @@ class Bench:
         ready = time.time()
         agent = Agent("10.0.0.2", self.net.client.netns)
         agent.ping(60)
-        self.guest = Guest(vm, agent, ready)
+        self.guest = Guest(vm, agent, ready, more.get("nic", ""))
         return self.guest
 
-    def traveller(self) -> Guest:
-        """The guest that tests share: the one that lives, or a new one."""
-        if self._shared is None:
-            self.spare(self.net.b)
-            self._shared = self.boot()
+    def traveller(self, nic: str = "") -> Guest:
+        """The guest that tests share: the one that lives if it has such a NIC, or a new one."""
+        if self._shared is None or self._shared.nic != nic:
+            self.spare(self.net.b, nic)
+            self._shared = self.boot(nic=nic)
         return self._shared
 
     def other(self, vm: Watched) -> Host:
         """The host where a guest would move to."""
         return self.net.b if vm.host is self.net.a else self.net.a
 
-    def spare(self, host: Host) -> None:
-        """Start a process that a guest may move to later on."""
-        if host.netns not in self._spares:
-            self._spares[host.netns] = self.run(host, "--incoming", "defer")
+    def spare(self, host: Host, nic: str = "") -> None:
+        """Start a process that a guest with such a NIC may move to later on."""
+        if (host.netns, nic) not in self._spares:
+            self._spares[host.netns, nic] = self.run(host, "--incoming", "defer", nic=nic)
 
     def target(self, guest: Guest, another: bool = False) -> Watched:
         """A process on the other host, ready to be told where to listen.
@@ -182,17 +189,18 @@ class Bench:
         The one after it is started meanwhile: for the way back, or for ``another`` try.
         """
         host = self.other(guest.vm)
-        self.spare(host)
-        vm = self._spares.pop(host.netns)
+        self.spare(host, guest.nic)
+        vm = self._spares.pop((host.netns, guest.nic))
         vm.qmp.execute("query-status")
-        self.spare(host if another else guest.vm.host)
+        self.spare(host if another else guest.vm.host, guest.nic)
         return vm
 
     def targets(self, guest: Guest, count: int) -> list[Watched]:
         """So many, for moves to and fro; they start side by side."""
         hosts = [self.other(guest.vm), guest.vm.host]
         vms = [self.target(guest)]
-        vms += [self.run(hosts[n % 2], "--incoming", "defer") for n in range(1, count)]
+        wait = ("--incoming", "defer")
+        vms += [self.run(hosts[n % 2], *wait, nic=guest.nic) for n in range(1, count)]
         for vm in vms:
             vm.qmp.execute("query-status")
         return vms
