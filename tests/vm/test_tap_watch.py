@@ -10,11 +10,9 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from scapy.layers.inet import IP, UDP
-from scapy.layers.inet6 import ICMPv6EchoRequest, ICMPv6ND_RS, IPv6
-from scapy.layers.l2 import ARP, Dot1Q, Ether
 
 from godwit.announce.dissect import Sighting
 from godwit.announce.frames import TPID_8021AD, TPID_8021Q, gratuitous_arp, rarp, unsolicited_na
@@ -42,14 +40,16 @@ class Place:
 
     def __init__(self) -> None:
         self.loop = Loop()
+        # The host's own frames would disturb the counts.
+        with inside(NETNS):
+            Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
         self.tap = self.attach()
 
     def attach(self) -> Tap:
         """Make the tap, and set it up."""
         with inside(NETNS):
             self.tap = Tap(TAP)
-        # No IPv6 of the host's on it: its frames would disturb the counts.
-        ip("link", "set", TAP, "addrgenmode", "none", "up")
+        ip("link", "set", TAP, "up")
         return self.tap
 
     def watch(self, *arguments: object, **more: object) -> TapWatch:
@@ -112,12 +112,14 @@ def test_what_the_guest_sends_is_seen_with_its_tags(
     place: Place, watched: tuple[TapWatch, Frames, list[OSError]]
 ) -> None:
     tap, frames, errors = watched
+    head, na = OTHER + MAC, unsolicited_na(MAC, IP6)
     others = [
-        Ether(src=MAC, dst=OTHER) / IP() / UDP(),
-        Ether(src=MAC, dst=OTHER) / Dot1Q(vlan=100) / IP() / UDP(),
-        Ether(src=MAC, dst=OTHER) / IPv6(src="fe80::1", dst="fe80::2") / ICMPv6EchoRequest(),
-        Ether(src=MAC, dst=OTHER) / IPv6(src="fe80::1", dst="ff02::2", hlim=255) / ICMPv6ND_RS(),
-        Ether(src=MAC, dst=OTHER, type=0x88CC),
+        head + bytes.fromhex("0800450000280000000040110000") + bytes(40),  # UDP
+        head + bytes.fromhex("810000640800450000280000000040110000") + bytes(40),
+        na[:54] + b"\x80" + na[55:],  # echo request
+        na[:54] + b"\x85" + na[55:],  # router solicitation
+        na[:20] + b"\x11" + na[21:],  # UDP over IPv6
+        head + bytes.fromhex("88cc") + bytes(46),  # LLDP
     ]
     spoken = []
     for tags in ((), VLAN, QINQ, (*QINQ, (TPID_8021Q, 7))):
@@ -172,35 +174,41 @@ def test_a_frame_is_injected(place: Place, watched: tuple[TapWatch, Frames, list
     assert len(frames) == 1
 
 
-def test_answers_to_the_guest_are_seen(place: Place) -> None:
-    reply = bytes(
-        Ether(src=OTHER, dst=MAC)
-        / ARP(op=2, hwsrc=OTHER, psrc="192.0.2.1", hwdst=MAC, pdst="192.0.2.7")
-    )
-    tagged = reply[:12] + bytes.fromhex("810000c8") + reply[12:]
-    ip("link", "add", "link", TAP, "name", "tagged", "type", "vlan", "id", "100")
-    ip("link", "set", "tagged", "addrgenmode", "none", "up")
+#: 192.0.2.1 tells the guest where it is.
+REPLY = (
+    MAC + OTHER + bytes.fromhex("08060001080006040002")
+    + OTHER + bytes([192, 0, 2, 1]) + MAC + IP4
+)  # fmt: skip
+
+
+@pytest.fixture
+def answers(place: Place) -> Iterator[Frames]:
     frames: Frames = []
-    asker = place.watch(lambda *frame: pytest.fail("what is sent to the guest"), place.loop)
     tap = place.watch(lambda *frame: frames.append(frame), place.loop, answers=True)
-    try:
-        place.tap.send(reply)  # the guest's own
-        place.to_guest(gratuitous_arp(OTHER, IP4))  # a question
-        place.to_guest(rarp(OTHER))
-        place.to_guest(reply)
-        place.to_guest(tagged)
-        # As a bridge sends it: the tag stands beside the frame.
-        place.to_guest(reply, "tagged")
-        place.to_guest(unsolicited_na(OTHER, IP6, QINQ))
-        asker.close()  # it would see the guest's own
-        place.until(lambda: len(frames) >= 4)
-    finally:
-        asker.close()
-        tap.close()
-    seen = [whole(*frame) for frame in frames]
-    hundred = reply[:12] + bytes.fromhex("81000064") + reply[12:]
-    assert seen == [reply, tagged, hundred, unsolicited_na(OTHER, IP6, QINQ)]
-    assert (TPID_8021Q, 100) in [outer for _, outer in frames]
+    yield frames
+    tap.close()
+
+
+def test_answers_to_the_guest_are_seen(place: Place, answers: Frames) -> None:
+    tagged = REPLY[:12] + bytes.fromhex("810000c8") + REPLY[12:]
+    place.tap.send(REPLY)  # of the guest's own
+    place.to_guest(gratuitous_arp(OTHER, IP4))  # a question
+    place.to_guest(rarp(OTHER))
+    sent = [REPLY, tagged, unsolicited_na(OTHER, IP6, QINQ)]
+    for frame in sent:
+        place.to_guest(frame)
+    place.until(lambda: len(answers) >= len(sent))
+    assert [whole(*frame) for frame in answers] == sent
+
+
+def test_a_tag_beside_an_answer_is_seen(place: Place, answers: Frames) -> None:
+    # As a bridge sends it: the tag is put into the frame by the tap.
+    ip("link", "add", "link", TAP, "name", "tagged", "type", "vlan", "id", "100")
+    ip("link", "set", "tagged", "up")
+    place.to_guest(REPLY, "tagged")
+    place.until(lambda: answers)
+    assert answers == [(REPLY, (TPID_8021Q, 100))]
+    assert place.got() == REPLY[:12] + bytes.fromhex("81000064") + REPLY[12:]
 
 
 def whole(frame: bytes, outer: object) -> bytes:
