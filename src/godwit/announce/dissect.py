@@ -1,0 +1,243 @@
+"""What one frame of the guest's says about its addresses. Bytes in, a sighting out.
+
+Only the frames that bind an address to a place are read: RARP, ARP, and ICMPv6 neighbour
+solicitations and advertisements. The guest can send anything: what no honest host sends is
+:class:`Malformed`, and what is none of ours is None.
+
+The ICMPv6 checksum is not verified: a guest may leave it to its NIC to fill in.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from .frames import BROADCAST, TPID_8021AD, TPID_8021Q, Tag
+
+#: More tags than this on a frame, and it is malformed.
+MAX_TAGS = 2
+
+# IANA ethertypes (linux/if_ether.h).
+_ETH_ARP, _ETH_RARP, _ETH_IPV4, _ETH_IPV6 = 0x0806, 0x8035, 0x0800, 0x86DD
+
+# RFC 826 and RFC 903: operations; hardware type Ethernet.
+_ARP_REQUEST, _ARP_REPLY, _RARP_REQUEST, _RARP_REPLY = 1, 2, 3, 4
+_HW_ETHERNET = 1
+_ARP_LENGTH = 28
+
+_IPV6_HEADER = 40
+_ICMPV6 = 58
+_SOLICITATION, _ADVERTISEMENT = 135, 136  # RFC 4861 sections 4.3 and 4.4
+_ND_LENGTH = 24  # both, before the options
+_NA_SOLICITED = 0x40  # section 4.4, in the first byte of the flags
+_SOURCE_ADDRESS, _TARGET_ADDRESS = 1, 2  # section 4.6.1, link-layer address options
+#: RFC 4291 section 2.7.1: ff02::1:ff00:0/104.
+_SOLICITED_NODE = bytes.fromhex("ff0200000000000000000001ff")
+
+
+class Malformed(ValueError):
+    """A frame that no honest host sends; the message is a short reason."""
+
+
+class Kind(enum.Enum):
+    """What a frame is."""
+
+    RARP = "rarp"
+    ARP = "arp"
+    NS = "neighbour-solicitation"
+    NA = "neighbour-advertisement"
+
+
+class Sighting(NamedTuple):
+    """What a frame says.
+
+    Attributes:
+        mac: the address that speaks: Ethernet source, and the sender within.
+        tags: the VLAN tags from the outside in, priority tags left out.
+        kind: what it is.
+        ip: the speaker's address, 4 or 16 bytes; None when it has none yet (RARP, ARP probe,
+            duplicate address detection).
+        announces: whether it tells the whole network where ``mac`` and ``ip`` are: gratuitous ARP,
+            unsolicited advertisement, RARP for itself; sent to all. To one peer is not enough.
+        peer: whom it asks for or answers, of ``ip``'s kind; None when that is nobody else.
+    """
+
+    mac: bytes
+    tags: tuple[Tag, ...]
+    kind: Kind
+    ip: bytes | None
+    announces: bool
+    peer: bytes | None
+
+
+def dissect(frame: bytes | memoryview, outer: Tag | None = None) -> Sighting | None:
+    """Read an Ethernet frame (no FCS) that left the guest's tap; None: it is none of ours.
+
+    ``outer`` is the tag that the kernel took off the frame (packet(7), PACKET_AUXDATA).
+
+    Raises:
+        Malformed: cut off, lies about its lengths or its sender, more than two tags, or speaks for
+            an address that no host can have.
+    """
+    data = bytes(frame)
+    tags, ethertype, at = _tags(data, outer)
+    if ethertype not in (_ETH_ARP, _ETH_RARP, _ETH_IPV6):
+        return None
+    if ethertype == _ETH_IPV6:
+        return _neighbour(data, tags, at)
+    return _arp(data, tags, ethertype, at)
+
+
+def is_host_ip(ip: bytes) -> bool:
+    """Whether a host on a network can have the address: 4 or 16 bytes.
+
+    Not 0/8 and 127/8 (RFC 1122 section 3.2.1.3), multicast, broadcast; not ``::``, ``::1``,
+    multicast, nor an IPv4 address in IPv6's clothes (RFC 4291 sections 2.5 and 2.7). 240/4 may be:
+    Linux lets hosts have it.
+    """
+    if len(ip) == 4:
+        return ip[0] not in (0, 127) and not 224 <= ip[0] <= 239 and ip != b"\xff" * 4
+    if len(ip) == 16:
+        embedded = not any(ip[:10]) and ip[10:12] in (b"\0\0", b"\xff\xff")
+        return ip[0] != 0xFF and not embedded
+    return False
+
+
+def is_host_mac(mac: bytes) -> bool:
+    """Whether it is one station's address: six bytes, not multicast, not null."""
+    return len(mac) == 6 and not mac[0] & 1 and mac != bytes(6)
+
+
+def _tags(data: bytes, outer: Tag | None) -> tuple[tuple[Tag, ...], int, int]:
+    """(tags, ethertype, where the payload begins)."""
+    found = [] if outer is None else [outer]
+    at = 12
+    while True:
+        if len(data) < at + 2:
+            raise Malformed("truncated Ethernet header")
+        ethertype = int.from_bytes(data[at : at + 2], "big")
+        if ethertype not in (TPID_8021Q, TPID_8021AD):
+            break
+        if len(found) == MAX_TAGS:
+            raise Malformed(f"more than {MAX_TAGS} VLAN tags")
+        if len(data) < at + 4:
+            raise Malformed("truncated VLAN tag")
+        found.append((ethertype, int.from_bytes(data[at + 2 : at + 4], "big") & 0xFFF))
+        at += 4
+    # 802.1Q-2018 table 9-2: 0 is a priority and no VLAN, 4095 is reserved.
+    if any(vid == 0xFFF for _, vid in found):
+        raise Malformed("reserved VLAN id 4095")
+    return tuple((tpid, vid) for tpid, vid in found if vid), ethertype, at + 2
+
+
+def _source(data: bytes) -> bytes:
+    mac = data[6:12]
+    if not is_host_mac(mac):
+        raise Malformed("source is a multicast or null address")
+    return mac
+
+
+def _host(ip: bytes, what: str) -> bytes:
+    if not is_host_ip(ip):
+        raise Malformed(f"{what} is not a host's address")
+    return ip
+
+
+def _peer(ip: bytes, own: bytes | None) -> bytes | None:
+    """An answer to a probe goes to 0.0.0.0: that is nobody, and no offence."""
+    return ip if ip != own and is_host_ip(ip) else None
+
+
+def _arp(data: bytes, tags: tuple[Tag, ...], ethertype: int, at: int) -> Sighting | None:
+    body = data[at : at + _ARP_LENGTH]
+    if len(body) < 8:
+        raise Malformed("truncated ARP")
+    operation = int.from_bytes(body[6:8], "big")
+    reverse = ethertype == _ETH_RARP
+    if operation not in ((_RARP_REQUEST, _RARP_REPLY) if reverse else (_ARP_REQUEST, _ARP_REPLY)):
+        return None
+    if int.from_bytes(body[:2], "big") != _HW_ETHERNET or body[4] != 6:
+        raise Malformed("ARP: not Ethernet addresses")
+    if int.from_bytes(body[2:4], "big") != _ETH_IPV4 or body[5] != 4:
+        raise Malformed("ARP: not IPv4 addresses")
+    if len(body) < _ARP_LENGTH:
+        raise Malformed("truncated ARP")
+    mac = _source(data)
+    sender, sender_ip, target, target_ip = body[8:14], body[14:18], body[18:24], body[24:28]
+    if sender != mac:
+        raise Malformed("ARP: the sender is not the frame's source")
+    to_all = data[:6] == BROADCAST
+    if reverse:
+        # The sender's protocol address means nothing in a request (RFC 903).
+        own = operation == _RARP_REQUEST and target == mac
+        return Sighting(mac, tags, Kind.RARP, None, own and to_all, None)
+    if not any(sender_ip):  # a probe: the address is not taken yet (RFC 5227 section 2.1.1)
+        return Sighting(mac, tags, Kind.ARP, None, False, None)
+    ip = _host(sender_ip, "ARP: the sender")
+    return Sighting(mac, tags, Kind.ARP, ip, to_all and target_ip == ip, _peer(target_ip, ip))
+
+
+def _neighbour(data: bytes, tags: tuple[Tag, ...], at: int) -> Sighting | None:
+    if len(data) < at + _IPV6_HEADER:
+        raise Malformed("truncated IPv6 header")
+    header = data[at : at + _IPV6_HEADER]
+    if header[0] >> 4 != 6:
+        raise Malformed("IPv6: another version")
+    if header[6] != _ICMPV6:
+        return None
+    length = int.from_bytes(header[4:6], "big")
+    message = data[at + _IPV6_HEADER : at + _IPV6_HEADER + length]
+    if not message:
+        raise Malformed("truncated ICMPv6")
+    kind = message[0]
+    if kind not in (_SOLICITATION, _ADVERTISEMENT):
+        return None
+    # RFC 4861 sections 7.1.1 and 7.1.2: what a receiver has to check.
+    if header[7] != 255:
+        raise Malformed("ICMPv6: hop limit is not 255")
+    if length < _ND_LENGTH:
+        raise Malformed("ICMPv6: bad length")
+    if len(message) < length:
+        raise Malformed("truncated ICMPv6")
+    if message[1] != 0:
+        raise Malformed("ICMPv6: code is not 0")
+    mac = _source(data)
+    source, destination, target = (
+        header[8:24],
+        header[24:40],
+        _host(message[8:24], "ND: the target"),
+    )
+    solicits = kind == _SOLICITATION
+    linked = _link_layer(message, _SOURCE_ADDRESS if solicits else _TARGET_ADDRESS, mac)
+    if solicits:
+        if not any(source):  # duplicate address detection (RFC 4862 section 5.4.2)
+            if linked or not destination.startswith(_SOLICITED_NODE):
+                raise Malformed("NS: wrong for duplicate address detection")
+            return Sighting(mac, tags, Kind.NS, None, False, None)
+        ip = _host(source, "NS: the sender")
+        return Sighting(mac, tags, Kind.NS, ip, False, _peer(target, ip))
+    _host(source, "NA: the sender")
+    solicited = bool(message[4] & _NA_SOLICITED)
+    to_many = destination[0] == 0xFF
+    if solicited and to_many:
+        raise Malformed("NA: solicited, and to many")
+    # To all nodes (RFC 4861 section 7.2.6), or to all routers (RFC 9131): either way switches see
+    # it everywhere.
+    announces = to_many and linked and bool(data[0] & 1)
+    return Sighting(mac, tags, Kind.NA, target, announces, _peer(destination, target))
+
+
+def _link_layer(message: bytes, wanted: int, mac: bytes) -> bool:
+    """Whether there is a link-layer address option; it has to be the speaker's own."""
+    found = False
+    at = _ND_LENGTH
+    while at < len(message):
+        length = 8 * message[at + 1] if at + 1 < len(message) else 0
+        if length == 0 or at + length > len(message):
+            raise Malformed("ICMPv6: bad option length")
+        if message[at] == wanted:
+            if length != 8 or message[at + 2 : at + 8] != mac:
+                raise Malformed("ICMPv6: the link-layer address is not the frame's source")
+            found = True
+        at += length
+    return found

@@ -1,0 +1,429 @@
+"""The address book: what it learns, what it forgets, and that a guest cannot fill the host."""
+
+from __future__ import annotations
+
+import math
+import random
+import tracemalloc
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from godwit.announce.addresses import (
+    FILTER_ENTRIES,
+    AddressBook,
+    Entry,
+    Seen,
+    Source,
+    announcements,
+)
+from godwit.announce.dissect import Kind, Sighting, dissect
+from godwit.announce.frames import TPID_8021AD, TPID_8021Q, gratuitous_arp, rarp, unsolicited_na
+from godwit.announce.policy import parse_policy
+from godwit.announce.saved import ENTRIES, PEERS, AddressBookState, SavedEntry, SavedPeer
+from godwit.errors import StreamError
+
+MAC, OTHER, THIRD = (bytes.fromhex("5254001234" + end) for end in ("56", "57", "58"))
+IP4, GATEWAY = bytes([192, 0, 2, 7]), bytes([192, 0, 2, 1])
+IP6 = bytes.fromhex("20010db8" + "00" * 11 + "07")
+LINK_LOCAL = bytes.fromhex("fe80" + "00" * 13 + "07")
+VLAN = ((TPID_8021Q, 100),)
+QINQ = ((TPID_8021AD, 10), (TPID_8021Q, 100))
+
+
+def said(
+    ip: bytes | None = None,
+    mac: bytes = MAC,
+    tags: tuple[tuple[int, int], ...] = (),
+    peer: bytes | None = None,
+    announces: bool = False,
+) -> Sighting:
+    return Sighting(mac, tags, Kind.ARP, ip, announces, peer)
+
+
+def keys(entries: list[Entry]) -> list[tuple[object, ...]]:
+    return [(entry.mac, entry.tags, entry.ip) for entry in entries]
+
+
+def test_the_configured_address_is_there_from_the_beginning() -> None:
+    book = AddressBook(MAC, 5.0)
+    assert book.entries() == [Entry(MAC, (), None, 5.0, None, Source.CONFIG)]
+    book.forget_old(1e9)
+    assert len(book) == 1
+
+
+def test_what_is_heard_is_known_the_most_important_first() -> None:
+    book = AddressBook(MAC)
+    book.learn(said(IP4, OTHER), 1.0)
+    book.learn(said(IP4, tags=VLAN), 2.0)
+    book.learn(said(None, THIRD), 3.0)
+    book.learn(said(IP6), 4.0)
+    book.learn(said(IP4, tags=QINQ), 5.0)
+    book.learn(said(IP4, tags=VLAN), 6.0)
+    book.learn(said(), 7.0)
+    assert keys(book.entries()) == [
+        (MAC, (), None),
+        (MAC, VLAN, IP4),
+        (MAC, QINQ, IP4),
+        (MAC, (), IP6),
+        (THIRD, (), None),
+        (OTHER, (), IP4),
+    ]
+    assert book.entries()[0] == Entry(MAC, (), None, 7.0, 7.0, Source.FRAME)
+    assert book.entries()[1].confirmed == 6.0
+
+
+def test_an_ip_address_has_one_owner_in_each_vlan() -> None:
+    book = AddressBook(MAC)
+    book.learn(said(IP4), 1.0)
+    book.learn(said(IP4, tags=VLAN), 1.0)
+    book.learn(said(IP4, OTHER), 2.0)
+    assert set(keys(book.entries())) == {
+        (MAC, (), None),
+        (OTHER, (), IP4),
+        (MAC, VLAN, IP4),
+    }
+    book.learn(said(IP4), 3.0)
+    assert (MAC, (), IP4) in keys(book.entries())
+    assert len(book) == 3
+
+
+def test_what_was_not_heard_for_long_is_forgotten() -> None:
+    book = AddressBook(MAC, max_age_s=60)
+    book.learn(said(IP4, peer=GATEWAY), 0.0)
+    book.learn(said(IP6, OTHER), 30.0)
+    book.forget_old(60.0)
+    assert len(book) == 3
+    book.forget_old(61.0)
+    assert keys(book.entries()) == [(MAC, (), None), (OTHER, (), IP6)]
+    assert book.peers() == []
+
+
+def test_peers_are_counted() -> None:
+    book = AddressBook(MAC)
+    book.learn(said(IP4, peer=bytes([192, 0, 2, 9])), 1.0)
+    book.learn(said(IP4, peer=GATEWAY), 2.0)
+    book.learn(said(IP4, peer=GATEWAY), 3.0)
+    book.learn(said(IP4, peer=bytes([192, 0, 2, 8])), 4.0)
+    found = [(peer.ip[-1], peer.count, peer.last_seen) for peer in book.peers()]
+    assert found == [(1, 2, 3.0), (8, 1, 4.0), (9, 1, 1.0)]
+
+
+# --- what the driver says -------------------------------------------------------------------------
+def test_the_filter_tells_of_addresses_without_ip() -> None:
+    book = AddressBook(MAC)
+    book.learn(said(IP4, tags=VLAN), 1.0)
+    # What is no station's address or no VLAN is passed over.
+    macs = [OTHER, bytes.fromhex("333300000001"), bytes(6), b"\2"]
+    book.set_filter(macs, [0, 100, 4095], 2.0)
+    assert keys(book.entries()) == [
+        (MAC, (), None),
+        (MAC, VLAN, IP4),
+        (MAC, VLAN, None),
+        (OTHER, (), None),
+        (OTHER, VLAN, None),
+    ]
+    assert {entry.source for entry in book.entries()[2:]} == {Source.FILTER}
+    book.forget_old(1e6)
+    assert len(book) == 4, "what the driver wants does not age"
+    book.set_filter([], [], 3.0)
+    assert keys(book.entries()) == [(MAC, (), None)]
+
+
+def test_what_was_heard_of_a_filters_address_is_kept() -> None:
+    book = AddressBook(MAC)
+    book.learn(said(None, OTHER), 1.0)
+    book.set_filter([OTHER], [], 2.0)
+    assert book.entries()[1] == Entry(OTHER, (), None, 1.0, 1.0, Source.FRAME)
+    book.learn(said(None, OTHER), 3.0)
+    book.set_filter([OTHER], [100], 4.0)
+    assert next(e for e in book.entries() if e.mac == OTHER).confirmed == 3.0
+    assert len(book) == 4
+
+
+def test_large_tables_are_cut_the_likely_first() -> None:
+    book = AddressBook(MAC)
+    macs = [bytes([2, 0, 0, 0, i // 256, i % 256]) for i in range(1000)]
+    book.set_filter(macs, range(4096), 1.0)
+    found = keys(book.entries())
+    assert len(found) == 1 + FILTER_ENTRIES
+    assert sum(mac == MAC for mac, _, _ in found) == 1 + FILTER_ENTRIES // 2
+    assert sum(tags == () for _, tags, _ in found) == 1 + FILTER_ENTRIES // 2
+
+
+def test_a_changed_mac_takes_the_place_of_the_old() -> None:
+    book = AddressBook(MAC)
+    book.learn(said(IP4), 1.0)
+    book.learn(said(IP6, OTHER), 1.0)
+    book.set_configured(OTHER, 2.0)
+    # The guest may not listen to the old one any more.
+    assert keys(book.entries()) == [(OTHER, (), None), (OTHER, (), IP6)]
+    assert book.mac == OTHER
+
+
+def test_a_changed_mac_stays_if_the_filter_has_the_old() -> None:
+    book = AddressBook(MAC)
+    book.set_filter([MAC], [], 1.0)
+    book.learn(said(IP4), 1.0)
+    book.set_configured(OTHER, 2.0)
+    assert keys(book.entries()) == [(OTHER, (), None), (MAC, (), None), (MAC, (), IP4)]
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+def _noise(count: int, mac: bytes | None = None) -> Iterator[Sighting]:
+    chance = random.Random(str(mac))
+    for _ in range(count):
+        bits = chance.getrandbits(256).to_bytes(32, "big")
+        tags = ((TPID_8021AD, 1000 + bits[0]), (TPID_8021Q, 1000 + bits[1]))
+        ip = b"\x20" + bits[2:17]
+        yield Sighting(
+            mac or bytes([bits[17] & 0xFE | 2]) + bits[18:23], tags, Kind.NS, ip, True,
+            b"\x20" + bits[17:32],
+        )  # fmt: skip
+
+
+def test_a_flood_of_others_leaves_the_configured_addresses() -> None:
+    book = AddressBook(MAC)
+    mine = [said(IP4), said(IP6), said(LINK_LOCAL), said(IP4, tags=VLAN)]
+    for _ in range(2):
+        for one in mine:
+            book.learn(one._replace(peer=GATEWAY), 1.0)
+    most = 0
+    for number, one in enumerate(_noise(100_000)):
+        book.learn(one, 2.0 + number)
+        most = max(most, len(book))
+    assert most == len(book) == 1 + ENTRIES
+    assert keys(book.entries())[0] == (MAC, (), None)
+    assert {(one.mac, one.tags, one.ip) for one in mine} <= set(keys(book.entries()))
+    peers = book.peers()
+    assert len(peers) == PEERS
+    assert peers[0].ip == GATEWAY
+
+
+def test_a_flood_of_its_own_leaves_others_their_share() -> None:
+    book = AddressBook(MAC)
+    for number, one in enumerate(_noise(ENTRIES)):
+        book.learn(one, float(number))
+    for number, one in enumerate(_noise(20_000, MAC)):
+        book.learn(one, 1000.0 + number)
+    macs = [entry.mac for entry in book.entries()]
+    assert macs.count(MAC) == 1 + ENTRIES * 3 // 4
+    assert len(macs) == 1 + ENTRIES
+    assert book.entries()[0].ip is None
+
+
+def test_a_flood_of_known_peers_is_bounded() -> None:
+    book = AddressBook(MAC)
+    for one in _noise(2000, MAC):
+        book.learn(one, 1.0)
+        book.learn(one, 1.0)
+    assert len(book.peers()) <= PEERS
+
+
+def test_the_worst_memory_use_is_as_stated() -> None:
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        book = AddressBook(MAC)
+        book.set_filter([bytes([2, 0, 0, 0, 0, i]) for i in range(64)], list(range(1, 65)), 1.0)
+        for number, one in enumerate(_noise(5000)):
+            book.learn(one, float(number))
+        used = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert used < 300_000
+
+
+# --- the saved state ------------------------------------------------------------------------------
+def _full_book() -> AddressBook:
+    book = AddressBook(MAC)
+    book.learn(said(IP4, peer=GATEWAY), 10.0)
+    book.learn(said(IP4, peer=GATEWAY), 20.0)
+    book.learn(said(IP6, OTHER, QINQ, LINK_LOCAL), 30.0)
+    book.learn(said(None, THIRD), 40.0)
+    return book
+
+
+def test_a_book_moves_to_another_hosts_clock() -> None:
+    saved = _full_book().save(100.0)
+    wire = msgspec.msgpack.encode(saved)
+    arrived = msgspec.msgpack.decode(wire, type=AddressBookState)
+    book = AddressBook(MAC, 7000.0)
+    book.learn(said(IP6), 7000.0)
+    book.load(arrived, 7000.0)
+    assert book.entries()[1:] == [
+        Entry(MAC, (), IP4, 6920.0, None, Source.SAVED),
+        Entry(THIRD, (), None, 6940.0, None, Source.SAVED),
+        Entry(OTHER, QINQ, IP6, 6930.0, None, Source.SAVED),
+    ]
+    assert [(peer.ip, peer.count, peer.last_seen) for peer in book.peers()] == [
+        (GATEWAY, 2, 6920.0),
+        (LINK_LOCAL, 1, 6930.0),
+    ]
+    assert book.save(7000.0) == saved
+
+
+def test_what_is_too_old_is_neither_saved_nor_loaded() -> None:
+    book = _full_book()
+    saved = book.save(3635.0)
+    assert [entry.mac for entry in saved.entries] == [THIRD]
+    young = AddressBook(MAC, max_age_s=10)
+    young.load(_full_book().save(41.0), 41.0)
+    assert [entry.ip for entry in young.entries()] == [None, None]
+
+
+def test_a_full_book_can_be_moved() -> None:
+    book = AddressBook(MAC)
+    for one in _noise(2000):
+        book.learn(one, 1.0)
+    wire = msgspec.msgpack.encode(book.save(1.0))
+    assert len(wire) < 100_000
+    other = AddressBook(OTHER)
+    other.load(msgspec.msgpack.decode(wire, type=AddressBookState), 1.0)
+    assert len(other) == len(book)
+
+
+ENTRY = SavedEntry(MAC, [(TPID_8021Q, 7)], IP4, 1.0)
+PEER = SavedPeer([], GATEWAY, 1.0, 1)
+BROKEN_ENTRIES: list[tuple[str, dict[str, object]]] = [
+    ("mac", {"mac": bytes.fromhex("333300000001")}),
+    ("mac", {"mac": bytes(5)}),
+    ("mac", {"mac": bytes(6)}),
+    ("ip", {"ip": bytes(4)}),
+    ("ip", {"ip": bytes([127, 0, 0, 1])}),
+    ("ip", {"ip": b"\xff" * 16}),
+    ("ip", {"ip": b"\x20" * 7}),
+    ("tags: VLAN id 0", {"tags": [(TPID_8021Q, 0)]}),
+    ("tags: VLAN id 4095", {"tags": [(TPID_8021Q, 4095)]}),
+    ("tags: 0x9100", {"tags": [(0x9100, 1)]}),
+    ("tags: there are 3", {"tags": [(TPID_8021Q, 1)] * 3}),
+    ("age: nan", {"age": math.nan}),
+    ("age: inf", {"age": math.inf}),
+    ("age: -1", {"age": -1.0}),
+]
+BROKEN_PEERS: list[tuple[str, dict[str, object]]] = [
+    ("ip", {"ip": bytes(4)}),
+    ("count", {"count": 0}),
+    ("count", {"count": 1 << 31}),
+    ("age", {"age": math.nan}),
+    ("tags", {"tags": [(TPID_8021Q, 0)]}),
+]
+_change = msgspec.structs.replace
+BROKEN = [
+    ("entries: there are 513", AddressBookState([ENTRY] * 513, [])),
+    ("peers: there are 129", AddressBookState([], [PEER] * 129)),
+    ("entries[1]: the address is there twice", AddressBookState([ENTRY, ENTRY], [])),
+    ("peers[1]: the peer is there twice", AddressBookState([], [PEER, PEER])),
+    *((f"entries[0].{m}", AddressBookState([_change(ENTRY, **f)], [])) for m, f in BROKEN_ENTRIES),
+    *((f"peers[0].{m}", AddressBookState([], [_change(PEER, **f)])) for m, f in BROKEN_PEERS),
+]
+
+
+@pytest.mark.parametrize(("message", "state"), BROKEN)
+def test_a_wrong_state_is_refused_and_named(message: str, state: AddressBookState) -> None:
+    book = _full_book()
+    before = book.entries(), book.peers()
+    with pytest.raises(StreamError) as caught:
+        book.load(state, 50.0)
+    assert str(caught.value).startswith(message)
+    assert (book.entries(), book.peers()) == before
+
+
+@pytest.mark.parametrize(("message", "state"), BROKEN)
+def test_most_of_it_is_refused_when_it_is_decoded(message: str, state: AddressBookState) -> None:
+    """What decoding cannot know is left to load."""
+    later = ("mac: 33", "mac: 00:00:00:00:00:00", "ip", "age: nan", "twice")
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=AddressBookState)
+    except msgspec.ValidationError:
+        return
+    with pytest.raises(StreamError) as caught:
+        AddressBook(MAC).load(state, 50.0)
+    assert any(word in str(caught.value) for word in later)
+
+
+_tags = st.lists(
+    st.tuples(st.sampled_from([TPID_8021Q, TPID_8021AD, 0x9100]), st.integers(0, 4095)), max_size=3
+)
+_ip = st.binary(min_size=4, max_size=4) | st.binary(min_size=16, max_size=16)
+_age = st.floats() | st.floats(0, 4000)
+_states = st.builds(
+    AddressBookState,
+    st.lists(
+        st.builds(
+            SavedEntry, st.binary(min_size=6, max_size=6), _tags, st.none() | _ip, _age
+        ),
+        max_size=4,
+    ),
+    st.lists(st.builds(SavedPeer, _tags, _ip, _age, st.integers(-1, 1 << 32)), max_size=4),
+)  # fmt: skip
+
+
+@given(_states)
+def test_any_state_is_taken_or_refused(state: AddressBookState) -> None:
+    book = AddressBook(MAC)
+    try:
+        book.load(state, 100.0)
+    except StreamError:
+        return
+    for frame in announcements(book.entries()):
+        assert dissect(frame) is not None
+    again = AddressBook(MAC)
+    again.load(book.save(100.0), 100.0)
+    assert {(e.mac, e.tags, e.ip) for e in again.entries()} == set(keys(book.entries()))
+
+
+# --- announcing -----------------------------------------------------------------------------------
+def test_each_address_is_announced_every_mac_first() -> None:
+    book = AddressBook(MAC)
+    book.learn(said(IP6, OTHER, VLAN), 1.0)
+    book.learn(said(IP4, tags=QINQ), 2.0)
+    book.learn(said(IP4), 3.0)
+    book.learn(said(LINK_LOCAL), 4.0)
+    assert list(announcements(book.entries())) == [
+        rarp(MAC),
+        rarp(MAC, QINQ),
+        rarp(OTHER, VLAN),
+        unsolicited_na(MAC, LINK_LOCAL),
+        gratuitous_arp(MAC, IP4),
+        gratuitous_arp(MAC, IP4, QINQ),
+        unsolicited_na(OTHER, IP6, VLAN),
+    ]
+
+
+def test_a_policy_restricts_what_is_announced() -> None:
+    book = AddressBook(MAC)
+    book.learn(said(IP6), 1.0)
+    book.learn(said(IP4), 2.0)
+    book.learn(said(bytes([192, 0, 2, 8]), OTHER), 2.0)
+    policy = parse_policy("192.0.2.0/24;52:54:00:12:34:56")
+    assert list(announcements(book.entries(), policy)) == [rarp(MAC), gratuitous_arp(MAC, IP4)]
+
+
+def test_what_the_guest_announced_is_not_missing() -> None:
+    book, seen = AddressBook(MAC), Seen()
+    for one in (said(IP4), said(IP6), said(IP4, tags=VLAN), said(None, OTHER)):
+        book.learn(one, 1.0)
+    seen.note(said(IP4, announces=True), 1.0)
+    seen.begin(2.0)
+    assert seen.missing(book.entries()) == book.entries()
+    seen.note(said(IP6), 3.0)  # says it to one peer
+    assert seen.missing(book.entries()) == book.entries()
+    seen.note(said(IP4, announces=True), 4.0)
+    seen.note(said(IP4, announces=True), 5.0)
+    seen.note(said(None, OTHER, announces=True), 6.0)
+    assert keys(seen.missing(book.entries())) == [(MAC, VLAN, IP4), (MAC, (), IP6)]
+    assert seen.when(book.entries()[0]) == 4.0
+    seen.begin(7.0)
+    assert len(seen.missing(book.entries())) == len(book)
+
+
+def test_what_is_noted_is_bounded() -> None:
+    seen = Seen()
+    seen.begin(0.0)
+    for one in _noise(10_000):
+        seen.note(one, 1.0)
+    assert len(seen._at) == Seen.LIMIT
