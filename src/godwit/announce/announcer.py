@@ -1,9 +1,9 @@
 """Who announces which NIC, and when: a listener of the run states.
 
 The seed's rule ('Send the gratuitous by guest' V7): the announcement starts on the transition
-``prelaunch-migrate`` to ``running``, and at no other. Each NIC's model is asked first; if it has no
-way, or declines, the host sends a RARP in its name. The first round is made inside the transition,
-the others by timers; leaving ``running`` ends them all.
+``prelaunch-migrate`` to ``running``, and at no other. What is done for each NIC is its
+:class:`.ladder.Ladder`. The first round is made inside the transition, the others by timers;
+leaving ``running`` ends them all.
 
 Locks, outermost first. ``_rounds`` is held while NICs are asked, so that once a VM has left
 ``running`` (and this listener has returned) no further frame leaves. Hence **no caller may hold a
@@ -13,110 +13,109 @@ while something else is called: a NIC may call :meth:`Announcer.acked` under its
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from ..errors import ConfigError, GodwitError, StateError
+from ..errors import ConfigError, StateError
 from ..loop import Clock, Timer
-from ..nic.model import NicModel
 from ..runstate import RunState
-from . import frames
-from .schedule import AnnounceParameters, delays
+from .addresses import Entry
+from .dissect import Sighting
+from .ladder import Ladder, Report, Verifier
+from .record import NicRecord
+from .schedule import AnnounceOptions, AnnounceParameters, Verify
+from .station import Station
 
-#: Receives an event's name and data. Called from the thread that makes the round.
-Report = Callable[[str, dict[str, object]], None]
-
-# The events; later rungs of the ladder add more (seen, verified, timeout).
+# The events. Each but the first has ``nic``.
 STARTED = "ANNOUNCE_STARTED"  # id, nics, rounds
-ACKED = "ANNOUNCE_ACKED"  # nic, ms
-HOST = "ANNOUNCE_HOST"  # nic, mac, round, frame
-FAILED = "ANNOUNCE_FAILED"  # nic, round, cause
+HELD = "ANNOUNCE_HELD"  # cause: the port is not ready
+ACKED = "ANNOUNCE_ACKED"  # ms
+SEEN = "ANNOUNCE_SEEN"  # mac, vlans, ip, kind, ms: the guest's first frame for an address
+TIMEOUT = "ANNOUNCE_TIMEOUT"  # asked: no ack in time, for the first or second time
+HOST = "ANNOUNCE_HOST"  # round, frames, why
+VERIFIED = "ANNOUNCE_VERIFIED"  # ms
+UNVERIFIED = "ANNOUNCE_UNVERIFIED"  # what: a warning; nothing more is tried
+FAILED = "ANNOUNCE_FAILED"  # round, cause
 
 #: The id of the announcement that a resume after a move starts.
 RESUME = "migration"
+#: The id of the one at a source whose guest stays after all.
+RETURNED = "returned"
 
 
-class NicRecord(msgspec.Struct):
-    """What became of one NIC since the last resume. Times are the clock's, in seconds.
+class _Unverified:
+    """The verifier of those who do not want one."""
 
-    Attributes:
-        nic: the NIC's name.
-        mac: the address announced last, ``52:54:00:...``.
-        method: who announced last: ``guest`` or ``host``; None before the first round.
-        rounds: rounds made for this NIC.
-        asked: how often the guest was asked and accepted.
-        asked_at: when it was first asked.
-        acked_at: when it first acknowledged.
-        host_sent: frames that the host sent.
-        host_sent_at: when it sent the first.
-        error: the cause of the last failure.
-    """
+    wanted = False
 
-    nic: str
-    mac: str = ""
-    method: str | None = None
-    rounds: int = 0
-    asked: int = 0
-    asked_at: float | None = None
-    acked_at: float | None = None
-    host_sent: int = 0
-    host_sent_at: float | None = None
-    error: str | None = None
+    def missing(self) -> list[str]:
+        return []
 
-    @property
-    def ack_ms(self) -> float | None:
-        """From the first request to the first ack, ms; None while there is no ack."""
-        if self.asked_at is None or self.acked_at is None:
-            return None
-        return (self.acked_at - self.asked_at) * 1000
+
+def _no_verifier(station: Station, how: Verify) -> Verifier:
+    return _Unverified()
 
 
 class _Announcement:
-    """One announcement under way; a timer that holds another than the current one is stale."""
+    """One announcement under way, of some NICs."""
 
-    def __init__(self, key: str, nics: Sequence[NicModel], delay: Iterator[float]) -> None:
-        self.key = key
-        self.nics = nics
-        self.delay = delay
-        self.round = 0
-        self.timer: Timer | None = None
+    def __init__(self) -> None:
+        self.ladders: list[Ladder] = []
+        self.timers: set[Timer] = set()
+        self.live = True
+
+    def cancel(self) -> None:
+        self.live = False
+        for timer in self.timers:
+            timer.cancel()
+        self.timers.clear()
 
 
 class Announcer:
-    """Announces the NICs of one VM. Thread-safe; see the module for the order of locks."""
+    """Announces the NICs of one VM. Thread-safe; see the module for the order of locks.
+
+    ``make_verifier(station, how)`` gives a ladder its verifier.
+    """
 
     def __init__(
         self,
-        nics: Sequence[NicModel],
+        stations: Sequence[Station],
         clock: Clock,
         report: Report,
         parameters: AnnounceParameters | None = None,
+        make_verifier: Callable[[Station, Verify], Verifier] = _no_verifier,
     ) -> None:
-        #: What the next resume uses; replace it at any time.
+        #: What the next resume uses; replace them at any time.
         self.parameters = parameters or AnnounceParameters()
-        self._nics = tuple(nics)
+        self.options = AnnounceOptions()
+        self._stations = {station.nic.name: station for station in stations}
         self._clock = clock
         self._report = report
+        self._make_verifier = make_verifier
         self._rounds = threading.RLock()
         self._lock = threading.Lock()
         self._running = False
         self._current: dict[str, _Announcement] = {}
-        self._records = self._fresh()
+        self._records = {name: NicRecord(name) for name in self._stations}
+        self._shown: set[tuple[str, bytes, object, bytes | None]] = set()
 
     def run_state_changed(self, old: RunState, new: RunState) -> None:
         """Listen to the run states: start, or end what is under way."""
         with self._rounds:
             self._running = new is RunState.RUNNING
             if not self._running:
-                self._cancel(tuple(self._current))
+                for key in tuple(self._current):
+                    self._cancel(key)
             elif old is RunState.PRELAUNCH_MIGRATE:
-                fresh = self._fresh()
-                with self._lock:
-                    self._records = fresh
-                self._start(RESUME, self._nics, self.parameters)
+                self._start(RESUME, tuple(self._stations), self.parameters)
+
+    def returned(self) -> None:
+        """The guest runs on where it was, though a peer may have heard of it from elsewhere."""
+        with self._rounds:
+            if self._running:
+                self._start(RETURNED, tuple(self._stations), self.parameters)
 
     def announce_self(
         self,
@@ -133,127 +132,174 @@ class Announcer:
             ConfigError: there is no NIC of that name.
             StateError: the VM does not run.
         """
-        nics = self._chosen(interfaces)
+        names = self._chosen(interfaces)
         with self._rounds:
             if not self._running:
                 raise StateError("only a running VM announces itself")
             # A key of its own, so that no id given from outside ends the resume's announcement.
-            self._start(f"id:{id or ''}", nics, parameters)
+            self._start(f"id:{id or ''}", names, parameters)
 
     def acked(self, nic: str) -> None:
         """Take note that the guest acknowledged; NIC models call it, also under their lock."""
         now = self._clock.now()
         with self._lock:
             record = self._records.get(nic)
-            if record is None or record.asked_at is None or record.acked_at is not None:
+            if record is None or record.asked_at is None:
                 return
-            record.acked_at = now
+            record.acks += 1
+            first = record.acked_at is None
+            if first:
+                record.acked_at = now
             latency = record.ack_ms
-        self._report(ACKED, {"nic": nic, "ms": round(latency or 0.0, 3)})
+        if first:
+            self._report(ACKED, {"nic": nic, "ms": round(latency or 0.0, 3)})
+        # The ladder needs the outer lock.
+        self._clock.call_later(0, lambda: self._tell(nic, Ladder.acked))
 
-    def records(self) -> list[NicRecord]:
-        """What became of each NIC since the last resume: copies, in the order of the NICs."""
+    def seen(self, nic: str, sighting: Sighting) -> None:
+        """The guest announced an address; told of each such frame."""
+        key = (nic, sighting.mac, sighting.tags, sighting.ip)
         with self._lock:
-            return [msgspec.structs.replace(record) for record in self._records.values()]
-
-    def _fresh(self) -> dict[str, NicRecord]:
-        return {nic.name: NicRecord(nic.name) for nic in self._nics}
-
-    def _chosen(self, interfaces: Sequence[str] | None) -> tuple[NicModel, ...]:
-        if interfaces is None:
-            return self._nics
-        known = [nic.name for nic in self._nics]
-        names = ", ".join(known) or "none"
-        for name in interfaces:
-            if name not in known:
-                raise ConfigError(f"there is no NIC '{name}'; this VM has: {names}")
-        if not interfaces:
-            raise ConfigError(f"'interfaces' is empty: leave it out for all, or choose: {names}")
-        return tuple(nic for nic in self._nics if nic.name in interfaces)
-
-    def _start(self, key: str, nics: Sequence[NicModel], parameters: AnnounceParameters) -> None:
-        self._cancel((key,))
-        delay = delays(parameters)
-        if next(delay, None) is None:
-            return
-        self._current[key] = announcement = _Announcement(key, nics, delay)
-        # The frames first: an event costs the guest's peers time.
-        self._round(announcement)
+            record = self._records[nic]
+            if not record.id or key in self._shown or len(self._shown) >= 1024:
+                return
+            self._shown.add(key)
         self._report(
-            STARTED,
+            SEEN,
             {
-                "id": key.removeprefix("id:"),
-                "nics": [nic.name for nic in nics],
-                "rounds": parameters.rounds,
+                "nic": nic,
+                **_address(sighting.mac, sighting.tags, sighting.ip),
+                "kind": sighting.kind.value,
+                "ms": record.since(self._clock.now()),
             },
         )
 
-    def _cancel(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            gone = self._current.pop(key, None)
-            if gone and gone.timer:
-                gone.timer.cancel()
+    def port_ready(self, nic: str) -> None:
+        """The NIC's port is ready: what waited for it begins."""
+        self._tell(nic, Ladder.port_ready)
 
-    def _due(self, announcement: _Announcement) -> None:
-        with self._rounds:
-            # A timer that was already on its way when it was cancelled finds another here.
-            if self._current.get(announcement.key) is announcement:
-                self._round(announcement)
-
-    def _round(self, announcement: _Announcement) -> None:
-        announcement.round += 1
-        for nic in announcement.nics:
-            self._announce(nic, announcement.round)
-        following = next(announcement.delay, None)
-        if following is None:
-            del self._current[announcement.key]
-        else:
-            announcement.timer = self._clock.call_later(
-                following, functools.partial(self._due, announcement)
-            )
-
-    def _announce(self, nic: NicModel, number: int) -> None:
-        """Bring one NIC to the network's notice: ask its model, else speak for it."""
-        asked_at = self._clock.now()
+    def records(self) -> list[NicRecord]:
+        """What became of each NIC's last announcement: copies, in the order of the NICs."""
         with self._lock:
-            record = self._records[nic.name]
-            record.rounds += 1
-            record.mac = nic.mac.hex(":")
-            first = record.asked_at is None
-            if first:  # before the model is asked: the ack may be quicker than its return
-                record.asked_at = asked_at
-        try:
-            accepted = nic.announce()
-        except (GodwitError, OSError) as error:
-            accepted = False
-            self._failed(record, number, error)
-        with self._lock:
-            if accepted:
-                record.method = "guest"
-                record.asked += 1
-            else:
-                record.method = "host"
-                if first:
-                    record.asked_at = None
-        if not accepted:
-            self._send(nic, record, number)
+            return [msgspec.structs.replace(record) for record in self._records.values()]
 
-    def _send(self, nic: NicModel, record: NicRecord, number: int) -> None:
-        try:
-            nic.send_from_host(frames.rarp(nic.mac))
-        except (GodwitError, OSError) as error:
-            self._failed(record, number, error)
+    def info(self) -> list[dict[str, object]]:
+        """The same with all addresses, as query-announce shows it. Times are ms since it began."""
+        return [self._info(record) for record in self.records()]
+
+    # --- inside -----------------------------------------------------------------------------------
+    def _info(self, record: NicRecord) -> dict[str, object]:
+        station = self._stations[record.nic]
+        observer = station.observer
+
+        def address(entry: Entry) -> dict[str, object]:
+            return {
+                **_address(entry.mac, entry.tags, entry.ip),
+                "seen-ms": record.since(observer.announced_at(entry)),
+                "host-ms": record.since(station.said_at(entry)),
+            }
+
+        return {
+            "nic": record.nic,
+            "id": record.id.removeprefix("id:"),
+            "mac": record.mac or station.nic.mac.hex(":"),
+            "method": record.method,
+            "rounds": record.rounds,
+            "asked": record.asked,
+            "acks": record.acks,
+            "ack-ms": None if record.ack_ms is None else round(record.ack_ms, 3),
+            "timeouts": record.timeouts,
+            "host-sent": record.host_sent,
+            "host-ms": record.since(record.host_sent_at),
+            "held": record.held,
+            "ready-ms": record.since(record.ready_at),
+            "verified-ms": record.since(record.verified_at),
+            "unverified": record.unverified,
+            "error": record.error,
+            "watched": station.watched,
+            "malformed": observer.malformed,
+            "addresses": [address(entry) for entry in station.entries()],
+        }
+
+    def _chosen(self, interfaces: Sequence[str] | None) -> tuple[str, ...]:
+        if interfaces is None:
+            return tuple(self._stations)
+        names = ", ".join(self._stations) or "none"
+        for name in interfaces:
+            if name not in self._stations:
+                raise ConfigError(f"there is no NIC '{name}'; this VM has: {names}")
+        if not interfaces:
+            raise ConfigError(f"'interfaces' is empty: leave it out for all, or choose: {names}")
+        return tuple(name for name in self._stations if name in interfaces)
+
+    def _start(self, key: str, names: Sequence[str], parameters: AnnounceParameters) -> None:
+        self._cancel(key)
+        for old in [old for old, one in self._current.items() if all(x.over for x in one.ladders)]:
+            del self._current[old]
+        if not parameters.rounds:
             return
-        with self._lock:
-            record.host_sent += 1
-            if record.host_sent_at is None:
-                record.host_sent_at = self._clock.now()
+        self._current[key] = announcement = _Announcement()
+        for name in names:
+            station = self._stations[name]
+            station.begin()
+            record = NicRecord(name, id=key, began_at=self._clock.now())
+            with self._lock:
+                self._records[name] = record
+                self._shown = {one for one in self._shown if one[0] != name}
+            ladder = Ladder(
+                station,
+                record,
+                parameters,
+                self.options,
+                self._clock,
+                lambda delay, call: self._later(announcement, delay, call),
+                self._report,
+                self._make_verifier(station, self.options.verify),
+            )
+            announcement.ladders.append(ladder)
+            # The frames first: an event costs the guest's peers time.
+            ladder.begin()
         self._report(
-            HOST, {"nic": nic.name, "mac": nic.mac.hex(":"), "round": number, "frame": "rarp"}
+            STARTED,
+            {"id": key.removeprefix("id:"), "nics": list(names), "rounds": parameters.rounds},
         )
 
-    def _failed(self, record: NicRecord, number: int, error: Exception) -> None:
-        cause = str(error) or type(error).__name__
-        with self._lock:
-            record.error = cause
-        self._report(FAILED, {"nic": record.nic, "round": number, "cause": cause})
+    def _cancel(self, key: str) -> None:
+        gone = self._current.pop(key, None)
+        if gone:
+            gone.cancel()
+
+    def _later(
+        self, announcement: _Announcement, delay: float, call: Callable[[], None]
+    ) -> Timer:
+        def due() -> None:
+            with self._rounds:
+                announcement.timers.discard(timer)
+                # A timer that was already on its way when it was cancelled comes too late.
+                if announcement.live:
+                    call()
+
+        timer = self._clock.call_later(delay, due)
+        announcement.timers.add(timer)
+        return timer
+
+    def _tell(self, nic: str, what: Callable[[Ladder], None]) -> None:
+        with self._rounds:
+            for announcement in tuple(self._current.values()):
+                for ladder in announcement.ladders:
+                    if ladder.station.nic.name == nic and announcement.live:
+                        what(ladder)
+
+
+def _address(mac: bytes, tags: Sequence[tuple[int, int]], ip: bytes | None) -> dict[str, object]:
+    return {
+        "mac": mac.hex(":"),
+        "vlans": [{"tpid": tpid, "vid": vid} for tpid, vid in tags],
+        "ip": None if ip is None else _text(ip),
+    }
+
+
+def _text(ip: bytes) -> str:
+    import socket  # loaded by the time that anybody asks
+
+    return socket.inet_ntop(socket.AF_INET if len(ip) == 4 else socket.AF_INET6, ip)

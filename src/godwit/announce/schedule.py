@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterator
 
 import msgspec
@@ -44,6 +45,40 @@ class AnnounceParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True
                     f"announce parameter '{name}' is {value}{unit}: "
                     f"choose a value from {least} to {most}{unit}"
                 )
+
+
+class Verify(enum.StrEnum):
+    """How an announcement is verified."""
+
+    OFF = "off"
+    FDB = "fdb"
+    PROBE = "probe"
+
+
+class AnnounceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is Godwit's own of an announcement.
+
+    Attributes:
+        deadline: how long the guest has to acknowledge, each of two times, ms.
+        verify: ``fdb``: this host's bridge forwards to the tap; ``probe``: known peers, asked in
+            the guest's name, answer to the tap.
+        refresh: the guest's own neighbours, the gateway first, are asked where they are, and what
+            they answer is told to the guest.
+
+    Raises:
+        ConfigError: the deadline is out of range.
+    """
+
+    deadline: int = 400
+    verify: Verify = Verify.OFF
+    refresh: bool = False
+
+    def __post_init__(self) -> None:
+        if not 10 <= self.deadline <= 60_000:
+            raise ConfigError(
+                f"announce parameter 'deadline' is {self.deadline} ms: "
+                "choose a value from 10 to 60000 ms"
+            )
 
 
 def delays(parameters: AnnounceParameters) -> Iterator[float]:

@@ -78,6 +78,7 @@ def qemu_argv(directory: Path, rw: Sequence[Path], cpus: int, memory_mb: int) ->
     if _QBOOT.exists():  # starts a kernel 0.2 s sooner than SeaBIOS
         command += ["-bios", str(_QBOOT)]
     command += ["-append", _CMDLINE, "-serial", f"file:{directory}/console.log"]
+    command += ["-monitor", f"unix:{directory}/monitor,server=on,wait=off"]
     command += ["-device", "isa-debug-exit", "-device", "virtio-serial-pci"]
     shares = [("root", Path("/"), ",readonly=on"), ("job", directory, "")]
     shares += [(f"rw{i}", path.absolute(), "") for i, path in enumerate(rw)]

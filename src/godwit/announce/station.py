@@ -1,0 +1,112 @@
+"""One NIC as the announcer deals with it: the model, what is known of its guest, its port.
+
+Everything that the host sends in the guest's name goes through here, so that the observer can tell
+it from what the guest sends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from ..loop import Clock
+from ..nic.model import NicModel
+from .addresses import Entry, announcements
+from .observer import Observer
+from .policy import Policy
+
+
+class Wiring(Protocol):
+    """Whether what the tap sends reaches the network; :class:`godwit.nic.ports.Port` is one."""
+
+    #: Why it would not; None: it does.
+    trouble: str | None
+    #: Index of the tap, and of its bridge; 0: none.
+    index: int
+    bridge: int
+
+    def look(self) -> None:
+        """Ask anew."""
+
+
+class Wired:
+    """A port that nobody can be asked about, and so is taken for ready."""
+
+    trouble: str | None = None
+    index = bridge = 0
+
+    def look(self) -> None:
+        """Nothing to ask."""
+
+
+class Station:
+    """See the module. Thread-safe as its parts are.
+
+    Attributes:
+        nic: the NIC.
+        observer: its address book, and what its guest was seen to announce.
+        watched: whether frames are observed at all; without, the guest's word has to do.
+        port: its tap in the host's network.
+        policy: which addresses the host may announce.
+    """
+
+    def __init__(self, nic: NicModel, clock: Clock, policy: Policy | None = None) -> None:
+        self.nic = nic
+        self.observer = Observer(nic.mac, clock.now())
+        self.watched = False
+        self.port: Wiring = Wired()
+        self.policy = policy or Policy()
+        self._clock = clock
+        self._said: dict[tuple[bytes, tuple[tuple[int, int], ...], bytes | None], float] = {}
+
+    def begin(self) -> None:
+        """An announcement begins: what was seen and said before is the past."""
+        self._refresh()
+        self.observer.begin(self._clock.now())
+        self._said = {}
+
+    def entries(self) -> list[Entry]:
+        """The guest's addresses that may be announced, the most important first."""
+        self._refresh()
+        return self._permitted(self.observer.entries(self._clock.now()))
+
+    def missing(self) -> list[Entry]:
+        """Those of them that the guest did not announce since :meth:`begin`."""
+        if not self.watched:
+            return []
+        return self._permitted(self.observer.missing(self._clock.now()))
+
+    def said_at(self, entry: Entry) -> float | None:
+        """When the host announced it first since :meth:`begin`, by the clock; None: never."""
+        return self._said.get((entry.mac, entry.tags, entry.ip))
+
+    def announce(self, entries: Iterable[Entry]) -> int:
+        """Announce these in the guest's name; how many frames that took.
+
+        Raises:
+            OSError, GodwitError: the backend did not take one; the rest was not sent.
+        """
+        entries = list(entries)
+        count = 0
+        for frame in announcements(entries, self.policy):
+            self.send(frame)
+            count += 1
+        now = self._clock.now()
+        for entry in entries:
+            self._said.setdefault((entry.mac, entry.tags, entry.ip), now)
+        return count
+
+    def send(self, frame: bytes) -> None:
+        """A frame to the network, as if the guest had sent it. Raises as :meth:`announce`."""
+        self.observer.host_sent(frame, self._clock.now())
+        self.nic.send_from_host(frame)
+
+    def _permitted(self, entries: Iterable[Entry]) -> list[Entry]:
+        return [entry for entry in entries if self.policy.permits(entry.mac, entry.ip)]
+
+    def _refresh(self) -> None:
+        """Take over what the driver told its NIC since."""
+        now = self._clock.now()
+        view = self.nic.rx_filter()
+        self.observer.set_configured(self.nic.mac, now)
+        self.observer.set_filter(view.unicast_table, view.vlan_table, now)
