@@ -1,6 +1,6 @@
 """The watch on a real tap: what the guest sends is seen with its tags, and nothing else is.
 
-No guest is needed: the test holds the tap's descriptor, as a guest's NIC does.
+Most need no guest: the test holds the tap's descriptor, as a guest's NIC does.
 """
 
 from __future__ import annotations
@@ -10,15 +10,21 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from vm_bench import Bench, Guest, announced
 
+from godwit.announce.addresses import Entry
 from godwit.announce.dissect import Sighting
 from godwit.announce.frames import TPID_8021AD, TPID_8021Q, gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.observer import Observer
+from godwit.config import parse_mac
 from godwit.errors import HostError
+from godwit.lab.addresses import LANS
 from godwit.lab.netns import inside
+from godwit.lab.scenario import MAC as LAB_MAC
 from godwit.loop import Loop
 from godwit.nic.tap import HEADER, Tap
 from godwit.nic.watch import BATCH, WINDOW_S, TapWatch
@@ -297,3 +303,67 @@ def test_the_observer_tells_the_guests_frames_from_the_hosts(place: Place) -> No
     tap.close()
     assert [(one.tags, one.ip) for one in seen] == [(VLAN, IP4), (QINQ, IP6)]
     assert [entry.ip for entry in observer.missing(place.loop.now())] == [None]
+
+
+@contextmanager
+def observed(netns: str, tap: str) -> Iterator[tuple[Observer, Callable[..., None]]]:
+    """An observer of a VM's tap, and what waits until something is so."""
+    loop = Loop()
+    observer = Observer(parse_mac(LAB_MAC), loop.now())
+    with inside(netns):
+        watch = TapWatch(
+            tap, lambda frame, outer: observer.frame(frame, outer, loop.now()), loop
+        )  # fmt: skip
+
+    def until(done: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 60
+        while not done():
+            assert time.monotonic() < deadline, observer.entries(loop.now())
+            loop.run_once(0.5)
+
+    try:
+        yield observer, until
+        assert (watch.closed, observer.malformed) == (False, 0)
+    finally:
+        watch.close()
+        loop.close()
+
+
+def _lab_addresses() -> set[tuple[tuple[tuple[int, int], ...], bytes]]:
+    """(tags, IP address) of the lab's guest."""
+    return {
+        (((TPID_8021Q, lan.vlan),) if lan.vlan else (), socket.inet_pton(family, address))
+        for lan in LANS
+        for family, address in zip((socket.AF_INET, socket.AF_INET6), lan.guest, strict=True)
+    }
+
+
+def _known(entries: list[Entry]) -> set[tuple[object, object]]:
+    assert {entry.mac.hex(":") for entry in entries} == {LAB_MAC}
+    return {(entry.tags, entry.ip) for entry in entries}
+
+
+def test_a_guests_addresses_are_learned_past_vhost_and_its_announcement_is_seen(
+    bench: Bench, guest: Guest
+) -> None:
+    source, now = guest.vm, time.monotonic
+    with observed(source.host.netns, source.tap) as (observer, until):
+        # Who does not know the guest any more asks, and the guest answers.
+        subprocess.run(
+            ["ip", "-n", bench.net.client.netns, "neigh", "flush", "all"], check=True, timeout=60
+        )
+        bench.answers()
+        until(lambda: _lab_addresses() <= _known(observer.entries(now())))
+        book = observer.save(now())
+
+    target = bench.target(guest)
+    with observed(target.host.netns, target.tap) as (observer, until):
+        observer.load(book, now())
+        observer.begin(now())
+        bench.move(guest, target)
+        announced(target)
+        until(
+            lambda: not _lab_addresses() & {(e.tags, e.ip) for e in observer.missing(now())}
+        )  # fmt: skip
+        first = observer.entries(now())[0]
+        assert observer.announced_at(first) is not None
