@@ -28,6 +28,8 @@ class NicConfig(msgspec.Struct, frozen=True):
     guest_announce: bool | None = None
     mtu: int | None = None
     queue_size: int = 256
+    #: Which of its guest's addresses the host may announce, as typed; None: all that it used.
+    announce_allow: str | None = None
 
 
 class VmConfig(msgspec.Struct, frozen=True):
@@ -91,12 +93,17 @@ def default_mac(tap: str, index: int) -> bytes:
 
 
 def parse_nic(text: str, index: int) -> NicConfig:
-    """``tap=tap0,mac=...,vhost=on|off,guest-announce=on|off,mtu=...,queue-size=...,id=...``.
+    """``tap=tap0,mac=...,vhost=on|off,guest-announce=on|off,announce-allow=...,mtu=...``.
+
+    Also ``queue-size=``, ``id=``, ``model=``.
 
     Raises:
         ConfigError: names the key or value, and what may stand there.
     """
-    known = ("tap", "mac", "model", "vhost", "guest-announce", "mtu", "queue-size", "id")
+    known = (
+        *("tap", "mac", "model", "vhost", "guest-announce", "announce-allow"),
+        *("mtu", "queue-size", "id"),
+    )
     values: dict[str, str] = {}
     for part in text.split(","):
         key, equals, value = part.partition("=")
@@ -125,6 +132,7 @@ def parse_nic(text: str, index: int) -> NicConfig:
         guest_announce=_switch(values, "guest-announce", None),
         mtu=mtu,
         queue_size=size,
+        announce_allow=values.get("announce-allow"),
     )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import cast
 
+from .announce.policy import parse_policy
+from .announce.station import Station
 from .config import NicConfig, VmConfig
 from .errors import ConfigError, KvmError, StreamError
 from .hw import acpi, linuxboot, power, serial
@@ -77,9 +79,13 @@ class Machine:
             self._routes = Routes(self.vm)
             self._make_platform(console)
             self.nics: list[Nic] = []
+            #: Of each NIC what the announcer deals with.
+            self.stations: list[Station] = []
             for index, nic in enumerate(config.nics):
                 self.nics.append(self._make_nic(index, nic))
                 undo.callback(self.nics[-1].close)
+                policy = parse_policy(nic.announce_allow) if nic.announce_allow else None
+                self.stations.append(Station(self.nics[-1], loop, policy))
             self.vcpus: list[VcpuThread] = []
             self._make_vcpus(system, undo)
             self._undo = undo.pop_all()
@@ -262,8 +268,13 @@ class Machine:
             serial=self.serial.save(),
             power=self.pm1.save(),
             pci_address=self.pci.save(),
-            nics=[NicSaved(nic.name, nic.version, cast(NicState, nic.save())) for nic in self.nics],
+            nics=[self._save_nic(station) for station in self.stations],
         )
+
+    def _save_nic(self, station: Station) -> NicSaved:
+        nic = cast(Nic, station.nic)
+        book = station.observer.save(self._loop.now())
+        return NicSaved(nic.name, nic.version, cast(NicState, nic.save()), book)
 
     def load(
         self,
@@ -297,8 +308,9 @@ class Machine:
         self.pci.load(state.pci_address)
         self._routes.hold()
         try:
-            for nic, saved_nic in zip(self.nics, state.nics, strict=True):
+            for nic, station, saved_nic in zip(self.nics, self.stations, state.nics, strict=True):
                 nic.load(saved_nic.state)
+                station.observer.load(saved_nic.addresses, self._loop.now())
         finally:
             self._routes.release()
 

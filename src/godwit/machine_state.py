@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 
+from .announce.saved import AddressBookState
 from .hw.power import PowerState
 from .hw.serial import SerialState
 from .kvm.cpustate import PlatformState, VcpuState
@@ -18,6 +19,7 @@ class NicSaved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: Annotated[str, msgspec.Meta(max_length=64)]
     version: Annotated[int, msgspec.Meta(ge=1, le=1)]
     state: NicState
+    addresses: AddressBookState
 
 
 class MachineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

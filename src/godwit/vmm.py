@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .announce.announcer import Announcer
-from .announce.schedule import AnnounceParameters
+from .announce.schedule import AnnounceOptions, AnnounceParameters
+from .announce.taps import Taps
 from .config import VmConfig
 from .errors import ConfigError, GodwitError, MigrationError, StateError
 from .hw.console import Console
 from .loop import Loop
 from .machine import Machine
+from .nic.filterview import FilterView
 from .qmp import commands, events
 from .qmp.server import Server
 from .runstate import RunState, RunStates
@@ -69,9 +71,19 @@ class Vmm:
         self._destination: Destination | None = None
         self.machine = Machine(config, loop, console, self._vcpu_ended, self._offence)
         self._server: Server | None = None
+        self._taps: Taps | None = None
+        self._filter_told: set[str] = set()
         try:
             nics = self.machine.nics
-            self.announcer = Announcer(nics, loop, self._emit)
+            stations = self.machine.stations
+            self._taps = Taps(
+                {nic.tap: one for nic, one in zip(config.nics, stations, strict=True)}, loop, say
+            )
+            self.announcer = Announcer(
+                stations, loop, self._emit, make_verifier=self._taps.verifier
+            )
+            self._taps.on_seen = self.announcer.seen
+            self._taps.on_ready = self.announcer.port_ready
             # Before the server: the frames leave before the events are told.
             self.states.listen(self.announcer.run_state_changed)
             if qmp is not None:
@@ -79,6 +91,7 @@ class Vmm:
                 self.states.listen(self._server.run_state_changed)
             for nic in nics:
                 nic.on_ack = self._acked(nic.name)
+                nic.on_filter = self._filter_changed(nic.name)
             if config.kernel is not None:
                 self.machine.remember_power_on()
         except BaseException:
@@ -112,6 +125,8 @@ class Vmm:
             self.machine.pause()
         if self._destination is not None:
             self._destination.close()
+        if self._taps is not None:
+            self._taps.close()
         self.machine.close()
         if self._server is not None:
             self._server.close()
@@ -125,6 +140,28 @@ class Vmm:
     @announce_parameters.setter
     def announce_parameters(self, new: AnnounceParameters) -> None:
         self.announcer.parameters = new
+
+    @property
+    def announce_options(self) -> AnnounceOptions:
+        """Deadline, verification, refreshing."""
+        return self.announcer.options
+
+    @announce_options.setter
+    def announce_options(self, new: AnnounceOptions) -> None:
+        self.announcer.options = new
+
+    def announce_info(self) -> list[dict[str, object]]:
+        """What became of each NIC's last announcement."""
+        return self.announcer.info()
+
+    def rx_filters(self, name: str | None) -> list[tuple[str, FilterView]]:
+        """Each NIC's receive filter, or that of one. Raises ConfigError."""
+        nics = [nic for nic in self.machine.nics if name in (None, nic.name)]
+        if name is not None and not nics:
+            known = ", ".join(nic.name for nic in self.machine.nics) or "none"
+            raise ConfigError(f"there is no NIC '{name}'; this VM has: {known}")
+        self._filter_told -= {nic.name for nic in nics}
+        return [(nic.name, nic.rx_filter()) for nic in nics]
 
     def stop(self) -> None:
         """Pause a running guest."""
@@ -197,18 +234,7 @@ class Vmm:
             "godwit": {
                 "destination-phases": dict(self._destination.phases),
                 "runstates": [str(state) for state in self.states.history],
-                "announce": [
-                    {
-                        "nic": record.nic,
-                        "mac": record.mac,
-                        "method": record.method,
-                        "rounds": record.rounds,
-                        "ack-ms": record.ack_ms,
-                        "host-sent": record.host_sent,
-                        "error": record.error,
-                    }
-                    for record in self.announcer.records()
-                ],
+                "announce": self.announce_info(),
             },
         }
 
@@ -237,6 +263,15 @@ class Vmm:
     def _acked(self, nic: str) -> Callable[[], None]:
         return lambda: self.announcer.acked(nic)
 
+    def _filter_changed(self, nic: str) -> Callable[[], None]:
+        def tell() -> None:
+            # Once until somebody asks, as in QEMU (net/net.c): a guest may change it in a loop.
+            if nic not in self._filter_told:
+                self._filter_told.add(nic)
+                self._emit(*events.rx_filter_changed(nic))
+
+        return tell
+
     def _offence(self, nic: str, message: str) -> None:
         """A guest broke a device's rules: the device stops, the VM lives, the operator knows."""
         self._emit("GUEST_OFFENCE", {"device": nic, "message": message})
@@ -246,6 +281,8 @@ class Vmm:
 
     def _move_status(self, status: str) -> None:
         """From the source's thread."""
+        if status in ("failed", "cancelled") and self._source and self._source.exposed:
+            self.announcer.returned()
         self._emit(*events.migration(status))
         if status == "completed":
             self._say("the guest has moved away")

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 
 from godwit.announce.announcer import Announcer
+from godwit.announce.station import Station
+from godwit.nic.filterview import FilterView
+from godwit.nic.rxfilter import RxFilter
 from godwit.runstate import RunState, RunStates
 from godwit.testing.clock import FakeClock
 
@@ -32,6 +35,9 @@ class Nic:
             raise self.announce_error
         return self.accepts
 
+    def rx_filter(self) -> FilterView:
+        return RxFilter().view(self.mac, True)
+
     def send_from_host(self, frame: bytes) -> None:
         if self.error:
             raise self.error
@@ -48,8 +54,9 @@ class Bench:
         self.clock = FakeClock()
         self.nics = [Nic(self.clock, name, does) for name, does in accepts.items()]
         self.events: list[tuple[str, dict[str, object]]] = []
+        self.stations = [Station(nic, self.clock) for nic in self.nics]
         self.announcer = Announcer(
-            self.nics, self.clock, lambda name, data: self.events.append((name, data))
+            self.stations, self.clock, lambda name, data: self.events.append((name, data))
         )
         self.states = RunStates(first)
         self.states.listen(self.announcer.run_state_changed)

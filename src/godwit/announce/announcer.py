@@ -25,7 +25,7 @@ from .addresses import Entry
 from .dissect import Sighting
 from .ladder import Ladder, Report, Verifier
 from .record import NicRecord
-from .schedule import AnnounceOptions, AnnounceParameters, Verify
+from .schedule import AnnounceOptions, AnnounceParameters
 from .station import Station
 
 # The events. Each but the first has ``nic``.
@@ -50,11 +50,18 @@ class _Unverified:
 
     wanted = False
 
+    def begin(self) -> None:
+        pass
+
+    def ask(self) -> None:
+        pass
+
     def missing(self) -> list[str]:
         return []
 
 
-def _no_verifier(station: Station, how: Verify) -> Verifier:
+def no_verifier(station: Station, options: AnnounceOptions) -> Verifier:
+    """For those who do not want one."""
     return _Unverified()
 
 
@@ -76,7 +83,7 @@ class _Announcement:
 class Announcer:
     """Announces the NICs of one VM. Thread-safe; see the module for the order of locks.
 
-    ``make_verifier(station, how)`` gives a ladder its verifier.
+    ``make_verifier(station, options)`` gives a ladder its verifier.
     """
 
     def __init__(
@@ -85,7 +92,7 @@ class Announcer:
         clock: Clock,
         report: Report,
         parameters: AnnounceParameters | None = None,
-        make_verifier: Callable[[Station, Verify], Verifier] = _no_verifier,
+        make_verifier: Callable[[Station, AnnounceOptions], Verifier] = no_verifier,
     ) -> None:
         #: What the next resume uses; replace them at any time.
         self.parameters = parameters or AnnounceParameters()
@@ -254,7 +261,7 @@ class Announcer:
                 self._clock,
                 lambda delay, call: self._later(announcement, delay, call),
                 self._report,
-                self._make_verifier(station, self.options.verify),
+                self._make_verifier(station, self.options),
             )
             announcement.ladders.append(ladder)
             # The frames first: an event costs the guest's peers time.
@@ -269,9 +276,7 @@ class Announcer:
         if gone:
             gone.cancel()
 
-    def _later(
-        self, announcement: _Announcement, delay: float, call: Callable[[], None]
-    ) -> Timer:
+    def _later(self, announcement: _Announcement, delay: float, call: Callable[[], None]) -> Timer:
         def due() -> None:
             with self._rounds:
                 announcement.timers.discard(timer)

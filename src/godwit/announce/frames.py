@@ -36,9 +36,12 @@ _ARP_REQUEST = 1
 _RARP_REQUEST = 3
 
 _ICMPV6 = 58
+_NEIGHBOR_SOLICITATION = 135  # RFC 4861 section 4.3
 _NEIGHBOR_ADVERTISEMENT = 136  # RFC 4861 section 4.4
 _NA_OVERRIDE = 0x2000_0000
-_TARGET_LINK_LAYER_ADDRESS = 2  # RFC 4861 section 4.6.1
+_SOURCE_LINK_LAYER_ADDRESS, _TARGET_LINK_LAYER_ADDRESS = 1, 2  # RFC 4861 section 4.6.1
+#: RFC 4291 section 2.7.1: ff02::1:ff00:0/104.
+_SOLICITED_NODE = bytes.fromhex("ff0200000000000000000001ff")
 
 #: ETH_ZLEN (linux/if_ether.h): the least an untagged frame has without its FCS.
 _MIN_FRAME = 60
@@ -81,15 +84,49 @@ def unsolicited_na(mac: bytes, ip6: bytes, tags: Tags = ()) -> bytes:
     """
     _check(mac, 6, "MAC address")
     _check(ip6, 16, "IPv6 address")
-    head = struct.pack("!BB", _NEIGHBOR_ADVERTISEMENT, 0)
     body = struct.pack("!I16sBB6s", _NA_OVERRIDE, ip6, _TARGET_LINK_LAYER_ADDRESS, 1, mac)
+    ip = _icmpv6(ip6, ALL_NODES, _NEIGHBOR_ADVERTISEMENT, body)
+    return _ethernet(ALL_NODES_MAC, mac, tags, _ETH_IPV6, ip)
+
+
+def arp_request(mac: bytes, ip4: bytes, target: bytes, tags: Tags = ()) -> bytes:
+    """An ARP request of ``mac`` with ``ip4`` for ``target`` (RFC 826), broadcast.
+
+    Raises:
+        ValueError: an address or a tag is not valid.
+    """
+    _check(ip4, 4, "IPv4 address")
+    _check(target, 4, "IPv4 address")
+    return _ethernet(
+        BROADCAST, mac, tags, _ETH_ARP, _arp(_ARP_REQUEST, mac, ip4, b"\0" * 6, target)
+    )
+
+
+def solicitation(mac: bytes, ip6: bytes, target: bytes, tags: Tags = ()) -> bytes:
+    """A neighbour solicitation of ``mac`` with ``ip6`` for ``target`` (RFC 4861 section 4.3), to
+    its solicited-node address (RFC 4291 section 2.7.1).
+
+    Raises:
+        ValueError: an address or a tag is not valid.
+    """
+    _check(mac, 6, "MAC address")
+    _check(ip6, 16, "IPv6 address")
+    _check(target, 16, "IPv6 address")
+    body = struct.pack("!I16sBB6s", 0, target, _SOURCE_LINK_LAYER_ADDRESS, 1, mac)
+    to = _SOLICITED_NODE + target[13:]
+    ip = _icmpv6(ip6, to, _NEIGHBOR_SOLICITATION, body)
+    return _ethernet(b"\x33\x33" + to[12:], mac, tags, _ETH_IPV6, ip)
+
+
+def _icmpv6(source: bytes, destination: bytes, kind: int, body: bytes) -> bytes:
+    """An IPv6 packet with an ICMPv6 message of code 0."""
+    head = struct.pack("!BB", kind, 0)
     length = len(head) + 2 + len(body)
     # RFC 8200 section 8.1: the pseudo-header.
-    pseudo = ip6 + ALL_NODES + struct.pack("!II", length, _ICMPV6)
+    pseudo = source + destination + struct.pack("!II", length, _ICMPV6)
     message = head + struct.pack("!H", _checksum(pseudo + head + b"\0\0" + body)) + body
     # Hop limit 255 proves to the receiver that no router passed it on (RFC 4861 section 7.1.2).
-    ip = struct.pack("!IHBB16s16s", 6 << 28, length, _ICMPV6, 255, ip6, ALL_NODES)
-    return _ethernet(ALL_NODES_MAC, mac, tags, _ETH_IPV6, ip + message)
+    return struct.pack("!IHBB16s16s", 6 << 28, length, _ICMPV6, 255, source, destination) + message
 
 
 def _arp(operation: int, sha: bytes, spa: bytes, tha: bytes, tpa: bytes) -> bytes:

@@ -31,8 +31,8 @@ from .station import Station
 SHOW_S = 0.1
 #: Rounds after the schedule's while the announcement is not verified: s after the one before.
 EXTRA_S = (1.0, 2.0, 4.0, 8.0, 16.0)
-#: From a round to the question whether it had its effect, s.
-_VERIFY_S = 0.1
+#: From a question to its answer, s.
+_VERIFY_S = 0.3
 
 #: Receives an event's name and data.
 Report = Callable[[str, dict[str, object]], None]
@@ -45,6 +45,12 @@ class Verifier(Protocol):
 
     #: Whether anybody asks.
     wanted: bool
+
+    def begin(self) -> None:
+        """The first round is made."""
+
+    def ask(self) -> None:
+        """Put the question."""
 
     def missing(self) -> list[str]:
         """What is not verified, in words; empty: all is."""
@@ -139,6 +145,8 @@ class Ladder:
             self._speak(self.station.entries(), "no ack")
         else:
             self._ask()
+        if record.rounds == 1:
+            self._verifier.begin()
         self._schedule()
 
     def _schedule(self) -> None:
@@ -146,10 +154,11 @@ class Ladder:
         if following is not None:
             self._after(following, self._round)
         elif self._verifier.wanted:
+            # All rounds are made: does the network know? If not, more are, further apart.
+            self._verifier.ask()
             self._after(_VERIFY_S, self._verify)
 
     def _verify(self) -> None:
-        """All rounds are made: does the network know? If not, more are, further apart."""
         record = self._record
         record.unverified = self._verifier.missing()
         if not record.unverified:

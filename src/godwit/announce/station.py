@@ -6,12 +6,13 @@ it from what the guest sends.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from ..loop import Clock
 from ..nic.model import NicModel
-from .addresses import Entry, announcements
+from .addresses import Entry, Peer, announcements
+from .dissect import Sighting
 from .observer import Observer
 from .policy import Policy
 
@@ -52,7 +53,9 @@ class Station:
 
     def __init__(self, nic: NicModel, clock: Clock, policy: Policy | None = None) -> None:
         self.nic = nic
-        self.observer = Observer(nic.mac, clock.now())
+        #: Told of each announcement of the guest's.
+        self.on_seen: Callable[[Sighting], None] = lambda sighting: None
+        self.observer = Observer(nic.mac, clock.now(), lambda sighting: self.on_seen(sighting))
         self.watched = False
         self.port: Wiring = Wired()
         self.policy = policy or Policy()
@@ -75,6 +78,10 @@ class Station:
         if not self.watched:
             return []
         return self._permitted(self.observer.missing(self._clock.now()))
+
+    def peers(self) -> list[Peer]:
+        """Whom the guest talks to, those met most often first."""
+        return self.observer.peers(self._clock.now())
 
     def said_at(self, entry: Entry) -> float | None:
         """When the host announced it first since :meth:`begin`, by the clock; None: never."""

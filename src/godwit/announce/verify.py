@@ -1,9 +1,9 @@
 """Does the network know where the guest is? Two ways to find out.
 
-``fdb`` asks this host's bridge: its forwarding database must have each of the guest's MAC addresses,
-in its VLAN, at the tap. It says nothing about switches further on. ``probe`` asks the guest's known
-peers, as ARP requests and neighbour solicitations in the guest's name do, and an answer that comes
-to the tap proves the whole way for its VLAN.
+``fdb`` asks this host's bridge: its forwarding database must have each of the guest's MAC
+addresses, in its VLAN, at the tap. It says nothing about switches further on. ``probe`` asks the
+guest's known peers, as ARP requests and neighbour solicitations in the guest's name do, and an
+answer that comes to the tap proves the whole way for its VLAN.
 
 What the guest's peers answer also tells where they are now. With ``refresh`` that is injected into
 the tap, so that the guest's own neighbour entries are right again.
@@ -30,15 +30,51 @@ _Tags = tuple[Tag, ...]
 _Key = tuple[_Tags, bytes]
 
 
-class FdbVerifier:
-    """Asks the bridge that the tap is a port of."""
+class Verification:
+    """Of one announcement of one NIC.
 
-    wanted = True
+    ``inject(frame)`` sends a frame into the guest; None: nothing is to be refreshed.
+    """
 
-    def __init__(self, station: Station) -> None:
+    def __init__(
+        self, station: Station, how: Verify, inject: Callable[[bytes], None] | None = None
+    ) -> None:
+        self.wanted = how is not Verify.OFF
+        self._how = how
         self._station = station
+        self._inject = inject
+        self._asked: dict[_Key, bool] = {}  # peer -> whether it answered
+
+    def begin(self) -> None:
+        """The first round is made. What the guest knows of its peers is stale from the first."""
+        if self._inject is not None:
+            self._ask_peers()
+
+    def ask(self) -> None:
+        """All rounds are made: put the question, whose answer :meth:`missing` has later."""
+        if self._how is Verify.PROBE:
+            self._ask_peers()
 
     def missing(self) -> list[str]:
+        """What is not known to be right, in words; empty: all is."""
+        return self._misplaced() if self._how is Verify.FDB else self._unanswered()
+
+    def answer(self, data: bytes, outer: Tag | None) -> None:
+        """A frame that tells of addresses is on its way to the guest."""
+        try:
+            sighting = dissect(data, outer)
+        except Malformed:
+            return
+        if sighting is None or sighting.ip is None:
+            return
+        key = (sighting.tags, sighting.ip)
+        if self._asked.get(key) is False:
+            self._asked[key] = True
+            if self._inject is not None:
+                self._refresh(sighting)
+
+    # --- the bridge -------------------------------------------------------------------------------
+    def _misplaced(self) -> list[str]:
         """Which MAC addresses the bridge has elsewhere, or not at all."""
         port = self._station.port
         port.look()
@@ -50,7 +86,7 @@ class FdbVerifier:
             return [f"the forwarding database cannot be read: {error}"]
         at = {(one.mac, one.vlan) for one in known if one.port == port.index}
         macs = {mac for mac, _ in at}
-        missing = {}
+        missing: dict[str, None] = {}
         for entry in self._station.entries():
             # Untagged frames are in the port's own VLAN, whatever number that has.
             vlan = entry.tags[0][1] if entry.tags else None
@@ -59,53 +95,19 @@ class FdbVerifier:
                 missing[f"{entry.mac.hex(':')}{_in(entry.tags)}"] = None
         return list(missing)
 
-
-class Prober:
-    """Asks peers in the guest's name, and takes their answers; for one NIC.
-
-    ``inject(frame)`` sends a frame into the guest.
-    """
-
-    def __init__(self, station: Station, inject: Callable[[bytes], None] | None = None) -> None:
-        self._station = station
-        self._inject = inject
-        self._asked: dict[_Key, bool] = {}  # peer -> whether it answered
-
-    def ask(self) -> None:
-        """Ask those that did not answer yet. Raises OSError, GodwitError."""
+    # --- the peers --------------------------------------------------------------------------------
+    def _ask_peers(self) -> None:
+        """Ask those that did not answer yet."""
         for entry, peer in self._questions():
             key = (peer.tags, peer.ip)
-            if not self._asked.get(key):
-                self._asked[key] = False
-                solicit = frames.arp_request if len(peer.ip) == 4 else frames.solicitation
-                assert entry.ip is not None  # _questions chose it so
-                self._station.send(solicit(entry.mac, entry.ip, peer.ip, entry.tags))
-
-    def answer(self, data: bytes, outer: Tag | None) -> None:
-        """A frame on its way to the guest."""
-        try:
-            sighting = dissect(data, outer)
-        except Malformed:
-            return
-        if sighting is None or sighting.ip is None:
-            return
-        key = (sighting.tags, sighting.ip)
-        if key in self._asked and not self._asked[key]:
-            self._asked[key] = True
-            if self._inject is not None:
-                self._refresh(sighting)
-
-    def unanswered(self) -> list[str]:
-        """VLANs and families of which no peer answered, in words."""
-        groups: dict[tuple[_Tags, int], bool] = {}
-        for (tags, ip), answered in self._asked.items():
-            group = (tags, len(ip))
-            groups[group] = groups.get(group, False) or answered
-        return [
-            f"no answer{_in(tags)} over {'IPv4' if size == 4 else 'IPv6'}"
-            for (tags, size), answered in groups.items()
-            if not answered
-        ]
+            if self._asked.get(key) or entry.ip is None:
+                continue
+            self._asked[key] = False
+            ask = frames.arp_request if len(peer.ip) == 4 else frames.solicitation
+            try:
+                self._station.send(ask(entry.mac, entry.ip, peer.ip, entry.tags))
+            except (OSError, GodwitError):
+                return  # it stays without an answer, and that is what is told
 
     def _questions(self) -> list[tuple[Entry, Peer]]:
         mine: dict[tuple[_Tags, int], Entry] = {}
@@ -121,10 +123,22 @@ class Prober:
                 questions.append((mine[group], peer))
         return questions
 
+    def _unanswered(self) -> list[str]:
+        """VLANs and families of which no peer answered."""
+        groups: dict[tuple[_Tags, int], bool] = {}
+        for (tags, ip), answered in self._asked.items():
+            group = (tags, len(ip))
+            groups[group] = groups.get(group, False) or answered
+        return [
+            f"no answer{_in(tags)} over {'IPv4' if size == 4 else 'IPv6'}"
+            for (tags, size), answered in groups.items()
+            if not answered
+        ]
+
     def _refresh(self, peer: Sighting) -> None:
         """Tell the guest where its peer is, in the form that replaces an entry at once."""
-        assert self._inject is not None
-        assert peer.ip is not None
+        if self._inject is None or peer.ip is None:
+            return
         tell = frames.gratuitous_arp if len(peer.ip) == 4 else frames.unsolicited_na
         try:
             self._inject(tell(peer.mac, peer.ip, peer.tags))
@@ -132,28 +146,5 @@ class Prober:
             pass  # the tap is down: the guest hears nothing, not this either
 
 
-class ProbeVerifier:
-    """Verified when in each VLAN and family with a known peer one has answered."""
-
-    wanted = True
-
-    def __init__(self, prober: Prober) -> None:
-        self._prober = prober
-
-    def missing(self) -> list[str]:
-        """Where nobody answered yet; those are asked once more."""
-        left = self._prober.unanswered()
-        if left or not self._prober.begun:
-            try:
-                self._prober.ask()
-            except (OSError, GodwitError) as error:
-                return [f"peers cannot be asked: {error}"]
-            left = self._prober.unanswered()
-        return left
-
-
 def _in(tags: _Tags) -> str:
     return "".join(f" in VLAN {vid}" for _, vid in tags)
-
-
-__all__ = ["FdbVerifier", "ProbeVerifier", "Prober", "Verify"]

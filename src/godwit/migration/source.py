@@ -61,6 +61,7 @@ class Source:
         self._over = threading.Event()
         self._decision = threading.Lock()  # between a cancel and the commit
         self._committed = False
+        self._exposed = False
         self._direct = False
         self._token = os.urandom(16)
         self._log = ram.DirtyLog(machine)
@@ -78,6 +79,11 @@ class Source:
     def active(self) -> bool:
         """Whether the move is still under way."""
         return not self._over.is_set()
+
+    @property
+    def exposed(self) -> bool:
+        """Whether the destination may have shown the guest to the network: COMMIT was sent."""
+        return self._exposed
 
     def cancel(self) -> bool:
         """Give the move up; False when it is too late, because the guest was handed over."""
@@ -209,7 +215,7 @@ class Source:
         with self._decision:
             if self._cancelled.is_set():
                 raise MigrationError("cancelled")
-            self._committed = True
+            self._committed = self._exposed = True
         handover = codec.Handover(self._token, self._before is RunState.RUNNING)
         try:
             self._channel.send(Kind.COMMIT, handover)

@@ -12,6 +12,7 @@ from ..hw.memory import GuestMemory
 from ..hw.pci import PciFunction
 from ..kvm.handles import Vm
 from ..loop import Loop
+from .filterview import FilterView
 
 
 class NicModel(Protocol):
@@ -31,6 +32,9 @@ class NicModel(Protocol):
         Called with the VM running, from any thread; it never blocks on the guest.
         """
 
+    def rx_filter(self) -> FilterView:
+        """What the guest told the NIC to receive; from any thread."""
+
     def send_from_host(self, frame: bytes) -> None:
         """Put ``frame`` (Ethernet, no FCS) on the network as if the guest had sent it.
 
@@ -47,6 +51,8 @@ class Nic(NicModel, Protocol):
     version: int
     #: Told of each announcement that the guest acknowledged; never under the NIC's lock.
     on_ack: Callable[[], None]
+    #: Told that the guest changed the filter or its MAC address; never under the NIC's lock.
+    on_filter: Callable[[], None]
 
     @property
     def function(self) -> PciFunction:

@@ -37,7 +37,7 @@ class Port:
         except OSError:
             self.trouble = None  # where nobody can be asked, nothing is held up
         else:
-            self.index = link.index if link else 0
+            self.index = link.number if link else 0
             self.bridge = link.master if link and link.port_state is not None else 0
             self.trouble = _trouble(self.tap, link)
         if before is not None and self.trouble is None:

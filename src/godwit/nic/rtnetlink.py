@@ -43,12 +43,13 @@ class Link(NamedTuple):
     """What a message says of an interface.
 
     Attributes:
+        number: the interface's index.
         carrier: it is up, and so is what is below it (IFF_LOWER_UP).
         master: index of the bridge (or other master) that it is a port of; 0: of none.
         port_state: BR_STATE_* of a bridge's port; None for anything else.
     """
 
-    index: int
+    number: int
     name: str
     carrier: bool
     master: int

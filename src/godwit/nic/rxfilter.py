@@ -10,8 +10,15 @@ from typing import Annotated
 
 import msgspec
 
+from .filterview import FilterView
+
 #: More addresses than this and the table is given up: all of that kind are taken.
 TABLE_LIMIT = 64
+
+
+def _how(none: bool, every: bool) -> str:
+    return "none" if none else "all" if every else "normal"
+
 
 _Mac = Annotated[bytes, msgspec.Meta(min_length=6, max_length=6)]
 _Vid = Annotated[int, msgspec.Meta(ge=0, lt=4096)]
@@ -52,6 +59,22 @@ class RxFilter(msgspec.Struct, forbid_unknown_fields=True):
         if self.no_unicast:
             return False
         return to == mac or self.all_unicast or self.unicast_overflow or to in self.unicast
+
+    def view(self, mac: bytes, filter_vlans: bool) -> FilterView:
+        """As operators see it. ``filter_vlans``: the driver asked for VLANs one by one."""
+        return FilterView(
+            promiscuous=self.promiscuous,
+            unicast=_how(self.no_unicast, self.all_unicast or self.unicast_overflow),
+            multicast=_how(self.no_multicast, self.all_multicast or self.multicast_overflow),
+            vlan="normal" if filter_vlans else "all",
+            broadcast=not self.no_broadcast,
+            unicast_overflow=self.unicast_overflow,
+            multicast_overflow=self.multicast_overflow,
+            main_mac=mac,
+            unicast_table=tuple(self.unicast),
+            multicast_table=tuple(self.multicast),
+            vlan_table=tuple(self.vlans) if filter_vlans else (),
+        )
 
     def copy(self) -> RxFilter:
         """One that shares nothing with this one."""

@@ -18,6 +18,7 @@ from ..loop import Loop
 from ..virtio.device import VirtioDevice
 from ..virtio.queue import Virtqueue
 from .backend import Backend, Ring
+from .filterview import FilterView
 from .netctrl import ERR, OK, Control
 from .rxfilter import RxFilter
 
@@ -88,6 +89,7 @@ class VirtioNet(VirtioDevice):
         self._announce_pending = False
         self.filter = RxFilter()
         self.on_ack: Callable[[], None] = lambda: None
+        self.on_filter: Callable[[], None] = lambda: None
 
     @property
     def mac(self) -> bytes:
@@ -121,6 +123,11 @@ class VirtioNet(VirtioDevice):
     def accepts(self, frame: memoryview) -> bool:
         """Whether the driver's filter takes ``frame``; the in-process backend asks."""
         return self.filter.accepts(frame, self._mac, bool(self.negotiated & F_CTRL_VLAN))
+
+    def filter_view(self) -> FilterView:
+        """The filter, for operators and the address book."""
+        with self.lock:
+            return self.filter.view(self._mac, bool(self.negotiated & F_CTRL_VLAN))
 
     # --- VirtioDevice -----------------------------------------------------------------------------
     def config(self) -> bytes:
@@ -191,13 +198,17 @@ class VirtioNet(VirtioDevice):
                 os.eventfd_read(self.transport.kick_fd(CTRL))
             except BlockingIOError:
                 pass
+            before = self.filter.copy(), self._mac
             try:
                 acked = self.serve_control()
             except GuestError as error:
                 self.on_offence(f"control queue: {error}")
                 return
+            changed = (self.filter, self._mac) != before
         for _ in range(acked):
             self.on_ack()
+        if changed:
+            self.on_filter()
 
     def serve_control(self) -> int:
         """Answer what waits on the control queue; how many announcements were acknowledged.

@@ -10,6 +10,7 @@ from ..config import NicConfig
 from ..errors import StreamError
 from ..virtio.pci import TransportState, VirtioPci
 from .backend import Backend
+from .filterview import FilterView
 from .inprocess import InProcessBackend
 from .model import Parts
 from .tap import Tap
@@ -82,6 +83,10 @@ class VirtioNic:
         """Have the guest announce itself; False when it declines."""
         return self.device.announce()
 
+    def rx_filter(self) -> FilterView:
+        """What the driver asked for on the control queue."""
+        return self.device.filter_view()
+
     def send_from_host(self, frame: bytes) -> None:
         """As if the guest had sent it. Raises OSError."""
         self.device.send_from_host(frame)
@@ -95,6 +100,15 @@ class VirtioNic:
     @on_ack.setter
     def on_ack(self, listener: Callable[[], None]) -> None:
         self.device.on_ack = listener
+
+    @property
+    def on_filter(self) -> Callable[[], None]:
+        """Told of each change of the filter."""
+        return self.device.on_filter
+
+    @on_filter.setter
+    def on_filter(self, listener: Callable[[], None]) -> None:
+        self.device.on_filter = listener
 
     @property
     def offered(self) -> int:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from ..announce.schedule import AnnounceParameters
+from ..announce.schedule import AnnounceOptions, AnnounceParameters, Verify
 from ..errors import ConfigError, StateError
 from ..runstate import LIVE, RunState
 from .controller import Controller
 from .protocol import CommandNotFound, short, version
 
 _S = RunState
+_Struct = TypeVar("_Struct", AnnounceParameters, AnnounceOptions)
 
 #: Why a state refuses most commands, in the words of the person who reads it.
 _WHY = {
@@ -68,8 +69,17 @@ class ParameterArguments(Arguments, frozen=True):
     announce_max: int | None = None
     announce_rounds: int | None = None
     announce_step: int | None = None
+    announce_deadline: int | None = None
+    announce_verify: Verify | None = None
+    announce_refresh: bool | None = None
     max_bandwidth: int | None = None
     downtime_limit: int | None = None
+
+
+class FilterArguments(Arguments, frozen=True):
+    """Of query-rx-filter: all NICs, or one."""
+
+    name: str | None = None
 
 
 class Command(msgspec.Struct, frozen=True):
@@ -153,7 +163,7 @@ def _migrate_incoming(controller: Controller, arguments: MigrateArguments) -> No
 
 
 def _announce_self(controller: Controller, arguments: AnnounceArguments) -> None:
-    schedule = _replaced(
+    schedule = _changed(
         controller.announce_parameters,
         initial=arguments.initial,
         max=arguments.max,
@@ -163,7 +173,7 @@ def _announce_self(controller: Controller, arguments: AnnounceArguments) -> None
     controller.announce_self(schedule, arguments.interfaces, arguments.id)
 
 
-def _replaced(old: AnnounceParameters, **new: int | None) -> AnnounceParameters:
+def _changed(old: _Struct, **new: object) -> _Struct:
     return msgspec.structs.replace(
         old, **{name: value for name, value in new.items() if value is not None}
     )
@@ -171,16 +181,23 @@ def _replaced(old: AnnounceParameters, **new: int | None) -> AnnounceParameters:
 
 def _set_parameters(controller: Controller, new: ParameterArguments) -> None:
     # Everything is checked before anything is changed.
-    schedule = _replaced(
+    schedule = _changed(
         controller.announce_parameters,
         initial=new.announce_initial,
         max=new.announce_max,
         rounds=new.announce_rounds,
         step=new.announce_step,
     )
+    options = _changed(
+        controller.announce_options,
+        deadline=new.announce_deadline,
+        verify=new.announce_verify,
+        refresh=new.announce_refresh,
+    )
     _check_range("max-bandwidth", new.max_bandwidth, MAX_BANDWIDTH, "bytes per second")
     _check_range("downtime-limit", new.downtime_limit, MAX_DOWNTIME_LIMIT, "ms")
     controller.announce_parameters = schedule
+    controller.announce_options = options
     if new.max_bandwidth is not None:
         controller.max_bandwidth = new.max_bandwidth
     if new.downtime_limit is not None:
@@ -194,14 +211,38 @@ def _check_range(name: str, value: int | None, most: int, unit: str) -> None:
 
 def _query_parameters(controller: Controller, _: Arguments) -> object:
     schedule = controller.announce_parameters
+    options = controller.announce_options
     return {
         "announce-initial": schedule.initial,
         "announce-max": schedule.max,
         "announce-rounds": schedule.rounds,
         "announce-step": schedule.step,
+        "announce-deadline": options.deadline,
+        "announce-verify": options.verify.value,
+        "announce-refresh": options.refresh,
         "max-bandwidth": controller.max_bandwidth,
         "downtime-limit": controller.downtime_limit,
     }
+
+
+def _query_rx_filter(controller: Controller, arguments: FilterArguments) -> object:
+    return [
+        {
+            "name": name,
+            "promiscuous": view.promiscuous,
+            "multicast": view.multicast,
+            "unicast": view.unicast,
+            "vlan": view.vlan,
+            "broadcast-allowed": view.broadcast,
+            "multicast-overflow": view.multicast_overflow,
+            "unicast-overflow": view.unicast_overflow,
+            "main-mac": view.main_mac.hex(":"),
+            "vlan-table": list(view.vlan_table),
+            "unicast-table": [mac.hex(":") for mac in view.unicast_table],
+            "multicast-table": [mac.hex(":") for mac in view.multicast_table],
+        }
+        for name, view in controller.rx_filters(arguments.name)
+    ]
 
 
 def _query_commands(_: Controller, __: Arguments) -> object:
@@ -234,5 +275,7 @@ COMMANDS: dict[str, Command] = {
     "migrate_cancel": Command(lambda vm, _: vm.migrate_cancel()),
     "migrate-set-parameters": Command(_set_parameters, ParameterArguments),
     "query-migrate-parameters": Command(_query_parameters),
+    "query-announce": Command(lambda vm, _: vm.announce_info()),
+    "query-rx-filter": Command(_query_rx_filter, FilterArguments),
     "announce-self": Command(_announce_self, AnnounceArguments, _in(_S.RUNNING)),
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..announce.schedule import AnnounceParameters
+from ..announce.schedule import AnnounceOptions, AnnounceParameters
+from ..nic.filterview import FilterView
 from ..runstate import RunStates
 
 
@@ -20,6 +21,8 @@ class Controller(Protocol):
 
     #: The schedule of the announcement after a move; replaced as a whole.
     announce_parameters: AnnounceParameters
+    #: Its deadline, verification and refreshing; replaced as a whole.
+    announce_options: AnnounceOptions
     #: The most a move may send, bytes per second; 0 for no limit.
     max_bandwidth: int
     #: For how long a move may stop the guest, ms.
@@ -68,6 +71,16 @@ class Controller(Protocol):
         self, parameters: AnnounceParameters, interfaces: Sequence[str] | None, id: str | None
     ) -> None:
         """Announce the guest's NICs now.
+
+        Raises:
+            ConfigError: there is no NIC of such a name.
+        """
+
+    def announce_info(self) -> list[dict[str, object]]:
+        """What became of each NIC's last announcement, as query-announce shows it."""
+
+    def rx_filters(self, name: str | None) -> list[tuple[str, FilterView]]:
+        """(NIC, receive filter) of each NIC, or of the one of that name.
 
         Raises:
             ConfigError: there is no NIC of such a name.

@@ -17,6 +17,7 @@ RESET = "RESET"
 SHUTDOWN = "SHUTDOWN"
 MIGRATION = "MIGRATION"
 RUN_STATE = "RUN_STATE"
+NIC_RX_FILTER_CHANGED = "NIC_RX_FILTER_CHANGED"
 
 Event = tuple[str, dict[str, object]]
 
@@ -46,6 +47,11 @@ def shutdown(reason: Reason) -> Event:
 def migration(status: str) -> Event:
     """A move has come to ``status``: setup, active, device, completed, failed, cancelled."""
     return MIGRATION, {"status": status}
+
+
+def rx_filter_changed(nic: str) -> Event:
+    """A guest changed a NIC's receive filter; once until query-rx-filter (qapi/net.json)."""
+    return NIC_RX_FILTER_CHANGED, {"name": nic, "path": f"/machine/{nic}"}
 
 
 def of_transition(old: RunState, new: RunState) -> list[Event]:
