@@ -62,9 +62,9 @@ class E1000Pci(PciFunction):
             self._intx(wanted)
 
     def write_config(self, offset: int, size: int, value: int) -> None:
-        """As PCI; the command register rules the line and the DMA."""
+        """As PCI; the command register rules the line and the DMA, the line the status register."""
         super().write_config(offset, size, value)
-        if offset < pci.STATUS and offset + size > pci.COMMAND:
+        if offset < pci.STATUS + 2 and offset + size > pci.COMMAND:
             with self._lock:
                 self.update_line()
                 self._poke()
