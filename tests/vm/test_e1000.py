@@ -12,8 +12,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
-from vm_bench import Bench, Guest, Watched, rarps, records
+from vm_bench import TAPS, Bench, Guest, Watched, rarps, records
 
+from godwit.lab.guest import READY
 from godwit.lab.judge import announcements
 from godwit.lab.netns import inside
 from godwit.lab.scenario import MAC, rounds, wait_for
@@ -161,3 +162,30 @@ def test_it_moves_to_another_host_and_back(bench: Bench, traveller: Guest, trip:
     wait_for(lambda: {f.id: f.max_seq for f in traveller.agent.flows().values()} == last, 30)
     assert traveller.agent.mem_check() == checksum
     assert not [event for vm in trip.targets for event in vm.news("GUEST_OFFENCE")]
+
+
+def test_it_works_beside_virtio_and_after_a_reboot(bench: Bench) -> None:
+    card = f"tap={TAPS[-1]},mac=52:54:00:67:77:02,{_NIC}"
+    guest = bench.boot("--nic", card, kernel="full-6.12", memory="256M")
+    for again in (False, True):
+        if again:
+            guest.agent.reboot()
+            guest.vm.event("RESET")
+            wait_for(lambda: guest.vm.console.count(READY) == 2, 90)
+        bench.answers()
+        cards = [
+            guest.agent.sh(f"basename $(readlink /sys/class/net/{name}/device/driver)").strip()
+            for name in ("eth0", "eth1")
+        ]
+        assert sorted(cards) == ["e1000", "virtio_net"]
+        e1000 = f"eth{cards.index('e1000')}"
+        guest.agent.sh(f"ip link set {e1000} up")
+        wait_for(lambda name=e1000: _carrier(guest, name), 30)  # type: ignore[misc]
+        interrupts = guest.agent.sh("cat /proc/interrupts")
+        (line,) = (line for line in interrupts.splitlines() if line.endswith(e1000))
+        assert line.strip().startswith("17:"), line  # slot 1, as `arguments` come first
+    bench.drop_guest()
+
+
+def _carrier(guest: Guest, name: str) -> bool:
+    return guest.agent.sh(f"cat /sys/class/net/{name}/carrier").strip() == "1"

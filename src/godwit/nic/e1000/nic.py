@@ -76,7 +76,8 @@ class E1000:
     @property
     def mac(self) -> bytes:
         """The MAC address in force."""
-        return self._mac.filter.mac
+        with self._lock:
+            return self._mac.filter.mac
 
     def announce(self) -> bool:
         """False: this controller has no way to ask its driver for it."""
