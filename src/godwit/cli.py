@@ -40,8 +40,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="tap=NAME[,KEY=VALUE...]",
-        help="a NIC on a tap; keys: mac, id, model, mtu, queue-size, vhost=on|off, "
-        "guest-announce=on|off",
+        help="a NIC on a tap; keys: mac, id, model=virtio-net|e1000, mtu, queue-size, "
+        "vhost=on|off, guest-announce=on|off",
     )
     run.add_argument("--machine", default=None, help="machine type (default: the newest)")
     run.add_argument("--qmp", metavar="PATH", help="QMP's Unix socket")

@@ -12,6 +12,8 @@ from .machine_types import DEFAULT, MachineType, machine_type
 
 MAX_CPUS = 8
 MAX_NICS = 8
+#: Buffers in a queue of a virtio NIC, unless the configuration says otherwise.
+QUEUE_SIZE = 256
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -27,7 +29,8 @@ class NicConfig(msgspec.Struct, frozen=True):
     #: None: as the machine type has it.
     guest_announce: bool | None = None
     mtu: int | None = None
-    queue_size: int = 256
+    #: None: as the model has it.
+    queue_size: int | None = None
     #: Which of its guest's addresses the host may announce, as typed; None: all that it used.
     announce_allow: str | None = None
 
@@ -120,8 +123,8 @@ def parse_nic(text: str, index: int) -> NicConfig:
             "the first a letter or digit"
         )
     mtu = _number(values, "mtu", 68, 65535)
-    size = _number(values, "queue-size", 16, 1024) or 256
-    if size & size - 1:
+    size = _number(values, "queue-size", 16, 1024)
+    if size is not None and size & size - 1:
         raise ConfigError(f"--nic: queue-size={size}; a power of two, please")
     return NicConfig(
         id=name,

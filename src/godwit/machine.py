@@ -18,7 +18,7 @@ from .errors import ConfigError, KvmError, StreamError
 from .hw import acpi, linuxboot, power, serial
 from .hw.bus import MmioBus, PortBus
 from .hw.console import Console
-from .hw.irq import Routes
+from .hw.irq import IntxLines, Routes
 from .hw.memory import GuestMemory
 from .hw.pci import CONFIG_ADDRESS, PciBus
 from .kvm import abi, cpustate
@@ -35,7 +35,8 @@ _FIRST_BAR = 0xE000_0000
 #: Between the reading of a source's clock and the arrival of its state: more is no real delay.
 _PLAUSIBLE_S = 2.0
 _BAR_STRIDE = 1 << 20  # room for any model's BAR, aligned to its size
-
+#: I/O BARs: ports above all that a PC has by tradition.
+_FIRST_PORT, _PORT_STRIDE = 0xC000, 0x100
 
 #: Is told that a phase has ended.
 Mark = Callable[[str], None]
@@ -77,6 +78,7 @@ class Machine:
             self.set_dirty_log(False)
             self.ports, self.mmio = PortBus(), MmioBus()
             self._routes = Routes(self.vm)
+            self._intx = IntxLines(self.vm)
             self._make_platform(console)
             self.nics: list[Nic] = []
             #: Of each NIC what the announcer deals with.
@@ -101,7 +103,7 @@ class Machine:
             lambda level: self.vm.irq_line(power.SCI_GSI, level),
             lambda: self._guest_asked(Ending.POWER_OFF, "the guest powered off"),
         )
-        self.pci = PciBus(self.mmio)
+        self.pci = PciBus(self.mmio, self.ports)
         self.ports.map(serial.PORT, 8, self.serial)
         self.ports.map(power.PM1_EVENT, 8, self.pm1)
         self.ports.map(CONFIG_ADDRESS, 8, self.pci)
@@ -119,6 +121,8 @@ class Machine:
             self._routes,
             self._loop,
             _FIRST_BAR + index * _BAR_STRIDE,
+            _FIRST_PORT + index * _PORT_STRIDE,
+            self._intx.of(index + 1),
             self.config.machine.guest_announce,
             self._on_offence,
         )

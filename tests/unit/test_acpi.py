@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from godwit.hw import acpi, aml, power
+from godwit.hw import acpi, aml, irq, power
 from godwit.hw.memory import GuestMemory
 
 
@@ -118,6 +118,22 @@ def test_the_dsdt_has_the_bridge_the_uart_and_s5(tables: Tables) -> None:
         assert body.count(wanted) == 1, wanted
     window = struct.pack("<III", 0, 0xC000_0000, 0xFEBF_FFFF)
     assert body.count(window + struct.pack("<II", 0, 0x3EC0_0000)) == 1
+
+
+def test_the_dsdt_routes_inta_of_every_slot(tables: Tables) -> None:
+    body = tables.dsdt[36:]
+    at = body.index(b"\x08_PRT\x12") + 6
+    end, at = at + _pkg_length(body, at)[0], _pkg_length(body, at)[1]
+    assert body[at] == 31
+    at += 1
+    for slot in range(1, 32):
+        # Package (4) {slot << 16 | 0xFFFF, pin, no link device, the I/O APIC's pin}
+        entry = struct.pack("<BI", 0x0C, slot << 16 | 0xFFFF) + bytes((0, 0, 0x0A, 16 + slot % 8))
+        assert body[at : at + 3] == bytes((0x12, len(entry) + 2, 4))
+        assert body[at + 3 : at + 3 + len(entry)] == entry
+        assert irq.intx_gsi(slot) == 16 + slot % 8
+        at += 3 + len(entry)
+    assert at == end
 
 
 def test_the_dsdt_is_terms_that_fill_it(tables: Tables) -> None:

@@ -63,5 +63,9 @@ def test_a_guest_boots_without_the_code_for_moving_it() -> None:
     assert not {name for name in found if name.startswith(("godwit.migration", "godwit.lab"))}
 
 
+def test_a_guest_boots_without_the_code_for_other_nics() -> None:
+    assert "godwit.nic.e1000.nic" not in loaded("godwit.cli", "godwit.terminal", "godwit.vmm")
+
+
 def test_the_check_sees_what_is_loaded() -> None:
     assert "dataclasses" in loaded("godwit.lab.addresses")

@@ -1,11 +1,11 @@
-"""MSI-X: what waits while masked, what reaches the routing table, what is saved."""
+"""INTx lines; MSI-X: what waits while masked, what reaches the routing table, what is saved."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
 
-from godwit.hw.irq import Msix, Routes
+from godwit.hw.irq import IntxLines, Msix, Routes, intx_gsi
 from godwit.testing.kvm import FakeVm
 
 COUNT = 3
@@ -218,3 +218,27 @@ def test_two_devices_share_the_table_of_routes() -> None:
         msix.close()
     assert len(vm.routes) == 1 + 1
     assert vm.irqfds == {}
+
+
+# --- INTx -----------------------------------------------------------------------------------------
+def test_a_line_is_high_while_anyone_holds_it_up() -> None:
+    vm = FakeVm()
+    lines = IntxLines(vm)
+    first, second, other = (lines.of(slot) for slot in (1, 9, 2))
+    assert intx_gsi(1) == intx_gsi(9) == 17
+    first(True)
+    second(True)
+    assert vm.lines == {17: True}
+    first(False)
+    assert vm.lines == {17: True}
+    second(False)
+    second(False)
+    assert vm.lines == {17: False}
+    other(True)
+    assert vm.lines == {17: False, 18: True}
+
+
+def test_slots_use_the_pins_that_the_io_apic_has() -> None:
+    assert {intx_gsi(slot) for slot in range(32)} == set(range(16, 24))
+    # One pin each, for as many NICs as there can be.
+    assert len({intx_gsi(slot) for slot in range(1, 9)}) == 8

@@ -180,6 +180,19 @@ def test_ports_that_nobody_has() -> None:
     ports.write(0x80, 1, 0)
 
 
+def test_ports_are_claimed_where_nobody_is() -> None:
+    ports = PortBus()
+    first, second = Function(), Function()
+    ports.map(0xCF8, 8, first)
+    assert not ports.claim(0xCC0, 0x40, second)
+    assert not ports.claim(0xFFF0, 0x20, second)
+    assert ports.claim(0xFFC0, 0x40, second)
+    assert ports.read(0xFFC8, 4) == 8
+    ports.unmap(0xFFC0, 0x40)
+    assert ports.read(0xFFC8, 4) == 0xFFFF_FFFF
+    assert ports.read(0xCFA, 1) == 2
+
+
 def test_windows() -> None:
     bus = MmioBus()
     one, two = Function(), Function()

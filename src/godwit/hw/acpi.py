@@ -9,6 +9,7 @@ from __future__ import annotations
 from struct import pack
 
 from . import aml, power
+from .irq import intx_gsi
 from .memory import HOLE_START, GuestMemory
 
 RSDP_ADDRESS = 0xE0000
@@ -96,6 +97,13 @@ def _madt(cpus: int) -> bytes:
     return body + pack("<BBBBIH", 2, 10, 0, power.SCI_GSI, power.SCI_GSI, 0x0D)
 
 
+def _interrupt_route(slot: int) -> bytes:
+    """INTA of a slot to a pin of the I/O APIC, without a link device (6.2.13)."""
+    function = aml.integer(slot << 16 | 0xFFFF)
+    pin, source = aml.integer(0), aml.integer(0)
+    return aml.package(function, pin, source, aml.integer(intx_gsi(slot)))
+
+
 def _dsdt() -> bytes:
     first, last = PCI_WINDOW
     host_bridge = aml.device(
@@ -112,6 +120,7 @@ def _dsdt() -> bytes:
                 aml.memory_range(first, last),
             ),
         ),
+        aml.name("_PRT", aml.package(*(_interrupt_route(slot) for slot in range(1, 32)))),
     )
     uart = aml.device(
         "COM1",

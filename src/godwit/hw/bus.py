@@ -27,6 +27,18 @@ class PortBus:
         for port in range(first, first + count):
             self._ports[port] = (first, device)
 
+    def claim(self, first: int, count: int, device: BusDevice) -> bool:
+        """As :meth:`map`, for ports that the guest chose: False when one of them is taken."""
+        if first + count > 1 << 16 or any(p in self._ports for p in range(first, first + count)):
+            return False
+        self.map(first, count, device)
+        return True
+
+    def unmap(self, first: int, count: int) -> None:
+        """Nobody answers there any more."""
+        for port in range(first, first + count):
+            self._ports.pop(port, None)
+
     def read(self, port: int, size: int) -> int:
         """What an ``in`` gives."""
         found = self._ports.get(port)

@@ -1,4 +1,4 @@
-"""Message-signalled interrupts: the routing table, and a device's MSI-X vectors as irqfds.
+"""Interrupts: INTx lines, the MSI routing table, and a device's MSI-X vectors as irqfds.
 
 PCI Local Bus 3.0, 6.8.2 'MSI-X Capability & Table Structures'. Every vector has an eventfd for the
 device's life; only the irqfd comes and goes with the mask, so what is signalled while masked waits
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+from collections.abc import Callable
 from typing import Annotated
 
 import msgspec
@@ -19,6 +20,39 @@ from ..kvm.handles import Vm
 _FIRST_GSI = 24
 _ENTRY = 16
 _MASKED = 1
+
+
+#: The I/O APIC's pins that PCI slots share: those that no PC of old has a use for.
+INTX_GSIS = range(16, 24)
+
+
+def intx_gsi(slot: int) -> int:
+    """The I/O APIC's pin of INTA of the device in ``slot``; the DSDT's _PRT says the same."""
+    return INTX_GSIS[slot % len(INTX_GSIS)]
+
+
+class IntxLines:
+    """INTA of every slot. A pin is high while one of its devices holds it up (PCI 3.0, 2.2.6)."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._high: dict[int, set[int]] = {gsi: set() for gsi in INTX_GSIS}
+        self._lock = threading.Lock()
+
+    def of(self, slot: int) -> Callable[[bool], None]:
+        """The line of ``slot``: a function that sets its level."""
+        gsi = intx_gsi(slot)
+
+        def set_level(level: bool) -> None:
+            with self._lock:
+                holders = self._high[gsi]
+                if level:
+                    holders.add(slot)
+                else:
+                    holders.discard(slot)
+                self._vm.irq_line(gsi, bool(holders))
+
+        return set_level
 
 
 class Routes:

@@ -1,4 +1,4 @@
-"""A PCI bus: configuration mechanism #1, configuration spaces, one memory BAR a function.
+"""A PCI bus: configuration mechanism #1, configuration spaces, a memory BAR and an I/O BAR each.
 
 PCI Local Bus 3.0, 3.2.2.3.2 (0xCF8/0xCFC) and chapter 6 (configuration space).
 """
@@ -11,17 +11,21 @@ from typing import Annotated
 
 import msgspec
 
-from .bus import BusDevice, MmioBus
+from .bus import BusDevice, MmioBus, PortBus
 
 CONFIG_ADDRESS = 0xCF8
 CONFIG_DATA = 0xCFC
 
 COMMAND, STATUS = 0x04, 0x06
 BAR0 = 0x10
+_BARS_END = 0x28
 CAPABILITY_POINTER = 0x34
+INTERRUPT_PIN = 0x3D
+_COMMAND_IO = 1 << 0
 _COMMAND_MEMORY = 1 << 1
-_COMMAND_MASTER = 1 << 2
-_COMMAND_INTX_OFF = 1 << 10
+COMMAND_MASTER = 1 << 2
+COMMAND_INTX_OFF = 1 << 10
+STATUS_INTERRUPT = 1 << 3
 _STATUS_CAPABILITIES = 1 << 4
 
 
@@ -49,13 +53,14 @@ class PciFunction:
         pack_into("<HH", self.config, 0, vendor, device)
         pack_into("<I", self.config, 8, class_code << 8 | revision)
         pack_into("<HH", self.config, 0x2C, *subsystem)
-        self._mask[COMMAND] = _COMMAND_MEMORY | _COMMAND_MASTER
-        self._mask[COMMAND + 1] = _COMMAND_INTX_OFF >> 8
+        self._mask[COMMAND] = _COMMAND_MEMORY | COMMAND_MASTER
+        self._mask[COMMAND + 1] = COMMAND_INTX_OFF >> 8
         self._mask[0x3C] = 0xFF  # interrupt line: scratch for the guest
         self._bus: PciBus | None = None
         self._bar_size = 0
         self._bar_home = 0
         self._bar_mapped: int | None = None
+        self._io: _IoBar | None = None
 
     def add_bar(self, size: int, address: int) -> None:
         """BAR 0: 32-bit memory of ``size`` bytes, placed as firmware would."""
@@ -63,6 +68,14 @@ class PciFunction:
         self._bar_home = address
         pack_into("<I", self.config, BAR0, address)
         pack_into("<I", self._mask, BAR0, -size & 0xFFFFFFFF)
+
+    def add_io_bar(self, index: int, size: int, port: int, device: BusDevice) -> None:
+        """BAR ``index``: ``size`` ports that ``device`` answers, placed as firmware would."""
+        at = BAR0 + 4 * index
+        self._io = _IoBar(at, size, port, device)
+        pack_into("<I", self.config, at, port | 1)
+        pack_into("<I", self._mask, at, -size & 0xFFFFFFFF)
+        self._mask[COMMAND] |= _COMMAND_IO
 
     def add_capability(self, kind: int, body: bytes, mask: bytes = b"") -> int:
         """Append a capability; its offset. ``mask`` marks the writable bits of ``body``."""
@@ -90,11 +103,14 @@ class PciFunction:
             at = offset + i
             mask = self._mask[at]
             self.config[at] = self.config[at] & ~mask | value >> 8 * i & mask
-        if offset < BAR0 + 4 and offset + size > COMMAND:
+        if offset < _BARS_END and offset + size > COMMAND:
             self._remap()
+            self._remap_io()
 
     def reset_config(self) -> None:
-        """As firmware leaves it: decoding off, the BAR at home."""
+        """As firmware leaves it: decoding off, the BARs at home."""
+        if self._io is not None:
+            self.write_config(self._io.at, 4, self._io.home)
         self._set_state(PciState(0, self._bar_home, 0))
 
     def save_config(self) -> PciState:
@@ -121,6 +137,21 @@ class PciFunction:
             self._bar_mapped = wanted
         self.bar_moved()
 
+    def _remap_io(self) -> None:
+        io, bus = self._io, self._bus
+        if io is None or bus is None or bus.ports is None:
+            return
+        on = self.config[COMMAND] & _COMMAND_IO
+        wanted = self.read_config(io.at, 4) & ~3 if on else None
+        if wanted == io.mapped:
+            return
+        if io.mapped is not None:
+            bus.ports.unmap(io.mapped, io.size)
+            io.mapped = None
+        # Ports of the platform's own devices stay theirs.
+        if wanted is not None and bus.ports.claim(wanted, io.size, io.device):
+            io.mapped = wanted
+
     def bar_moved(self) -> None:
         """BAR 0 answers elsewhere now, or not at all; subclasses move their ioeventfds."""
 
@@ -132,11 +163,23 @@ class PciFunction:
         """A write in BAR 0."""
 
 
-class PciBus:
-    """Bus 0. It answers the eight ports from 0xCF8."""
+class _IoBar:
+    """An I/O BAR: its offset in configuration space, its size, and where it answers now."""
 
-    def __init__(self, mmio: MmioBus) -> None:
+    def __init__(self, at: int, size: int, home: int, device: BusDevice) -> None:
+        self.at = at
+        self.size = size
+        self.home = home
+        self.device = device
+        self.mapped: int | None = None
+
+
+class PciBus:
+    """Bus 0. It answers the eight ports from 0xCF8. ``ports`` is where I/O BARs go, if anywhere."""
+
+    def __init__(self, mmio: MmioBus, ports: PortBus | None = None) -> None:
         self.mmio = mmio
+        self.ports = ports
         self._functions: dict[int, PciFunction] = {}
         self._address = 0
         self._lock = threading.Lock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config import QUEUE_SIZE
 from ..errors import StreamError
 from ..machine import Machine
 from . import codec
@@ -21,7 +22,7 @@ def describe(machine: Machine, token: bytes) -> codec.Hello:
                 version=nic.version,
                 mac=config.mac,
                 mtu=config.mtu,
-                queue_size=config.queue_size,
+                queue_size=config.queue_size or QUEUE_SIZE,
                 negotiated=nic.negotiated,
             )
             for nic, config in zip(machine.nics, machine.config.nics, strict=True)

@@ -14,12 +14,10 @@ from ..loop import Loop
 from ..virtio.queue import Chain, Virtqueue
 from . import offloads
 from .backend import Accepts, Ring
-from .tap import HEADER, Tap
+from .tap import MAX_FRAME, Tap
+from .tapreader import BUDGET, TapReader
 
 _MRG_RXBUF = 1 << 15
-#: Frames moved before other work of the loop gets a turn.
-_BUDGET = 64
-_MAX_FRAME = HEADER + 65536 + 18
 
 
 class InProcessBackend:
@@ -36,13 +34,12 @@ class InProcessBackend:
         self._tap = tap
         self._loop = loop
         self._lock = lock
-        self._accepts = accepts
+        self._reader = TapReader(tap, loop, accepts, self._receive_frame)
         self._offend = offend
         self.features = offloads.offered(tap.offloads) | _MRG_RXBUF
         self._rx: Ring | None = None
         self._tx: Ring | None = None
         self._merge = False
-        self._held: bytes | None = None  # a frame that found no room in the ring
 
     def start(self, features: int, rx: Ring, tx: Ring) -> None:
         """Watch both rings and the tap."""
@@ -54,14 +51,14 @@ class InProcessBackend:
         self._rx, self._tx = rx, tx
         self._loop.watch(rx.kick, self._rx_kicked)
         self._loop.watch(tx.kick, self._tx_kicked)
-        self._loop.watch(self._tap.fd, self._receive)
+        self._reader.start(self._receive)
 
     def stop(self) -> None:
         """Watch nothing; a frame that found no room waits for :meth:`start`, as the tap's do."""
         for ring in (self._rx, self._tx):
             if ring is not None:
                 self._loop.unwatch(ring.kick)
-        self._loop.unwatch(self._tap.fd)
+        self._reader.stop()
         self._rx = self._tx = None
 
     def set_call(self, index: int, fd: int) -> None:
@@ -88,8 +85,7 @@ class InProcessBackend:
 
     def drain(self) -> int:
         """Throw away what waits in the tap, and what was taken from it."""
-        held, self._held = self._held, None
-        return self._tap.drain() + (held is not None)
+        return self._reader.drain()
 
     def close(self) -> None:
         """Stop, and give the tap back."""
@@ -106,7 +102,7 @@ class InProcessBackend:
             self._guarded(lambda: self._transmit(ring))
 
     def _transmit(self, ring: Ring) -> None:
-        for _ in range(_BUDGET):
+        for _ in range(BUDGET):
             chain = ring.queue.pop()
             if chain is None:
                 break
@@ -117,7 +113,7 @@ class InProcessBackend:
         _notify(ring)
 
     def _send_chain(self, chain: Chain) -> None:
-        if chain.readable_size() > _MAX_FRAME:
+        if chain.readable_size() > MAX_FRAME:
             raise GuestError(f"a frame of {chain.readable_size()} bytes")
         try:
             os.writev(self._tap.fd, chain.readable)
@@ -130,7 +126,7 @@ class InProcessBackend:
         with self._lock:
             if self._rx is not None:
                 _clear(self._rx.kick)
-                self._loop.watch(self._tap.fd, self._receive)
+                self._reader.start(self._receive)
                 self._guarded(self._deliver_held)
 
     def _receive(self) -> None:
@@ -139,34 +135,15 @@ class InProcessBackend:
                 self._guarded(self._receive_some)
 
     def _receive_some(self) -> None:
-        ring = self._rx
-        if ring is None or not self._deliver_held():
-            return
-        for _ in range(_BUDGET):
-            try:
-                frame = os.read(self._tap.fd, _MAX_FRAME)
-            except OSError:
-                break
-            if not self._accepts(memoryview(frame)[HEADER:]):
-                continue
-            if not self._deliver(ring.queue, frame):
-                # The ring is full. Wait for its notification, and leave the rest in the tap.
-                self._held = frame
-                self._loop.unwatch(self._tap.fd)
-                break
-        _notify(ring)
+        if self._reader.turn() and self._rx is not None:
+            _notify(self._rx)
 
-    def _deliver_held(self) -> bool:
-        ring, frame = self._rx, self._held
-        if ring is None:
-            return False
-        if frame is not None:
-            if not self._deliver(ring.queue, frame):
-                self._loop.unwatch(self._tap.fd)
-                return False
-            self._held = None
-            _notify(ring)
-        return True
+    def _deliver_held(self) -> None:
+        if self._reader.holds and self._reader.deliver_held() and self._rx is not None:
+            _notify(self._rx)
+
+    def _receive_frame(self, frame: bytes) -> bool:
+        return self._rx is not None and self._deliver(self._rx.queue, frame)
 
     def _deliver(self, queue: Virtqueue, frame: bytes) -> bool:
         """Put one frame into as many buffers as it needs; False when the ring has too few."""

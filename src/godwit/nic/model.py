@@ -110,6 +110,10 @@ class Parts(NamedTuple):
     loop: Loop
     #: Where firmware would put BAR 0.
     bar: int
+    #: Where firmware would put an I/O BAR.
+    port: int
+    #: Sets the level of the NIC's INTA line.
+    intx: Callable[[bool], None]
     #: The machine type's word on VIRTIO_NET_F_GUEST_ANNOUNCE.
     guest_announce: bool
     #: Told when the guest broke the device's rules: (NIC's id, message).

@@ -6,15 +6,24 @@ from collections.abc import Callable
 
 from ..config import NicConfig
 from ..errors import ConfigError
+from .e1000.state import E1000State
 from .model import Nic, Parts
 from .virtio_nic import VirtioNic, VirtioNicState
 
+
+def _e1000(config: NicConfig, parts: Parts) -> Nic:
+    from .e1000.nic import E1000  # a guest without one does not wait for its import
+
+    return E1000(config, parts)
+
+
 MODELS: dict[str, Callable[[NicConfig, Parts], Nic]] = {
     VirtioNic.model: VirtioNic,
+    "e1000": _e1000,
 }
 
 #: The saved states of all models; each is tagged with its model's name.
-NicState = VirtioNicState
+NicState = VirtioNicState | E1000State
 
 
 def make(config: NicConfig, parts: Parts) -> Nic:

@@ -11,6 +11,8 @@ from ..kvm.ioctl import ioctl, ioctl_in, ioctl_out
 
 #: Length of virtio_net_hdr with num_buffers, which VERSION_1 always has (virtio 1.2, 5.1.6).
 HEADER = 12
+#: The longest frame either way: 64 KiB of IP (offloads join many), an Ethernet header, a tag.
+MAX_FRAME = HEADER + 65536 + 18
 _NO_HEADER = bytes(HEADER)
 
 

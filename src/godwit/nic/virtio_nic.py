@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from ..config import NicConfig
+from ..config import QUEUE_SIZE, NicConfig
 from ..errors import StreamError
 from ..virtio.pci import TransportState, VirtioPci
 from .backend import Backend
@@ -54,7 +54,7 @@ class VirtioNic:
                 parts.loop,
                 backend,
                 mtu=config.mtu,
-                queue_size=config.queue_size,
+                queue_size=config.queue_size or QUEUE_SIZE,
                 guest_announce=parts.guest_announce if announce is None else announce,
             )
         except BaseException:

@@ -22,6 +22,7 @@ MAX_NESTING = 100
 # which is not UTF-8. qmp-spec, 'Forcing the JSON parser into known-good state', has clients send
 # them on purpose. A line end inside a string is one too, so a forgotten quote costs one line.
 _OUTSIDE = re.compile(rb'[{}\[\]"\x00-\x08\x0b\x0c\x0e-\x1f\xff]')
+_NEVER = re.compile(rb"[\x00-\x1f\xff]")
 _INSIDE = re.compile(rb'["\\\x00-\x1f\xff]')
 # Where a number or a word at the top level ends.
 _AFTER_SCALAR = re.compile(rb'[\s{}\[\]"\x00-\x1f\xff]')
@@ -108,7 +109,8 @@ class JsonStream:
                 if at + 1 == len(buffer):
                     self._scanned = at  # the escaped byte is still to come
                     return None
-                self._scanned = at + 2
+                # What no text contains is no escaped byte either: it is looked at as any other.
+                self._scanned = at + 1 + (not _NEVER.match(buffer, at + 1))
                 continue
             self._scanned = at + 1
             if byte == _QUOTE:
