@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from vm_bench import TAPS, Bench, Guest
+from vm_bench import MORE_TAPS, TAPS, Bench, Guest
 
 from godwit.kvm.probe import why_unusable
 from godwit.lab.network import Network
@@ -49,7 +49,7 @@ def bench() -> Iterator[Bench]:
     # /run, in memory: the lab's other files come over a slow line.
     with TemporaryDirectory(prefix="godwit-", dir="/run") as folder, Network() as net:
         for host in (net.a, net.b):
-            net.add_taps(host, TAPS[2:])
+            net.add_taps(host, (*TAPS[2:], *MORE_TAPS))
         _bench = Bench(net, Path(folder))
         try:
             yield _bench

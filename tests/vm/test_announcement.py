@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 
-from vm_bench import Bench, Guest, announced, rarps, records
+from vm_bench import Bench, Guest, announce, announced, rarps
 
 from godwit.lab.judge import announcements
 from godwit.lab.scenario import MAC
@@ -44,7 +44,17 @@ def test_a_moved_guest_announces_itself_on_every_network(bench: Bench, guest: Gu
     assert rarps(capture.path) == []
     assert min(f.at for f in frames) > moved.loaded, "announced before the guest was about to run"
     assert ack["data"]["ms"] > 0
-    assert [record["method"] for record in records(target)] == ["guest"]
+    # What Godwit says of it agrees with the capture.
+    record = announce(target)
+    assert (record["method"], record["host-sent"], record["timeouts"]) == ("guest", 0, 0)
+    said = {
+        (tuple(tag["vid"] for tag in one["vlans"]), one["ip"])
+        for one in record["addresses"]
+        if one["ip"] and one["seen-ms"] is not None
+    }
+    assert said == {(f.vlans, f.address) for f in frames}
+    told = target.news("ANNOUNCE_SEEN")
+    assert {(tuple(t["vid"] for t in e["data"]["vlans"]), e["data"]["ip"]) for e in told} == said
 
     assert moved.source.transitions() == [
         ("running", "finish-migrate"),

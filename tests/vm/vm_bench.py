@@ -6,6 +6,8 @@ A guest costs ten seconds and a process three on an emulated CPU. So one guest s
 
 from __future__ import annotations
 
+import json
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ ONE_BACKEND = pytest.mark.parametrize("backend", ["vhost"], indirect=True, scope
 
 ENDS = ("completed", "failed", "cancelled")
 TAPS = tuple(f"tap{number}" for number in range(12))
+#: Taps of each host that are given to nobody: for further NICs of the one guest that has them.
+MORE_TAPS = tuple(f"more{number}" for number in range(3))
 Event = Mapping[str, Any]
 
 
@@ -134,12 +138,17 @@ class Bench:
         memory: str = "128M",
         mac: str = MAC,
         tap: str = "",
+        more_nics: Sequence[str] = (),
     ) -> Watched:
-        """``godwit run`` on a host, with a NIC on a free tap; ``nic``: more of its keys."""
+        """``godwit run`` on a host, with a NIC on a free tap; ``nic``: more of its keys.
+
+        ``more_nics`` are the guest's eth1 and so on, with their taps: see :data:`MORE_TAPS`.
+        """
         tap = tap or self.free_tap(host)
         self._count += 1
         argv = [*arguments, "--memory", memory, "--cpus", str(cpus)]
         argv += ["--nic", f"tap={tap},mac={mac}{',' if nic else ''}{nic}"]
+        argv += [word for keys in more_nics for word in ("--nic", keys)]
         vm = Watched(f"vm{self._count}", self.folder, argv, host, tap)
         self.vms.append(vm)
         return vm
@@ -246,6 +255,17 @@ class Bench:
         """A ping of one of the six flows."""
         return Ping(self.net.client.netns, FLOWS[index], self.folder, interval)
 
+    def client_ip(self, *words: str) -> None:
+        """``ip`` on the client."""
+        argv = ["ip", "-n", self.net.client.netns, *words]
+        subprocess.run(argv, check=True, capture_output=True)
+
+    def client_mac(self, interface: str) -> str:
+        """An interface of the client's."""
+        argv = ["ip", "-n", self.net.client.netns, "-j", "link", "show", "dev", interface]
+        (link,) = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
+        return str(link["address"])
+
     def answers(self) -> None:
         """Each of the six flows answers."""
         pings = [self.ping(flow.id) for flow in FLOWS]
@@ -286,6 +306,12 @@ def announced(target: Watched) -> Event:
 def records(vm: Watched) -> list[dict[str, Any]]:
     """What the VMM says of its announcement, a record a NIC."""
     return list(vm.qmp.execute("query-migrate")["godwit"]["announce"])
+
+
+def announce(vm: Vm, nic: str = "nic0") -> dict[str, Any]:
+    """What query-announce says of a NIC."""
+    (found,) = (one for one in vm.qmp.execute("query-announce") if one["nic"] == nic)
+    return dict(found)
 
 
 def rarps(capture: Path) -> list[bytes]:

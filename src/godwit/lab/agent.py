@@ -149,6 +149,14 @@ class Agent:
             raise AgentError(f"in the guest, {command!r} ended with {last}: {output}")
         return output
 
+    def hang(self, seconds: float) -> None:
+        """From a second after the answer on, serve nothing but interrupts for so long."""
+        self.ask(f"hang {seconds}")
+
+    def flood(self, interface: str, count: int) -> int:
+        """Send so many gratuitous ARPs, each of another MAC, IP and VLAN; how many were taken."""
+        return int(self.ask(f"flood {interface} {count}", 120.0))
+
     def power_off(self) -> None:
         self.ask("poweroff")
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import HostError
 
-_VLAN = b"\x81\x00"
+_VLANS = (b"\x81\x00", b"\x88\xa8")
 _ARP, _RARP, _IPV6 = b"\x08\x06", b"\x80\x35", b"\x86\xdd"
 
 
@@ -21,22 +22,27 @@ class Announcement:
     at: float  # realtime, seconds
     sender: str  # "guest" or "host"
     kind: str  # "GARP", "NA" or "RARP"
-    vlan: int
+    vlan: int  # the outer one; 0: none
     address: str
+    vlans: tuple[int, ...] = ()
 
 
-def announcements(capture: Path, mac: str) -> list[Announcement]:
-    """The announcements of ``mac`` in a capture, in order.
+#: The host sends a RARP for each MAC and VLAN, and right after it what else it knows, s.
+_BURST_S = 0.1
 
-    A guest's Linux never sends RARP, and the host knows nothing that it could put into ARP or a
-    neighbour advertisement: so a frame's kind tells its sender.
+
+def announcements(capture: Path, mac: str | None = None) -> list[Announcement]:
+    """The announcements of ``mac`` (None: of anybody) in a capture, in order.
+
+    A guest's Linux never sends RARP, and the host never announces without one in the same network:
+    so what follows a RARP closely is the host's, and the rest is the guest's.
 
     Raises:
         HostError: the capture cannot be read.
     """
     try:
         from scapy.layers.inet6 import ICMPv6ND_NA, IPv6
-        from scapy.layers.l2 import ARP, Dot1Q, Ether
+        from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
         from scapy.packet import bind_layers
         from scapy.utils import RawPcapReader
     except ImportError as error:
@@ -44,27 +50,47 @@ def announcements(capture: Path, mac: str) -> list[Announcement]:
 
     # RARP has ARP's format (RFC 903), and scapy binds nothing to its type.
     bind_layers(Ether, ARP, type=0x8035)
-    bind_layers(Dot1Q, ARP, type=0x8035)
-    wanted = bytes.fromhex(mac.replace(":", ""))
+    for tag in (Dot1Q, Dot1AD):
+        bind_layers(tag, ARP, type=0x8035)
+    wanted = bytes.fromhex(mac.replace(":", "")) if mac else None
     found = []
+    spoken: dict[tuple[str, tuple[int, ...]], float] = {}  # when the host last sent a RARP
     for raw, meta in RawPcapReader(str(capture)):
         # Most frames are pings: only what may be an announcement is worth a dissection.
-        if raw[6:12] != wanted or not _worth(raw):
+        if wanted not in (None, raw[6:12]) or not _worth(raw):
             continue
         at = meta.sec + meta.usec / 1e6
         frame = Ether(raw)
-        vlan = frame[Dot1Q].vlan if Dot1Q in frame else 0
+        tags = _tags(frame)
+        vlan = tags[0] if tags else 0
+        who = frame.src, tags
+        sender = "host" if at - spoken.get(who, 0.0) < _BURST_S else "guest"
         if ARP in frame and frame[ARP].op == 3:  # a RARP request
-            found.append(Announcement(at, "host", "RARP", vlan, frame[ARP].hwsrc))
+            spoken[who] = at
+            found.append(Announcement(at, "host", "RARP", vlan, frame[ARP].hwsrc, tags))
         elif ARP in frame and frame[ARP].psrc == frame[ARP].pdst:
-            found.append(Announcement(at, "guest", "GARP", vlan, frame[ARP].psrc))
+            found.append(Announcement(at, sender, "GARP", vlan, frame[ARP].psrc, tags))
         elif ICMPv6ND_NA in frame and frame[IPv6].dst == "ff02::1" and not frame[ICMPv6ND_NA].S:
-            found.append(Announcement(at, "guest", "NA", vlan, frame[ICMPv6ND_NA].tgt))
+            found.append(Announcement(at, sender, "NA", vlan, frame[ICMPv6ND_NA].tgt, tags))
     return found
 
 
+def _tags(frame: Any) -> tuple[int, ...]:
+    """VLAN ids from the outside in; scapy calls the service tag 802.1AD."""
+    from scapy.layers.l2 import Dot1AD, Dot1Q
+
+    found = []
+    layer = frame.payload
+    while isinstance(layer, (Dot1AD, Dot1Q)):
+        found.append(int(layer.vlan))
+        layer = layer.payload
+    return tuple(found)
+
+
 def _worth(raw: bytes) -> bool:
-    at = 16 if raw[12:14] == _VLAN else 12
+    at = 12
+    while raw[at : at + 2] in _VLANS:
+        at += 4
     kind = raw[at : at + 2]
     if kind in (_ARP, _RARP):
         return True

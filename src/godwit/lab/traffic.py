@@ -147,13 +147,18 @@ class Ping(_Program):
 
 
 class Capture(_Program):
-    """``tcpdump`` on an interface of a namespace, into a file."""
+    """``tcpdump`` on an interface of a namespace, into a file.
 
-    def __init__(self, netns: str, interface: str, path: Path, expression: str = "") -> None:
+    ``direction``: ``in`` or ``out`` for only what the interface receives or sends.
+    """
+
+    def __init__(
+        self, netns: str, interface: str, path: Path, expression: str = "", direction: str = "inout"
+    ) -> None:
         self.path = path
         # Without immediate mode the frames of the last second are lost at the end.
         argv = ["tcpdump", "-i", interface, "-U", "--immediate-mode", "-n", "-s", "128"]
-        argv += ["-w", str(path), *([expression] if expression else [])]
+        argv += ["-Q", direction, "-w", str(path), *([expression] if expression else [])]
         super().__init__(netns, argv, path.with_suffix(".log"))
         end = time.monotonic() + 20
         while b"listening on" not in self._output.read_bytes():

@@ -32,6 +32,10 @@ void udp_send(struct reply *reply, const char *arguments);
 void memory_command(struct reply *reply, const char *arguments);
 void hot_command(struct reply *reply, const char *arguments);
 
+/* mischief.c: what a guest may do to its VMM. */
+void hang(struct reply *reply, const char *arguments);
+void flood(struct reply *reply, const char *arguments);
+
 /* init.c: how the guest ends. */
 void power_off(void);
 void restart(void);

@@ -79,6 +79,7 @@ static void (*answer(struct reply *reply, const char *request))(void)
 	} commands[] = {
 		{ "mem ", memory_command }, { "hot ", hot_command },
 		{ "udp-send ", udp_send }, { "sh ", shell },
+		{ "hang ", hang }, { "flood ", flood },
 	};
 
 	for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {
