@@ -143,8 +143,8 @@ class Ladder:
         record.mac = self.station.nic.mac.hex(":")
         if self._host:
             self._speak(self.station.entries(), "no ack")
-        else:
-            self._ask()
+        elif not self._ask():
+            self._speak(self.station.entries(), "declined")
         if record.rounds == 1:
             self._verifier.begin()
         self._schedule()
@@ -173,7 +173,8 @@ class Ladder:
             self._report("ANNOUNCE_UNVERIFIED", {"nic": record.nic, "what": record.unverified})
 
     # --- rungs ------------------------------------------------------------------------------------
-    def _ask(self) -> None:
+    def _ask(self) -> bool:
+        """Ask the model; whether it accepted."""
         record = self._record
         first = record.asked_at is None
         if first:  # before the model is asked: the ack may be quicker than its return
@@ -188,26 +189,27 @@ class Ladder:
             record.asked += 1
             self._awaited += 1
             self._deadline = self._after(self._deadline_s, self._unanswered)
-            return
-        if first:
+        elif first:
             record.asked_at = None
-        self._awaited = 0
-        self._speak(self.station.entries(), "declined")
+        return accepted
 
     def _unanswered(self) -> None:
         self._deadline = None
         self._record.timeouts += 1
         self._report("ANNOUNCE_TIMEOUT", {"nic": self._record.nic, "asked": self._awaited})
         if self._awaited < 2:
-            self._ask()
-            return
+            if self._ask():
+                return
+            why = "declined"
+        else:
+            self._host = True
+            why = "no ack"
         self._awaited = 0
-        self._host = True
         if self._round_waits:
             self._round_waits = False
             self._round()
         else:
-            self._speak(self.station.entries(), "no ack")
+            self._speak(self.station.entries(), why)
 
     def _fill_in(self) -> None:
         """The guest acknowledged; what did it leave out?"""
