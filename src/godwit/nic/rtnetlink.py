@@ -145,9 +145,11 @@ def _ask(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
             data = sock.recv(_ROOM)
             yield data
             for got, payload in _messages(data):
-                if got == _ERROR:
-                    code = -struct.unpack_from("=i", payload)[0]
-                    if code:
+                if got in (_DONE, _ERROR):
+                    # A dump that failed says so in its last message (net/netlink/af_netlink.c,
+                    # netlink_dump_done); both begin with the error, negative.
+                    code = -int.from_bytes(payload[:4], "little", signed=True)
+                    if code > 0:
                         raise OSError(code, os.strerror(code))
                 if got in (_DONE, _ERROR) or not flags & _DUMP:
                     return
