@@ -129,6 +129,8 @@ class Verification:
         for (tags, ip), answered in self._asked.items():
             group = (tags, len(ip))
             groups[group] = groups.get(group, False) or answered
+        if not groups:
+            return ["no peer of the guest's is known that could be asked"]
         return [
             f"no answer{_in(tags)} over {'IPv4' if size == 4 else 'IPv6'}"
             for (tags, size), answered in groups.items()
