@@ -32,7 +32,7 @@ SHOW_S = 0.1
 #: Rounds after the schedule's while the announcement is not verified: s after the one before.
 EXTRA_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 #: From a question to its answer, s.
-_VERIFY_S = 0.3
+VERIFY_S = 0.3
 
 #: Receives an event's name and data.
 Report = Callable[[str, dict[str, object]], None]
@@ -156,7 +156,7 @@ class Ladder:
         elif self._verifier.wanted:
             # All rounds are made: does the network know? If not, more are, further apart.
             self._verifier.ask()
-            self._after(_VERIFY_S, self._verify)
+            self._after(VERIFY_S, self._verify)
 
     def _verify(self) -> None:
         record = self._record
@@ -168,7 +168,7 @@ class Ladder:
                 self._report("ANNOUNCE_VERIFIED", {"nic": record.nic, "ms": round(ms, 3)})
         elif self._extra:
             delay, self._extra = self._extra[0], self._extra[1:]
-            self._after(delay, self._round)
+            self._after(delay - VERIFY_S, self._round)
         else:
             self._report("ANNOUNCE_UNVERIFIED", {"nic": record.nic, "what": record.unverified})
 
