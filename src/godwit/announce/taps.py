@@ -49,14 +49,17 @@ class Taps:
             return no_verifier(station, options)
         name = station.nic.name
         watch = self._answers.get(name)
-        if watch is None and (options.verify is Verify.PROBE or options.refresh):
+        if options.verify is Verify.PROBE or options.refresh:
             try:
-                watch = self._answers[name] = TapWatch(
-                    self._tap_of[name],
-                    lambda frame, outer: self._answered(name, frame, outer),
-                    self._loop,
-                    answers=True,
-                )
+                if watch is None:
+                    watch = self._answers[name] = TapWatch(
+                        self._tap_of[name],
+                        lambda frame, outer: self._answered(name, frame, outer),
+                        self._loop,
+                        answers=True,
+                    )
+                elif watch.closed:  # the interface was gone; there may be another by now
+                    watch.reopen()
             except HostError as error:
                 self._say(f"{name}: {error}")
         inject = watch.inject if watch and options.refresh else None
