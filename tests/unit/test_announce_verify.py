@@ -107,6 +107,16 @@ def test_each_address_has_to_be_at_the_tap_in_its_vlan(monkeypatch: pytest.Monke
     assert place.nic.sent == []
 
 
+def test_a_tagged_address_does_not_stand_for_the_untagged_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = Place(Verify.FDB)
+    place.guest_sends(gratuitous_arp(place.mac, IP4, VLAN))
+    # Untagged, the bridge still has it at its old place.
+    bridge(monkeypatch, Forwarding(place.mac, 100, 5), Forwarding(place.mac, 1, 4))
+    assert place.verification.missing() == [place.mac.hex(":")]
+
+
 def test_a_bridge_without_vlans_has_all_in_none(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(Verify.FDB)
     place.guest_sends(gratuitous_arp(place.mac, IP4, VLAN))
