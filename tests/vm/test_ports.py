@@ -154,7 +154,9 @@ def test_up_and_down(place: Place) -> None:
 def test_the_ports_states(place: Place) -> None:
     place.up()
     place.ready = 0
-    states = {0: "disabled", 1: "listening", 2: "learning", 4: "blocking"}
+    # Blocking (4) is not kept: without a spanning tree the kernel lets a blocking port forward
+    # at once (net/bridge/br_stp.c, br_make_forwarding).
+    states = {0: "disabled", 1: "listening", 2: "learning"}
     for number, name in states.items():
         bridge("link", "set", "dev", TAP, "state", str(number))
         place.until(lambda name=name: place.port.trouble == f"its bridge's port is {name}")
@@ -180,6 +182,30 @@ def test_a_spanning_tree_lets_the_port_forward_in_its_own_time(place: Place) -> 
     place.until(forwards)
     assert "its bridge's port is learning" in seen
     assert place.ready == 1
+
+
+def test_a_port_that_a_spanning_tree_blocks(place: Place) -> None:
+    ip("link", "set", BRIDGE, "type", "bridge", "stp_state", "1", "forward_delay", "200")
+    # A loop: the second port hears the first.
+    ip("link", "add", "veth0", "type", "veth", "peer", "name", "veth1")
+    for name in ("veth0", "veth1"):
+        ip("link", "set", name, "master", BRIDGE)
+        ip("link", "set", name, "up")
+    with inside(NETNS):
+        ports = Ports(["veth1"], place.loop)
+    (port,) = ports.ports
+    ready: list[str] = []
+    port.on_ready = lambda: ready.append(port.tap)
+    ip("link", "set", BRIDGE, "up")
+    place.until(lambda: port.trouble == "its bridge's port is blocking")
+    found = link(place, "veth1")
+    assert found is not None
+    assert (found.port_state, ready) == (4, [])
+    # A port without a rival forwards in the end.
+    ip("link", "set", "veth0", "nomaster")
+    place.until(lambda: ready)
+    ports.close()
+    assert ready == ["veth1"]
 
 
 def test_a_tap_without_a_bridge(place: Place) -> None:
@@ -230,8 +256,8 @@ def test_the_forwarding_database_is_what_bridge_shows(place: Place) -> None:
         bridge("fdb", "add", mac, "dev", dev, *flags)
     # Another bridge's entries are no answer, nor are a card's own.
     ip("link", "add", "other", "type", "bridge")
-    ip("link", "add", "a", "master", "other", "type", "veth", "peer", "name", "b")
-    bridge("fdb", "add", "02:00:00:00:00:04", "dev", "a", "master", "static")
+    ip("link", "add", "veth0", "master", "other", "type", "veth", "peer", "name", "veth1")
+    bridge("fdb", "add", "02:00:00:00:00:04", "dev", "veth0", "master", "static")
     bridge("fdb", "add", "02:00:00:00:00:05", "dev", TAP, "self")
     for frame in (rarp(MAC), rarp(MAC, VLAN), rarp(OTHER, VLAN)):
         place.tap.send(frame)
@@ -310,6 +336,6 @@ def test_verification_by_the_bridge(place: Place) -> None:
     station.announce(station.entries())
     place.until(lambda: not missing() or place.loop.run_once(0.1))
     # It spoke elsewhere since: the bridge has it there.
-    ip("link", "add", "a", "master", BRIDGE, "type", "veth", "peer", "name", "b")
-    bridge("fdb", "replace", mac, "dev", "a", "master", "static", "vlan", "1")
+    ip("link", "add", "veth0", "master", BRIDGE, "type", "veth", "peer", "name", "veth1")
+    bridge("fdb", "replace", mac, "dev", "veth0", "master", "static", "vlan", "1")
     assert missing() == [mac]
