@@ -5,6 +5,7 @@ tests/unit/test_watch.py and tests/vm/test_ports.py have the real ones.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -217,6 +218,22 @@ def test_answers_come_to_the_verifier_and_go_to_the_guest(place: Place, refresh:
     watch.on_frame(REPLY, None)
     assert verifier.missing() == []
     assert watch.injected == ([gratuitous_arp(PEER, GATEWAY)] if refresh else [])
+
+
+def test_an_answer_comes_to_all_that_ask(place: Place) -> None:
+    taps = place.taps()
+    assert place.first is not None
+    Watch.all[0].on_frame(arp_request(place.nics[0].mac, IP4, GATEWAY), None)
+    options = AnnounceOptions(verify=Verify.PROBE)
+    both = [taps.verifier(place.first, options) for _ in range(2)]
+    for verifier in both:
+        verifier.ask()
+    Watch.all[-1].on_frame(REPLY, None)
+    assert [verifier.missing() for verifier in both] == [[], []]
+    # Those that are over are forgotten.
+    del verifier, both
+    gc.collect()
+    assert len(taps._asking["nic0"]) == 0
 
 
 def test_answers_of_a_tap_that_came_back_are_watched_again(place: Place) -> None:
