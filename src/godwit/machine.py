@@ -86,7 +86,9 @@ class Machine:
             for index, nic in enumerate(config.nics):
                 self.nics.append(self._make_nic(index, nic))
                 undo.callback(self.nics[-1].close)
-                policy = parse_policy(nic.announce_allow) if nic.announce_allow else None
+                policy = None
+                if nic.announce_allow is not None:
+                    policy = parse_policy(nic.announce_allow)
                 self.stations.append(Station(self.nics[-1], loop, policy))
             self.vcpus: list[VcpuThread] = []
             self._make_vcpus(system, undo)

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 
-from godwit.announce.announcer import Announcer
+from godwit.announce.announcer import Announcer, no_verifier
+from godwit.announce.frames import TPID_8021Q, gratuitous_arp
+from godwit.announce.ladder import Verifier
+from godwit.announce.schedule import AnnounceOptions
 from godwit.announce.station import Station
 from godwit.nic.filterview import FilterView
 from godwit.nic.rxfilter import RxFilter
@@ -11,19 +14,28 @@ from godwit.testing.clock import FakeClock
 
 S = RunState
 
+#: How long a healthy guest takes to acknowledge, s.
+ACK_S = 0.005
+IP4, GATEWAY = bytes([192, 0, 2, 7]), bytes([192, 0, 2, 1])
+IP6 = bytes.fromhex("20010db8" + "00" * 11 + "07")
+VLAN = ((TPID_8021Q, 100),)
+
 
 class Nic:
-    """A NIC that notes what it is asked, and when."""
+    """A NIC that notes what it is asked, and when; its guest acknowledges, if ``acks_after``."""
 
     def __init__(self, clock: FakeClock, name: str = "nic0", accepts: bool = True) -> None:
         self.name = name
         self.mac = bytes.fromhex("5254000000") + name[-1:].encode()
         self.accepts = accepts
+        self.acks_after: float | None = ACK_S
         self.asked: list[float] = []
         self.sent: list[tuple[float, bytes]] = []
         self.error: Exception | None = None
         self.announce_error: Exception | None = None
         self.during: Callable[[], None] | None = None
+        self.on_ack: Callable[[], None] = lambda: None
+        self.filter = RxFilter()
         self._clock = clock
         self._start = clock.now()
 
@@ -33,15 +45,60 @@ class Nic:
             self.during()
         if self.announce_error:
             raise self.announce_error
+        if self.accepts and self.acks_after is not None:
+            self._clock.call_later(self.acks_after, self.on_ack)
         return self.accepts
 
     def rx_filter(self) -> FilterView:
-        return RxFilter().view(self.mac, True)
+        return self.filter.view(self.mac, True)
 
     def send_from_host(self, frame: bytes) -> None:
         if self.error:
             raise self.error
         self.sent.append((self._at(), frame))
+
+    @property
+    def sent_at(self) -> list[float]:
+        """When the host sent."""
+        return [at for at, _ in self.sent]
+
+    def _at(self) -> float:
+        return round(self._clock.now() - self._start, 6)
+
+
+class Port:
+    """A port that the test makes ready."""
+
+    def __init__(self, trouble: str | None = None) -> None:
+        self.trouble = trouble
+        self.index, self.bridge = 5, 3
+        self.looks = 0
+
+    def look(self) -> None:
+        self.looks += 1
+
+
+class Questions:
+    """A verifier with answers by hand: of each :meth:`missing`; then nothing is missing."""
+
+    wanted = True
+
+    def __init__(self, clock: FakeClock, *answers: list[str]) -> None:
+        self.answers = list(answers)
+        self.begun: list[float] = []
+        self.asked: list[float] = []
+        self.read: list[float] = []
+        self._clock, self._start = clock, clock.now()
+
+    def begin(self) -> None:
+        self.begun.append(self._at())
+
+    def ask(self) -> None:
+        self.asked.append(self._at())
+
+    def missing(self) -> list[str]:
+        self.read.append(self._at())
+        return self.answers.pop(0) if self.answers else []
 
     def _at(self) -> float:
         return round(self._clock.now() - self._start, 6)
@@ -55,9 +112,15 @@ class Bench:
         self.nics = [Nic(self.clock, name, does) for name, does in accepts.items()]
         self.events: list[tuple[str, dict[str, object]]] = []
         self.stations = [Station(nic, self.clock) for nic in self.nics]
+        self.verifiers: dict[str, Verifier] = {}
         self.announcer = Announcer(
-            self.stations, self.clock, lambda name, data: self.events.append((name, data))
+            self.stations,
+            self.clock,
+            lambda name, data: self.events.append((name, data)),
+            make_verifier=self._verifier,
         )
+        for nic in self.nics:
+            nic.on_ack = self._acked(nic.name)
         self.states = RunStates(first)
         self.states.listen(self.announcer.run_state_changed)
 
@@ -67,6 +130,27 @@ class Bench:
 
     def names(self) -> list[str]:
         return [name for name, _ in self.events]
+
+    def data(self, name: str) -> list[dict[str, object]]:
+        """Of each event of that name."""
+        return [data for found, data in self.events if found == name]
+
+    def guest_sends(self, frame: bytes, nic: int = 0) -> None:
+        """The watch brings a frame of the guest's."""
+        self.stations[nic].observer.frame(frame, None, self.clock.now())
+
+    def watched(self, nic: int = 0) -> None:
+        """The NIC's tap is watched, and its guest was seen to use :data:`IP4`."""
+        station = self.stations[nic]
+        station.watched = True
+        station.on_seen = lambda sighting: self.announcer.seen(station.nic.name, sighting)
+        self.guest_sends(gratuitous_arp(station.nic.mac, IP4), nic)
+
+    def _acked(self, name: str) -> Callable[[], None]:
+        return lambda: self.announcer.acked(name)
+
+    def _verifier(self, station: Station, options: AnnounceOptions) -> Verifier:
+        return self.verifiers.get(station.nic.name) or no_verifier(station, options)
 
 
 ROUNDS = [0.0, 0.05, 0.2, 0.45, 0.8]

@@ -19,7 +19,11 @@ def test_a_move_is_announced_at_once_and_then_by_the_schedule() -> None:
     assert bench.nics[0].sent == []
     assert bench.events == [
         (module.STARTED, {"id": "migration", "nics": ["nic0"], "rounds": 5}),
+        (module.ACKED, {"nic": "nic0", "ms": 5.0}),
     ]
+    (record,) = bench.announcer.records()
+    assert (record.rounds, record.asked, record.acks, record.timeouts) == (5, 5, 5, 0)
+    assert bench.clock.pending == []
 
 
 def test_a_nic_that_declines_is_announced_by_the_host() -> None:
@@ -33,7 +37,8 @@ def test_a_nic_that_declines_is_announced_by_the_host() -> None:
     assert bench.nics[0].sent == []
     sent = [data for name, data in bench.events if name == module.HOST]
     assert [data["round"] for data in sent] == [1, 2, 3, 4, 5]
-    assert sent[0] == {"nic": "nic1", "mac": nic.mac.hex(":"), "round": 1, "frame": "rarp"}
+    assert sent[0] == {"nic": "nic1", "round": 1, "frames": 1, "why": "declined"}
+    assert bench.announcer.records()[1].mac == nic.mac.hex(":")
 
 
 def test_the_mac_in_force_is_announced() -> None:
@@ -116,7 +121,7 @@ def test_the_next_move_starts_anew() -> None:
     bench = Bench(nic0=True)
     bench.go(S.RUNNING)
     bench.clock.advance(0.06)
-    bench.announcer.acked("nic0")
+    assert bench.announcer.records()[0].acks == 2
     bench.announcer.run_state_changed(S.RUNNING, S.FINISH_MIGRATE)
     bench.announcer.run_state_changed(S.PRELAUNCH_MIGRATE, S.RUNNING)
     (record,) = bench.announcer.records()
@@ -160,13 +165,11 @@ def test_a_model_that_changes_its_mind_is_asked_again_in_the_next_round() -> Non
 
 def test_the_ack_is_timed_from_the_first_request() -> None:
     bench = Bench(nic0=True)
+    bench.nics[0].acks_after = 0.042
     bench.go(S.RUNNING)
-    bench.clock.advance(0.042)
-    bench.announcer.acked("nic0")
     bench.clock.advance(1)
-    bench.announcer.acked("nic0")
     (record,) = bench.announcer.records()
-    assert record.method == "guest"
+    assert (record.method, record.acks) == ("guest", 5)
     assert record.ack_ms == pytest.approx(42)
     assert [e for e in bench.events if e[0] == module.ACKED] == [
         (module.ACKED, {"nic": "nic0", "ms": 42.0})
@@ -175,9 +178,13 @@ def test_the_ack_is_timed_from_the_first_request() -> None:
 
 def test_an_ack_may_come_before_the_model_has_returned() -> None:
     bench = Bench(nic0=True)
+    bench.nics[0].acks_after = None
     bench.nics[0].during = lambda: bench.announcer.acked("nic0")
     bench.go(S.RUNNING)
     assert bench.announcer.records()[0].ack_ms == 0
+    bench.clock.advance(60)
+    assert bench.nics[0].asked == pytest.approx(ROUNDS)
+    assert bench.names() == [module.ACKED, module.STARTED]
 
 
 def test_acks_that_nobody_asked_for_change_nothing() -> None:

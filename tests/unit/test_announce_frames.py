@@ -1,18 +1,32 @@
 """The frames, judged by scapy: the same bytes, and the same meaning."""
 
+import socket
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scapy.layers.inet6 import (
     ICMPv6ND_NA,
+    ICMPv6ND_NS,
     ICMPv6NDOptDstLLAddr,
+    ICMPv6NDOptSrcLLAddr,
     IPv6,
     in6_chksum,
 )
 from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Padding
+from scapy.utils6 import in6_getnsma, in6_getnsmac
 
-from godwit.announce.frames import TPID_8021AD, TPID_8021Q, gratuitous_arp, rarp, unsolicited_na
+from godwit.announce.dissect import Kind, dissect
+from godwit.announce.frames import (
+    TPID_8021AD,
+    TPID_8021Q,
+    arp_request,
+    gratuitous_arp,
+    rarp,
+    solicitation,
+    unsolicited_na,
+)
 
 MAC = bytes.fromhex("525400123456")
 MAC_TEXT = "52:54:00:12:34:56"
@@ -79,6 +93,39 @@ def test_unsolicited_na(mac: bytes, ip: object, tags: list[tuple[int, int]]) -> 
     assert frame == _judge("33:33:00:00:00:01", mac, tags, 0x86DD, body)
 
 
+@given(macs, st.ip_addresses(v=4), st.ip_addresses(v=4), tag_stacks)
+def test_arp_request(mac: bytes, ip: object, target: object, tags: list[tuple[int, int]]) -> None:
+    body = ARP(op=1, hwsrc=_text(mac), psrc=str(ip), hwdst="00:00:00:00:00:00", pdst=str(target))
+    frame = arp_request(mac, ip.packed, target.packed, tags)  # type: ignore[attr-defined]
+    assert frame == _judge("ff:ff:ff:ff:ff:ff", mac, tags, 0x0806, body)
+
+
+@given(macs, st.ip_addresses(v=6), st.ip_addresses(v=6), tag_stacks)
+def test_solicitation(mac: bytes, ip: object, target: object, tags: list[tuple[int, int]]) -> None:
+    raw: bytes = target.packed  # type: ignore[attr-defined]
+    group = in6_getnsma(raw)
+    body = (
+        IPv6(src=str(ip), dst=socket.inet_ntop(socket.AF_INET6, group), hlim=255)
+        / ICMPv6ND_NS(tgt=str(target))
+        / ICMPv6NDOptSrcLLAddr(lladdr=_text(mac))
+    )
+    frame = solicitation(mac, ip.packed, raw, tags)  # type: ignore[attr-defined]
+    assert frame == _judge(in6_getnsmac(group), mac, tags, 0x86DD, body)
+
+
+def test_the_questions_bind_and_do_not_announce() -> None:
+    tags = ((TPID_8021AD, 10), (TPID_8021Q, 200))
+    for frame, kind, ip in (
+        (arp_request(MAC, IP4, bytes([192, 0, 2, 1]), tags), Kind.ARP, IP4),
+        (solicitation(MAC, IP6, IP6[:15] + b"\1", tags), Kind.NS, IP6),
+    ):
+        found = dissect(frame)
+        assert found is not None
+        assert (found.mac, found.kind, found.ip, found.tags) == (MAC, kind, ip, tags)
+        assert not found.announces
+        assert found.peer == ip[:-1] + b"\1"
+
+
 def test_the_nas_checksum_is_right_to_a_receiver() -> None:
     ip = Ether(unsolicited_na(MAC, IP6))[IPv6]
     # A sum over a message that holds its own checksum comes to zero.
@@ -109,5 +156,14 @@ def test_wrong_lengths_and_types_are_refused() -> None:
         gratuitous_arp(MAC, IP6)
     with pytest.raises(ValueError, match="IPv6 address"):
         unsolicited_na(MAC, IP4)
+    for ip, target in ((IP6, IP4), (IP4, IP6)):
+        with pytest.raises(ValueError, match="IPv4 address"):
+            arp_request(MAC, ip, target)
+        with pytest.raises(ValueError, match="IPv6 address"):
+            solicitation(MAC, ip, target)
+    with pytest.raises(ValueError, match="MAC address"):
+        arp_request(MAC[:5], IP4, IP4)
+    with pytest.raises(ValueError, match="MAC address"):
+        solicitation(MAC[:5], IP6, IP6)
     with pytest.raises(ValueError, match="0x5dc is not an ethertype"):
         rarp(MAC, ((1500, 7),))

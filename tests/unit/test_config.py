@@ -2,6 +2,7 @@
 
 import pytest
 
+from godwit.announce.policy import parse_policy
 from godwit.config import (
     NicConfig,
     VmConfig,
@@ -67,6 +68,24 @@ def test_a_nic() -> None:
         "up", "t", MAC, vhost=False, guest_announce=False, mtu=1500, queue_size=1024
     )
     assert parse_nic("tap=t,guest-announce=on,vhost=on", 0).guest_announce is True
+
+
+def test_what_the_host_may_announce() -> None:
+    assert parse_nic("tap=t", 0).announce_allow is None
+    text = "192.0.2.0/24;2001:db8::/64;52:54:00:12:34:56"
+    allow = parse_nic(f"tap=t,announce-allow={text},mtu=1500", 0).announce_allow
+    assert allow == text
+    policy = parse_policy(text)
+    assert policy.permits(MAC, bytes([192, 0, 2, 7]))
+    assert not policy.permits(MAC, bytes([198, 51, 100, 7]))
+    assert not policy.permits(b"\2\0\0\0\0\1")
+    # Nothing is not everything: an empty list is refused where it is read.
+    empty = parse_nic("tap=t,announce-allow=", 0).announce_allow
+    assert empty == ""
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.0/24"):
+        parse_policy(empty)
+    with pytest.raises(ConfigError, match="announce-allow"):
+        parse_nic("tap=t,announce-allow=192.0.2.0/24,announce-allow=192.0.2.0/24", 0)
 
 
 @pytest.mark.parametrize(

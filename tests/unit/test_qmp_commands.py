@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from godwit.announce.schedule import AnnounceParameters
+from godwit.announce.schedule import AnnounceOptions, AnnounceParameters, Verify
 from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
+from godwit.nic.filterview import FilterView
 from godwit.qmp import commands, events
 from godwit.qmp.commands import COMMANDS
 from godwit.qmp.controller import Controller
@@ -22,6 +23,9 @@ class Vm:
     def __init__(self, state: RunState = S.RUNNING) -> None:
         self.states = RunStates(state)
         self.announce_parameters = AnnounceParameters()
+        self.announce_options = AnnounceOptions()
+        self.announced: list[dict[str, object]] = []
+        self.filters: dict[str, FilterView] = {}
         self.max_bandwidth = 0
         self.downtime_limit = 300
         self.told: list[tuple[Any, ...]] = []
@@ -62,8 +66,16 @@ class Vm:
     ) -> None:
         self._note("announce_self", parameters, interfaces, id)
 
+    def announce_info(self) -> list[dict[str, object]]:
+        return self.announced
 
-def run(vm: Vm, name: str, **arguments: object) -> Any:
+    def rx_filters(self, name: str | None) -> list[tuple[str, FilterView]]:
+        if name is not None and name not in self.filters:
+            raise ConfigError(f"there is no NIC '{name}'")
+        return [(nic, view) for nic, view in self.filters.items() if name in (None, nic)]
+
+
+def run(vm: Vm, name: str, /, **arguments: object) -> Any:
     controller: Controller = vm
     given = {key.replace("_", "-"): value for key, value in arguments.items()}
     return commands.execute(controller, name, given)
@@ -181,6 +193,15 @@ def test_query_migrate_shows_what_the_vm_says() -> None:
         ("migrate-set-parameters", {"max-bandwidth": -1}, "'max-bandwidth' is -1"),
         ("migrate-set-parameters", {"max-bandwidth": 2**63}, "'max-bandwidth'"),
         ("migrate-set-parameters", {"downtime-limit": 2_000_001}, "from 0 to 2000000 ms"),
+        ("migrate-set-parameters", {"announce-deadline": 9}, "'deadline' is 9 ms"),
+        ("migrate-set-parameters", {"announce-deadline": 60_001}, "from 10 to 60000 ms"),
+        ("migrate-set-parameters", {"announce-verify": "both"}, "'announce-verify': Invalid enum"),
+        ("migrate-set-parameters", {"announce-verify": True}, "'announce-verify': Expected `str"),
+        ("migrate-set-parameters", {"announce-refresh": 1}, "'announce-refresh': Expected `bool"),
+        ("query-rx-filter", {"name": 1}, "'name': Expected `str"),
+        ("query-rx-filter", {"id": "nic0"}, "Parameter 'id' is unexpected"),
+        ("query-rx-filter", {"name": "nic9"}, "there is no NIC 'nic9'"),
+        ("query-announce", {"nic": "nic0"}, "Parameter 'nic' is unexpected"),
     ],
 )
 def test_wrong_arguments_are_named(name: str, arguments: dict[str, object], text: str) -> None:
@@ -218,14 +239,75 @@ def test_parameters_are_set_and_shown() -> None:
         "announce-max": 550,
         "announce-rounds": 5,
         "announce-step": 100,
+        "announce-deadline": 400,
+        "announce-verify": "off",
+        "announce-refresh": False,
         "max-bandwidth": 0,
         "downtime-limit": 300,
     }
+    others = {"announce-verify": "probe", "announce-refresh": True}
     for name in shown:
-        commands.execute(vm, "migrate-set-parameters", {name: 42})
-        assert run(vm, "query-migrate-parameters")[name] == 42
+        before = run(vm, "query-migrate-parameters")
+        value = others.get(name, 42)
+        commands.execute(vm, "migrate-set-parameters", {name: value})
+        assert run(vm, "query-migrate-parameters") == {**before, name: value}
     run(vm, "migrate-set-parameters")
-    assert set(run(vm, "query-migrate-parameters").values()) == {42}
+    assert run(vm, "query-migrate-parameters") == {**dict.fromkeys(shown, 42), **others}
+    assert vm.announce_parameters == AnnounceParameters(42, 42, 42, 42)
+    assert vm.announce_options == AnnounceOptions(42, Verify.PROBE, True)
+
+
+@pytest.mark.parametrize("how", Verify)
+def test_each_way_to_verify_can_be_chosen(how: Verify) -> None:
+    vm = Vm()
+    run(vm, "migrate-set-parameters", announce_verify=how.value, announce_refresh=True)
+    assert vm.announce_options == AnnounceOptions(verify=how, refresh=True)
+    run(vm, "migrate-set-parameters", announce_verify="off", announce_refresh=False)
+    assert vm.announce_options == AnnounceOptions()
+
+
+def test_query_announce_shows_what_the_vm_says() -> None:
+    vm = Vm()
+    assert run(vm, "query-announce") == []
+    vm.announced = [{"nic": "nic0", "method": "guest"}]
+    assert run(vm, "query-announce") == vm.announced
+
+
+def test_query_rx_filter_as_qemu() -> None:
+    vm = Vm()
+    assert run(vm, "query-rx-filter") == []
+    view = FilterView(
+        promiscuous=False,
+        unicast="normal",
+        multicast="all",
+        vlan="none",
+        broadcast=True,
+        unicast_overflow=False,
+        multicast_overflow=True,
+        main_mac=bytes.fromhex("525400123456"),
+        unicast_table=(b"\2\0\0\0\0\1",),
+        multicast_table=(b"\1\0\x5e\0\0\1", b"\x33\x33\0\0\0\1"),
+        vlan_table=(0, 100),
+    )
+    vm.filters = {"nic0": view, "nic1": view._replace(promiscuous=True)}
+    first, second = run(vm, "query-rx-filter")
+    # RxFilterInfo of qapi/net.json.
+    assert first == {
+        "name": "nic0",
+        "promiscuous": False,
+        "multicast": "all",
+        "unicast": "normal",
+        "vlan": "none",
+        "broadcast-allowed": True,
+        "multicast-overflow": True,
+        "unicast-overflow": False,
+        "main-mac": "52:54:00:12:34:56",
+        "vlan-table": [0, 100],
+        "unicast-table": ["02:00:00:00:00:01"],
+        "multicast-table": ["01:00:5e:00:00:01", "33:33:00:00:00:01"],
+    }
+    assert second == {**first, "name": "nic1", "promiscuous": True}
+    assert run(vm, "query-rx-filter", name="nic1") == [second]
 
 
 def test_parameters_change_all_or_none() -> None:
@@ -233,6 +315,11 @@ def test_parameters_change_all_or_none() -> None:
     before = run(vm, "query-migrate-parameters")
     with pytest.raises(ConfigError):
         run(vm, "migrate-set-parameters", announce_rounds=3, max_bandwidth=9, downtime_limit=-1)
+    assert run(vm, "query-migrate-parameters") == before
+    with pytest.raises(ConfigError):
+        run(vm, "migrate-set-parameters", announce_rounds=3, announce_deadline=1)
+    with pytest.raises(ConfigError):
+        run(vm, "migrate-set-parameters", announce_deadline=500, announce_rounds=-1)
     assert run(vm, "query-migrate-parameters") == before
 
 
@@ -271,4 +358,8 @@ def test_events_with_reasons() -> None:
         "guest": False,
         "reason": "host-qmp-quit",
     }
+    assert events.rx_filter_changed("nic0") == (
+        "NIC_RX_FILTER_CHANGED",
+        {"name": "nic0", "path": "/machine/nic0"},
+    )
     assert events.migration("active") == ("MIGRATION", {"status": "active"})

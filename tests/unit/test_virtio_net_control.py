@@ -1,7 +1,9 @@
 """The control queue: filter commands, requests that are wrong, and very many of them."""
 
 import struct
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -214,3 +216,111 @@ def test_any_request_is_answered_or_needs_a_reset(
         assert (driver.take() is not None) != bool(guest.status & NEEDS_RESET)
     finally:
         bench.close()
+
+
+# --- what operators and the address book are told -------------------------------------------------
+def test_the_filter_as_it_is_shown(bench: Bench) -> None:
+    guest, net = bench.guest, bench.net
+    guest.probe()
+    view = net.filter_view()
+    assert (view.promiscuous, view.unicast, view.multicast, view.broadcast) == (
+        True, "normal", "normal", True,
+    )  # fmt: skip
+    assert (view.main_mac, view.vlan, view.vlan_table) == (MAC, "normal", ())
+    guest.command(0, 0, b"\0")
+    guest.command(1, 0, _tables([A, B], [C]))
+    guest.command(2, 0, b"\x64\0")
+    guest.command(1, 1, A)
+    view = net.filter_view()
+    assert (view.promiscuous, view.main_mac) == (False, A)
+    assert (view.unicast_table, view.multicast_table) == ((A, B), (C,))
+    assert (view.vlan, view.vlan_table) == ("normal", (100,))
+
+
+@pytest.mark.parametrize(
+    ("commands", "unicast", "multicast", "broadcast"),
+    [
+        ([], "normal", "normal", True),
+        ([1], "normal", "all", True),
+        ([2], "all", "normal", True),
+        ([3], "normal", "none", True),
+        ([4], "none", "normal", True),
+        ([5], "normal", "normal", False),
+        ([1, 2, 3, 4], "none", "none", True),
+    ],
+)
+def test_the_switches_as_they_are_shown(
+    bench: Bench, commands: list[int], unicast: str, multicast: str, broadcast: bool
+) -> None:
+    bench.guest.probe()
+    for command in commands:
+        assert bench.guest.command(0, command, b"\1") == OK
+    view = bench.net.filter_view()
+    assert (view.unicast, view.multicast, view.broadcast) == (unicast, multicast, broadcast)
+
+
+def test_tables_that_overflow_are_shown_as_all(bench: Bench) -> None:
+    bench.guest.probe()
+    many = [struct.pack("<HI", 2, i) for i in range(65)]
+    assert bench.guest.command(1, 0, _tables(many, [C])) == OK
+    view = bench.net.filter_view()
+    assert (view.unicast, view.unicast_overflow, view.unicast_table) == ("all", True, ())
+    assert (view.multicast, view.multicast_overflow) == ("normal", False)
+
+
+def test_a_driver_that_filters_no_vlans_takes_all(bench: Bench) -> None:
+    bench.guest.probe(ALL & ~F_CTRL_VLAN)
+    view = bench.net.filter_view()
+    assert (view.vlan, view.vlan_table) == ("all", ())
+
+
+def test_a_change_of_filter_or_mac_is_told_without_the_lock(bench: Bench) -> None:
+    guest, net = bench.guest, bench.net
+    told: list[bool] = []
+    # The lock is reentrant: only another thread can tell whether it is held.
+    net.on_filter = lambda: told.append(_free(net.lock))
+    guest.probe()
+    changes = [
+        (0, 0, b"\0"),
+        (1, 0, _tables([A], [C])),
+        (2, 0, b"\x64\0"),
+        (1, 1, A),
+        (2, 1, b"\x64\0"),
+    ]
+    for kind, command, data in changes:
+        for _ in range(2):  # the second time it changes nothing
+            assert guest.command(kind, command, data) == OK
+    assert told == [True] * len(changes)
+    assert guest.command(2, 2, b"\1\0") == ERR
+    net.announce()
+    assert guest.command(3, 0) == OK
+    assert len(told) == len(changes)
+
+
+def test_many_requests_in_one_go_are_one_change(bench: Bench) -> None:
+    guest = bench.guest
+    told: list[int] = []
+    bench.net.on_filter = lambda: told.append(1)
+    guest.probe()
+    driver = guest.queues[2]
+    for vid in (1, 2, 3):
+        data = driver.place(b"\2\0" + vid.to_bytes(2, "little"))
+        driver.add([Part(data, 4), Part(driver.place(b"\xee"), 1, True)])
+    guest.kick(2)
+    bench.serve()
+    assert told == [1]
+    assert bench.net.filter_view().vlan_table == (1, 2, 3)
+
+
+def _free(lock: Any) -> bool:
+    found: list[bool] = []
+
+    def take() -> None:
+        found.append(lock.acquire(blocking=False))
+        if found[0]:
+            lock.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join(10)
+    return found == [True]

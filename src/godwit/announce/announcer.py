@@ -149,15 +149,16 @@ class Announcer:
     def acked(self, nic: str) -> None:
         """Take note that the guest acknowledged; NIC models call it, also under their lock."""
         now = self._clock.now()
+        first, latency = False, None
         with self._lock:
             record = self._records.get(nic)
-            if record is None or record.asked_at is None:
-                return
-            record.acks += 1
-            first = record.acked_at is None
-            if first:
-                record.acked_at = now
-            latency = record.ack_ms
+            # Else an announcement before this one asked, and its ladder waits.
+            if record is not None and record.asked_at is not None:
+                record.acks += 1
+                first = record.acked_at is None
+                if first:
+                    record.acked_at = now
+                latency = record.ack_ms
         if first:
             self._report(ACKED, {"nic": nic, "ms": round(latency or 0.0, 3)})
         # The ladder needs the outer lock.
@@ -248,8 +249,8 @@ class Announcer:
         self._current[key] = announcement = _Announcement()
         for name in names:
             station = self._stations[name]
-            station.begin()
             record = NicRecord(name, id=key, began_at=self._clock.now())
+            station.begin()
             with self._lock:
                 self._records[name] = record
                 self._shown = {one for one in self._shown if one[0] != name}

@@ -32,7 +32,7 @@ SHOW_S = 0.1
 #: Rounds after the schedule's while the announcement is not verified: s after the one before.
 EXTRA_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 #: From a question to its answer, s.
-_VERIFY_S = 0.3
+VERIFY_S = 0.3
 
 #: Receives an event's name and data.
 Report = Callable[[str, dict[str, object]], None]
@@ -143,8 +143,8 @@ class Ladder:
         record.mac = self.station.nic.mac.hex(":")
         if self._host:
             self._speak(self.station.entries(), "no ack")
-        else:
-            self._ask()
+        elif not self._ask():
+            self._speak(self.station.entries(), "declined")
         if record.rounds == 1:
             self._verifier.begin()
         self._schedule()
@@ -156,7 +156,7 @@ class Ladder:
         elif self._verifier.wanted:
             # All rounds are made: does the network know? If not, more are, further apart.
             self._verifier.ask()
-            self._after(_VERIFY_S, self._verify)
+            self._after(VERIFY_S, self._verify)
 
     def _verify(self) -> None:
         record = self._record
@@ -168,12 +168,13 @@ class Ladder:
                 self._report("ANNOUNCE_VERIFIED", {"nic": record.nic, "ms": round(ms, 3)})
         elif self._extra:
             delay, self._extra = self._extra[0], self._extra[1:]
-            self._after(delay, self._round)
+            self._after(delay - VERIFY_S, self._round)
         else:
             self._report("ANNOUNCE_UNVERIFIED", {"nic": record.nic, "what": record.unverified})
 
     # --- rungs ------------------------------------------------------------------------------------
-    def _ask(self) -> None:
+    def _ask(self) -> bool:
+        """Ask the model; whether it accepted."""
         record = self._record
         first = record.asked_at is None
         if first:  # before the model is asked: the ack may be quicker than its return
@@ -188,26 +189,27 @@ class Ladder:
             record.asked += 1
             self._awaited += 1
             self._deadline = self._after(self._deadline_s, self._unanswered)
-            return
-        if first:
+        elif first:
             record.asked_at = None
-        self._awaited = 0
-        self._speak(self.station.entries(), "declined")
+        return accepted
 
     def _unanswered(self) -> None:
         self._deadline = None
         self._record.timeouts += 1
         self._report("ANNOUNCE_TIMEOUT", {"nic": self._record.nic, "asked": self._awaited})
         if self._awaited < 2:
-            self._ask()
-            return
+            if self._ask():
+                return
+            why = "declined"
+        else:
+            self._host = True
+            why = "no ack"
         self._awaited = 0
-        self._host = True
         if self._round_waits:
             self._round_waits = False
             self._round()
         else:
-            self._speak(self.station.entries(), "no ack")
+            self._speak(self.station.entries(), why)
 
     def _fill_in(self) -> None:
         """The guest acknowledged; what did it leave out?"""

@@ -7,6 +7,7 @@ guest's word has to do, and the host knows fewer addresses.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from weakref import WeakSet
 
 from ..errors import HostError
 from ..loop import Loop
@@ -32,7 +33,8 @@ class Taps:
         self._tap_of = {station.nic.name: tap for tap, station in stations.items()}
         self._watches: list[TapWatch] = []
         self._answers: dict[str, TapWatch] = {}
-        self._asking: dict[str, Verification] = {}
+        # Of all announcements under way: one on demand may begin while a move's is verified.
+        self._asking: dict[str, WeakSet[Verification]] = {}
         self._ports: Ports | None = None
         #: (NIC's name, what its guest announced).
         self.on_seen: Callable[[str, Sighting], None] = lambda nic, sighting: None
@@ -49,18 +51,23 @@ class Taps:
             return no_verifier(station, options)
         name = station.nic.name
         watch = self._answers.get(name)
-        if watch is None and (options.verify is Verify.PROBE or options.refresh):
+        if options.verify is Verify.PROBE or options.refresh:
             try:
-                watch = self._answers[name] = TapWatch(
-                    self._tap_of[name],
-                    lambda frame, outer: self._answered(name, frame, outer),
-                    self._loop,
-                    answers=True,
-                )
+                if watch is None:
+                    watch = self._answers[name] = TapWatch(
+                        self._tap_of[name],
+                        lambda frame, outer: self._answered(name, frame, outer),
+                        self._loop,
+                        answers=True,
+                    )
+                elif watch.closed:  # the interface was gone; there may be another by now
+                    watch.reopen()
             except HostError as error:
                 self._say(f"{name}: {error}")
         inject = watch.inject if watch and options.refresh else None
-        self._asking[name] = verification = Verification(station, options.verify, inject)
+        verification = Verification(station, options.verify, inject)
+        # Replaced, not changed: another thread may be going through it.
+        self._asking[name] = WeakSet([*self._asking.get(name, ()), verification])
         return verification
 
     def close(self) -> None:
@@ -71,8 +78,7 @@ class Taps:
             self._ports.close()
 
     def _answered(self, name: str, frame: bytes, outer: Tag | None) -> None:
-        verification = self._asking.get(name)
-        if verification is not None:
+        for verification in tuple(self._asking.get(name, ())):
             verification.answer(frame, outer)
 
     def _watch(self, tap: str, station: Station) -> None:

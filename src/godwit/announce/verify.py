@@ -85,12 +85,17 @@ class Verification:
         except OSError as error:
             return [f"the forwarding database cannot be read: {error}"]
         at = {(one.mac, one.vlan) for one in known if one.port == port.index}
-        macs = {mac for mac, _ in at}
+        entries = self._station.entries()
+        tagged = {(entry.mac, entry.tags[0][1]) for entry in entries if entry.tags}
+        # Untagged frames are in the port's own VLAN, whatever number that has: not one in which the
+        # guest tags its frames.
+        untagged = {mac for mac, _ in at - tagged}
         missing: dict[str, None] = {}
-        for entry in self._station.entries():
-            # Untagged frames are in the port's own VLAN, whatever number that has.
-            vlan = entry.tags[0][1] if entry.tags else None
-            found = entry.mac in macs if vlan is None else {(entry.mac, vlan), (entry.mac, 0)} & at
+        for entry in entries:
+            if entry.tags:
+                found = bool({(entry.mac, entry.tags[0][1]), (entry.mac, 0)} & at)
+            else:
+                found = entry.mac in untagged
             if not found:
                 missing[f"{entry.mac.hex(':')}{_in(entry.tags)}"] = None
         return list(missing)
@@ -129,6 +134,8 @@ class Verification:
         for (tags, ip), answered in self._asked.items():
             group = (tags, len(ip))
             groups[group] = groups.get(group, False) or answered
+        if not groups:
+            return ["no peer of the guest's is known that could be asked"]
         return [
             f"no answer{_in(tags)} over {'IPv4' if size == 4 else 'IPv6'}"
             for (tags, size), answered in groups.items()

@@ -36,6 +36,7 @@ _NTF_SELF = 2
 
 #: BR_STATE_FORWARDING (linux/if_bridge.h).
 FORWARDING = 3
+_MAX_ERRNO = 4095  # linux/err.h
 _ROOM = 1 << 17
 
 
@@ -145,9 +146,11 @@ def _ask(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
             data = sock.recv(_ROOM)
             yield data
             for got, payload in _messages(data):
-                if got == _ERROR:
-                    code = -struct.unpack_from("=i", payload)[0]
-                    if code:
+                if got in (_DONE, _ERROR):
+                    # A dump that failed says so in its last message (net/netlink/af_netlink.c,
+                    # netlink_dump_done); both begin with the error, negative.
+                    code = min(-int.from_bytes(payload[:4], "little", signed=True), _MAX_ERRNO)
+                    if code > 0:
                         raise OSError(code, os.strerror(code))
                 if got in (_DONE, _ERROR) or not flags & _DUMP:
                     return

@@ -1,0 +1,251 @@
+"""The stations' eyes and ears, with fakes for the watch and the ports.
+
+tests/unit/test_watch.py and tests/vm/test_ports.py have the real ones.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from announce_bench import GATEWAY, IP4, Nic, Port
+
+from godwit.announce import taps as module
+from godwit.announce.dissect import Sighting
+from godwit.announce.frames import Tag, arp_request, gratuitous_arp
+from godwit.announce.schedule import AnnounceOptions, Verify
+from godwit.announce.station import Station, Wired
+from godwit.announce.taps import Taps
+from godwit.errors import HostError
+from godwit.testing.clock import FakeClock
+
+PEER = bytes.fromhex("5254000000bb")
+REPLY = (
+    b"\x52\x54\0\0\0\x30" + PEER + bytes.fromhex("08060001080006040002")
+    + PEER + GATEWAY + b"\x52\x54\0\0\0\x30" + IP4
+)  # fmt: skip
+
+
+class Watch:
+    """Stands in for TapWatch."""
+
+    error: HostError | None = None
+    all: list[Watch]
+
+    def __init__(
+        self,
+        tap: str,
+        on_frame: Callable[[bytes, Tag | None], None],
+        loop: object,
+        on_error: Callable[[OSError], None] = lambda error: None,
+        *,
+        answers: bool = False,
+    ) -> None:
+        self.tap, self.on_frame, self.on_error, self.answers = tap, on_frame, on_error, answers
+        self.closed = True
+        self.opened = 0
+        self.injected: list[bytes] = []
+        self.reopen()
+        self.all.append(self)
+
+    def reopen(self) -> None:
+        if Watch.error is not None:
+            raise Watch.error
+        self.opened += 1
+        self.closed = False
+
+    def inject(self, frame: bytes) -> None:
+        self.injected.append(frame)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class TapPort(Port):
+    def __init__(self, tap: str) -> None:
+        super().__init__()
+        self.tap = tap
+        self.on_ready: Callable[[], None] = lambda: None
+
+
+class Ports:
+    """Stands in for Ports."""
+
+    error: HostError | None = None
+    all: list[Ports]
+
+    def __init__(self, taps: list[str], loop: object) -> None:
+        if Ports.error is not None:
+            raise Ports.error
+        self.ports = [TapPort(tap) for tap in taps]
+        self.closed = False
+        self.all.append(self)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Place:
+    def __init__(self, count: int = 2) -> None:
+        self.loop: Any = FakeClock()
+        self.nics = [Nic(self.loop, f"nic{number}") for number in range(count)]
+        self.stations = {f"tap{n}": Station(nic, self.loop) for n, nic in enumerate(self.nics)}
+        self.first = next(iter(self.stations.values()), None)
+        self.said: list[str] = []
+
+    def taps(self) -> Taps:
+        return Taps(self.stations, self.loop, self.said.append)
+
+
+@pytest.fixture(autouse=True)
+def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TapWatch", Watch)
+    monkeypatch.setattr(module, "Ports", Ports)
+    for fake in (Watch, Ports):
+        monkeypatch.setattr(fake, "error", None)
+        monkeypatch.setattr(fake, "all", [], raising=False)
+
+
+@pytest.fixture
+def place() -> Place:
+    return Place()
+
+
+def test_each_tap_is_watched_for_its_station(place: Place) -> None:
+    taps = place.taps()
+    seen: list[tuple[str, Sighting]] = []
+    taps.on_seen = lambda nic, sighting: seen.append((nic, sighting))
+    assert [(watch.tap, watch.answers) for watch in Watch.all] == [("tap0", False), ("tap1", False)]
+    frame = gratuitous_arp(place.nics[1].mac, IP4)
+    Watch.all[1].on_frame(frame, None)
+    Watch.all[0].on_frame(frame[:20], None)
+    assert [(nic, sighting.ip) for nic, sighting in seen] == [("nic1", IP4)]
+    first, second = place.stations.values()
+    assert (first.watched, second.watched, first.observer.malformed) == (True, True, 1)
+    assert (len(first.entries()), len(second.entries())) == (1, 2)
+    assert place.said == []
+
+
+def test_ports_are_followed(place: Place) -> None:
+    taps = place.taps()
+    ready: list[str] = []
+    taps.on_ready = ready.append
+    (ports,) = Ports.all
+    assert [station.port for station in place.stations.values()] == ports.ports
+    for port in reversed(ports.ports):
+        port.on_ready()
+    assert ready == ["nic1", "nic0"]
+
+
+def test_no_nic_no_watch() -> None:
+    taps = Place(0).taps()
+    assert (Watch.all, Ports.all) == ([], [])
+    taps.close()
+
+
+def test_what_cannot_be_watched_is_said_and_done_without(place: Place) -> None:
+    Watch.error = HostError("cannot watch tap: not permitted")
+    Ports.error = HostError("rtnetlink: no")
+    taps = place.taps()
+    assert place.said == [
+        "nic0: cannot watch tap: not permitted",
+        "nic1: cannot watch tap: not permitted",
+        "whether taps are ready is not known: rtnetlink: no",
+    ]
+    for station in place.stations.values():
+        assert not station.watched
+        assert isinstance(station.port, Wired)
+    assert place.first is not None
+    verifier = taps.verifier(place.first, AnnounceOptions(verify=Verify.PROBE, refresh=True))
+    assert place.said[3:] == ["nic0: cannot watch tap: not permitted"]
+    verifier.begin()  # nobody will hear an answer, and that is what is told
+    assert (verifier.wanted, len(verifier.missing())) == (True, 1)
+    taps.close()
+
+
+def test_a_watch_that_is_lost_is_said(place: Place) -> None:
+    place.taps()
+    Watch.all[0].on_error(OSError(100, "Network is down"))
+    assert place.said == ["nic0: its tap is watched no more: Network is down"]
+    assert [station.watched for station in place.stations.values()] == [False, True]
+
+
+def test_all_is_given_back(place: Place) -> None:
+    taps = place.taps()
+    assert place.first is not None
+    taps.verifier(place.first, AnnounceOptions(refresh=True))
+    taps.close()
+    assert len(Watch.all) == 3
+    assert all(watch.closed for watch in Watch.all)
+    assert Ports.all[0].closed
+
+
+# --- verifiers ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "wanted", "answers"),
+    [
+        (AnnounceOptions(), False, False),
+        (AnnounceOptions(verify=Verify.FDB), True, False),
+        (AnnounceOptions(verify=Verify.PROBE), True, True),
+        (AnnounceOptions(refresh=True), False, True),
+        (AnnounceOptions(verify=Verify.FDB, refresh=True), True, True),
+    ],
+)
+def test_answers_are_watched_only_where_wanted(
+    place: Place, options: AnnounceOptions, wanted: bool, answers: bool
+) -> None:
+    taps = place.taps()
+    assert place.first is not None
+    for _ in range(2):  # a second announcement does with the first one's watch
+        assert taps.verifier(place.first, options).wanted == wanted
+    found = [watch.tap for watch in Watch.all if watch.answers]
+    assert found == (["tap0"] if answers else [])
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_answers_come_to_the_verifier_and_go_to_the_guest(place: Place, refresh: bool) -> None:
+    taps = place.taps()
+    station = place.first
+    assert station is not None
+    Watch.all[0].on_frame(arp_request(place.nics[0].mac, IP4, GATEWAY), None)
+    options = AnnounceOptions(verify=Verify.PROBE, refresh=refresh)
+    verifier = taps.verifier(station, options)
+    watch = Watch.all[-1]
+    verifier.ask()
+    assert verifier.missing() == ["no answer over IPv4"]
+    watch.on_frame(REPLY, None)
+    assert verifier.missing() == []
+    assert watch.injected == ([gratuitous_arp(PEER, GATEWAY)] if refresh else [])
+
+
+def test_an_answer_comes_to_all_that_ask(place: Place) -> None:
+    taps = place.taps()
+    assert place.first is not None
+    Watch.all[0].on_frame(arp_request(place.nics[0].mac, IP4, GATEWAY), None)
+    options = AnnounceOptions(verify=Verify.PROBE)
+    both = [taps.verifier(place.first, options) for _ in range(2)]
+    for verifier in both:
+        verifier.ask()
+    Watch.all[-1].on_frame(REPLY, None)
+    assert [verifier.missing() for verifier in both] == [[], []]
+    # Those that are over are forgotten.
+    del verifier, both
+    gc.collect()
+    assert len(taps._asking["nic0"]) == 0
+
+
+def test_answers_of_a_tap_that_came_back_are_watched_again(place: Place) -> None:
+    taps = place.taps()
+    assert place.first is not None
+    options = AnnounceOptions(verify=Verify.PROBE)
+    taps.verifier(place.first, options)
+    watch = Watch.all[-1]
+    watch.close()  # the interface was gone
+    taps.verifier(place.first, options)
+    assert (watch.opened, watch.closed, len(Watch.all)) == (2, False, 3)
+    watch.close()
+    Watch.error = HostError("there is no such interface")
+    taps.verifier(place.first, options)
+    assert place.said == ["nic0: there is no such interface"]
