@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from vm_bench import MORE_TAPS, TAPS, Bench, Guest
 
 from godwit.kvm.probe import why_unusable
+from godwit.lab.emulator import MARKER
 from godwit.lab.network import Network
 
 _HERE = Path(__file__).parent
@@ -19,24 +21,55 @@ _BROKEN = re.compile(r"Traceback|internal error|Call Trace|Kernel panic|Oops:|BU
 _bench: Bench | None = None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """All tests here are VM tests, and an emulated CPU takes its time."""
+    passed = _passed(config)
+    gone = [item for item in items if item.nodeid in passed]
+    config.hook.pytest_deselected(items=gone)
+    items[:] = [item for item in items if item.nodeid not in passed]
     for item in items:
         if item.path.parent == _HERE:
             item.add_marker(pytest.mark.vm)
             item.add_marker(pytest.mark.timeout(240))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For labs that die (75): the next one goes on where this one ended."""
+    parser.addoption("--passed", type=Path, help="a file of tests that passed already; more come")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     """What the VMs printed goes with a failure; the guest of a failed test serves no other."""
     report = yield
+    if report.when == "teardown" and item.stash.get(_GOOD, False) and report.passed:
+        _note_passed(item)
+    item.stash[_GOOD] = report.passed
     if report.failed and _bench is not None:
+        if os.environ.get(MARKER) and any(_FAULT in vm.console for vm in _bench.vms):
+            # The emulated CPU's doing, in all likelihood: docs/decisions/0010-the-labs-faults.md.
+            pytest.exit(f"{item.nodeid}: {_FAULT} on the lab's emulated CPU; see there", 75)
         for vm in _bench.vms:
             report.sections.append((f"{vm.name} on {vm.host.netns} printed", vm.console[-3000:]))
         if call.when == "call":
             _bench.drop_guest()
     return report
+
+
+_GOOD = pytest.StashKey[bool]()
+_FAULT = "the guest triple-faulted"
+
+
+def _passed(config: pytest.Config) -> set[str]:
+    path = config.getoption("--passed")
+    return set(path.read_text().splitlines()) if path and path.exists() else set()
+
+
+def _note_passed(item: pytest.Item) -> None:
+    path = item.config.getoption("--passed")
+    if path:
+        with path.open("a") as stream:
+            stream.write(f"{item.nodeid}\n")
 
 
 @pytest.fixture(scope="session")

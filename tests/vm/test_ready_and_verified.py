@@ -24,11 +24,11 @@ def _bridge(netns: str, *words: str) -> None:
 def test_a_port_that_forwards_late_starts_the_schedule_then(bench: Bench, guest: Guest) -> None:
     target = bench.target(guest)
     netns, tap = target.host.netns, target.tap
-    _bridge(netns, "link", "set", "dev", tap, "state", "4")
+    _bridge(netns, "link", "set", "dev", tap, "state", "1")
     with bench.capture("late") as capture:
         bench.move(guest, target)
         held = target.event("ANNOUNCE_HELD")
-        assert "blocking" in held["data"]["cause"]
+        assert "listening" in held["data"]["cause"]
         assert announce(target)["held"] == held["data"]["cause"]
         assert not target.news("ANNOUNCE_ACKED", "ANNOUNCE_HOST", "ANNOUNCE_SEEN")
         opened = time.time()
