@@ -24,6 +24,7 @@ from ..runstate import RunState
 from .addresses import Entry
 from .dissect import Sighting
 from .ladder import Ladder, Report, Verifier
+from .pacing import Pacer
 from .record import NicRecord
 from .schedule import AnnounceOptions, AnnounceParameters
 from .station import Station
@@ -101,6 +102,7 @@ class Announcer:
         self._clock = clock
         self._report = report
         self._make_verifier = make_verifier
+        self._pacer = Pacer()  # of all the VM's NICs together
         self._rounds = threading.RLock()
         self._lock = threading.Lock()
         self._running = False
@@ -263,6 +265,7 @@ class Announcer:
                 lambda delay, call: self._later(announcement, delay, call),
                 self._report,
                 self._make_verifier(station, self.options),
+                self._pacer,
             )
             announcement.ladders.append(ladder)
             # The frames first: an event costs the guest's peers time.

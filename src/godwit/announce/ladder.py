@@ -21,6 +21,7 @@ from typing import Protocol
 from ..errors import GodwitError
 from ..loop import Clock, Timer
 from .addresses import Entry
+from .pacing import Pacer
 from .record import NicRecord
 from .schedule import AnnounceOptions, AnnounceParameters, delays
 from .station import Station
@@ -69,6 +70,7 @@ class Ladder:
         later: Later,
         report: Report,
         verifier: Verifier,
+        pacer: Pacer,
     ) -> None:
         self.station = station
         self._record = record
@@ -76,6 +78,8 @@ class Ladder:
         self._later = later
         self._report = report
         self._verifier = verifier
+        self._pacer = pacer
+        self._rate = options.rate
         self._deadline_s = options.deadline / 1000
         self._delays = delays(parameters)
         self._extra: Sequence[float] = EXTRA_S
@@ -138,6 +142,15 @@ class Ladder:
         if self._awaited:
             self._round_waits = True
             return
+        # Whoever speaks, guest or host, has so much to say.
+        frames = len(self.station.entries())
+        wait = self._pacer.reserve(frames, self._rate, self._clock.now())
+        if wait > 0:
+            self._after(wait, self._make_round)
+        else:
+            self._make_round()
+
+    def _make_round(self) -> None:
         record = self._record
         record.rounds += 1
         record.mac = self.station.nic.mac.hex(":")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import msgspec
 
 from ..errors import ConfigError
+from .pacing import RATE
 
 #: Field -> (least, most), ms except rounds: QEMU's migration/options.c, migrate_params_check.
 RANGES: dict[str, tuple[int, int]] = {
@@ -64,20 +65,27 @@ class AnnounceOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             the guest's name, answer to the tap.
         refresh: the guest's own neighbours, the gateway first, are asked where they are, and what
             they answer is told to the guest.
+        rate: frames a second that the VM's announcements may cause; 0 for no limit.
 
     Raises:
-        ConfigError: the deadline is out of range.
+        ConfigError: the deadline or the rate is out of range.
     """
 
     deadline: int = 400
     verify: Verify = Verify.OFF
     refresh: bool = False
+    rate: int = RATE
 
     def __post_init__(self) -> None:
         if not 10 <= self.deadline <= 60_000:
             raise ConfigError(
                 f"announce parameter 'deadline' is {self.deadline} ms: "
                 "choose a value from 10 to 60000 ms"
+            )
+        if not 0 <= self.rate <= 1_000_000:
+            raise ConfigError(
+                f"announce parameter 'rate' is {self.rate} frames a second: "
+                "choose a value from 1 to 1000000, or 0 for no limit"
             )
 
 

@@ -72,6 +72,7 @@ class ParameterArguments(Arguments, frozen=True):
     announce_deadline: int | None = None
     announce_verify: Verify | None = None
     announce_refresh: bool | None = None
+    announce_rate: int | None = None
     max_bandwidth: int | None = None
     downtime_limit: int | None = None
 
@@ -193,6 +194,7 @@ def _set_parameters(controller: Controller, new: ParameterArguments) -> None:
         deadline=new.announce_deadline,
         verify=new.announce_verify,
         refresh=new.announce_refresh,
+        rate=new.announce_rate,
     )
     _check_range("max-bandwidth", new.max_bandwidth, MAX_BANDWIDTH, "bytes per second")
     _check_range("downtime-limit", new.downtime_limit, MAX_DOWNTIME_LIMIT, "ms")
@@ -220,6 +222,7 @@ def _query_parameters(controller: Controller, _: Arguments) -> object:
         "announce-deadline": options.deadline,
         "announce-verify": options.verify.value,
         "announce-refresh": options.refresh,
+        "announce-rate": options.rate,
         "max-bandwidth": controller.max_bandwidth,
         "downtime-limit": controller.downtime_limit,
     }

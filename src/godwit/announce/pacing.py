@@ -1,0 +1,30 @@
+"""How quickly announcements may follow each other, so that switches keep up.
+
+Broadcasts, ARP and neighbour advertisements go through a switch's control plane, which takes some
+hundreds to some thousands of them a second and drops the rest, other hosts' ARP among them. So a VM
+announces its first addresses at once and the rest at a limited rate. docs/announcement.md has the
+sums.
+"""
+
+from __future__ import annotations
+
+#: Frames a second that one VM may cause; a guest with a hundred addresses is told of within its
+#: first tenth of a second.
+RATE = 1000
+#: What may go at once, as the time that it would take at the rate, s.
+BURST_S = 0.1
+
+
+class Pacer:
+    """A token bucket in virtual time: it says how long to wait. Pure; not thread-safe."""
+
+    def __init__(self) -> None:
+        self._free_at = float("-inf")  # when all that was reserved is on the wire, at the rate
+
+    def reserve(self, frames: int, rate: int, now: float) -> float:
+        """Room for so many frames at ``rate`` a second (0: no limit); seconds until they may go."""
+        if not rate:
+            return 0.0
+        start = max(self._free_at, now - BURST_S)
+        self._free_at = start + frames / rate
+        return max(0.0, start - now)
