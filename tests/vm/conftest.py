@@ -23,10 +23,9 @@ _bench: Bench | None = None
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """All tests here are VM tests, and an emulated CPU takes its time."""
-    passed = _passed(config)
-    gone = [item for item in items if item.nodeid in passed]
-    config.hook.pytest_deselected(items=gone)
-    items[:] = [item for item in items if item.nodeid not in passed]
+    done = _done(config)
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+    items[:] = [item for item in items if item.nodeid not in done]
     for item in items:
         if item.path.parent == _HERE:
             item.add_marker(pytest.mark.vm)
@@ -35,20 +34,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """For labs that die (75): the next one goes on where this one ended."""
-    parser.addoption("--passed", type=Path, help="a file of tests that passed already; more come")
+    parser.addoption("--done", type=Path, help="a file of tests that were judged; more come")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     """What the VMs printed goes with a failure; the guest of a failed test serves no other."""
     report = yield
-    if report.when == "teardown" and item.stash.get(_GOOD, False) and report.passed:
-        _note_passed(item)
-    item.stash[_GOOD] = report.passed
+    item.stash[_GOOD] = item.stash.get(_GOOD, True) and not report.failed
+    consoles = [vm.console for vm in _bench.vms] if _bench is not None else []
+    if report.failed and os.environ.get(MARKER) and any(_FAULT in text for text in consoles):
+        # The emulated CPU's doing, in all likelihood: docs/decisions/0010-the-labs-faults.md.
+        pytest.exit(f"{item.nodeid}: {_FAULT} on the lab's emulated CPU; see there", 75)
+    if report.when == "teardown":
+        _note(item, "passed" if item.stash[_GOOD] else "failed")
     if report.failed and _bench is not None:
-        if os.environ.get(MARKER) and any(_FAULT in vm.console for vm in _bench.vms):
-            # The emulated CPU's doing, in all likelihood: docs/decisions/0010-the-labs-faults.md.
-            pytest.exit(f"{item.nodeid}: {_FAULT} on the lab's emulated CPU; see there", 75)
         for vm in _bench.vms:
             report.sections.append((f"{vm.name} on {vm.host.netns} printed", vm.console[-3000:]))
         if call.when == "call":
@@ -60,16 +60,17 @@ _GOOD = pytest.StashKey[bool]()
 _FAULT = "the guest triple-faulted"
 
 
-def _passed(config: pytest.Config) -> set[str]:
-    path = config.getoption("--passed")
-    return set(path.read_text().splitlines()) if path and path.exists() else set()
+def _done(config: pytest.Config) -> set[str]:
+    path = config.getoption("--done")
+    lines = path.read_text().splitlines() if path and path.exists() else []
+    return {line.split(" ", 1)[1] for line in lines}
 
 
-def _note_passed(item: pytest.Item) -> None:
-    path = item.config.getoption("--passed")
+def _note(item: pytest.Item, verdict: str) -> None:
+    path = item.config.getoption("--done")
     if path:
         with path.open("a") as stream:
-            stream.write(f"{item.nodeid}\n")
+            stream.write(f"{verdict} {item.nodeid}\n")
 
 
 @pytest.fixture(scope="session")

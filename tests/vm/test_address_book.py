@@ -43,8 +43,7 @@ ip link set bond0 up
 ip link set eth3 down
 echo +eth3 > /sys/class/net/bond0/bonding/slaves
 ip addr add fd53::2/64 dev bond0
-for peer in 10.50.0.1 10.51.0.1 10.52.0.1; do ping -c 1 -W 10 $peer; done
-ping6 -c 1 -W 10 fd53::1
+for peer in 10.50.0.1 10.51.0.1 10.52.0.1 fd53::1; do until ping -c 1 -W 1 $peer; do :; done; done
 """
 
 

@@ -45,9 +45,10 @@ _REPLY = re.compile(rb"^\[(\d+\.\d+)\].* bytes from .*seq=(\d+) ", re.MULTILINE)
 _SUMMARY = re.compile(rb"(\d+) packets transmitted, (\d+) received")
 
 
-#: tcpdump's filter for what may announce: ARP, RARP and neighbour advertisements, tagged or not.
-ANNOUNCING = "arp or rarp or (ip6 and ip6[40] == 136)"
-ANNOUNCING = f"{ANNOUNCING} or (vlan and ({ANNOUNCING}))"
+_ANNOUNCES = "arp or rarp or (ip6 and ip6[40] == 136)"
+#: tcpdump's filter for what may announce: ARP, RARP and neighbour advertisements, with up to two
+#: tags. (Each 'vlan' moves all that follows it four bytes on.)
+ANNOUNCING = f"{_ANNOUNCES} or (vlan and ({_ANNOUNCES} or (vlan and ({_ANNOUNCES}))))"
 
 
 def sender() -> Path:
