@@ -242,10 +242,11 @@ def test_parameters_are_set_and_shown() -> None:
         "announce-deadline": 400,
         "announce-verify": "off",
         "announce-refresh": False,
+        "announce-rate": 1000,
         "max-bandwidth": 0,
         "downtime-limit": 300,
     }
-    others = {"announce-verify": "probe", "announce-refresh": True}
+    others = {"announce-verify": "probe", "announce-refresh": True, "announce-rate": 50}
     for name in shown:
         before = run(vm, "query-migrate-parameters")
         value = others.get(name, 42)
@@ -254,7 +255,7 @@ def test_parameters_are_set_and_shown() -> None:
     run(vm, "migrate-set-parameters")
     assert run(vm, "query-migrate-parameters") == {**dict.fromkeys(shown, 42), **others}
     assert vm.announce_parameters == AnnounceParameters(42, 42, 42, 42)
-    assert vm.announce_options == AnnounceOptions(42, Verify.PROBE, True)
+    assert vm.announce_options == AnnounceOptions(42, Verify.PROBE, True, 50)
 
 
 @pytest.mark.parametrize("how", Verify)
