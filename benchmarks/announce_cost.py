@@ -1,0 +1,68 @@
+"""What announcements cost a network: a host of 500 guests, evacuated in parallel.
+
+    python benchmarks/announce_cost.py
+
+Each guest has one IPv4, one IPv6 and one link-local address in each VLAN, and announces itself:
+a gratuitous ARP and two neighbour advertisements a VLAN and round, five rounds by the default
+schedule. Nothing is measured: frames are made and counted, and paced as the announcer paces them.
+Prints the table of docs/announcement.md.
+"""
+
+from __future__ import annotations
+
+from godwit.announce.frames import gratuitous_arp, unsolicited_na
+from godwit.announce.pacing import Pacer
+from godwit.announce.schedule import AnnounceParameters, delays
+
+GUESTS = 500
+VLANS = (1, 10, 100)
+#: Preamble, start of frame, FCS and the gap between frames, bytes (IEEE 802.3-2022, 3.1.1, 4.4.2).
+WIRE = 7 + 1 + 4 + 12
+#: Frames a second that one VM may cause: without limit, the default, and for an evacuation.
+RATES = (0, 1000, 20)
+
+
+def round_of(vlans: int) -> list[int]:
+    """Bytes on the wire of each frame that one guest sends in one round."""
+    mac, ip4, ip6 = bytes(5) + b"\2", bytes(4), bytes(16)
+    one = [gratuitous_arp(mac, ip4, [(0x8100, 1)]), *2 * [unsolicited_na(mac, ip6, [(0x8100, 1)])]]
+    return [len(frame) + WIRE for frame in one] * vlans
+
+
+def sends(frames: int, rate: int) -> list[tuple[float, int]]:
+    """(s after the resume, frames) of one guest: each round as a whole, when its turn comes."""
+    pacer, now, sent = Pacer(), 0.0, []
+    for delay in delays(AnnounceParameters()):
+        now += delay
+        now += pacer.reserve(frames, rate, now)
+        sent.append((now, frames))
+    return sent
+
+
+def busiest(sent: list[tuple[float, int]]) -> int:
+    """Frames of one guest in its busiest second."""
+    return max(
+        sum(count for at, count in sent if start <= at < start + 1.0) for start, _ in sent
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    print("| VLANs | rate of a VM | frames of a guest | until its last | of 500 guests |", end="")
+    print(" busiest second | on the wire |")
+    print("|---|---|---|---|---|---|---|")
+    for vlans in VLANS:
+        sizes = round_of(vlans)
+        for rate in RATES:
+            sent = sends(len(sizes), rate)
+            total = sum(count for _, count in sent)
+            peak = busiest(sent) * GUESTS
+            bits = peak * 8 * sum(sizes) / len(sizes)
+            print(
+                f"| {vlans} | {rate or 'no limit'} | {total:,} | {sent[-1][0]:.1f} s "
+                f"| {total * GUESTS:,} | {peak:,} frames/s | {bits / 1e6:,.0f} Mbit/s |"
+            )
+
+
+if __name__ == "__main__":
+    main()
