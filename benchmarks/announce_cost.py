@@ -41,9 +41,7 @@ def sends(frames: int, rate: int) -> list[tuple[float, int]]:
 
 def busiest(sent: list[tuple[float, int]]) -> int:
     """Frames of one guest in its busiest second."""
-    return max(
-        sum(count for at, count in sent if start <= at < start + 1.0) for start, _ in sent
-    )
+    return max(sum(count for at, count in sent if start <= at < start + 1.0) for start, _ in sent)
 
 
 def main() -> None:
