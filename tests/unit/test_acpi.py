@@ -1,19 +1,11 @@
 """ACPI tables: found the way a kernel finds them, and each field where the specification has it."""
 
 import struct
-from collections.abc import Iterator
 
 import pytest
 
 from godwit.hw import acpi, aml, irq, power
 from godwit.hw.memory import GuestMemory
-
-
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    memory = GuestMemory(32 << 20)
-    yield memory
-    memory.close()
 
 
 class Tables:

@@ -15,13 +15,6 @@ from godwit.nic.models import MODELS
 SK, CS, DI, DO, REQ, GNT = 1, 2, 4, 8, 1 << 6, 1 << 7
 
 
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    memory = GuestMemory(32 << 20)
-    yield memory
-    memory.close()
-
-
 @pytest.fixture
 def bench(memory: GuestMemory) -> Iterator[Bench]:
     bench = Bench(memory)

@@ -20,13 +20,6 @@ from godwit.testing.e1000 import EOP
 DECODER = msgspec.msgpack.Decoder(NicState)
 
 
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    memory = GuestMemory(32 << 20)
-    yield memory
-    memory.close()
-
-
 @pytest.fixture
 def bench(memory: GuestMemory) -> Iterator[Bench]:
     bench = Bench(memory)

@@ -11,13 +11,6 @@ from godwit.testing.driver import Part
 from godwit.virtio.queue import F_EVENT_IDX
 
 
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    memory = GuestMemory(32 << 20)
-    yield memory
-    memory.close()
-
-
 @pytest.fixture
 def bench(memory: GuestMemory) -> Iterator[Bench]:
     bench = Bench(memory)

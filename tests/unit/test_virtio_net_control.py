@@ -18,13 +18,6 @@ F_CTRL_RX, F_CTRL_VLAN, F_CTRL_RX_EXTRA, F_CTRL_MAC = 1 << 18, 1 << 19, 1 << 20,
 A, B, C = b"\x02\0\0\0\0\x01", b"\x02\0\0\0\0\x02", b"\x01\0\x5e\0\0\x01"
 
 
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    memory = GuestMemory(32 << 20)
-    yield memory
-    memory.close()
-
-
 @pytest.fixture
 def bench(memory: GuestMemory) -> Iterator[Bench]:
     bench = Bench(memory)

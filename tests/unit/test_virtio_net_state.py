@@ -18,13 +18,6 @@ OK, ERR = 0, 1
 LINK_UP, ANNOUNCE = 1, 2
 
 
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    memory = GuestMemory(32 << 20)
-    yield memory
-    memory.close()
-
-
 @pytest.fixture
 def bench(memory: GuestMemory) -> Iterator[Bench]:
     bench = Bench(memory)

@@ -20,13 +20,6 @@ from virtio_bench import (
 from godwit.hw.memory import GuestMemory
 
 
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    memory = GuestMemory(32 << 20)
-    yield memory
-    memory.close()
-
-
 @pytest.fixture
 def bench(memory: GuestMemory) -> Iterator[Bench]:
     bench = Bench(memory)

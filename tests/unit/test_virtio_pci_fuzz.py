@@ -1,8 +1,5 @@
 """A guest that reads and writes anywhere: nothing but normal returns, and the VM lives."""
 
-from collections.abc import Iterator
-
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from virtio_bench import ACK, DRIVER, DRIVER_OK, FEATURES_OK, Bench
@@ -32,13 +29,6 @@ _access = st.one_of(
     st.tuples(st.just("ring"), st.integers(0, 2), st.integers(0, 200), _values),
     st.tuples(st.sampled_from(["pause", "move", "announce"]), st.just(0), st.just(0), st.just(0)),
 )
-
-
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    memory = GuestMemory(32 << 20)
-    yield memory
-    memory.close()
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
