@@ -34,7 +34,8 @@ def sends(frames: int, rate: int) -> list[tuple[float, int]]:
     pacer, now, sent = Pacer(), 0.0, []
     for delay in delays(AnnounceParameters()):
         now += delay
-        now += pacer.reserve(frames, rate, now)
+        while wait := pacer.take(frames, rate, now):
+            now += wait
         sent.append((now, frames))
     return sent
 

@@ -201,9 +201,14 @@ class Vmm:
         from .migration.channel import Address
         from .migration.source import Source
 
-        self._source = Source(
-            self.machine, self.states, Address(uri, insecure), self, self._move_status
+        source = Source(
+            self.machine,
+            self.states,
+            Address(uri, insecure),
+            self,
+            lambda status: self._move_status(source, status),
         )
+        self._source = source
         self._emit(*events.migration("setup"))
         self._source.start()
 
@@ -279,15 +284,15 @@ class Vmm:
             f"{nic}: the guest broke the device's rules ({message}); its driver must reset it"
         )
 
-    def _move_status(self, status: str) -> None:
+    def _move_status(self, source: Source, status: str) -> None:
         """From the source's thread."""
-        if status in ("failed", "cancelled") and self._source and self._source.exposed:
+        if status in ("failed", "cancelled") and source.exposed:
             self.announcer.returned()
         self._emit(*events.migration(status))
         if status == "completed":
             self._say("the guest has moved away")
-        elif status == "failed" and self._source is not None:
-            self._say(f"the guest stays here; the move failed: {self._source.report.error}")
+        elif status == "failed":
+            self._say(f"the guest stays here; the move failed: {source.report.error}")
 
     def _take_over(self, ran: bool, mark: Callable[[str], None]) -> list[str]:
         """The commit was received: from the destination's thread."""

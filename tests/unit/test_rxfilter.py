@@ -1,10 +1,11 @@
 """Which frames a NIC takes, and which offloads its tap must do."""
 
+import msgspec
 import pytest
 
 from godwit.kvm import tun
 from godwit.nic import offloads
-from godwit.nic.rxfilter import TABLE_LIMIT, RxFilter
+from godwit.nic.rxfilter import TABLE_LIMIT, RxFilter, RxFilterState
 from godwit.testing.tap import FakeTap
 
 OWN, OTHER = b"\x52\x54\0\0\0\1", b"\x52\x54\0\0\0\2"
@@ -75,6 +76,22 @@ def test_a_copy_shares_nothing() -> None:
     rules.multicast.clear()
     assert copy == RxFilter(vlans=[1], unicast=[OTHER], multicast=[GROUP])
     assert RxFilter().vlans is not RxFilter().vlans
+
+
+def test_a_saved_one_shares_nothing_and_lacks_nothing() -> None:
+    rules = RxFilter(promiscuous=False, vlans=[1], unicast=[OTHER], multicast=[GROUP])
+    before, state = rules.copy(), rules.save()
+    for table in (rules.vlans, rules.unicast, rules.multicast):
+        table.clear()
+    loaded = RxFilter.load(state)
+    assert loaded == before
+    loaded.vlans.append(2)
+    assert RxFilter.load(state) == before
+    plain = msgspec.to_builtins(state)
+    for field in plain:
+        less = {key: value for key, value in plain.items() if key != field}
+        with pytest.raises(msgspec.ValidationError, match=field):
+            msgspec.convert(less, RxFilterState)
 
 
 def test_what_a_tap_cannot_do_is_not_offered() -> None:

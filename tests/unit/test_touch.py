@@ -1,6 +1,7 @@
 """The destination's RAM: populated ahead, wanted parts first, the rest given back."""
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -44,6 +45,9 @@ def test_what_is_wanted_stays_and_the_rest_is_given_back(
     memory.write(40 << 20, b"data")
     toucher.want([memory.view(10 << 20, 3 * PAGE), memory.view((20 << 20) - PAGE, 2 * PAGE)])
     toucher.use([memory.view(40 << 20, PAGE)])
+    deadline = time.monotonic() + 10
+    while not toucher.idle:
+        assert time.monotonic() < deadline
     toucher.finish()
     assert _populated(memory) <= {5, 9, 10, 20}
     assert 20 in _populated(memory)
@@ -75,6 +79,15 @@ def test_ahead_ends_at_the_share_of_what_is_available(
     assert len(list(Toucher(memory)._ahead())) == 5
     _available(monkeypatch, 1 << 40)
     assert len(list(Toucher(memory)._ahead())) == SIZE // HUGE
+
+
+def test_ahead_ends_when_others_take_what_there_was(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter([1 << 40, 0])
+    monkeypatch.setattr(touch, "_available", lambda: next(left))
+    monkeypatch.setattr(touch, "_LOOK", 8)
+    assert len(list(Toucher(memory)._ahead())) == 7
 
 
 def test_finishing_twice_or_before_the_start_is_harmless(memory: GuestMemory) -> None:

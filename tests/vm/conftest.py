@@ -42,8 +42,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     """What the VMs printed goes with a failure; the guest of a failed test serves no other."""
     report = yield
     item.stash[_GOOD] = item.stash.get(_GOOD, True) and not report.failed
-    consoles = [vm.console for vm in _bench.vms] if _bench is not None else []
-    if report.failed and os.environ.get(MARKER) and any(_FAULT in text for text in consoles):
+    printed = item.stash.setdefault(_PRINTED, {})
+    vms = _bench.vms if _bench is not None else []
+    if call.when == "setup":
+        printed.update({vm.name: len(vm.console) for vm in vms})
+    news = [vm.console[printed.get(vm.name, 0) :] for vm in vms]
+    if report.failed and os.environ.get(MARKER) and any(_FAULT in text for text in news):
         # The emulated CPU's doing, in all likelihood: docs/decisions/0010-the-labs-faults.md.
         pytest.exit(f"{item.nodeid}: {_FAULT} on the lab's emulated CPU; see there", 75)
     if report.when == "teardown":
@@ -57,6 +61,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
 
 _GOOD = pytest.StashKey[bool]()
+#: VM -> characters on its console when the test began.
+_PRINTED = pytest.StashKey[dict[str, int]]()
 _FAULT = "the guest triple-faulted"
 
 

@@ -118,7 +118,14 @@ class Announcer:
                 for key in tuple(self._current):
                     self._cancel(key)
             elif old is RunState.PRELAUNCH_MIGRATE:
-                self._start(RESUME, tuple(self._stations), self.parameters)
+                try:
+                    self._start(RESUME, tuple(self._stations), self.parameters)
+                except Exception as error:
+                    # The guest runs here: an error that got out of this transition would look
+                    # like a guest that did not arrive, and its source would let it run as well.
+                    self._report(
+                        FAILED, {"nic": "", "round": 0, "cause": f"{type(error).__name__}: {error}"}
+                    )
 
     def returned(self) -> None:
         """The guest runs on where it was, though a peer may have heard of it from elsewhere."""

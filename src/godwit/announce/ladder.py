@@ -144,9 +144,10 @@ class Ladder:
             return
         # Whoever speaks, guest or host, has so much to say.
         frames = len(self.station.entries())
-        wait = self._pacer.reserve(frames, self._rate, self._clock.now())
+        first = not self._record.rounds
+        wait = self._pacer.take(frames, self._rate, self._clock.now(), first)
         if wait > 0:
-            self._after(wait, self._make_round)
+            self._after(wait, self._round)
         else:
             self._make_round()
 

@@ -21,10 +21,17 @@ class Pacer:
     def __init__(self) -> None:
         self._free_at = float("-inf")  # when all that was reserved is on the wire, at the rate
 
-    def reserve(self, frames: int, rate: int, now: float) -> float:
-        """Room for so many frames at ``rate`` a second (0: no limit); seconds until they may go."""
+    def take(self, frames: int, rate: int, now: float, first: bool = True) -> float:
+        """Send so many frames now, at ``rate`` a second (0: no limit), and get 0; or wait for so
+        many seconds and ask again. Who waits holds no place: what is cancelled costs nobody.
+
+        What is not the ``first`` of its NIC leaves half of a burst to those that are.
+        """
         if not rate:
             return 0.0
         start = max(self._free_at, now - BURST_S)
+        limit = now if first else now - BURST_S / 2
+        if start > limit:
+            return start - limit
         self._free_at = start + frames / rate
-        return max(0.0, start - now)
+        return 0.0

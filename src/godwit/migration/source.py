@@ -287,7 +287,10 @@ class Source:
             self.report.bytes_sent = self._line.sent
         self.report.error = error
         self.report.ended = time.monotonic()
-        self._log.stop()
+        try:
+            self._log.stop()
+        except (GodwitError, OSError) as problem:
+            self.report.error = self.report.error or f"the dirty log cannot be ended: {problem}"
         self._over.set()
         self._status(status)
 

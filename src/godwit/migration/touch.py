@@ -22,6 +22,8 @@ _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 #: Of the memory that the host has available, so much is taken before anybody asked for it.
 _SHARE = 0.5
+#: Huge pages between two looks at what the host still has.
+_LOOK = 32
 
 
 class Toucher:
@@ -49,20 +51,25 @@ class Toucher:
             self._changed.notify()
 
     def use(self, views: Sequence[memoryview]) -> None:
-        """These parts of RAM hold data: they are not to be given back."""
-        for view in views:
-            self._needed.update(_blocks(view))
+        """These parts of RAM are about to hold data: they are not given back any more."""
+        with self._changed:
+            for view in views:
+                self._needed.update(_blocks(view))
 
     @property
     def finished(self) -> bool:
         """Whether :meth:`finish` was called."""
         return self._ending
 
-    def finish(self) -> None:
-        """Populate no more, wait for the thread, and give back what nobody needs.
+    @property
+    def idle(self) -> bool:
+        """Whether a source has said what it has, and all of it is done."""
+        with self._changed:
+            return bool(self._needed) and not self._wanted and not self._done - self._needed
 
-        To be called when the guest's pages are here, and before any other page of RAM is written.
-        """
+    def finish(self) -> None:
+        """Populate no more, give back no more, and wait for the thread: the guest's pages are here,
+        and the guest may stand still for this."""
         with self._changed:
             if self._ending:
                 return
@@ -70,8 +77,6 @@ class Toucher:
             self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join()
-        for block in self._done - self._needed:
-            _madvise(block, HUGE, _MADV_DONTNEED)
 
     def _main(self) -> None:
         ahead = self._ahead()
@@ -84,21 +89,39 @@ class Toucher:
             _madvise(block, HUGE, _MADV_POPULATE_WRITE)
 
     def _next(self, ahead: Iterator[int]) -> int | None:
+        """What to populate; gives back, under the lock, what a source does not have."""
         while not self._ending:
-            block = self._wanted.popleft() if self._wanted else None
-            if block is None and not self._needed:
+            block = None
+            if self._wanted:
+                block = self._wanted.popleft()
+            elif not self._needed:
                 block = next(ahead, None)
+            elif self._give_back():
+                continue
             if block is None:
                 self._changed.wait()
             elif block not in self._done:
                 return block
         return None
 
+    def _give_back(self) -> bool:
+        """One huge page; whether there may be more. Under the lock, so that nobody uses it now."""
+        for block in self._done - self._needed:
+            self._done.discard(block)
+            _madvise(block, HUGE, _MADV_DONTNEED)
+            # Others get their turn: pages are arriving meanwhile.
+            self._changed.wait(0)
+            return True
+        return False
+
     def _ahead(self) -> Iterator[int]:
         room = int(_available() * _SHARE)
+        floor = room  # what has to be left: others may take from it as well
+        count = 0
         for region in self._memory.regions:
             for block in _blocks(region.view):
-                if room < HUGE:
+                count += 1
+                if room < HUGE or (count % _LOOK == 0 and _available() < floor):
                     return
                 room -= HUGE
                 yield block

@@ -25,8 +25,24 @@ _Vid = Annotated[int, msgspec.Meta(ge=0, lt=4096)]
 _BROADCAST = b"\xff" * 6
 
 
-class RxFilter(msgspec.Struct, forbid_unknown_fields=True):
-    """The tables. It is its own saved state: nothing in it is derived."""
+class RxFilterState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The saved tables. Without defaults: what a stream lacks is not made up."""
+
+    promiscuous: bool
+    all_multicast: bool
+    all_unicast: bool
+    no_multicast: bool
+    no_unicast: bool
+    no_broadcast: bool
+    unicast: Annotated[list[_Mac], msgspec.Meta(max_length=TABLE_LIMIT)]
+    multicast: Annotated[list[_Mac], msgspec.Meta(max_length=TABLE_LIMIT)]
+    unicast_overflow: bool
+    multicast_overflow: bool
+    vlans: Annotated[list[_Vid], msgspec.Meta(max_length=4096)]
+
+
+class RxFilter(msgspec.Struct):
+    """The tables; nothing in them is derived."""
 
     promiscuous: bool = True  # until the driver says otherwise
     all_multicast: bool = False
@@ -34,11 +50,20 @@ class RxFilter(msgspec.Struct, forbid_unknown_fields=True):
     no_multicast: bool = False
     no_unicast: bool = False
     no_broadcast: bool = False
-    unicast: Annotated[list[_Mac], msgspec.Meta(max_length=TABLE_LIMIT)] = []
-    multicast: Annotated[list[_Mac], msgspec.Meta(max_length=TABLE_LIMIT)] = []
+    unicast: list[bytes] = []
+    multicast: list[bytes] = []
     unicast_overflow: bool = False
     multicast_overflow: bool = False
-    vlans: Annotated[list[_Vid], msgspec.Meta(max_length=4096)] = []
+    vlans: list[int] = []
+
+    def save(self) -> RxFilterState:
+        """The tables as they are now."""
+        return RxFilterState(**msgspec.structs.asdict(self.copy()))
+
+    @classmethod
+    def load(cls, state: RxFilterState) -> RxFilter:
+        """Tables as they were saved, which share nothing with ``state``."""
+        return cls(**msgspec.structs.asdict(state)).copy()
 
     def accepts(self, frame: memoryview | bytes, mac: bytes, filter_vlans: bool) -> bool:
         """Whether the guest wants ``frame`` (Ethernet, no FCS)."""

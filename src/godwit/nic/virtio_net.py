@@ -20,7 +20,7 @@ from ..virtio.queue import Virtqueue
 from .backend import Backend, Ring
 from .filterview import FilterView
 from .netctrl import ERR, OK, Control
-from .rxfilter import RxFilter
+from .rxfilter import RxFilter, RxFilterState
 
 F_MTU = 1 << 3
 F_MAC = 1 << 5
@@ -49,7 +49,7 @@ class NetState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     mac: Annotated[bytes, msgspec.Meta(min_length=6, max_length=6)]
     announce_pending: bool
-    filter: RxFilter
+    filter: RxFilterState
 
 
 class VirtioNet(VirtioDevice):
@@ -173,7 +173,7 @@ class VirtioNet(VirtioDevice):
     # --- saved state ------------------------------------------------------------------------------
     def save_net(self) -> NetState:
         """The state; paused."""
-        return NetState(self._mac, self._announce_pending, self.filter.copy())
+        return NetState(self._mac, self._announce_pending, self.filter.save())
 
     def load_net(self, state: NetState) -> None:
         """Take over a saved state; paused, and after the transport's.
@@ -187,7 +187,7 @@ class VirtioNet(VirtioDevice):
             raise StreamError("announce_pending: the guest did not negotiate GUEST_ANNOUNCE")
         self._mac = state.mac
         self._announce_pending = state.announce_pending
-        self.filter = state.filter.copy()
+        self.filter = RxFilter.load(state.filter)
 
     # --- the control queue ------------------------------------------------------------------------
     def _control_kicked(self) -> None:
