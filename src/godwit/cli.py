@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="tap=NAME[,KEY=VALUE...]",
         help="a NIC on a tap; keys: mac, id, model=virtio-net|e1000, mtu, queue-size, "
-        "vhost=on|off, guest-announce=on|off",
+        "vhost=on|off, guest-announce=on|off, announce-allow=NET;MAC;...",
     )
     run.add_argument("--machine", default=None, help="machine type (default: the newest)")
     run.add_argument("--qmp", metavar="PATH", help="QMP's Unix socket")
