@@ -10,7 +10,7 @@ from godwit.hw.memory import GuestMemory
 from godwit.hw.pci import PciBus
 from godwit.loop import Loop
 from godwit.nic.virtio_net import NetState, VirtioNet
-from godwit.testing.backend import FakeBackend
+from godwit.testing.backend import FEATURES, FakeBackend
 from godwit.testing.driver import Driver, Part
 from godwit.testing.kvm import FakeVm
 from godwit.virtio.pci import TransportState, VirtioPci
@@ -37,6 +37,7 @@ class Bench:
         mtu: int | None = None,
         queue_size: int = 256,
         resume: bool = True,
+        features: int = FEATURES,
     ) -> None:
         self.memory = memory
         self.vm = FakeVm()
@@ -44,7 +45,7 @@ class Bench:
         self.ports, self.mmio = PortBus(), MmioBus()
         self.bus = PciBus(self.mmio)
         self.ports.map(0xCF8, 8, self.bus)
-        self.backend = FakeBackend()
+        self.backend = FakeBackend(features)
         self.net = VirtioNet(
             "nic0",
             MAC,

@@ -19,20 +19,21 @@ from godwit.migration.codec import Kind
 
 
 class LineCutter:
-    """Passes frames from ``near`` to ``far`` and back, until the first ``kind``.
+    """Passes frames from ``near`` to ``far`` and back, until the first ``kind`` (None: for ever).
 
     That frame arrives if it is to be ``delivered``; then the line breaks. Later lines are left
     whole. ``before`` is called as the frame comes, and then nobody listens at ``near`` any more:
-    it is the destination's death.
+    it is the destination's death. ``on_frame`` is shown each frame's kind and payload.
     """
 
     def __init__(
         self,
         near: Path,
         far: Path,
-        kind: Kind,
+        kind: Kind | None,
         delivered: bool,
         before: Callable[[], None] | None = None,
+        on_frame: Callable[[Kind, bytes | bytearray], None] = lambda kind, payload: None,
     ) -> None:
         self.cut = threading.Event()
         self.lines = 0
@@ -40,6 +41,7 @@ class LineCutter:
         self._kind = kind
         self._delivered = delivered
         self._before = before
+        self._on_frame = on_frame
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(near))
         self._listener.listen()
@@ -85,6 +87,7 @@ class LineCutter:
             while True:
                 kind, length = one.receive()
                 payload = one.read(length)
+                self._on_frame(kind, payload)
                 cutting = kind is self._kind and not self.cut.is_set()
                 if kind is Kind.WELCOME:
                     payload = self._as_ours(payload)

@@ -1,0 +1,64 @@
+"""``record.py OUT [NAME...]``: records streams from real moves; README.md has the command.
+
+Without names, those that are not kept here yet.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from line_cutter import LineCutter
+from recorded import STREAMS, Stream
+from vm_bench import Bench
+
+from godwit.lab.network import Network
+from godwit.migration.codec import Kind
+
+
+def record(bench: Bench, stream: Stream, folder: Path) -> None:
+    """Boot a guest that uses all its networks, move it, and keep HELLO and STATE."""
+    machine = ("--machine", stream.machine)
+    nic = f"model={stream.model}"
+    sized = {"nic": nic, "memory": stream.memory, "cpus": stream.cpus}
+    target = bench.run(bench.net.b, "--incoming", "defer", *machine, **sized)
+    guest = bench.boot(*machine, kernel=stream.kernel, keep=[target], deadline=120.0, **sized)
+    bench.answers()
+    target.qmp.execute("query-status")
+    bench.listen(target)
+    near, far = (bench.folder / f"{target.name}.{end}" for end in ("line", "move"))
+    frames: dict[Kind, bytes] = {}
+
+    def note(kind: Kind, payload: bytes | bytearray) -> None:
+        if kind in (Kind.HELLO, Kind.STATE):
+            frames[kind] = bytes(payload)
+
+    with LineCutter(near, far, None, True, on_frame=note):
+        bench.move(guest, target, f"unix:{near}")
+    bench.answers()  # it is the state of a guest that goes on
+    stream.write(folder, frames[Kind.HELLO], frames[Kind.STATE])
+
+
+def main() -> None:
+    """Say what is done."""
+    out, names = Path(sys.argv[1]), sys.argv[2:]
+    chosen = [s for s in STREAMS if (s.name in names if names else not s.path().exists())]
+    out.mkdir(parents=True, exist_ok=True)
+    print((Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]).replace("\t", ""))
+    began = time.monotonic()
+    with TemporaryDirectory(prefix="godwit-", dir="/run") as folder, Network() as net:
+        bench = Bench(net, Path(folder))
+        try:
+            for stream in chosen:
+                record(bench, stream, out)
+                size = stream.path(out).stat().st_size
+                took = time.monotonic() - began
+                print(f"{took:6.1f} s: {stream.name}, {size} bytes", flush=True)
+        finally:
+            bench.close()
+
+
+if __name__ == "__main__":
+    main()

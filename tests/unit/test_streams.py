@@ -1,0 +1,342 @@
+"""The recorded streams of each machine type (tests/streams) are what this version understands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
+from types import SimpleNamespace
+from typing import Any, cast
+
+import e1000_bench
+import msgspec
+import pytest
+import virtio_bench
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import structs
+from recorded import STREAMS, Stream
+
+from godwit import machine_types
+from godwit.announce.addresses import AddressBook, Source
+from godwit.config import NicConfig, VmConfig, parse_size
+from godwit.errors import StreamError
+from godwit.hw.memory import GuestMemory
+from godwit.machine import Machine
+from godwit.machine_state import MachineState
+from godwit.machine_types import machine_type
+from godwit.migration import codec, hello
+from godwit.nic import offloads
+from godwit.nic.e1000.nic import E1000
+from godwit.nic.e1000.state import E1000State
+from godwit.nic.models import MODELS
+from godwit.nic.virtio_nic import VirtioNic, VirtioNicState
+from godwit.testing.backend import FEATURES
+
+MAC = bytes.fromhex("525400677701")
+F_ANNOUNCE = virtio_bench.F_ANNOUNCE
+#: As a tap with vhost-net in the lab, where the streams were recorded.
+LAB_FEATURES = FEATURES | offloads.GUEST_ECN | offloads.GUEST_UFO
+LAB_FEATURES |= offloads.HOST_ECN | offloads.HOST_UFO
+_VERSIONS = {model.model: model.version for model in (VirtioNic, E1000)}
+#: What the guest and its peer had in each VLAN.
+GUEST = [
+    (0, "10.0.0.2"),
+    (0, "fd00::2"),
+    (100, "10.0.100.2"),
+    (100, "fd00:100::2"),
+    (200, "10.0.200.2"),
+    (200, "fd00:200::2"),
+]
+each = pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
+virtio = pytest.mark.parametrize("stream", STREAMS[:2], ids=lambda stream: stream.name)
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[GuestMemory]:
+    memory = GuestMemory(256 << 20)
+    yield memory
+    memory.close()
+
+
+def _hello(stream: Stream) -> codec.Hello:
+    return codec.decode(stream.read()[0], codec.Hello)
+
+
+def _state(stream: Stream) -> MachineState:
+    return codec.decode(stream.read()[1], MachineState)
+
+
+def _machine(stream: Stream, kind: str = "") -> Machine:
+    """The parts of a machine of the recorded configuration that are asked about."""
+    config = VmConfig(
+        memory=parse_size(stream.memory),
+        cpus=stream.cpus,
+        nics=(NicConfig("nic0", "tap0", MAC, model=stream.model),),
+        machine=machine_type(kind or stream.machine),
+    )
+    offered = codec.decode(stream.read()[0], codec.Hello).nics[0].negotiated
+    nic = SimpleNamespace(
+        name="nic0",
+        model=stream.model,
+        version=_VERSIONS[stream.model],
+        negotiated=0,
+        offered=offered if config.machine.guest_announce else offered & ~F_ANNOUNCE,
+    )
+    regions = [SimpleNamespace(start=0, size=config.memory)]
+    machine = SimpleNamespace(config=config, memory=SimpleNamespace(regions=regions), nics=[nic])
+    return cast(Machine, machine)
+
+
+# --- what is in them ------------------------------------------------------------------------------
+def test_each_machine_type_and_model_has_a_stream() -> None:
+    assert {stream.machine for stream in STREAMS} == set(machine_types._TYPES)
+    assert {stream.model for stream in STREAMS} == set(MODELS)
+    for stream in STREAMS:
+        assert stream.path().stat().st_size < 50_000
+
+
+@each
+def test_hello_and_state_are_those_of_that_machine(stream: Stream) -> None:
+    said, state = _hello(stream), _state(stream)
+    assert machine_type(said.machine).name == stream.machine
+    assert said.ram == [(0, parse_size(stream.memory))]
+    assert said.cpus == len(state.vcpus) == stream.cpus
+    (nic,) = said.nics
+    assert (nic.id, nic.model, nic.version, nic.mac) == ("nic0", stream.model, 1, MAC)
+    (saved,) = state.nics
+    assert (saved.id, saved.version) == (nic.id, nic.version)
+    assert isinstance(saved.state, E1000State if stream.model == "e1000" else VirtioNicState)
+
+
+@each
+def test_what_was_decoded_encodes_to_the_same_bytes(stream: Stream) -> None:
+    said, state = stream.read()
+    assert codec.encode(_hello(stream)) == said
+    assert codec.encode(_state(stream)) == state
+
+
+@virtio
+def test_only_the_newer_type_has_guest_announce(stream: Stream) -> None:
+    has = stream.machine != "godwit-0.1"
+    assert machine_type(stream.machine).guest_announce is has
+    state = _state(stream).nics[0].state
+    assert isinstance(state, VirtioNicState)
+    for negotiated in (
+        _hello(stream).nics[0].negotiated,
+        state.transport.negotiated,
+        state.transport.common.driver_features,
+    ):
+        assert bool(negotiated & F_ANNOUNCE) is has
+        assert negotiated & virtio_bench.F_VERSION_1
+
+
+# --- HELLO ----------------------------------------------------------------------------------------
+@each
+def test_a_machine_takes_a_stream_of_its_own_type_alone(stream: Stream) -> None:
+    said = _hello(stream)
+    hello.check(said, _machine(stream))
+    other = {"godwit-0.1": "godwit-0.2", "godwit-0.2": "godwit-0.1"}[stream.machine]
+    with pytest.raises(
+        StreamError, match=f"machine type: {stream.machine} at the source, {other} here"
+    ):
+        hello.check(said, _machine(stream, other))
+
+
+@each
+@pytest.mark.parametrize("field", ["versions", "version"])
+def test_another_version_of_a_state_is_refused_in_hello(stream: Stream, field: str) -> None:
+    said = _hello(stream)
+    if field == "versions":
+        said = structs.replace(said, versions={**said.versions, "serial": 2})
+    else:
+        said = structs.replace(said, nics=[structs.replace(said.nics[0], version=2)])
+    with pytest.raises(StreamError, match=rf"{field}: .*2.* at the source, .*1.* here"):
+        hello.check(said, _machine(stream))
+
+
+# --- the NICs' states -----------------------------------------------------------------------------
+@virtio
+def test_a_virtio_net_takes_the_state_and_goes_on(stream: Stream, memory: GuestMemory) -> None:
+    state = _state(stream).nics[0].state
+    assert isinstance(state, VirtioNicState)
+    announce = machine_type(stream.machine).guest_announce
+    bench = virtio_bench.Bench(memory, announce=announce, resume=False, features=LAB_FEATURES)
+    try:
+        bench.load((state.transport, state.net))
+        assert bench.save() == (state.transport, state.net)
+        assert bench.net.mac == MAC
+        assert bench.net.filter.vlans == [0, 100, 200]
+        assert not bench.net.filter.promiscuous
+        assert all(queue.enabled for queue in bench.net.queues)
+        bench.pci.resume()
+        assert bench.backend.running
+        assert bench.backend.negotiated == state.transport.negotiated
+        assert bench.net.announce() is announce
+        assert not bench.offences
+    finally:
+        bench.close()
+
+
+def test_a_virtio_net_without_guest_announce_refuses_its_user(memory: GuestMemory) -> None:
+    state = _state(STREAMS[1]).nics[0].state
+    assert isinstance(state, VirtioNicState)
+    bench = virtio_bench.Bench(memory, announce=False, resume=False, features=LAB_FEATURES)
+    try:
+        with pytest.raises(StreamError, match=f"negotiated: .*{F_ANNOUNCE:#x}"):
+            bench.load((state.transport, state.net))
+    finally:
+        bench.close()
+
+
+def test_an_e1000_takes_the_state_and_goes_on(memory: GuestMemory) -> None:
+    state = _state(STREAMS[2]).nics[0].state
+    bench = e1000_bench.Bench(memory, enable=False)
+    try:
+        bench.nic.load(state)
+        assert bench.nic.save() == state
+        assert bench.nic.mac == MAC
+        view = bench.nic.rx_filter()
+        assert {100, 200} <= set(view.vlan_table)
+        bench.nic.resume()
+        bench.serve()
+        assert not bench.offences
+        assert bench.read_config(4, 2) & 7 == 7
+    finally:
+        bench.close()
+
+
+@each
+def test_the_address_book_knows_what_the_guest_used(stream: Stream) -> None:
+    book = AddressBook(MAC)
+    book.load(_state(stream).nics[0].addresses, 5000.0)
+    found = [entry for entry in book.entries() if entry.ip is not None]
+    tags = {vlan: ((0x8100, vlan),) if vlan else () for vlan, _ in GUEST}
+    assert {(entry.tags, entry.ip) for entry in found} == {
+        (tags[vlan], ip_address(ip).packed) for vlan, ip in GUEST
+    }
+    for entry in found:
+        assert (entry.mac, entry.source, entry.confirmed) == (MAC, Source.SAVED, None)
+        assert 4900 < entry.last_seen <= 5000
+    assert {(peer.tags, peer.ip) for peer in book.peers()} == {
+        (tags[vlan], ip_address(ip).packed[:-1] + b"\1") for vlan, ip in GUEST
+    }
+
+
+# --- what a stream of another version would have --------------------------------------------------
+#: Maps that are no structs: their keys are data.
+_DATA = ("registers", "versions")
+#: Has a default, the first.
+_OPTIONAL = "version"
+
+
+def _maps(value: Any, replace: Callable[[Any], Any]) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Each struct within ``value``, and how to put another in its place."""
+    if isinstance(value, dict):
+        yield value, replace
+        for key, part in value.items():
+            if key not in _DATA:
+                yield from _maps(
+                    part, lambda new, key=key, at=value, put=replace: put({**at, key: new})
+                )
+    elif isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value):
+        for index in {0, len(value) - 1}:
+            yield from _maps(
+                value[index],
+                lambda new, i=index, at=value, put=replace: put([*at[:i], new, *at[i + 1 :]]),
+            )
+
+
+@each
+@pytest.mark.parametrize(("index", "kind"), [(0, codec.Hello), (1, MachineState)])
+def test_a_missing_and_an_unknown_field_are_named(stream: Stream, index: int, kind: Any) -> None:
+    plain = msgspec.msgpack.decode(stream.read()[index])
+    fields = 0
+    for at, put in _maps(plain, lambda new: new):
+        with pytest.raises(StreamError, match="`surprise`"):
+            codec.decode(msgspec.msgpack.encode(put({**at, "surprise": 1})), kind)
+        for field in at:
+            changed = put({key: value for key, value in at.items() if key != field})
+            payload = msgspec.msgpack.encode(changed)
+            if field == _OPTIONAL and "id" not in at:
+                codec.decode(payload, kind)
+                continue
+            with pytest.raises(StreamError, match=f"`{field}`"):
+                codec.decode(payload, kind)
+            fields += 1
+    assert fields > (12 if kind is codec.Hello else 80)
+
+
+@each
+def test_another_version_is_named(stream: Stream) -> None:
+    plain = msgspec.msgpack.decode(stream.read()[1])
+    found = 0
+    for at, put in _maps(plain, lambda new: new):
+        for version in (0, 2):
+            if "version" in at:
+                payload = msgspec.msgpack.encode(put({**at, "version": version}))
+                with pytest.raises(StreamError, match=r"\.version`"):
+                    codec.decode(payload, MachineState)
+                found += 1
+    assert found == 2 * len(("machine", "serial", "power", "nic0"))
+
+
+# --- damage ---------------------------------------------------------------------------------------
+_STATES = {stream.name: stream.read()[1] for stream in STREAMS}
+_some = st.sampled_from(sorted(_STATES))
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=_some, data=st.data())
+def test_a_truncated_state_is_a_stream_error(name: str, data: st.DataObject) -> None:
+    whole = _STATES[name]
+    end = data.draw(st.integers(0, len(whole) - 1))
+    with pytest.raises(StreamError):
+        codec.decode(whole[:end], MachineState)
+
+
+@settings(max_examples=400, deadline=None)
+@given(name=_some, data=st.data())
+def test_a_damaged_state_is_a_stream_error_or_a_state(name: str, data: st.DataObject) -> None:
+    payload = bytearray(_STATES[name])
+    # Beside any byte: keys and numbers, most of which stand at both ends, around KVM's structs.
+    near = st.integers(0, 200) | st.integers(len(payload) - 2500, len(payload) - 1)
+    for at in data.draw(st.lists(near | st.integers(0, len(payload) - 1), min_size=1, max_size=8)):
+        payload[at] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(payload)))
+        payload[at : at + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=40))
+    _decodes_or_is_refused(bytes(payload))
+
+
+_scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), (1 << 64) - 1)
+    | st.floats()
+    | st.binary(max_size=20)
+    | st.text(max_size=8)
+)
+_values = st.recursive(
+    _scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=_some, value=_values, data=st.data())
+def test_any_value_anywhere_is_a_stream_error_or_a_state(
+    name: str, value: Any, data: st.DataObject
+) -> None:
+    plain = msgspec.msgpack.decode(_STATES[name])
+    at, put = data.draw(st.sampled_from(list(_maps(plain, lambda new: new))))
+    field = data.draw(st.sampled_from(sorted(at)))
+    _decodes_or_is_refused(msgspec.msgpack.encode(put({**at, field: value})))
+
+
+def _decodes_or_is_refused(payload: bytes) -> None:
+    try:
+        state = codec.decode(payload, MachineState)
+    except StreamError:
+        return
+    assert isinstance(state, MachineState)
