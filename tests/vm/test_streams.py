@@ -1,0 +1,129 @@
+"""Machines of this version load the recorded streams of each machine type (tests/streams)."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from msgspec import structs
+from recorded import STREAMS, Stream
+from vm_bench import Bench
+
+from godwit.config import NicConfig, VmConfig, parse_size
+from godwit.hw.console import Console
+from godwit.kvm import abi
+from godwit.kvm.cpustate import PlatformState, VcpuState
+from godwit.lab.netns import inside
+from godwit.loop import Loop
+from godwit.machine import Machine
+from godwit.machine_state import MachineState, NicSaved
+from godwit.machine_types import machine_type
+from godwit.migration import codec, hello
+from godwit.vcpu import install_kick_handler
+
+#: Where the streams were recorded (tests/streams/README.md). A guest of another CPU's may not fit.
+_CPU = "AMD EPYC Processor"
+#: The local APIC's registers, 16 bytes each (SDM volume 3, table 11-1).
+_PPR, _IRR, _LVT_TIMER, _CURRENT_COUNT = 0xA0, 0x200, 0x320, 0x390
+#: The guest's clocks run, and make up for a pause; the three after them, Hyper-V's run time,
+#: reference counter and TSC frequency, are the host's to say (arch/x86/kvm/hyperv.c,
+#: kvm_hv_set_msr_pw and kvm_hv_set_msr ignore what they are given).
+_CLOCK_MSRS = (abi.MSR_TSC, abi.MSR_TSC_DEADLINE, 0x40000010, 0x40000020, 0x40000022)
+#: SYSENTER_ESP and _EIP. On AMD, whose SYSENTER has 32 bits, KVM keeps no more of what it is given,
+#: but reads all of what the guest wrote (arch/x86/kvm/svm/svm.c, svm_set_msr and svm_get_msr).
+_SYSENTER_MSRS = (0x175, 0x176)
+
+
+@contextmanager
+def _machine(bench: Bench, stream: Stream) -> Iterator[Machine]:
+    """A machine of the recorded configuration, paused, in this process."""
+    install_kick_handler()
+    host = bench.net.a
+    nic = codec.decode(stream.read()[0], codec.Hello).nics[0]
+    config = VmConfig(
+        memory=parse_size(stream.memory),
+        cpus=stream.cpus,
+        nics=(NicConfig(nic.id, bench.free_tap(host), nic.mac, model=nic.model),),
+        machine=machine_type(stream.machine),
+    )
+    loop, offences = Loop(), []
+    with open(os.devnull, "wb") as null:
+        console = Console(null.fileno())
+        thread = threading.Thread(target=loop.run)
+        with inside(host.netns):
+            machine = Machine(
+                config, loop, console, lambda *end: None, lambda *what: offences.append(what)
+            )
+        thread.start()
+        try:
+            yield machine
+            assert offences == []
+        finally:
+            machine.close()
+            loop.stop()
+            thread.join()
+            console.close()
+            loop.close()
+
+
+@pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
+def test_a_machine_loads_the_stream_and_has_the_same_state(bench: Bench, stream: Stream) -> None:
+    said, raw = stream.read()
+    state = codec.decode(raw, MachineState)
+    with _machine(bench, stream) as machine:
+        hello.check(codec.decode(said, codec.Hello), machine)
+        if f": {_CPU}\n" not in Path("/proc/cpuinfo").read_text():
+            state = structs.replace(state, vcpus=machine.save().vcpus)
+        machine.load(state, time.monotonic())
+        saved = machine.save()
+        assert codec.decode(codec.encode(saved), MachineState) == saved
+        for index, (now, then) in enumerate(zip(saved.vcpus, state.vcpus, strict=True)):
+            before, after = _still(then), _still(now)
+            changed = {k: (v, after[k]) for k, v in before.items() if after[k] != v}
+            assert not changed, f"vCPU {index}"
+            assert len(before) == len(after)
+        assert _platform(saved.platform) == _platform(state.platform)
+        assert saved.platform.clock_ns >= state.platform.clock_ns
+        assert saved.serial == state.serial
+        assert saved.power == state.power
+        assert saved.pci_address == state.pci_address
+        assert [_nic(nic) for nic in saved.nics] == [_nic(nic) for nic in state.nics]
+
+
+def _still(vcpu: VcpuState) -> dict[str, object]:
+    """What of a stopped vCPU stays as it is."""
+    lapic = {at: vcpu.lapic[at : at + 16] for at in range(0, len(vcpu.lapic), 16)}
+    # The processor priority follows from the rest. KVM makes it anew whenever it matters, and in
+    # SET_LAPIC too early: before it counts what is in service (kvm_apic_set_state).
+    del lapic[_PPR]
+    # The timer runs while the vCPU stands still, and its interrupt may have become pending.
+    del lapic[_CURRENT_COUNT]
+    vector = lapic[_LVT_TIMER][0]
+    at = _IRR + 16 * (vector // 32)
+    pending = int.from_bytes(lapic[at], "little") & ~(1 << vector % 32)
+    lapic[at] = pending.to_bytes(16, "little")
+    still: dict[str, object] = structs.asdict(vcpu)
+    del still["lapic"], still["msrs"]
+    still.update({f"lapic {at:#x}": value for at, value in lapic.items()})
+    for index, value in vcpu.msrs:
+        if index not in _CLOCK_MSRS:
+            still[f"MSR {index:#x}"] = value & 0xFFFFFFFF if index in _SYSENTER_MSRS else value
+    return still
+
+
+def _platform(platform: PlatformState) -> list[bytes]:
+    """Its chips; the PIT's counters tell when they were loaded."""
+    return platform.irqchips
+
+
+def _nic(nic: NicSaved) -> tuple[object, ...]:
+    """A NIC, and the addresses of its guest without their ages, which go on."""
+    book = nic.addresses
+    entries = [structs.replace(entry, age=0.0) for entry in book.entries]
+    peers = {(tuple(peer.tags), peer.ip): peer.count for peer in book.peers}
+    return nic.id, nic.version, nic.state, entries, peers
