@@ -48,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--incoming",
         metavar="URI",
-        help="wait for a guest: unix:PATH, tcp:HOST:PORT, or defer (until migrate-incoming)",
+        help="wait for a guest: unix:PATH, tcp:HOST:PORT, or defer (until migrate-incoming); "
+        "or take it from a snapshot: file:PATH",
     )
     run.add_argument(
         "--insecure", action="store_true", help="allow tcp: beyond this host, unencrypted"
@@ -67,10 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(action=_run)
 
-    migrate = sub.add_parser("migrate", help="move a running guest")
+    migrate = sub.add_parser("migrate", help="move a running guest, or save it")
     migrate.add_argument("--qmp", required=True, help="the guest's QMP socket")
     migrate.add_argument("--insecure", action="store_true", help="allow tcp: beyond this host")
-    migrate.add_argument("uri", help="where a 'godwit run --incoming' waits")
+    migrate.add_argument("uri", help="where a 'godwit run --incoming' waits, or file:PATH")
     migrate.set_defaults(action=_migrate)
 
     demo = sub.add_parser("demo", help="move a guest to and fro inside 802.1Q, and judge it")

@@ -53,10 +53,14 @@ def _table(info: dict[str, Any]) -> Any:
     own = info["godwit"]
     table = Table("what", "value", title="the move", title_justify="left")
     table.add_row("total time", f"{info['total-time']:.0f} ms")
-    table.add_row("downtime", f"{info['downtime']:.1f} ms")
+    if "downtime" in info:  # a guest in a file is not running yet
+        table.add_row("downtime", f"{info['downtime']:.1f} ms")
     table.add_row("sent", f"{info['ram']['transferred'] / 1e6:.1f} MB")
     table.add_row("rounds (pages)", ", ".join(str(number["pages"]) for number in own["rounds"]))
     for side, key in (("stop, source", "stop-phases"), ("stop, destination", "destination-phases")):
-        table.add_row(side, ", ".join(f"{name} {ms:.1f}" for name, ms in own[key].items()) + " ms")
-    table.add_row("destination's states", " > ".join(own["destination-runstates"]))
+        if own[key]:
+            phases = ", ".join(f"{name} {ms:.1f}" for name, ms in own[key].items())
+            table.add_row(side, f"{phases} ms")
+    if own["destination-runstates"]:
+        table.add_row("destination's states", " > ".join(own["destination-runstates"]))
     return table

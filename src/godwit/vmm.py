@@ -26,7 +26,8 @@ from .vcpu import Ending, install_kick_handler
 
 if TYPE_CHECKING:
     from .migration.destination import Destination
-    from .migration.source import Source
+    from .migration.outgoing import Outgoing
+    from .migration.snapshot import Restorer
 
 _S = RunState
 
@@ -67,8 +68,8 @@ class Vmm:
         self.downtime_limit = 300
         self.exit_code = 0
         self._closing = False
-        self._source: Source | None = None
-        self._destination: Destination | None = None
+        self._source: Outgoing | None = None
+        self._destination: Destination | Restorer | None = None
         self.machine = Machine(config, loop, console, self._vcpu_ended, self._offence)
         self._server: Server | None = None
         self._taps: Taps | None = None
@@ -192,37 +193,45 @@ class Vmm:
         self._loop.call_soon(self._loop.stop)
 
     def migrate(self, uri: str, insecure: bool) -> None:
-        """Start moving the guest to ``uri``."""
+        """Start moving the guest to ``uri``, which may be a file."""
         if self._source is not None and self._source.active:
             raise StateError("a move is under way already; see query-migrate, or migrate_cancel")
         ended = self.machine.ended
         if ended is not None:
             raise StateError(f"the guest is dead ({ended[1]}); there is nothing to move")
-        from .migration.channel import Address
-        from .migration.source import Source
 
-        source = Source(
-            self.machine,
-            self.states,
-            Address(uri, insecure),
-            self,
-            lambda status: self._move_status(source, status),
-        )
+        def tell(status: str) -> None:
+            self._move_status(source, status)
+
+        source: Outgoing
+        if uri.startswith("file:"):
+            from .migration.snapshot import Saver, path_of
+
+            source = Saver(self.machine, self.states, path_of(uri), self, tell)
+        else:
+            from .migration.channel import Address
+            from .migration.source import Source
+
+            source = Source(self.machine, self.states, Address(uri, insecure), self, tell)
         self._source = source
         self._emit(*events.migration("setup"))
         self._source.start()
 
     def migrate_incoming(self, uri: str, insecure: bool) -> None:
-        """Wait for a guest at ``uri``."""
+        """Wait for a guest at ``uri``, or take it from a file."""
         self.states.require(_S.INMIGRATE)
         if self._destination is not None:
             raise StateError("the VM waits for a guest already")
-        from .migration.channel import Address
-        from .migration.destination import Destination
+        ends = self._take_over, self._arrival_failed
+        if uri.startswith("file:"):
+            from .migration.snapshot import Restorer, path_of
 
-        self._destination = Destination(
-            self.machine, Address(uri, insecure), self._take_over, self._arrival_failed
-        )
+            self._destination = Restorer(self.machine, path_of(uri), *ends)
+        else:
+            from .migration.channel import Address
+            from .migration.destination import Destination
+
+            self._destination = Destination(self.machine, Address(uri, insecure), *ends)
         self._destination.start()
 
     def migration_info(self) -> dict[str, object]:
@@ -284,7 +293,7 @@ class Vmm:
             f"{nic}: the guest broke the device's rules ({message}); its driver must reset it"
         )
 
-    def _move_status(self, source: Source, status: str) -> None:
+    def _move_status(self, source: Outgoing, status: str) -> None:
         """From the source's thread."""
         if status in ("failed", "cancelled") and source.exposed:
             self.announcer.returned()

@@ -6,20 +6,16 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from typing import TypeVar
-
-import msgspec
 
 from .. import unixsocket
-from ..errors import ConfigError, LinkLost, PeerRefused, StreamError
+from ..errors import ConfigError, LinkLost
 from . import codec
-from .codec import Kind
+from .line import Line
 
 #: A peer that says nothing for so long is gone, seconds.
 SILENCE = 10.0
 _BUFFER = 1 << 20
 _SO_SNDBUFFORCE = 32  # beyond wmem_max, for root (asm-generic/socket.h)
-_T = TypeVar("_T")
 
 
 class Address:
@@ -40,7 +36,9 @@ class Address:
             return
         host, _, port = rest.rpartition(":")
         if scheme != "tcp" or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ConfigError(f"migration address '{uri}'; unix:PATH or tcp:HOST:PORT, please")
+            raise ConfigError(
+                f"migration address '{uri}'; unix:PATH, tcp:HOST:PORT or file:PATH, please"
+            )
         self.host, self.port = host.strip("[]"), int(port)
         if not insecure and not _loopback(self.host):
             raise ConfigError(
@@ -96,10 +94,11 @@ def _loopback(host: str) -> bool:
         return False
 
 
-class Channel:
+class Channel(Line):
     """Frames on a connected socket. One thread sends, one receives; either may close."""
 
     def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
         self._sock = sock
         # Blocking, with the kernel's own time-outs: a whole frame is then one call each way, where
         # Python's would poll before each piece.
@@ -113,7 +112,6 @@ class Channel:
                 sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
             except PermissionError:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        self.sent = 0
 
     def set_timeout(self, seconds: float) -> None:
         """How long a silent peer is waited for."""
@@ -121,34 +119,12 @@ class Channel:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
-    def send(self, kind: Kind, value: msgspec.Struct | None = None) -> None:
-        """Send a struct, or an empty frame. Raises LinkLost."""
-        payload = codec.encode(value) if value is not None else b""
-        self.send_parts([codec.frame(kind, payload)])
-
     def send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
         """Send the bytes of all parts, without copying them first. Raises LinkLost."""
-        left: list[bytes | memoryview] = list(parts)
         try:
-            while left:
-                sent = self._sock.sendmsg(left)
-                self.sent += sent
-                while left and sent >= len(left[0]):
-                    sent -= len(left.pop(0))
-                if sent:
-                    left[0] = memoryview(left[0])[sent:]
+            self._in_pieces(parts, self._sock.sendmsg)
         except OSError as error:
             raise _lost(error) from error
-
-    def receive(self) -> tuple[Kind, int]:
-        """The next frame's kind and payload length. Raises LinkLost, StreamError."""
-        return codec.parse_header(self.read(codec.HEADER.size))
-
-    def read(self, length: int) -> bytearray:
-        """Exactly ``length`` bytes. Raises LinkLost."""
-        data = bytearray(length)
-        self.read_into([memoryview(data)])
-        return data
 
     def read_into(self, views: Sequence[memoryview]) -> None:
         """Fill all ``views``. Raises LinkLost."""
@@ -164,30 +140,6 @@ class Channel:
                     left[0] = left[0][got:]
         except OSError as error:
             raise _lost(error) from error
-
-    def expect(self, kind: Kind) -> None:
-        """The next frame must be an empty one of ``kind``. Raises as :meth:`expect_struct`."""
-        if self._expect(kind):
-            raise StreamError(f"frame {kind.name} has a payload")
-
-    def expect_struct(self, kind: Kind, struct: type[_T]) -> _T:
-        """The next frame must be of ``kind``, and hold a ``struct``.
-
-        Raises:
-            LinkLost: no frame came.
-            PeerRefused: the peer said why not.
-            StreamError: another frame came, or a malformed one.
-        """
-        return codec.decode(self._expect(kind), struct)
-
-    def _expect(self, kind: Kind) -> bytearray:
-        got, length = self.receive()
-        payload = self.read(length)
-        if got in (Kind.REFUSED, Kind.FAILED):
-            raise PeerRefused(codec.decode(payload, codec.Text).reason)
-        if got is not kind:
-            raise StreamError(f"frame {got.name} where {kind.name} was due")
-        return payload
 
     def as_seen(self) -> codec.Welcome:
         """How this end, the destination's, sees the line."""

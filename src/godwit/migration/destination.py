@@ -6,23 +6,19 @@ line is then waited out on the listening socket, where the source asks with the 
 
 from __future__ import annotations
 
-import ctypes
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable
 
-from ..errors import GodwitError, GuestError, LinkLost, MigrationError, StreamError
-from ..hw.memory import PAGE
-from ..kvm.ioctl import address_of
+from ..errors import GodwitError, LinkLost, MigrationError, StreamError
 from ..machine import Machine
-from ..machine_state import MachineState
 from . import codec
 from .channel import SILENCE, Address, Channel
-from .codec import Kind, Run
+from .codec import Kind
 from .hello import check
-from .touch import Toucher
+from .receiver import Receiver
 
 #: How long a guest that was loaded waits for its source to ask, seconds.
 PATIENCE = 30.0
@@ -54,18 +50,19 @@ class Destination:
         self._closing = threading.Event()
         self._channel: Channel | None = None
         self._hello: codec.Hello | None = None
-        self._toucher = Toucher(machine.memory)
-        self._touched_pages = 0
-        codec.prepare(MachineState)
+        self._receiver = Receiver(machine)
         codec.prepare(codec.Handover)
-        self.phases: dict[str, float] = {}
-        self.bytes_received = 0
         self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
 
     def start(self) -> None:
         """Begin to wait."""
-        self._toucher.start()
+        self._receiver.start()
         self._thread.start()
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Name of a phase -> ms since the state came, at the phase's end."""
+        return self._receiver.phases
 
     def close(self) -> None:
         """Wait no more."""
@@ -78,7 +75,7 @@ class Destination:
             pass  # closed already
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(SILENCE)
-        self._toucher.finish()
+        self._receiver.close()
         self._listener.close()
 
     # --- the conversation -------------------------------------------------------------------------
@@ -131,7 +128,7 @@ class Destination:
             # From now on the machine changes: what fails, fails for good.
             channel.send(Kind.WELCOME, channel.as_seen())
             try:
-                self._receive(channel)
+                self._receiver.receive(channel)
             except LinkLost:
                 raise
             except GodwitError as error:
@@ -142,82 +139,6 @@ class Destination:
         finally:
             channel.close()
 
-    def _receive(self, channel: Channel) -> None:
-        """RAM, and the state, which is loaded while the last pages are still on their way."""
-        loaded = False
-        while True:
-            kind, length = channel.receive()
-            if kind is Kind.RAM:
-                self._receive_ram(channel, length)
-            elif kind is Kind.STATE:
-                payload = channel.read(length)
-                self._received_at = time.monotonic()
-                if loaded:
-                    raise StreamError("frame STATE: a second one")
-                state = codec.decode(payload, MachineState)
-                self._mark("decoded")
-                self._load(state)
-                loaded = True
-            elif kind in (Kind.TOUCH, Kind.ZERO):
-                payload = channel.read(length)
-                count = codec.decode_count(payload, length)
-                runs = codec.decode_runs(memoryview(payload)[4:], count)
-                if codec.table_size(count) != length:
-                    raise StreamError(f"frame {kind.name}: {length} bytes for {count} runs")
-                if kind is Kind.TOUCH:
-                    self._touch(runs)
-                else:
-                    self._clear(runs)
-            elif kind is Kind.ROUND:
-                channel.read(length)
-                self._toucher.finish()
-                if loaded:
-                    for nic in self._machine.nics:
-                        nic.drain()  # what waits in the tap is older than the guest's arrival
-                    self._mark("loaded")
-                    return
-            elif kind is Kind.FAILED:
-                text = codec.decode(channel.read(length), codec.Text)
-                raise MigrationError(f"the source gave up: {text.reason}")
-            else:
-                raise StreamError(f"frame {kind.name} where RAM was due")
-
-    def _receive_ram(self, channel: Channel, length: int) -> None:
-        first = channel.read(4)
-        count = codec.decode_count(first, length)
-        runs = codec.decode_runs(channel.read(codec.table_size(count) - 4), count)
-        if codec.table_size(count) + sum(pages for _, pages in runs) * PAGE != length:
-            raise StreamError(f"frame RAM: {length} bytes, but its runs say otherwise")
-        views = self._views(runs)
-        if not self._toucher.finished:
-            self._toucher.use(views)
-        for start in range(0, len(views), 512):
-            channel.read_into(views[start : start + 512])
-        self.bytes_received += length
-
-    def _views(self, runs: list[Run]) -> list[memoryview]:
-        try:
-            return [self._machine.memory.view(address, pages * PAGE) for address, pages in runs]
-        except GuestError as error:
-            raise StreamError(str(error)) from error
-
-    def _touch(self, runs: list[Run]) -> None:
-        """The first pass will bring these pages."""
-        self._touched_pages += sum(pages for _, pages in runs)
-        if self._touched_pages > self._machine.memory.size // PAGE:
-            raise StreamError("frame TOUCH: more pages than there are")
-        self._toucher.want(self._views(runs))
-
-    def _clear(self, runs: list[Run]) -> None:
-        for view in self._views(runs):
-            ctypes.memset(address_of(view), 0, len(view))
-
-    def _load(self, state: MachineState) -> None:
-        """Everything that can be wrong with the state is found here, before READY."""
-        self._toucher.finish()
-        self._machine.load(state, self._received_at, self._mark)
-        self._mark("state-loaded")
-
     def _await_commit(self, channel: Channel, hello: codec.Hello) -> None:
         channel.send(Kind.READY)
         try:
@@ -227,10 +148,10 @@ class Destination:
         except LinkLost as lost:
             channel, handover = self._await_question(hello, lost)
         # The guest is ours.
-        self._mark("commit")
-        states = self._on_start(handover.running, self._mark)
-        self._mark("running")
-        self._answer(channel, hello, codec.Started(self.phases, states))
+        self._receiver.mark("commit")
+        states = self._on_start(handover.running, self._receiver.mark)
+        self._receiver.mark("running")
+        self._answer(channel, hello, codec.Started(self._receiver.phases, states))
 
     def _await_question(self, hello: codec.Hello, lost: LinkLost) -> tuple[Channel, codec.Handover]:
         """The line broke between READY and COMMIT: did the source hand over, or resume?
@@ -275,10 +196,6 @@ class Destination:
                     again.close()
                     again = None
             channel = again
-
-    def _mark(self, phase: str) -> None:
-        """ms since the state came."""
-        self.phases[phase] = round((time.monotonic() - self._received_at) * 1000, 3)
 
 
 def _question(channel: Channel, token: bytes) -> codec.Handover | None:

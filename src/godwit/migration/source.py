@@ -1,4 +1,4 @@
-"""The source's side of a move: one method a phase, one list of phases, one failure path.
+"""The source's side of a move: what it says to a destination, and how it hands the guest over.
 
 Until COMMIT is sent, any failure lets the guest go on here. Once it is sent, the destination may
 have the guest, so the source asks until it knows (see :meth:`Source._resolve`): exactly one side
@@ -8,39 +8,22 @@ runs whatever dies when. docs/decisions/0002-commit.md has the argument.
 from __future__ import annotations
 
 import errno
-import os
-import threading
-import time
 from collections.abc import Callable
-from typing import Protocol
 
-from ..errors import GodwitError, LinkLost, MigrationError, PeerRefused, StateError
-from ..hw.memory import PAGE
+from ..errors import GodwitError, LinkLost, MigrationError, PeerRefused
 from ..machine import Machine
 from ..runstate import RunState, RunStates
-from . import codec, ram
-from .channel import Address, Channel
-from .codec import Kind, Run
-from .hello import describe
-from .report import Report, Round
+from . import codec
+from .channel import Address
+from .codec import Kind
+from .outgoing import Limits, Outgoing
 
-#: Passes over dirty RAM at the most; then the guest is stopped however much is left.
-_MAX_ROUNDS = 30
-#: What may be left for the stop, as sending time in ms, if further rounds could still shrink it.
-_GOOD_ENOUGH_MS = 2.0
 #: Between two attempts to ask the destination what became of the guest, seconds.
 _ASK_AGAIN = 0.5
 
 
-class Limits(Protocol):
-    """The operator's parameters."""
-
-    max_bandwidth: int  # bytes per second; 0: none
-    downtime_limit: int  # ms
-
-
-class Source:
-    """Moves ``machine`` to ``address`` in a thread of its own. ``on_status`` is called there."""
+class Source(Outgoing):
+    """Moves ``machine`` to ``address``."""
 
     def __init__(
         self,
@@ -50,163 +33,32 @@ class Source:
         limits: Limits,
         on_status: Callable[[str], None],
     ) -> None:
-        self._machine = machine
-        self._states = states
+        super().__init__(machine, states, limits, on_status)
         self._address = address
-        self._limits = limits
-        self._on_status = on_status
-        self._before = states.current
-        self._cancelled = threading.Event()
-        self._abandoned = threading.Event()
-        self._over = threading.Event()
-        self._decision = threading.Lock()  # between a cancel and the commit
-        self._committed = False
         self._exposed = False
         self._direct = False
-        self._token = os.urandom(16)
-        self._log = ram.DirtyLog(machine)
-        self._left: list[Run] = []
-        self._budget_start = time.monotonic()
-        self.report = Report(ram_total=machine.memory.size)
-        self._line: Channel | None = None
-        self._thread = threading.Thread(target=self._main, name="migration", daemon=True)
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
-
-    @property
-    def active(self) -> bool:
-        """Whether the move is still under way."""
-        return not self._over.is_set()
 
     @property
     def exposed(self) -> bool:
         """Whether the destination may have shown the guest to the network: COMMIT was sent."""
         return self._exposed
 
-    def cancel(self) -> bool:
-        """Give the move up; False when it is too late, because the guest was handed over."""
-        with self._decision:
-            if self._committed:
-                return False
-            self._cancelled.set()
-        if self._line is not None:
-            # Only what waits for an answer is woken: the destination shall still be told why.
-            self._line.stop_receiving()
-        return True
-
-    def abandon(self) -> None:
-        """The process ends: ask no more what became of a guest that was handed over."""
-        self._abandoned.set()
-        self.cancel()
-
-    def join(self, timeout: float) -> None:
-        """Wait for the thread's end."""
-        self._thread.join(timeout)
-
-    # --- phases -----------------------------------------------------------------------------------
-    def _main(self) -> None:
-        phases = (self._hello, self._precopy, self._stop, self._final, self._commit)
-        try:
-            for phase in phases:
-                if self._cancelled.is_set() and not self._committed:
-                    raise MigrationError("cancelled")
-                phase()
-            self._finish("completed")
-        except Exception as error:
-            self._fail(error)
-        finally:
-            if self._line is not None:
-                self._line.close()
-
-    @property
-    def _channel(self) -> Channel:
-        if self._line is None:
-            raise LinkLost("there is no line to the destination")
-        return self._line
+    def _phases(self) -> tuple[Callable[[], None], ...]:
+        return self._hello, self._precopy, self._stop, self._final, self._ready, self._commit
 
     def _hello(self) -> None:
         """Say what will come; the destination refuses what it could not run."""
-        machine = self._machine
-        if machine.ended is not None:
-            raise StateError(f"the guest is dead: {machine.ended[1]}")
-        self._line = self._address.connect()
+        self._check_alive()
+        self._line = channel = self._address.connect()
         self.report.mark("connected")
-        self._channel.send(Kind.HELLO, describe(machine, self._token))
-        # While the destination compares. Logging starts before the first page is read: what
-        # changes afterwards is sent again.
-        self._log.start()
-        self._left = self._log.populated()
-        self.report.mark("log-started")
-        welcome = self._channel.expect_struct(Kind.WELCOME, codec.Welcome)
-        self._direct = self._channel.is_direct(welcome)
+        self._introduce()  # the log starts while the destination compares
+        welcome = channel.expect_struct(Kind.WELCOME, codec.Welcome)
+        self._direct = channel.is_direct(welcome)
         self.report.mark("welcomed")
         self._status("active")
 
-    def _precopy(self) -> None:
-        """Send RAM while the guest runs, until little enough is left for the stop."""
-        runs = self._left
-        for part in _tables(runs):
-            self._channel.send_parts([codec.frame(Kind.TOUCH, codec.encode_runs(part))])
-        previous = None
-        for _ in range(_MAX_ROUNDS):
-            before = time.monotonic()
-            first = previous is None
-            sent = zeros = 0
-            # In portions: while one is looked through here, the one before is on its way, and
-            # the destination's kernel makes pages for it.
-            for portion in ram.portions(runs):
-                data, zero = ram.split_zeros(self._machine, portion)
-                if zero and not first:  # at first, the destination's RAM is zeros anyway
-                    self._channel.send_parts([codec.frame(Kind.ZERO, codec.encode_runs(zero))])
-                self._send_pages(data)
-                sent += ram.pages_in(data)
-                zeros += ram.pages_in(zero)
-            self._channel.send(Kind.ROUND)
-            took = time.monotonic() - before
-            self.report.rounds.append(Round(sent, zeros, took * 1000))
-            runs = self._log.take()
-            pages = ram.pages_in(runs)
-            self.report.remaining = pages * PAGE
-            per_page_ms = took * 1000 / max(sent, 1)
-            expected = pages * per_page_ms if sent >= 64 else 0.0
-            if expected <= _GOOD_ENOUGH_MS:
-                break
-            shrinking = previous is None or pages < previous * 0.75
-            if not shrinking and expected <= self._limits.downtime_limit:
-                break
-            previous = pages
-        self._left = runs
-
-    def _stop(self) -> None:
-        """Stop the guest: vCPUs, then backends."""
-        self.report.stopped = time.monotonic()
-        self._status("device")
-        with self._machine.lock:
-            self._before = self._states.current  # the operator may have paused it meanwhile
-            self._states.set(RunState.FINISH_MIGRATE)
-            self._machine.pause(self.report.mark)
-        if self._machine.ended is not None:
-            raise StateError(f"the guest died before it could move: {self._machine.ended[1]}")
-
-    def _final(self) -> None:
-        """Send everything else and the last dirty pages; wait until all is loaded."""
-        # The state is saved first: saving it makes KVM and the devices write their last bits of
-        # RAM (the paravirtual clock, say), and the log is read after that.
-        state = self._machine.save()
-        self.report.mark("save")
-        # It goes first, so that the destination loads it while the last pages are looked up here.
-        payload = codec.encode(state)
-        self._channel.send_parts([codec.header(Kind.STATE, len(payload)), payload])
-        # A page that was dirty before the stop and after it is sent once, as it is now.
-        runs = _union(self._left, self._log.take())
-        self.report.mark("dirty-log")
-        self._send_pages(runs)
-        self._channel.send(Kind.ROUND)
-        self.report.rounds.append(Round(ram.pages_in(runs), 0, 0.0))
-        self.report.remaining = 0
-        self.report.mark("send")
+    def _ready(self) -> None:
+        """Wait until all is loaded."""
         self._channel.expect(Kind.READY)
         self.report.mark("ready")
 
@@ -280,85 +132,3 @@ class Source:
                 self.report.error = None
                 return started
             channel.close()
-
-    # --- ends -------------------------------------------------------------------------------------
-    def _finish(self, status: str, error: str | None = None) -> None:
-        if self._line is not None:
-            self.report.bytes_sent = self._line.sent
-        self.report.error = error
-        self.report.ended = time.monotonic()
-        try:
-            self._log.stop()
-        except (GodwitError, OSError) as problem:
-            self.report.error = self.report.error or f"the dirty log cannot be ended: {problem}"
-        self._over.set()
-        self._status(status)
-
-    def _fail(self, error: Exception) -> None:
-        """The one way back: the guest goes on here, as it was."""
-        if not isinstance(error, PeerRefused):
-            try:
-                reason = "cancelled" if self._cancelled.is_set() else str(error)
-                self._channel.send(Kind.FAILED, codec.Text(reason[:4000]))
-            except GodwitError:
-                pass
-        with self._machine.lock:
-            if self._states.current is RunState.FINISH_MIGRATE and not self._committed:
-                ended = self._machine.ended
-                if ended is None:
-                    # Running first, state second: who hears of the state finds it true.
-                    if self._before is RunState.RUNNING:
-                        self._machine.resume()
-                    self._states.set(self._before)
-        if self._cancelled.is_set():
-            self._finish("cancelled")
-        else:
-            self._finish("failed", str(error) or type(error).__name__)
-
-    # --- helpers ----------------------------------------------------------------------------------
-    def _status(self, status: str) -> None:
-        self.report.status = status
-        self._on_status(status)
-
-    def _send_pages(self, runs: list[Run]) -> None:
-        view = self._machine.memory.view
-        limit = self._limits.max_bandwidth
-        # A slow line gets small frames: the peer takes long silence for a lost line.
-        most = max(1, min(codec.MAX_PAGES, limit // 4 // PAGE)) if limit else codec.MAX_PAGES
-        for batch in codec.batches(runs, most):
-            if self._cancelled.is_set():
-                raise MigrationError("cancelled")
-            table = codec.encode_runs(batch)
-            size = len(table) + ram.pages_in(batch) * PAGE
-            parts: list[bytes | memoryview] = [codec.header(Kind.RAM, size) + table]
-            parts += [view(address, pages * PAGE) for address, pages in batch]
-            self._channel.send_parts(parts)
-            self.report.bytes_sent = self._channel.sent
-            self._pace(size)
-
-    def _pace(self, size: int) -> None:
-        """Keep to the bandwidth limit, except in the stop, where it would only hurt."""
-        limit = self._limits.max_bandwidth
-        if not limit or self.report.stopped is not None:
-            return
-        now = time.monotonic()
-        # Time not used before is not saved up beyond 50 ms.
-        self._budget_start = max(self._budget_start, now - 0.05) + size / limit
-        if self._budget_start > now:
-            self._cancelled.wait(self._budget_start - now)
-
-
-def _tables(runs: list[Run]) -> list[list[Run]]:
-    return [runs[i : i + 4096] for i in range(0, len(runs), 4096)]
-
-
-def _union(left: list[Run], right: list[Run]) -> list[Run]:
-    """Runs of pages in either."""
-    merged: list[Run] = []
-    for address, pages in sorted(left + right):
-        if merged and address <= merged[-1][0] + merged[-1][1] * PAGE:
-            start, count = merged[-1]
-            merged[-1] = start, max(count, (address - start) // PAGE + pages)
-        else:
-            merged.append((address, pages))
-    return merged

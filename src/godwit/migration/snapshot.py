@@ -1,0 +1,215 @@
+"""A guest kept in a file: ``migrate file:PATH`` moves it there, ``--incoming file:PATH`` back.
+
+The file is a move's stream with the source's frames only: HELLO, RAM in passes while the guest
+runs, STATE, the last pages, and COMMIT. It has its name only once it is whole and on the disk,
+which is the commit: before, the guest runs where it ran; afterwards, it is in the file and nowhere
+else. What a file says is believed as little as what a peer says.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ..errors import ConfigError, GodwitError, LinkLost, MigrationError, StreamError
+from ..machine import Machine
+from ..runstate import RunState, RunStates
+from . import codec
+from .codec import Kind
+from .hello import check
+from .line import Line
+from .outgoing import Limits, Outgoing
+from .receiver import Receiver
+
+_MAX_PARTS = os.sysconf("SC_IOV_MAX")
+
+
+def path_of(uri: str) -> Path:
+    """The path of ``file:PATH``.
+
+    Raises:
+        ConfigError: a path that is not absolute: the VMM need not run where the operator stands.
+    """
+    path = Path(uri.removeprefix("file:"))
+    if not path.is_absolute():
+        raise ConfigError(f"snapshot '{uri}': file:PATH, please, with an absolute path")
+    return path
+
+
+class FileLine(Line):
+    """Frames in an open file, written or read from its start to its end."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        super().__init__()
+        self._fd = fd
+        self._name = name
+
+    def send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Write the bytes of all parts. Raises LinkLost."""
+        try:
+            self._in_pieces(parts, lambda left: os.writev(self._fd, left[:_MAX_PARTS]))
+        except OSError as error:
+            raise LinkLost(f"cannot write '{self._name}': {error.strerror}") from error
+
+    def read_into(self, views: Sequence[memoryview]) -> None:
+        """Fill all ``views``. Raises LinkLost."""
+        left = [view for view in views if len(view)]
+        while left:
+            try:
+                got = os.readv(self._fd, left[:_MAX_PARTS])
+            except OSError as error:
+                raise LinkLost(f"cannot read '{self._name}': {error.strerror}") from error
+            if not got:
+                raise LinkLost(f"'{self._name}' ends too early")
+            while left and got >= len(left[0]):
+                got -= len(left.pop(0))
+            if got:
+                left[0] = left[0][got:]
+
+    def stop_receiving(self) -> None:
+        """Nobody waits for a file."""
+
+    def sync(self) -> None:
+        """Have what was written on the disk. Raises LinkLost."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise LinkLost(f"cannot write '{self._name}': {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+
+class Saver(Outgoing):
+    """Moves ``machine`` into the file at ``path``, which is replaced if it exists."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        states: RunStates,
+        path: Path,
+        limits: Limits,
+        on_status: Callable[[str], None],
+    ) -> None:
+        super().__init__(machine, states, limits, on_status)
+        self._path = path
+        self._partial: str | None = None
+        self._file: FileLine | None = None
+
+    def _phases(self) -> tuple[Callable[[], None], ...]:
+        return self._open, self._precopy, self._stop, self._final, self._publish
+
+    def _open(self) -> None:
+        self._check_alive()
+        try:
+            # For its owner alone: it holds the guest's memory.
+            fd, self._partial = tempfile.mkstemp(prefix=self._path.name, dir=self._path.parent)
+        except OSError as error:
+            raise MigrationError(f"cannot write beside '{self._path}': {error.strerror}") from error
+        self._line = self._file = FileLine(fd, str(self._path))
+        self._introduce()
+        self._status("active")
+
+    def _publish(self) -> None:
+        """The file gets its name: the guest is in it."""
+        assert self._file is not None
+        assert self._partial is not None
+        running = self._before is RunState.RUNNING
+        self._file.send(Kind.COMMIT, codec.Handover(self._token, running))
+        self._file.sync()
+        with self._decision:
+            if self._cancelled.is_set():
+                raise MigrationError("cancelled")
+            try:
+                os.replace(self._partial, self._path)
+            except OSError as error:
+                raise MigrationError(f"cannot write '{self._path}': {error.strerror}") from error
+            self._partial = None
+            self._committed = True
+        _sync_directory(self._path.parent)
+        self.report.mark("saved")
+        self._states.set(RunState.POSTMIGRATE)
+
+    def _finish(self, status: str, error: str | None = None) -> None:
+        if self._partial is not None:
+            Path(self._partial).unlink(missing_ok=True)
+        super()._finish(status, error)
+
+
+def _sync_directory(path: Path) -> None:
+    """Have the new name on the disk; not every file system can say."""
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+class Restorer:
+    """Loads ``machine`` from the file at ``path``; the callbacks are :class:`.Destination`'s.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        path: Path,
+        on_start: Callable[[bool, Callable[[str], None]], list[str]],
+        on_failed: Callable[[GodwitError], None],
+    ) -> None:
+        self._machine = machine
+        self._on_start = on_start
+        self._on_failed = on_failed
+        try:
+            self._line = FileLine(os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path))
+        except OSError as error:
+            raise ConfigError(f"cannot read the snapshot '{path}': {error.strerror}") from error
+        self._receiver = Receiver(machine)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Name of a phase -> ms since the state was read, at the phase's end."""
+        return self._receiver.phases
+
+    def start(self) -> None:
+        """Begin to load."""
+        self._receiver.start()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Load no more."""
+        self._closing.set()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._receiver.close()
+
+    def _main(self) -> None:
+        try:
+            self._load()
+        except GodwitError as error:
+            if not self._closing.is_set():
+                self._on_failed(error)
+        except Exception as error:
+            self._on_failed(MigrationError(f"{type(error).__name__}: {error}"))
+        finally:
+            self._line.close()
+
+    def _load(self) -> None:
+        hello = self._line.expect_struct(Kind.HELLO, codec.Hello)
+        check(hello, self._machine)
+        self._receiver.receive(self._line)
+        handover = self._line.expect_struct(Kind.COMMIT, codec.Handover)
+        if handover.token != hello.token:
+            raise StreamError("COMMIT: the token of another move")
+        self._receiver.mark("commit")
+        self._on_start(handover.running, self._receiver.mark)

@@ -1,0 +1,64 @@
+"""Frames in a file: what was written is read, and a file that ends early or is full says so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from godwit.errors import ConfigError, LinkLost, StreamError
+from godwit.migration import codec
+from godwit.migration.codec import Kind, Text
+from godwit.migration.snapshot import FileLine, path_of
+
+
+def _open(path: Path | str, flags: int) -> FileLine:
+    return FileLine(os.open(path, flags | os.O_CLOEXEC, 0o600), str(path))
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "snapshot"
+    pages = [bytes([n % 256]) * 4096 for n in range(2000)]  # more parts than one call takes
+    line = _open(path, os.O_WRONLY | os.O_CREAT)
+    line.send(Kind.FAILED, Text("first"))
+    line.send_parts(pages)
+    line.send(Kind.ROUND)
+    line.sync()
+    line.close()
+    assert line.sent == path.stat().st_size
+
+    line = _open(path, os.O_RDONLY)
+    kind, length = line.receive()
+    assert kind is Kind.FAILED
+    assert codec.decode(line.read(length), Text) == Text("first")
+    read = [bytearray(4096) for _ in pages]
+    line.read_into([memoryview(page) for page in read])
+    assert read == pages
+    line.expect(Kind.ROUND)
+    with pytest.raises(LinkLost, match="'.*snapshot' ends too early"):
+        line.receive()
+    line.close()
+
+
+def test_a_full_disk_is_named() -> None:
+    line = _open("/dev/full", os.O_WRONLY)
+    with pytest.raises(LinkLost, match="cannot write '/dev/full': No space left"):
+        line.send(Kind.ROUND)
+    line.close()
+
+
+def test_a_file_of_something_else_is_no_stream(tmp_path: Path) -> None:
+    path = tmp_path / "script"
+    path.write_text("#!/bin/sh\n")
+    line = _open(path, os.O_RDONLY)
+    with pytest.raises(StreamError):
+        line.receive()
+    line.close()
+
+
+def test_only_absolute_paths() -> None:
+    assert path_of("file:/run/guest") == Path("/run/guest")
+    for uri in ("file:", "file:guest", "file:./guest"):
+        with pytest.raises(ConfigError, match="absolute"):
+            path_of(uri)
