@@ -206,6 +206,7 @@ def test_one_ack_serves_all_announcements_that_asked() -> None:
     bench.clock.advance(0.01)
     bench.stations[0].port = Port("down")
     bench.announcer.announce_self(AnnounceParameters(), id="held")  # asks nobody yet
+    bench.stations[0].port = Port()
     bench.announcer.acked("nic0")
     bench.nics[0].acks_after = ACK_S
     bench.clock.advance(60)
@@ -313,6 +314,33 @@ def test_a_port_that_is_not_ready_holds_everything() -> None:
     assert (record.held, record.ready_at, record.rounds) == (None, 1030.0, 5)
 
 
+def test_a_port_that_goes_between_two_rounds_holds_the_rest_until_it_is_back() -> None:
+    bench = Bench(nic0=False)
+    port = bench.stations[0].port = Port()
+    bench.go(S.RUNNING)
+    port.trouble = "there is no interface 'tap0'"
+    bench.clock.advance(30)
+    assert len(bench.nics[0].sent) == 1
+    assert (module.HELD, {"nic": "nic0", "cause": port.trouble}) in bench.events
+    port.trouble = None
+    bench.announcer.port_ready("nic0")
+    bench.clock.advance(60)
+    (record,) = bench.announcer.records()
+    assert (len(bench.nics[0].sent), record.rounds, record.held) == (5, 5, None)
+
+
+def test_a_tap_that_left_its_bridge_is_named_each_round_and_the_rounds_go_on() -> None:
+    bench = Bench(nic0=False)
+    port = bench.stations[0].port = Port()
+    bench.go(S.RUNNING)
+    port.left_bridge = True
+    bench.clock.advance(60)
+    failed = [data for name, data in bench.events if name == module.FAILED]
+    assert [data["round"] for data in failed] == [2, 3, 4, 5]
+    assert "in a bridge" in str(failed[0]["cause"])
+    assert len(bench.nics[0].sent) == 5
+
+
 def test_a_pause_ends_what_is_held() -> None:
     bench = Bench(nic0=True)
     bench.stations[0].port = Port("down")
@@ -328,6 +356,7 @@ def test_what_is_held_is_not_forgotten_when_another_announcement_begins() -> Non
     bench.go(S.RUNNING)
     bench.clock.advance(60)
     bench.announcer.announce_self(AnnounceParameters(rounds=1), ["nic1"])
+    bench.stations[0].port = Port()
     bench.announcer.port_ready("nic0")
     assert bench.nics[0].asked == [60.0]
 

@@ -111,6 +111,17 @@ def test_what_is_no_bridges_port_has_no_bridge(kernel: Kernel) -> None:
     assert (found.trouble, found.bridge, ready) == (None, 0, [None])
 
 
+def test_one_that_left_its_bridge_is_known_until_it_is_in_one_again(kernel: Kernel) -> None:
+    found, _ = port(kernel)
+    alone = READY._replace(port_state=None, master=0)
+    left = []
+    for link in (alone, READY, alone, alone, None, alone, READY):
+        kernel.links["tap0"] = link
+        found.look()
+        left.append(found.left_bridge)
+    assert left == [False, False, True, True, True, True, False]
+
+
 def test_a_change_to_ready_is_told_once_each_time(kernel: Kernel) -> None:
     found, ready = port(kernel)
     for state in (2, 3, 3, 2, 4, 3, 3):

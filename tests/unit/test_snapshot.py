@@ -36,7 +36,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     line.read_into([memoryview(page) for page in read])
     assert read == pages
     line.expect(Kind.ROUND)
-    with pytest.raises(LinkLost, match="'.*snapshot' ends too early"):
+    with pytest.raises(LinkLost, match=r"'.*snapshot' ends too early"):
         line.receive()
     line.close()
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ..errors import GodwitError
+from ..errors import GodwitError, HostError
 from ..loop import Clock, Timer
 from .addresses import Entry
 from .pacing import Pacer
@@ -98,16 +98,10 @@ class Ladder:
     def begin(self) -> None:
         """The VM runs. Announce, or wait for the port."""
         next(self._delays, None)
-        trouble = self.station.port.trouble
-        if trouble is None:
-            self._round()
-            return
-        self._held = True
-        self._record.held = trouble
-        self._report("ANNOUNCE_HELD", {"nic": self._record.nic, "cause": trouble})
+        self._round()
 
     def port_ready(self) -> None:
-        """The port is ready now: a late one starts the schedule then."""
+        """The port is ready now: a late one starts the schedule then, one that was gone goes on."""
         if self._held:
             self._held = False
             self._record.held = None
@@ -142,6 +136,8 @@ class Ladder:
         if self._awaited:
             self._round_waits = True
             return
+        if self._hold():
+            return
         # Whoever speaks, guest or host, has so much to say.
         frames = len(self.station.entries())
         first = not self._record.rounds
@@ -151,9 +147,22 @@ class Ladder:
         else:
             self._make_round()
 
+    def _hold(self) -> bool:
+        """Wait for the port, if it is not ready, or is gone since the last round."""
+        trouble = self.station.port.trouble
+        if trouble is None:
+            return False
+        self._held = True
+        self._record.held = trouble
+        self._report("ANNOUNCE_HELD", {"nic": self._record.nic, "cause": trouble})
+        return True
+
     def _make_round(self) -> None:
         record = self._record
         record.rounds += 1
+        if self.station.port.left_bridge:
+            # It may be meant so: the frames leave, and the operator knows.
+            self._failed(HostError("the tap was in a bridge, and is in none any more"))
         record.mac = self.station.nic.mac.hex(":")
         if self._host:
             self._speak(self.station.entries(), "no ack")

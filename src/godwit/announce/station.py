@@ -25,6 +25,8 @@ class Wiring(Protocol):
     #: Index of the tap, and of its bridge; 0: none.
     index: int
     bridge: int
+    #: It was in a bridge, and is in none any more.
+    left_bridge: bool
 
     def look(self) -> None:
         """Ask anew."""
@@ -35,6 +37,7 @@ class Wired:
 
     trouble: str | None = None
     index = bridge = 0
+    left_bridge = False
 
     def look(self) -> None:
         """Nothing to ask."""
