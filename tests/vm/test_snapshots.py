@@ -119,7 +119,7 @@ def test_a_file_that_is_not_whole_or_anothers_is_refused(bench: Bench, guest: Gu
     host = bench.other(guest.vm)
     vms = {
         "ends too early": bench.run(host, "--incoming", f"file:{cut}"),
-        "not a Godwit stream": bench.run(host, "--incoming", f"file:{foreign}"),
+        "no Godwit stream": bench.run(host, "--incoming", f"file:{foreign}"),
         "RAM: 128 MiB": bench.run(host, "--incoming", f"file:{path}", memory="160M"),
         "cannot read the snapshot": bench.run(host, "--incoming", "file:/nowhere"),
     }

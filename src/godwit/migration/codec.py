@@ -141,7 +141,9 @@ def parse_header(raw: bytes | bytearray) -> tuple[Kind, int]:
         raise StreamError(f"a frame's header of {len(raw)} bytes; {HEADER.size} are due")
     number, protocol, zero, length = HEADER.unpack(raw)
     if protocol != PROTOCOL:
-        raise StreamError(f"stream protocol {protocol}; this Godwit has {PROTOCOL}")
+        raise StreamError(
+            f"stream protocol {protocol}; this Godwit has {PROTOCOL} (or it is no Godwit stream)"
+        )
     try:
         kind = Kind(number)
     except ValueError:
