@@ -51,7 +51,8 @@ class Destination:
         self._channel: Channel | None = None
         self._hello: codec.Hello | None = None
         self._receiver = Receiver(machine)
-        codec.prepare(codec.Handover)
+        for kind in (codec.Hello, codec.Handover):
+            codec.prepare(kind)
         self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
 
     def start(self) -> None:

@@ -18,6 +18,9 @@ from .channel import Address
 from .codec import Kind
 from .outgoing import Limits, Outgoing
 
+# What the destination answers, before it matters how long that takes.
+for _answer in (codec.Welcome, codec.Started):
+    codec.prepare(_answer)
 #: Between two attempts to ask the destination what became of the guest, seconds.
 _ASK_AGAIN = 0.5
 
