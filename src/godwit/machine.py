@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import cast
 
@@ -18,6 +18,7 @@ from .errors import ConfigError, KvmError, StreamError
 from .hw import acpi, linuxboot, power, serial
 from .hw.bus import MmioBus, PortBus
 from .hw.console import Console
+from .hw.foresight import Foresight
 from .hw.irq import IntxLines, Routes
 from .hw.memory import GuestMemory
 from .hw.pci import CONFIG_ADDRESS, PciBus
@@ -281,6 +282,18 @@ class Machine:
         nic = cast(Nic, station.nic)
         book = station.observer.save(self._loop.now())
         return NicSaved(nic.name, nic.version, cast(NicState, nic.save()), book)
+
+    def foresee(self, nics: Sequence[tuple[int, Foresight | None]]) -> None:
+        """Have ready what is slow to set up for NICs with these features; paused.
+
+        What it says is a source's guess: :meth:`load` counts.
+        """
+        self._routes.hold()
+        try:
+            for nic, (negotiated, foresight) in zip(self.nics, nics, strict=True):
+                nic.foresee(negotiated, foresight)
+        finally:
+            self._routes.release()
 
     def load(
         self,

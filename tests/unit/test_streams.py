@@ -80,6 +80,7 @@ def _machine(stream: Stream, kind: str = "") -> Machine:
         model=stream.model,
         version=_VERSIONS[stream.model],
         negotiated=0,
+        foresight=lambda: None,
         offered=offered if config.machine.guest_announce else offered & ~F_ANNOUNCE,
     )
     regions = [SimpleNamespace(start=0, size=config.memory)]

@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
+from msgspec import structs
 from virtio_bench import (
     ACK,
     BAR,
@@ -15,6 +17,8 @@ from virtio_bench import (
 )
 
 from godwit.hw.memory import GuestMemory
+from godwit.nic.virtio_net import NetState
+from godwit.virtio.saved import TransportState
 
 
 @pytest.fixture
@@ -195,7 +199,7 @@ def test_a_device_moves(memory: GuestMemory, bench: Bench) -> None:
     try:
         other.load(state)
         assert other.vm.irqfds == {}, "no interrupt before the guest runs"
-        assert other.vm.ioeventfds == {}
+        assert len(other.vm.ioeventfds) == 3, "slow to register: not after the commit"
         assert len(other.vm.routes) == 4
         assert other.save() == state
         other.pci.resume()
@@ -208,6 +212,77 @@ def test_a_device_moves(memory: GuestMemory, bench: Bench) -> None:
         # A byte of message control, before anything else was read or written.
         assert other.guest.read_config(guest.msix_at or 0x43, 1) is not None
         assert other.guest.command(0, 0, b"\1") == 0
+    finally:
+        other.close()
+
+
+def test_what_was_foreseen_is_not_set_up_again(memory: GuestMemory, bench: Bench) -> None:
+    bench.guest.probe()
+    foreseen = bench.pci.foresight()
+    state = bench.save()
+    other = Bench(memory, resume=False)
+    try:
+        other.pci.foresee(foreseen)
+        kicks, routes = dict(other.vm.ioeventfds), dict(other.vm.routes)
+        assert (len(kicks), len(routes)) == (3, 4)
+        assert other.vm.irqfds == {}
+        calls = len(other.vm.calls)
+        other.load(state)
+        assert len(other.vm.calls) == calls
+        other.pci.resume()
+        assert {call.name for call in other.vm.calls[calls:]} == {"irqfd"}
+        assert (other.vm.ioeventfds, other.vm.routes) == (kicks, routes)
+    finally:
+        other.close()
+
+
+def test_what_was_foreseen_wrongly_does_not_stay(memory: GuestMemory, bench: Bench) -> None:
+    bench.guest.probe()
+    foreseen = bench.pci.foresight()
+    wrong = structs.replace(foreseen, bar=0xD000_0000, queues=[0, 2], table=bytes(64))
+    state = bench.save()
+    other, reset = Bench(memory, resume=False), Bench(memory, resume=False)
+    try:
+        other.pci.foresee(wrong)
+        assert list(other.vm.ioeventfds) == [(0xD000_2000, 2), (0xD000_2008, 2)]
+        other.load(state)
+        assert list(other.vm.ioeventfds) == [(BAR + 0x2000 + 4 * i, 2) for i in range(3)]
+        assert set(other.vm.routes.values()) == set(bench.vm.routes.values())
+        # The driver went away after the source had said what it had.
+        reset.pci.foresee(foreseen)
+        reset.load(bench_without_driver(memory))
+        assert reset.vm.ioeventfds == {}
+    finally:
+        other.close()
+        reset.close()
+
+
+def bench_without_driver(memory: GuestMemory) -> tuple[TransportState, NetState]:
+    """The state of a device that nobody drives."""
+    idle = Bench(memory)
+    try:
+        return idle.save()
+    finally:
+        idle.close()
+
+
+@pytest.mark.parametrize(
+    "change", [{"queues": [63]}, {"queues": [0, 0]}, {"table": b"\1" * 5}, {"bar": (1 << 52) - 1}]
+)
+def test_a_hostile_foresight_harms_nothing(
+    memory: GuestMemory, bench: Bench, change: dict[str, object]
+) -> None:
+    bench.guest.probe()
+    foreseen = structs.replace(bench.pci.foresight(), **change)
+    state = bench.save()
+    other = Bench(memory, resume=False)
+    try:
+        with suppress(OSError):  # what the kernel refuses; the NIC takes it for no guess at all
+            other.pci.foresee(foreseen)
+        other.load(state)
+        other.pci.resume()
+        assert len(other.vm.ioeventfds) == 3
+        assert len(other.vm.irqfds) == 4
     finally:
         other.close()
 

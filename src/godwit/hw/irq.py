@@ -62,7 +62,7 @@ class Routes:
         self._vm = vm
         self._routes: dict[int, tuple[int, int]] = {}
         self._next = _FIRST_GSI
-        self._held = False
+        self._held = self._changed = False
         # Devices have a lock each, and vCPUs unmask vectors of two at once: a table made before the
         # other's route was known must not reach the kernel after it.
         self._lock = threading.Lock()
@@ -77,6 +77,7 @@ class Routes:
         with self._lock:
             if self._routes.get(gsi) != (address, data):
                 self._routes[gsi] = (address, data)
+                self._changed = True
                 self._commit()
 
     def hold(self) -> None:
@@ -84,13 +85,14 @@ class Routes:
         self._held = True
 
     def release(self) -> None:
-        """Hand the collected changes to the kernel in one call."""
+        """Hand the collected changes, if any, to the kernel in one call."""
         with self._lock:
             self._held = False
             self._commit()
 
     def _commit(self) -> None:
-        if not self._held:
+        if self._changed and not self._held:
+            self._changed = False
             self._vm.set_routes((gsi, *route) for gsi, route in self._routes.items())
 
 
@@ -166,6 +168,19 @@ class Msix:
         """Give the irqfds back."""
         self._attached = True
         self._update()
+
+    @property
+    def table(self) -> bytes:
+        """The table as the guest wrote it."""
+        return bytes(self._table)
+
+    def foresee(self, table: bytes) -> None:
+        """The guest that will come has this table: have its messages' routes ready."""
+        for vector, gsi in enumerate(self._gsis):
+            entry = table[vector * _ENTRY : (vector + 1) * _ENTRY]
+            if len(entry) == _ENTRY and not entry[12] & _MASKED:
+                address = int.from_bytes(entry[:8], "little")
+                self._routes.set(gsi, address, int.from_bytes(entry[8:12], "little"))
 
     def save(self) -> MsixState:
         """The state; detached."""

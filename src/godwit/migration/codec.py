@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from ..errors import StreamError
+from ..hw.foresight import Foresight
 from ..hw.memory import PAGE
 
 #: Changes when an older peer could misread the stream; both must have the same.
@@ -62,7 +63,7 @@ _LIMITS = {
 }
 
 
-class NicHello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class NicHello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A NIC as the destination must have it."""
 
     id: str
@@ -73,6 +74,8 @@ class NicHello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     queue_size: int
     #: Feature bits that the guest uses now.
     negotiated: Annotated[int, msgspec.Meta(ge=0)]
+    #: What may be set up before the stop.
+    foresight: Foresight | None = None
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -128,6 +128,7 @@ class Destination:
             self._hello = hello
             # From now on the machine changes: what fails, fails for good.
             channel.send(Kind.WELCOME, channel.as_seen())
+            self._machine.foresee([(nic.negotiated, nic.foresight) for nic in hello.nics])
             try:
                 self._receiver.receive(channel)
             except LinkLost:

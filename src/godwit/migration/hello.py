@@ -24,6 +24,7 @@ def describe(machine: Machine, token: bytes) -> codec.Hello:
                 mtu=config.mtu,
                 queue_size=config.queue_size or QUEUE_SIZE,
                 negotiated=nic.negotiated,
+                foresight=nic.foresight(),
             )
             for nic, config in zip(machine.nics, machine.config.nics, strict=True)
         ],

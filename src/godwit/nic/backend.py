@@ -22,6 +22,9 @@ class Backend(Protocol):
     #: virtio-net feature bits that this backend and its tap can carry.
     features: int
 
+    def prepare(self, features: int) -> None:
+        """It will be started with these features. Raises OSError."""
+
     def start(self, features: int, rx: Ring, tx: Ring) -> None:
         """Serve both rings. Raises GuestError on rings that cannot be served."""
 

@@ -41,6 +41,10 @@ class InProcessBackend:
         self._tx: Ring | None = None
         self._merge = False
 
+    def prepare(self, features: int) -> None:
+        """Have the tap's offloads set: the kernel tells all who stand on it. Raises OSError."""
+        self._tap.set_offloads(offloads.tap_flags(features))
+
     def start(self, features: int, rx: Ring, tx: Ring) -> None:
         """Watch both rings and the tap."""
         try:

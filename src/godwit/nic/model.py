@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from ..hw.foresight import Foresight
 from ..hw.irq import Routes
 from ..hw.memory import GuestMemory
 from ..hw.pci import PciFunction
@@ -65,6 +66,15 @@ class Nic(NicModel, Protocol):
     @property
     def negotiated(self) -> int:
         """Feature bits that the guest uses now."""
+
+    def foresight(self) -> Foresight | None:
+        """What a destination may have ready before the stop, if anything; running, any thread."""
+
+    def foresee(self, negotiated: int, foresight: Foresight | None) -> None:
+        """A NIC that uses these features, and is like that, will be loaded; paused.
+
+        What this sets up is a guess, and :meth:`load` sets it right.
+        """
 
     def pause(self) -> None:
         """The vCPUs are stopped: move no frames, and let interrupts under way reach the APICs."""

@@ -46,6 +46,7 @@ class Tap:
             }.get(error.errno or 0, error.strerror)
             raise HostError(f"tap '{name}': {why}") from error
         self.name = name
+        self._unfinished: int | None = None
         self.offloads = self._probe()
 
     def _probe(self) -> int:
@@ -62,8 +63,11 @@ class Tap:
         return found
 
     def set_offloads(self, flags: int) -> None:
-        """Which frames the guest takes unfinished (TUN_F_*)."""
-        ioctl(self.fd, tun.TUNSETOFFLOAD, flags)
+        """Which frames the guest takes unfinished (TUN_F_*). Raises OSError."""
+        if flags != self._unfinished:  # the kernel tells the bridge, and all who stand on it
+            self._unfinished = None
+            ioctl(self.fd, tun.TUNSETOFFLOAD, flags)
+            self._unfinished = flags
 
     def send(self, frame: bytes) -> None:
         """A frame out of the tap, as if from the guest. Raises OSError."""

@@ -65,6 +65,10 @@ class VhostBackend:
         self._log_size = -(-pages // 64) * 8
         self._logs: list[bytearray] = []
 
+    def prepare(self, features: int) -> None:
+        """Have the tap's offloads set: the kernel tells all who stand on it. Raises OSError."""
+        self._tap.set_offloads(offloads.tap_flags(features))
+
     def start(self, features: int, rx: Ring, tx: Ring) -> None:
         """Hand the rings to the kernel."""
         self._negotiated = features & self._supported & _RING_FEATURES

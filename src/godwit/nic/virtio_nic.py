@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
 from ..config import QUEUE_SIZE, NicConfig
-from ..errors import StreamError
+from ..errors import GuestError, StreamError
+from ..hw.foresight import Foresight
 from ..virtio.pci import TransportState, VirtioPci
 from .backend import Backend
 from .filterview import FilterView
@@ -119,6 +121,18 @@ class VirtioNic:
     def negotiated(self) -> int:
         """Features in use."""
         return self.device.negotiated
+
+    def foresight(self) -> Foresight:
+        """Where it is notified, and its MSI-X table."""
+        return self.function.foresight()
+
+    def foresee(self, negotiated: int, foresight: Foresight | None) -> None:
+        """Set the tap's offloads, the ioeventfds and the routes up ahead."""
+        # A guess that the kernel refuses is none: the state that comes will be refused, or not.
+        with suppress(OSError, GuestError):
+            self.device.backend.prepare(negotiated)
+            if foresight is not None:
+                self.function.foresee(foresight)
 
     def pause(self) -> None:
         """Move no frames."""

@@ -26,7 +26,7 @@ class FakeBackend:
         self.running = False
         self.closed = False
         self.starts = 0
-        self.negotiated = 0
+        self.negotiated = self.prepared = 0
         self.rings: tuple[Ring, Ring] | None = None
         self.calls: dict[int, int] = {}
         self.sent: list[bytes] = []
@@ -34,6 +34,10 @@ class FakeBackend:
         self.log: bytes | None = None
         #: Raised by the next :meth:`start`.
         self.error: Exception | None = None
+
+    def prepare(self, features: int) -> None:
+        """Note it."""
+        self.prepared = features
 
     def start(self, features: int, rx: Ring, tx: Ring) -> None:
         """Note it, or raise :attr:`error`."""

@@ -26,10 +26,14 @@ class Kicks:
     def register(self, base: int, queues: Iterable[int]) -> None:
         """Have 16-bit writes to the area at ``base`` signal the eventfds, without an exit.
 
-        Other widths are legal too; they arrive as exits, and at :meth:`kick`.
+        Other widths are legal too; they arrive as exits, and at :meth:`kick`. What was registered
+        before is, if it is not the same, taken back: each costs the kernel a grace period.
         """
-        for index in () if self._registered else queues:
-            fd, address = self.fds[index], base + STRIDE * index
+        wanted = [(self.fds[index], base + STRIDE * index) for index in queues]
+        if wanted == self._registered:
+            return
+        self.unregister()
+        for fd, address in wanted:
             self._vm.ioeventfd(fd, address, 2, True)
             self._registered.append((fd, address))
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from struct import pack, pack_into
 
 from ..errors import GuestError, StreamError
+from ..hw.foresight import Foresight
 from ..hw.irq import Msix, Routes
 from ..hw.pci import PciFunction
 from ..kvm.handles import Vm
@@ -133,6 +134,19 @@ class VirtioPci(PciFunction):
             self._kicks.close()
             self.msix.close()
 
+    def foresight(self) -> Foresight:
+        """What a destination may have ready before this device stops; from any thread."""
+        with self.device.lock:
+            return Foresight(self.bar or 0, self._notified(), self.msix.table)
+
+    def foresee(self, foresight: Foresight) -> None:
+        """A device like that will be loaded; paused."""
+        with self.device.lock:
+            count = len(self.device.queues)
+            if foresight.bar and all(index < count for index in foresight.queues):
+                self._kicks.register(foresight.bar + _NOTIFY, foresight.queues)
+            self.msix.foresee(foresight.table)
+
     def save_transport(self) -> TransportState:
         """The transport's state; paused."""
         return TransportState(
@@ -172,6 +186,11 @@ class VirtioPci(PciFunction):
             raise StreamError(f"queues, msix: {error}") from error
         self.load_config(state.pci)
         self._window.load(state.window)
+        # What was foreseen and is not so must not stay.
+        if self.driver_ok:
+            self._register_kicks()
+        else:
+            self._kicks.unregister()
 
     # --- configuration space ----------------------------------------------------------------------
     def read_config(self, offset: int, size: int) -> int:
@@ -197,16 +216,23 @@ class VirtioPci(PciFunction):
                 self.write(at, length, value & (1 << 8 * length) - 1)
 
     def bar_moved(self) -> None:
-        """The notification addresses moved along."""
+        """The notification addresses moved along. While paused, whoever moves it sees to them."""
         with self.device.lock:
-            self._kicks.unregister()
+            if self._paused:
+                return
             if self.device.started:
                 self._register_kicks()
+            else:
+                self._kicks.unregister()
 
     def _register_kicks(self) -> None:
-        if self.bar is not None:
-            enabled = [index for index, queue in enumerate(self.device.queues) if queue.enabled]
-            self._kicks.register(self.bar + _NOTIFY, enabled)
+        if self.bar is None:
+            self._kicks.unregister()
+        else:
+            self._kicks.register(self.bar + _NOTIFY, self._notified())
+
+    def _notified(self) -> list[int]:
+        return [index for index, queue in enumerate(self.device.queues) if queue.enabled]
 
     # --- the BAR ----------------------------------------------------------------------------------
     def read(self, offset: int, size: int) -> int:

@@ -14,6 +14,7 @@ import msgspec
 
 from ...config import NicConfig
 from ...errors import ConfigError, GuestError, StreamError
+from ...hw.foresight import Foresight
 from ..filterview import FilterView
 from ..model import Parts
 from ..tap import Tap
@@ -106,6 +107,12 @@ class E1000:
             self._loop.call_soon(tell)
 
     # --- Nic --------------------------------------------------------------------------------------
+    def foresight(self) -> None:
+        """Nothing of it is slow to set up."""
+
+    def foresee(self, negotiated: int, foresight: Foresight | None) -> None:
+        """Nothing to have ready."""
+
     def pause(self) -> None:
         """Move no frames. The line keeps its level: what holds it up is saved."""
         with self._lock:
