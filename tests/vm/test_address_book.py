@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from vm_bench import MORE_TAPS, Bench, Guest, announce
+from vm_bench import MORE_TAPS, Bench, Guest, announce, recovered
 
 from godwit.lab.judge import announcements
 from godwit.lab.scenario import wait_for
@@ -108,8 +108,7 @@ def test_what_is_behind_a_nic_moves_with_it(bench: Bench) -> None:
             ping.wait_answer(0.0, 60)
         capture = stack.enter_context(bench.capture("book"))
         moved = bench.move(guest, target)
-        for ping in pings:
-            ping.wait_answer(moved.resumed, 60)
+        recovered(pings, moved)
         wait_for(lambda: all(announce(target, f"more{n}")["rounds"] >= 5 for n in range(3)), 60)
         wait_for(lambda: all(_told(target) >= {way.guest} for way in _WAYS), 30)
         capture.stop()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 
-from vm_bench import Bench, Guest, announce, announced, rarps
+from vm_bench import Bench, Guest, announce, announced, rarps, recovered
 
 from godwit.lab.judge import announcements
 from godwit.lab.scenario import MAC
@@ -33,8 +33,7 @@ def test_a_moved_guest_announces_itself_on_every_network(bench: Bench, guest: Gu
 
         moved = bench.move(guest, target)
         ack = announced(target)
-        for ping in pings:
-            ping.wait_answer(moved.resumed, 60)
+        recovered(pings, moved)
         assert stream.exchange(), "the TCP connection did not survive"
         assert guest.agent.mem_check() == checksum
         capture.stop()

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
-from vm_bench import TAPS, Bench, Guest, Watched, rarps, records
+from vm_bench import TAPS, Bench, Guest, Watched, rarps, records, recovered
 
 from godwit.lab.guest import READY
 from godwit.lab.judge import announcements
@@ -140,12 +140,14 @@ def test_it_moves_to_another_host_and_back(bench: Bench, traveller: Guest, trip:
         assert stream.exchange()
         sender = stack.enter_context(Sender(bench.net.client.netns, bench.folder, 20))
         wait_for(lambda: len(traveller.agent.flows()) == len(FLOWS), 60)
-        bench.answers()  # so that it was heard on each network
+        pings = [stack.enter_context(bench.ping(flow.id, 0.2)) for flow in FLOWS]
+        for ping in pings:
+            ping.wait_answer(0.0, 60)  # so that it was heard on each network
         for target in trip.targets:
             with bench.capture(f"to-{target.name}") as capture:
                 moved = bench.move(traveller, target)
                 wait_for(lambda vm=target: rounds(vm) >= _ROUNDS, 60)  # type: ignore[misc]
-                bench.answers()
+                recovered(pings, moved)
                 capture.stop()
             # Its driver has no way to announce itself: the host knows its addresses.
             told = announcements(capture.path, MAC)

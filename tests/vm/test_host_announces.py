@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from vm_bench import Bench, announce, rarps
+from vm_bench import Bench, announce, rarps, recovered
 
 from godwit.lab.judge import announcements
 from godwit.lab.scenario import MAC, rounds, wait_for
@@ -29,7 +29,7 @@ def test_without_guest_announce_the_host_sends_rarp(
         ping.wait_answer(0.0)
         moved = bench.move(guest, target)
         wait_for(lambda: rounds(target) >= _ROUNDS, 60)
-        ping.wait_answer(moved.resumed, 60)
+        recovered([ping], moved)
         bench.answers()
         capture.stop()
 

@@ -28,6 +28,9 @@ from godwit.lab.vm import Vm
 #: For a module to which the data path does not matter.
 ONE_BACKEND = pytest.mark.parametrize("backend", ["vhost"], indirect=True, scope="session")
 
+#: After the resume each flow answers within so long, seconds, whoever announced its address, guest
+#: or host, and whatever the NIC. Without an announcement it would be the switches' ageing time, 300.
+RECOVERS_S = 5.0
 ENDS = ("completed", "failed", "cancelled")
 TAPS = tuple(f"tap{number}" for number in range(12))
 #: Taps of each host that are given to nobody: for further NICs of the one guest that has them.
@@ -294,6 +297,14 @@ class Bench:
         source.news()
         self.retire(source)
         return Moved(info, source, target, stamp(loaded), stamp(resumed))
+
+
+def recovered(pings: Sequence[Ping], moved: Moved) -> None:
+    """Each flow answered within the one bound."""
+    for ping in pings:
+        ping.wait_answer(moved.resumed, 60)
+        first = min(at for at, _ in ping.answers().times if at > moved.resumed)
+        assert first - moved.resumed < RECOVERS_S, ping.flow
 
 
 def announced(target: Watched) -> Event:
