@@ -29,7 +29,7 @@ from godwit.lab.vm import Vm
 ONE_BACKEND = pytest.mark.parametrize("backend", ["vhost"], indirect=True, scope="session")
 
 #: After the resume each flow answers within so long, seconds, whoever announced its address, guest
-#: or host, and whatever the NIC. Without an announcement it would be the switches' ageing time, 300.
+#: or host, and whatever the NIC. Without an announcement it would be the switches' ageing: 300.
 RECOVERS_S = 5.0
 ENDS = ("completed", "failed", "cancelled")
 TAPS = tuple(f"tap{number}" for number in range(12))
