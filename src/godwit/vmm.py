@@ -299,7 +299,7 @@ class Vmm:
             self.announcer.returned()
         self._emit(*events.migration(status))
         if status == "completed":
-            self._say("the guest has moved away")
+            self._say(source.farewell)
         elif status == "failed":
             self._say(f"the guest stays here; the move failed: {source.report.error}")
 

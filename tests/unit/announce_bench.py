@@ -72,7 +72,7 @@ class Port:
     def __init__(self, trouble: str | None = None) -> None:
         self.trouble = trouble
         self.index, self.bridge = 5, 3
-        self.left_bridge = False
+        self.doubt: str | None = None
         self.looks = 0
 
     def look(self) -> None:

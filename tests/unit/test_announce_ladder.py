@@ -329,11 +329,41 @@ def test_a_port_that_goes_between_two_rounds_holds_the_rest_until_it_is_back() -
     assert (len(bench.nics[0].sent), record.rounds, record.held) == (5, 5, None)
 
 
+def test_what_is_owed_when_the_port_goes_is_said_when_it_is_back() -> None:
+    bench = hung()  # the first round has asked, and nobody answers
+    port = bench.stations[0].port = Port("down")
+    bench.announcer.announce_self(AnnounceParameters(rounds=0))
+    bench.clock.advance(60)
+    assert bench.nics[0].sent == []
+    assert bench.names().count(module.HELD) == 1
+    port.trouble = None
+    bench.announcer.port_ready("nic0")
+    assert len(bench.nics[0].sent) > 0
+    bench.clock.advance(60)
+    assert bench.announcer.records()[0].rounds == 5
+
+
+def test_the_hosts_word_waits_for_the_port_after_the_last_round_too() -> None:
+    bench = Bench(nic0=True)
+    port = bench.stations[0].port = Port()
+    bench.nics[0].acks_after = None
+    bench.announcer.parameters = AnnounceParameters(rounds=1)
+    bench.go(S.RUNNING)
+    port.trouble = "down"
+    bench.clock.advance(30)
+    assert bench.nics[0].sent == []
+    port.trouble = None
+    bench.announcer.port_ready("nic0")
+    assert len(bench.nics[0].sent) == 1
+    bench.clock.advance(30)
+    assert (len(bench.nics[0].sent), bench.announcer.records()[0].rounds) == (1, 1)
+
+
 def test_a_tap_that_left_its_bridge_is_named_each_round_and_the_rounds_go_on() -> None:
     bench = Bench(nic0=False)
     port = bench.stations[0].port = Port()
     bench.go(S.RUNNING)
-    port.left_bridge = True
+    port.doubt = "'tap0' was in a bridge"
     bench.clock.advance(60)
     failed = [data for name, data in bench.events if name == module.FAILED]
     assert [data["round"] for data in failed] == [2, 3, 4, 5]

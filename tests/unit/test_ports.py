@@ -118,7 +118,7 @@ def test_one_that_left_its_bridge_is_known_until_it_is_in_one_again(kernel: Kern
     for link in (alone, READY, alone, alone, None, alone, READY):
         kernel.links["tap0"] = link
         found.look()
-        left.append(found.left_bridge)
+        left.append(found.doubt is not None)
     assert left == [False, False, True, True, True, True, False]
 
 

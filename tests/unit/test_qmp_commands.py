@@ -115,7 +115,7 @@ def test_every_command_in_every_state(name: str, state: RunState) -> None:
 
 
 def test_a_refusal_says_why() -> None:
-    with pytest.raises(StateError, match="lives elsewhere"):
+    with pytest.raises(StateError, match="does not run here"):
         run(Vm(S.POSTMIGRATE), "cont")
     with pytest.raises(StateError, match="has not arrived yet"):
         run(Vm(S.INMIGRATE), "cont")

@@ -59,6 +59,19 @@ def test_a_file_of_something_else_is_no_stream(tmp_path: Path) -> None:
 
 def test_only_absolute_paths() -> None:
     assert path_of("file:/run/guest") == Path("/run/guest")
-    for uri in ("file:", "file:guest", "file:./guest"):
+    for uri in ("file:", "file:guest", "file:./guest", "file:/run/\0"):
         with pytest.raises(ConfigError, match="absolute"):
             path_of(uri)
+    with pytest.raises(ConfigError, match="no file can have that name"):
+        path_of("file:/run/\ud800")
+
+
+def test_a_line_that_is_stopped_reads_no_further(tmp_path: Path) -> None:
+    path = tmp_path / "long"
+    path.write_bytes(bytes(100))
+    line = _open(path, os.O_RDONLY)
+    assert line.read(50) == bytes(50)
+    line.stop_receiving()
+    with pytest.raises(LinkLost, match="no further"):
+        line.read(50)
+    line.close()

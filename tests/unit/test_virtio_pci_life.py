@@ -199,7 +199,7 @@ def test_a_device_moves(memory: GuestMemory, bench: Bench) -> None:
     try:
         other.load(state)
         assert other.vm.irqfds == {}, "no interrupt before the guest runs"
-        assert len(other.vm.ioeventfds) == 3, "slow to register: not after the commit"
+        assert other.vm.ioeventfds == {}
         assert len(other.vm.routes) == 4
         assert other.save() == state
         other.pci.resume()
@@ -246,6 +246,8 @@ def test_what_was_foreseen_wrongly_does_not_stay(memory: GuestMemory, bench: Ben
         other.pci.foresee(wrong)
         assert list(other.vm.ioeventfds) == [(0xD000_2000, 2), (0xD000_2008, 2)]
         other.load(state)
+        assert other.vm.ioeventfds == {}, "in the way of another device, perhaps"
+        other.pci.resume()
         assert list(other.vm.ioeventfds) == [(BAR + 0x2000 + 4 * i, 2) for i in range(3)]
         assert set(other.vm.routes.values()) == set(bench.vm.routes.values())
         # The driver went away after the source had said what it had.

@@ -51,6 +51,10 @@ def _labs(done: Path, *labs: Lab) -> Callable[[], int]:
         # No test at all is no success; neither is a usage error.
         ([(5, "")], 1, "0 passed, 0 failed"),
         ([(4, "")], 4, ""),
+        # Ended, but not by a test: a time limit, say.
+        ([(75, "passed a"), (1, "")], 1, "1 passed, 0 failed"),
+        ([(1, "passed a")], 1, "1 passed, 0 failed"),
+        ([(75, "failed a"), (1, "passed b")], 1, "1 passed, 0 failed"),
         ([(75, "")] * 8, 1, "0 passed, 0 failed"),
     ],
 )

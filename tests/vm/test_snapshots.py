@@ -105,6 +105,13 @@ def test_a_guest_that_cannot_be_saved_goes_on(bench: Bench, guest: Guest) -> Non
     assert vm.status() == "running"
     assert not vm.news("ANNOUNCE_STARTED"), "nobody saw it elsewhere"
     guest.agent.ping()
+    # What is no regular file is not replaced.
+    link = bench.folder / "link"
+    link.symlink_to("/dev/null")
+    for path in ("/dev/null", link, bench.folder):
+        vm.start_move(f"file:{path}")
+        assert "no regular file" in vm.end_of_move()["error-desc"]
+    assert link.is_symlink()
     with pytest.raises(CommandRefused, match="absolute path"):
         vm.qmp.execute("migrate", {"uri": "file:guest"})
 
@@ -116,12 +123,15 @@ def test_a_file_that_is_not_whole_or_anothers_is_refused(bench: Bench, guest: Gu
     cut.write_bytes(path.read_bytes()[:-20])
     foreign = bench.folder / "foreign"
     foreign.write_bytes(b"#!/bin/sh\n" * 1000)
+    fifo = bench.folder / "fifo"
+    os.mkfifo(fifo)
     host = bench.other(guest.vm)
     vms = {
         "ends too early": bench.run(host, "--incoming", f"file:{cut}"),
         "no Godwit stream": bench.run(host, "--incoming", f"file:{foreign}"),
         "RAM: 128 MiB": bench.run(host, "--incoming", f"file:{path}", memory="160M"),
         "cannot read the snapshot": bench.run(host, "--incoming", "file:/nowhere"),
+        "it is no regular file": bench.run(host, "--incoming", f"file:{fifo}"),
     }
     for words, vm in vms.items():
         assert vm.wait(60) == 1

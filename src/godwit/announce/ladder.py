@@ -20,7 +20,6 @@ from typing import Protocol
 
 from ..errors import GodwitError, HostError
 from ..loop import Clock, Timer
-from .addresses import Entry
 from .pacing import Pacer
 from .record import NicRecord
 from .schedule import AnnounceOptions, AnnounceParameters, delays
@@ -84,6 +83,8 @@ class Ladder:
         self._delays = delays(parameters)
         self._extra: Sequence[float] = EXTRA_S
         self._held = False
+        self._round_held = False
+        self._owed: str | None = None  # why the host shall speak, once the port is ready
         self._awaited = 0  # requests without an answer since the last ack
         self._deadline: Timer | None = None
         self._round_waits = False
@@ -102,11 +103,17 @@ class Ladder:
 
     def port_ready(self) -> None:
         """The port is ready now: a late one starts the schedule then, one that was gone goes on."""
-        if self._held:
-            self._held = False
-            self._record.held = None
-            self._record.ready_at = self._clock.now()
-            self._round()
+        if not self._held:
+            return
+        self._held = False
+        self._record.held = None
+        self._record.ready_at = self._clock.now()
+        owed, self._owed = self._owed, None
+        round_held, self._round_held = self._round_held, False
+        if round_held:
+            self._round()  # it says all there is to say
+        elif owed is not None:
+            self._speak(owed)
 
     def acked(self) -> None:
         """The guest acknowledged."""
@@ -137,6 +144,7 @@ class Ladder:
             self._round_waits = True
             return
         if self._hold():
+            self._round_held = True
             return
         # Whoever speaks, guest or host, has so much to say.
         frames = len(self.station.entries())
@@ -152,22 +160,22 @@ class Ladder:
         trouble = self.station.port.trouble
         if trouble is None:
             return False
-        self._held = True
-        self._record.held = trouble
-        self._report("ANNOUNCE_HELD", {"nic": self._record.nic, "cause": trouble})
+        if not self._held:
+            self._held = True
+            self._record.held = trouble
+            self._report("ANNOUNCE_HELD", {"nic": self._record.nic, "cause": trouble})
         return True
 
     def _make_round(self) -> None:
         record = self._record
         record.rounds += 1
-        if self.station.port.left_bridge:
-            # It may be meant so: the frames leave, and the operator knows.
-            self._failed(HostError("the tap was in a bridge, and is in none any more"))
+        if self.station.port.doubt is not None:
+            self._failed(HostError(self.station.port.doubt))
         record.mac = self.station.nic.mac.hex(":")
         if self._host:
-            self._speak(self.station.entries(), "no ack")
+            self._speak("no ack")
         elif not self._ask():
-            self._speak(self.station.entries(), "declined")
+            self._speak("declined")
         if record.rounds == 1:
             self._verifier.begin()
         self._schedule()
@@ -232,16 +240,19 @@ class Ladder:
             self._round_waits = False
             self._round()
         else:
-            self._speak(self.station.entries(), why)
+            self._speak(why)
 
     def _fill_in(self) -> None:
         """The guest acknowledged; what did it leave out?"""
-        missing = self.station.missing()
-        if missing:
-            self._speak(missing, "not shown")
+        if self.station.missing():
+            self._speak("not shown")
 
-    def _speak(self, entries: list[Entry], why: str) -> None:
+    def _speak(self, why: str) -> None:
+        if self._hold():
+            self._owed = why
+            return
         record = self._record
+        entries = self.station.missing() if why == "not shown" else self.station.entries()
         if why != "not shown":
             record.method = "host"
         try:

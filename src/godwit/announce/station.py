@@ -25,8 +25,8 @@ class Wiring(Protocol):
     #: Index of the tap, and of its bridge; 0: none.
     index: int
     bridge: int
-    #: It was in a bridge, and is in none any more.
-    left_bridge: bool
+    #: What may be wrong, or meant so.
+    doubt: str | None
 
     def look(self) -> None:
         """Ask anew."""
@@ -37,7 +37,7 @@ class Wired:
 
     trouble: str | None = None
     index = bridge = 0
-    left_bridge = False
+    doubt: str | None = None
 
     def look(self) -> None:
         """Nothing to ask."""

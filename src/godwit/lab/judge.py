@@ -28,7 +28,7 @@ class Announcement:
 
 
 #: The host sends a RARP for each MAC and VLAN, and right after it what else it knows, s.
-_BURST_S = 0.1
+_BURST_S = 0.3
 
 
 def announcements(capture: Path, mac: str | None = None) -> list[Announcement]:

@@ -86,6 +86,11 @@ class Outgoing(ABC):
         return True
 
     @property
+    def farewell(self) -> str:
+        """What became of the guest, for its operator."""
+        return "the guest has moved away"
+
+    @property
     def exposed(self) -> bool:
         """Whether somebody else may have shown the guest to the network."""
         return False
@@ -114,6 +119,7 @@ class Outgoing(ABC):
         except Exception as error:
             self._fail(error)
         finally:
+            self._over.set()  # whatever went wrong, another move may be tried
             if self._line is not None:
                 self._line.close()
 
@@ -192,7 +198,7 @@ class Outgoing(ABC):
         payload = codec.encode(state)
         self._channel.send_parts([codec.header(Kind.STATE, len(payload)), payload])
         # A page that was dirty before the stop and after it is sent once, as it is now.
-        runs = _union(self._left, self._log.take())
+        runs = union(self._left, self._log.take())
         self.report.mark("dirty-log")
         self._send_pages(runs)
         self._channel.send(Kind.ROUND)
@@ -271,7 +277,7 @@ def _tables(runs: list[Run]) -> list[list[Run]]:
     return [runs[i : i + 4096] for i in range(0, len(runs), 4096)]
 
 
-def _union(left: list[Run], right: list[Run]) -> list[Run]:
+def union(left: list[Run], right: list[Run]) -> list[Run]:
     """Runs of pages in either."""
     merged: list[Run] = []
     for address, pages in sorted(left + right):

@@ -9,6 +9,7 @@ else. What a file says is believed as little as what a peer says.
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from . import codec
 from .codec import Kind
 from .hello import check
 from .line import Line
-from .outgoing import Limits, Outgoing
+from .outgoing import Limits, Outgoing, union
 from .receiver import Receiver
 
 _MAX_PARTS = os.sysconf("SC_IOV_MAX")
@@ -34,10 +35,14 @@ def path_of(uri: str) -> Path:
     Raises:
         ConfigError: a path that is not absolute: the VMM need not run where the operator stands.
     """
-    path = Path(uri.removeprefix("file:"))
-    if not path.is_absolute():
-        raise ConfigError(f"snapshot '{uri}': file:PATH, please, with an absolute path")
-    return path
+    name = uri.removeprefix("file:")
+    try:
+        os.fsencode(name)
+    except ValueError as error:
+        raise ConfigError(f"snapshot {uri!r}: no file can have that name ({error})") from error
+    if not name.startswith("/") or "\0" in name:
+        raise ConfigError(f"snapshot {uri!r}: file:PATH, please, with an absolute path")
+    return Path(name)
 
 
 class FileLine(Line):
@@ -47,6 +52,7 @@ class FileLine(Line):
         super().__init__()
         self._fd = fd
         self._name = name
+        self._stopped = False
 
     def send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
         """Write the bytes of all parts. Raises LinkLost."""
@@ -59,6 +65,8 @@ class FileLine(Line):
         """Fill all ``views``. Raises LinkLost."""
         left = [view for view in views if len(view)]
         while left:
+            if self._stopped:
+                raise LinkLost(f"'{self._name}' is read no further")
             try:
                 got = os.readv(self._fd, left[:_MAX_PARTS])
             except OSError as error:
@@ -71,7 +79,8 @@ class FileLine(Line):
                 left[0] = left[0][got:]
 
     def stop_receiving(self) -> None:
-        """Nobody waits for a file."""
+        """Read no further."""
+        self._stopped = True
 
     def sync(self) -> None:
         """Have what was written on the disk. Raises LinkLost."""
@@ -101,29 +110,55 @@ class Saver(Outgoing):
         self._partial: str | None = None
         self._file: FileLine | None = None
 
+    @property
+    def farewell(self) -> str:
+        """Where the guest is, and the way back."""
+        return f"the guest is in '{self._path}'; --incoming file:{self._path} brings it back"
+
+    def cancel(self) -> bool:
+        """Give the save up; False when it is too late, because the file has its name."""
+        given_up = super().cancel()
+        if given_up:
+            # Here, and not only in the thread: it may be in a long call, and the process ending.
+            self._discard()
+        return given_up
+
     def _phases(self) -> tuple[Callable[[], None], ...]:
-        return self._open, self._precopy, self._stop, self._final, self._publish
+        return self._open, self._precopy, self._settle, self._stop, self._final, self._publish
 
     def _open(self) -> None:
         self._check_alive()
+        path = self._path
         try:
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                raise MigrationError(f"'{path}' exists and is no regular file; name another")
             # For its owner alone: it holds the guest's memory.
-            fd, self._partial = tempfile.mkstemp(prefix=self._path.name, dir=self._path.parent)
+            fd, self._partial = tempfile.mkstemp(".partial", f".{path.name}.", path.parent)
         except OSError as error:
-            raise MigrationError(f"cannot write beside '{self._path}': {error.strerror}") from error
+            raise MigrationError(f"cannot write beside '{path}': {error.strerror}") from error
         self._line = self._file = FileLine(fd, str(self._path))
         self._introduce()
         self._status("active")
 
+    def _settle(self) -> None:
+        """What was written so far goes to the disk while the guest runs, and what it changes
+        meanwhile after it: little is left for the stop."""
+        assert self._file is not None
+        for _ in range(2):
+            self._file.sync()
+            runs, self._left = union(self._left, self._log.take()), []
+            self._send_pages(runs)
+            self._channel.send(Kind.ROUND)
+        self._file.sync()
+
     def _publish(self) -> None:
         """The file gets its name: the guest is in it."""
         assert self._file is not None
-        assert self._partial is not None
         running = self._before is RunState.RUNNING
         self._file.send(Kind.COMMIT, codec.Handover(self._token, running))
         self._file.sync()
         with self._decision:
-            if self._cancelled.is_set():
+            if self._cancelled.is_set() or self._partial is None:
                 raise MigrationError("cancelled")
             try:
                 os.replace(self._partial, self._path)
@@ -136,9 +171,20 @@ class Saver(Outgoing):
         self._states.set(RunState.POSTMIGRATE)
 
     def _finish(self, status: str, error: str | None = None) -> None:
-        if self._partial is not None:
-            Path(self._partial).unlink(missing_ok=True)
-        super()._finish(status, error)
+        problem = self._discard()
+        super()._finish(status, f"{error or status}; {problem}" if problem else error)
+
+    def _discard(self) -> str | None:
+        """Remove what was written, unless it has its name; what went wrong with that."""
+        with self._decision:
+            name, self._partial = self._partial, None
+            if name is None or self._committed:
+                return None
+        try:
+            Path(name).unlink(missing_ok=True)
+        except OSError as error:
+            return f"'{name}', with the guest's memory, is left behind: {error.strerror}; delete it"
+        return None
 
 
 def _sync_directory(path: Path) -> None:
@@ -169,9 +215,14 @@ class Restorer:
         self._on_start = on_start
         self._on_failed = on_failed
         try:
-            self._line = FileLine(os.open(path, os.O_RDONLY | os.O_CLOEXEC), str(path))
+            # Non-blocking, so that a pipe that nobody writes is opened, and found to be no file.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise ConfigError(f"cannot read the snapshot '{path}': {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise ConfigError(f"cannot read the snapshot '{path}': it is no regular file")
+        self._line = FileLine(fd, str(path))
         self._receiver = Receiver(machine)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
@@ -189,6 +240,7 @@ class Restorer:
     def close(self) -> None:
         """Load no more."""
         self._closing.set()
+        self._line.stop_receiving()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
         self._receiver.close()

@@ -26,8 +26,8 @@ class Port:
         self.trouble: str | None = "it was not looked at yet"
         #: Index of the interface and of its bridge; 0 while there is none.
         self.index = self.bridge = 0
-        #: It was in a bridge, and is in none any more. Read as :attr:`trouble` is.
-        self.left_bridge = False
+        #: What may be wrong, or meant so: frames leave. Read as :attr:`trouble` is.
+        self.doubt: str | None = None
         #: Called when it became ready, in the loop's thread.
         self.on_ready: Callable[[], None] = lambda: None
 
@@ -40,7 +40,13 @@ class Port:
             self.trouble = None  # where nobody can be asked, nothing is held up
         else:
             bridge = link.master if link and link.port_state is not None else 0
-            self.left_bridge = not bridge and (self.left_bridge or self.bridge != 0)
+            if bridge:
+                self.doubt = None
+            elif self.bridge:
+                self.doubt = (
+                    f"'{self.tap}' was in a bridge and is in none any more; if it should be: "
+                    f"ip link set {self.tap} master BRIDGE"
+                )
             self.index = link.number if link else 0
             self.bridge = bridge
             self.trouble = _trouble(self.tap, link)

@@ -26,7 +26,7 @@ _WHY = {
     _S.RESTORE_VM: "the guest is being restored",
     _S.SAVE_VM: "the guest is being saved",
     _S.FINISH_MIGRATE: "the guest is stopped for the end of its move",
-    _S.POSTMIGRATE: "the guest has moved and lives elsewhere",
+    _S.POSTMIGRATE: "the guest has moved or was saved, and does not run here",
     _S.SHUTDOWN: "the guest has shut down",
     _S.GUEST_PANICKED: "the guest is dead",
     _S.INTERNAL_ERROR: "the guest cannot go on",

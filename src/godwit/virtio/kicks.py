@@ -29,13 +29,20 @@ class Kicks:
         Other widths are legal too; they arrive as exits, and at :meth:`kick`. What was registered
         before is, if it is not the same, taken back: each costs the kernel a grace period.
         """
-        wanted = [(self.fds[index], base + STRIDE * index) for index in queues]
-        if wanted == self._registered:
-            return
-        self.unregister()
-        for fd, address in wanted:
-            self._vm.ioeventfd(fd, address, 2, True)
+        wanted = self.keep(base, queues)
+        for fd, address in () if self._registered else wanted:
+            try:
+                self._vm.ioeventfd(fd, address, 2, True)
+            except OSError:
+                continue  # a guest may map two devices to one place: these arrive as exits, too
             self._registered.append((fd, address))
+
+    def keep(self, base: int, queues: Iterable[int]) -> list[tuple[int, int]]:
+        """Take back what is registered, unless it is just this; what it should be."""
+        wanted = [(self.fds[index], base + STRIDE * index) for index in queues]
+        if wanted != self._registered:
+            self.unregister()
+        return wanted
 
     def unregister(self) -> None:
         """Undo :meth:`register`, if it was called."""

@@ -186,9 +186,10 @@ class VirtioPci(PciFunction):
             raise StreamError(f"queues, msix: {error}") from error
         self.load_config(state.pci)
         self._window.load(state.window)
-        # What was foreseen and is not so must not stay.
-        if self.driver_ok:
-            self._register_kicks()
+        # What was foreseen and is not so must not stay, in the way of another device perhaps. What
+        # is missing is registered at the start, when no device's is in the way.
+        if self.driver_ok and self.bar is not None:
+            self._kicks.keep(self.bar + _NOTIFY, self._notified())
         else:
             self._kicks.unregister()
 
