@@ -52,6 +52,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
         pytest.exit(f"{item.nodeid}: {_FAULT} on the lab's emulated CPU; see there", 75)
     if report.when == "teardown":
         _note(item, "passed" if item.stash[_GOOD] else "failed")
+    if report.failed and call.excinfo is not None:
+        # At once: a lab that dies later takes pytest's summary with it.
+        why = str(call.excinfo.value).splitlines() or [call.excinfo.typename]
+        item.config.get_terminal_writer().line(f"\n{item.nodeid} ({report.when}): {why[0][:300]}")
     if report.failed and _bench is not None:
         for vm in _bench.vms:
             report.sections.append((f"{vm.name} on {vm.host.netns} printed", vm.console[-3000:]))
