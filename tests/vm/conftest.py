@@ -59,8 +59,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     if report.failed and _bench is not None:
         for vm in _bench.vms:
             report.sections.append((f"{vm.name} on {vm.host.netns} printed", vm.console[-3000:]))
-        if call.when == "call":
-            _bench.drop_guest()
+        # Whatever failed, its setup or what was printed meanwhile: the next test has a new one.
+        _bench.drop_guest()
     return report
 
 
