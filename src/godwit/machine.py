@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import cast
 
 from .announce.policy import parse_policy
@@ -293,7 +293,8 @@ class Machine:
             for nic, (negotiated, foresight) in zip(self.nics, nics, strict=True):
                 nic.foresee(negotiated, foresight)
         finally:
-            self._routes.release()
+            with suppress(OSError):  # a guess that the kernel refuses is none
+                self._routes.release()
 
     def load(
         self,

@@ -155,3 +155,12 @@ class Bench:
 
 
 ROUNDS = [0.0, 0.05, 0.2, 0.45, 0.8]
+
+
+def hung(**accepts: bool) -> Bench:
+    """A running VM whose guests accept and never acknowledge."""
+    bench = Bench(**accepts or {"nic0": True})
+    for nic in bench.nics:
+        nic.acks_after = None
+    bench.go(S.RUNNING)
+    return bench

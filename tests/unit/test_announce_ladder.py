@@ -1,9 +1,9 @@
-"""The ladder: asked, asked once more, spoken for; a late ack; what was not shown; the port."""
+"""The ladder: asked, asked once more, spoken for; a late ack; what was not shown."""
 
 from __future__ import annotations
 
 import pytest
-from announce_bench import ACK_S, IP4, IP6, ROUNDS, Bench, Port, Questions, S
+from announce_bench import ACK_S, IP4, IP6, ROUNDS, Bench, Port, Questions, S, hung
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,15 +15,6 @@ from godwit.announce.schedule import AnnounceOptions, AnnounceParameters
 from godwit.errors import KvmError
 
 DEADLINE = AnnounceOptions().deadline / 1000
-
-
-def hung(**accepts: bool) -> Bench:
-    """A running VM whose guests accept and never acknowledge."""
-    bench = Bench(**accepts or {"nic0": True})
-    for nic in bench.nics:
-        nic.acks_after = None
-    bench.go(S.RUNNING)
-    return bench
 
 
 # --- rungs ----------------------------------------------------------------------------------------
@@ -289,117 +280,6 @@ def test_a_guest_that_does_not_answer_is_spoken_for_with_all_it_has() -> None:
     every = list(announcements(bench.stations[0].entries()))
     assert [frame for _, frame in bench.nics[0].sent] == every
     assert every == [rarp(bench.nics[0].mac), gratuitous_arp(bench.nics[0].mac, IP4)]
-
-
-# --- the port -------------------------------------------------------------------------------------
-def test_a_port_that_is_not_ready_holds_everything() -> None:
-    bench = Bench(nic0=True, nic1=False)
-    port = bench.stations[0].port = Port("its bridge's port is learning")
-    bench.go(S.RUNNING)
-    bench.clock.advance(30)
-    assert (bench.nics[0].asked, bench.nics[0].sent) == ([], [])
-    assert len(bench.nics[1].sent) == 5  # the other's is
-    assert bench.events[0] == (
-        module.HELD,
-        {"nic": "nic0", "cause": "its bridge's port is learning"},
-    )
-    assert bench.announcer.records()[0].held == "its bridge's port is learning"
-    port.trouble = None
-    bench.announcer.port_ready("nic0")
-    assert bench.nics[0].asked == [30.0]
-    bench.announcer.port_ready("nic0")  # once more: nothing is held
-    bench.clock.advance(60)
-    assert bench.nics[0].asked == pytest.approx([30 + at for at in ROUNDS])
-    (record, _) = bench.announcer.records()
-    assert (record.held, record.ready_at, record.rounds) == (None, 1030.0, 5)
-
-
-def test_a_port_that_goes_between_two_rounds_holds_the_rest_until_it_is_back() -> None:
-    bench = Bench(nic0=False)
-    port = bench.stations[0].port = Port()
-    bench.go(S.RUNNING)
-    port.trouble = "there is no interface 'tap0'"
-    bench.clock.advance(30)
-    assert len(bench.nics[0].sent) == 1
-    assert (module.HELD, {"nic": "nic0", "cause": port.trouble}) in bench.events
-    port.trouble = None
-    bench.announcer.port_ready("nic0")
-    bench.clock.advance(60)
-    (record,) = bench.announcer.records()
-    assert (len(bench.nics[0].sent), record.rounds, record.held) == (5, 5, None)
-
-
-def test_what_is_owed_when_the_port_goes_is_said_when_it_is_back() -> None:
-    bench = hung()  # the first round has asked, and nobody answers
-    port = bench.stations[0].port = Port("down")
-    bench.announcer.announce_self(AnnounceParameters(rounds=0))
-    bench.clock.advance(60)
-    assert bench.nics[0].sent == []
-    assert bench.names().count(module.HELD) == 1
-    port.trouble = None
-    bench.announcer.port_ready("nic0")
-    assert len(bench.nics[0].sent) > 0
-    bench.clock.advance(60)
-    assert bench.announcer.records()[0].rounds == 5
-
-
-def test_the_hosts_word_waits_for_the_port_after_the_last_round_too() -> None:
-    bench = Bench(nic0=True)
-    port = bench.stations[0].port = Port()
-    bench.nics[0].acks_after = None
-    bench.announcer.parameters = AnnounceParameters(rounds=1)
-    bench.go(S.RUNNING)
-    port.trouble = "down"
-    bench.clock.advance(30)
-    assert bench.nics[0].sent == []
-    port.trouble = None
-    bench.announcer.port_ready("nic0")
-    assert len(bench.nics[0].sent) == 1
-    bench.clock.advance(30)
-    assert (len(bench.nics[0].sent), bench.announcer.records()[0].rounds) == (1, 1)
-
-
-def test_a_tap_that_left_its_bridge_is_named_each_round_and_the_rounds_go_on() -> None:
-    bench = Bench(nic0=False)
-    port = bench.stations[0].port = Port()
-    bench.go(S.RUNNING)
-    port.doubt = "'tap0' was in a bridge"
-    bench.clock.advance(60)
-    failed = [data for name, data in bench.events if name == module.FAILED]
-    assert [data["round"] for data in failed] == [2, 3, 4, 5]
-    assert "in a bridge" in str(failed[0]["cause"])
-    assert len(bench.nics[0].sent) == 5
-
-
-def test_a_pause_ends_what_is_held() -> None:
-    bench = Bench(nic0=True)
-    bench.stations[0].port = Port("down")
-    bench.go(S.RUNNING, S.PAUSED, S.RUNNING)
-    bench.announcer.port_ready("nic0")
-    bench.clock.advance(60)
-    assert (bench.nics[0].asked, bench.names()) == ([], [module.HELD, module.STARTED])
-
-
-def test_what_is_held_is_not_forgotten_when_another_announcement_begins() -> None:
-    bench = Bench(nic0=True, nic1=True)
-    bench.stations[0].port = Port("down")
-    bench.go(S.RUNNING)
-    bench.clock.advance(60)
-    bench.announcer.announce_self(AnnounceParameters(rounds=1), ["nic1"])
-    bench.stations[0].port = Port()
-    bench.announcer.port_ready("nic0")
-    assert bench.nics[0].asked == [60.0]
-
-
-def test_a_port_that_becomes_ready_is_no_reason_to_announce() -> None:
-    bench = Bench(nic0=True)
-    bench.announcer.port_ready("nic0")
-    bench.announcer.port_ready("unknown")
-    bench.go(S.RUNNING)
-    bench.clock.advance(60)
-    bench.announcer.port_ready("nic0")
-    bench.clock.advance(60)
-    assert bench.nics[0].asked == pytest.approx(ROUNDS)
 
 
 # --- errors ---------------------------------------------------------------------------------------

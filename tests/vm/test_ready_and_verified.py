@@ -40,7 +40,7 @@ def test_a_port_that_forwards_late_starts_the_schedule_then(bench: Bench, guest:
         guest.agent.ping(60)
         capture.stop()
     # What the guest answers to its peers' questions, before it moved, is in the capture as well.
-    frames = [f for f in announcements(capture.path, MAC) if f.at > moved.resumed]
+    frames = [f for f in announcements(capture.path, MAC) if f.at > moved.loaded]
     assert {f.vlan for f in frames} == {0, 100, 200}
     assert min(f.at for f in frames) > opened
     assert announce(target)["ready-ms"] is not None

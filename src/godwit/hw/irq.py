@@ -92,8 +92,8 @@ class Routes:
 
     def _commit(self) -> None:
         if self._changed and not self._held:
-            self._changed = False
             self._vm.set_routes((gsi, *route) for gsi, route in self._routes.items())
+            self._changed = False  # what the kernel refused is tried again
 
 
 class MsixState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
