@@ -28,6 +28,7 @@ class Vm:
         self.filters: dict[str, FilterView] = {}
         self.max_bandwidth = 0
         self.downtime_limit = 300
+        self.handover = True
         self.told: list[tuple[Any, ...]] = []
         self.info: dict[str, object] = {}
         self.error: GodwitError | None = None
@@ -245,6 +246,7 @@ def test_parameters_are_set_and_shown() -> None:
         "announce-rate": 1000,
         "max-bandwidth": 0,
         "downtime-limit": 300,
+        "handover": True,
     }
     others = {"announce-verify": "probe", "announce-refresh": True, "announce-rate": 50}
     for name in shown:

@@ -27,6 +27,8 @@ class Controller(Protocol):
     max_bandwidth: int
     #: For how long a move may stop the guest, ms.
     downtime_limit: int
+    #: Whether frames that reach the old host are sent after a guest, at either end of a move.
+    handover: bool
 
     @property
     def states(self) -> RunStates:
