@@ -43,6 +43,7 @@ class Arrival:
         self._channel: Channel | None = channel
         self._mark = mark
         self._sending = threading.Lock()
+        self._poll = select.poll()
         self._marks: list[list[bytes]] = []
         self._held: set[int] = set()
         self._release_at: float | None = None
@@ -53,6 +54,8 @@ class Arrival:
 
     def prepare(self) -> None:
         """The guest is loaded, its commit awaited: have the marks ready, and the taps wait."""
+        if self._channel is not None:
+            self._poll.register(self._channel.fileno(), select.POLLIN)
         for index, nic in enumerate(self._machine.nics):
             nic.hold()
             self._held.add(index)
@@ -66,6 +69,8 @@ class Arrival:
         if self._begun:
             return
         self._begun = True
+        if self._channel is not None:
+            self._channel.set_timeout(_STALL_S)
         sent = []
         for nic, marks in zip(self._machine.nics, self._marks, strict=True):
             nic.drain()  # what was flooded here so far, the old host has too
@@ -128,10 +133,7 @@ class Arrival:
         if channel is None:
             return
         try:
-            poll = select.poll()
-            poll.register(channel.fileno(), select.POLLIN)
-            if poll.poll(_SLICE_MS):
-                channel.set_timeout(_STALL_S)
+            if self._poll.poll(_SLICE_MS):
                 self._heed(channel)
         except (GodwitError, OSError, ValueError):
             self.abandon()

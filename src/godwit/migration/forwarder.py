@@ -36,6 +36,8 @@ PATIENCE_S = 30.0
 #: How long a tap is looked at after its last mark, for what took a longer way, s.
 LATE_S = 0.3
 _BATCH = 32
+#: Frames seldom come alone, and each message costs both ends as much as some ten frames, ms.
+_GATHER_MS = 2
 
 
 class _Road:
@@ -90,6 +92,8 @@ class Forwarder:
         }
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
+        self._line = select.poll()
+        self._line.register(channel.fileno(), select.POLLIN)
         for fd in self._roads:
             self._poll.register(fd, select.POLLIN)
         self._began = time.monotonic()
@@ -114,21 +118,19 @@ class Forwarder:
         Raises:
             LinkLost: the line broke.
         """
+        line = self._channel.fileno()
         while True:
+            wait = min([until, *self._times()]) - time.monotonic()
+            ready = {fd for fd, _ in self._poll.poll(max(0.0, wait) * 1000)}
+            if ready and line not in ready and self._line.poll(_GATHER_MS):
+                ready.add(line)
+            for fd in ready - {line}:
+                self._take(fd)
             self._end_roads()
-            now = time.monotonic()
-            if now >= until or self.over:
-                return False
-            wait = min([until, *self._times()]) - now
-            readable = False
-            for fd, _ in self._poll.poll(max(0.0, wait) * 1000 + 1):
-                if fd == self._channel.fileno():
-                    readable = True
-                else:
-                    self._take(fd)
-            if readable:
-                self._end_roads()
+            if line in ready:
                 return True
+            if time.monotonic() >= until or self.over:
+                return False
 
     def drawn(self, marks: Sequence[int]) -> None:
         """The destination has drawn the traffic there, with so many marks for each NIC."""
@@ -190,7 +192,11 @@ class Forwarder:
                 frames = []
             if not frames:
                 return
-            self._send(road, [frame for frame in frames if not self._is_mark(road, frame)])
+            # One by one: what a mark says counts for what comes after it.
+            self._send(
+                road,
+                [f for f in frames if not self._is_mark(road, f) and not road.is_theirs(f)],
+            )
         # The bound is reached: what is left waits in the tap, and is lost.
         try:
             self._poll.unregister(fd)
@@ -198,7 +204,6 @@ class Forwarder:
             pass
 
     def _send(self, road: _Road, frames: list[bytes]) -> None:
-        frames = [frame for frame in frames if not road.is_theirs(frame)]
         if not frames:
             return
         if self._keep:
