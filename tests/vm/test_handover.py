@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from line_cutter import LineCutter
 from vm_bench import Bench, Guest, Watched, numbered, recovered
 
 from godwit.lab.scenario import MAC, wait_for
 from godwit.lab.traffic import FLOWS, Capture, Stream
 from godwit.migration.codec import Kind
+from godwit.testing.line_cutter import LineCutter
 
 
 def _handover(vm: Watched) -> dict[str, int]:
