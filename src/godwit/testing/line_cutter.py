@@ -111,7 +111,7 @@ class LineCutter:
                         self._before()
                         self._hang_up()
                 if not cutting or self._delivered:
-                    other.send_parts([codec.header(kind, len(payload)), payload])
+                    other.send_parts([codec.header(kind, len(payload)), memoryview(payload)])
                 if cutting and not self._stalls:
                     break
         except GodwitError:
