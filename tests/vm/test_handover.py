@@ -71,6 +71,7 @@ def test_without_it_the_announcement_alone_brings_the_traffic(
             ping.wait_answer(0.0)
         moved = bench.move(guest, target)
         recovered(pings, moved)
+    target.qmp.execute("migrate-set-parameters", {"handover": True})
     for ping in pings:
         ping.stop()
     assert "handover" not in moved.info["godwit"]
