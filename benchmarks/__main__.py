@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from godwit.errors import GodwitError
 from godwit.kvm.probe import why_unusable
 from godwit.lab import guest, host, kernels, load, traffic
 
-from . import plan
+from . import plan, result
 
 #: A run's time, seconds; a lab that is cut off by it leaves its samples.
 BUDGET_S, QUICK_BUDGET_S = 1140.0, 225.0
@@ -48,7 +49,30 @@ def main() -> int:
             planned = [job for job in planned if job.guest in arguments.only]
         budget = arguments.budget or (QUICK_BUDGET_S if quick else BUDGET_S)
         measure(planned, rates, out, rows_file, budget)
-    return 0
+        note(rows_file, state="settings", **settings(rates, emulated, repetitions, quick))
+    rows = read(rows_file)
+    given = [row for row in rows if row.get("state") == "settings"]
+    judged = result.judge(rows, dict(given[-1]) if given else {})
+    result.keep(judged, out)
+    result.show(judged)
+    say(f"kept: {out / 'bench.json'}, {out / 'bench.svg'}")
+    return 0 if judged["ratios"] else 1
+
+
+def settings(rates: plan.Rates, emulated: bool, repetitions: int, quick: bool) -> dict[str, Any]:
+    """What the samples were taken with, for whoever compares two results."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return {
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+        "commit": commit.stdout.strip(),
+        "emulated": emulated,
+        "quick": quick,
+        "repetitions": repetitions,
+        "rates": asdict(rates),
+        "full_rates": rates == plan.Rates(),
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,6 +114,7 @@ def measure(
         path.write_text(json.dumps(given))
         argv = [sys.executable, "-m", "benchmarks.inside", str(path)]
         env = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        before = _cpu_seconds()
         try:
             host.run(argv, timeout_s=remaining, memory_mb=LAB_MEMORY_MB, rw=[out], env=env, log=say)
         except host.LabCrashed as error:
@@ -97,6 +122,20 @@ def measure(
             note(rows_file, state="lab died", error=str(error))
         except host.LabTimeout as error:
             say(f"the time is up ({error})")
+        finally:
+            spent = zip(before, _cpu_seconds(), strict=True)
+            ours, busy, everything = (end - begin for begin, end in spent)
+            others = max(0.0, busy - ours) / everything if everything else 0.0
+            note(rows_file, state="lab ended", others=round(others, 3))
+
+
+def _cpu_seconds() -> tuple[float, float, float]:
+    """CPU time so far: of this process' children that ended, of all there is, and that passed."""
+    times = os.times()
+    ours = times.children_user + times.children_system + times.user + times.system
+    words = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]  # proc_stat(5)
+    ticks = [int(word) / os.sysconf("SC_CLK_TCK") for word in words]
+    return ours, sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

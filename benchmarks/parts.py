@@ -160,7 +160,7 @@ class Measured:
 
     def large(self) -> Sample:
         """Much memory, most of it in use."""
-        self._agent.mem_start(plan.POPULATED_MB)
+        self._agent.mem_fill(plan.POPULATED_MB)
         return self._moved(self._flows(1)[:1], _SLOW_PING)
 
     def _moved(

@@ -115,6 +115,10 @@ class Agent:
         """Fill so much memory with a pattern; its checksum."""
         return self.ask(f"mem start {megabytes}", 120.0).split()[1]
 
+    def mem_fill(self, megabytes: int) -> None:
+        """Have so much memory in use, each page with other contents; nothing checks it."""
+        self.ask(f"mem fill {megabytes}", 120.0)
+
     def mem_check(self) -> str:
         """The checksum of that memory now. Raises AgentError if it changed."""
         return self._good(self.ask("mem check", 120.0))
