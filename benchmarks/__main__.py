@@ -22,7 +22,7 @@ from godwit.lab import guest, host, kernels, load, traffic
 from . import plan, result
 
 #: A run's time, seconds; a lab that is cut off by it leaves its samples.
-BUDGET_S, QUICK_BUDGET_S = 1140.0, 225.0
+BUDGET_S, QUICK_BUDGET_S = 1170.0, 228.0
 REPETITIONS, QUICK_REPETITIONS = 5, 1
 #: Of labs: their emulated CPU has faults (docs/decisions/0010-the-labs-faults.md).
 LABS = 8
@@ -122,6 +122,7 @@ def measure(
             note(rows_file, state="lab died", error=str(error))
         except host.LabTimeout as error:
             say(f"the time is up ({error})")
+            note(rows_file, state="time is up")
         finally:
             spent = zip(before, _cpu_seconds(), strict=True)
             ours, busy, everything = (end - begin for begin, end in spent)

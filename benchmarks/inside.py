@@ -51,7 +51,7 @@ def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
         guest: parts.Measured | None = None
         for part in job.parts:
             row = {"guest": job.guest, "vmm": job.vmm, "repetition": job.repetition, "part": part}
-            rows.add(state="began", **row)
+            rows.add(state="began", at=time.time(), **row)
             try:
                 if part == "limit":
                     sample = parts.limit()

@@ -57,10 +57,10 @@ def boot(vmm: str, name: str, folder: Path, host: Host, memory_mb: int, image: I
     return Vm(name, folder, [*argv, *_godwit(vmm, host, memory_mb)], host.netns)
 
 
-def wait_for_guest(
+def await_guest(
     vmm: str, name: str, folder: Path, host: Host, memory_mb: int, image: Image
 ) -> tuple[Vm, str]:
-    """Start a process that a guest can move to, and wait until it listens; it, and where."""
+    """Start a process that a guest can move to; it, and where it will listen."""
     socket = folder / f"{name}.move"
     socket.unlink(missing_ok=True)
     uri = f"unix:{socket}"
@@ -70,7 +70,6 @@ def wait_for_guest(
     else:
         argv = ["--incoming", uri, *_godwit(vmm, host, memory_mb)]
         target = Vm(name, folder, argv, host.netns)
-    target.qmp.execute("query-status", deadline=60)
     return target, uri
 
 
@@ -140,4 +139,4 @@ def _cpu_times() -> list[int]:
         return [int(word) for word in file.readline().split()[1:9]]
 
 
-__all__ = ["GODWIT", "Image", "Moved", "boot", "move", "settle", "stamp", "wait_for_guest"]
+__all__ = ["GODWIT", "Image", "Moved", "boot", "move", "settle", "stamp", "await_guest"]

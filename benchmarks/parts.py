@@ -64,6 +64,10 @@ class Measured:
         self._vm = stack.enter_context(
             machines.boot(job.vmm, "vm0", folder, net.a, self._memory_mb, image)
         )
+        # Beside the boot if that is not measured: a process takes its time on an emulated CPU.
+        self._spare = (
+            None if "boot" in job.parts or "network" in job.parts else self._start_target()
+        )
         self._boot_s = self._vm.wait_ready(90)
         self._agent = stack.enter_context(Agent(LANS[0].guest[0], net.client.netns))
         self._agent.ping(30)
@@ -193,9 +197,16 @@ class Measured:
         }
 
     def _target(self) -> tuple[Vm, str]:
+        """A process on the other host that waits for the guest, and where it listens."""
+        target, uri = self._spare or self._start_target()
+        self._spare = None
+        target.qmp.execute("query-status", deadline=60)
+        return target, uri
+
+    def _start_target(self) -> tuple[Vm, str]:
         self._count += 1
         host = self._net.a if self._host is self._net.b else self._net.b
-        target, uri = machines.wait_for_guest(
+        target, uri = machines.await_guest(
             self._job.vmm, f"vm{self._count}", self._folder, host, self._memory_mb, self._image
         )
         self._stack.enter_context(target)

@@ -190,10 +190,13 @@ def failures(rows: Iterable[Row]) -> dict[str, Any]:
     """Samples that were not had, by VMM and part; labs that died; each one's words."""
     rows = list(rows)
     count: Counter[str] = Counter()
+    name = ""
     for row in rows:
         if "part" in row:
             name = f"{row['vmm']} {row['part']}"
             count[name] += {"began": 1, "done": -1, "failed": 0}[row["state"]]
+        elif row["state"] == "time is up" and count[name]:
+            count[name] -= 1  # what was cut off has not failed
     return {
         "samples": {name: number for name, number in count.items() if number},
         "labs_died": sum(row["state"] == "lab died" for row in rows),
