@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from . import plan, result
 
 #: A run's time, seconds; a lab that is cut off by it leaves its samples.
 BUDGET_S, QUICK_BUDGET_S = 1170.0, 228.0
-REPETITIONS, QUICK_REPETITIONS = 5, 1
 #: Of labs: their emulated CPU has faults (docs/decisions/0010-the-labs-faults.md).
 LABS = 8
 #: Two guests of 2 GB with 1.5 GB in use, and their host.
 LAB_MEMORY_MB = 6144
+#: What this machine needs beside that.
+_SPARE_MB = 1024
 #: A lab with less time left than this measures nothing.
 _LEAST_S = 30.0
 
@@ -40,19 +41,25 @@ def main() -> int:
     rows_file = out / "bench-rows.jsonl"
     emulated = why_unusable() is not None
     rates = plan.LAB if emulated else plan.Rates()
+    asked = {name: getattr(arguments, name) for name in asdict(rates)}
+    rates = replace(rates, **{name: value for name, value in asked.items() if value is not None})
     if not arguments.again:
         rows_file.write_text("")
         quick = arguments.quick
-        repetitions = arguments.repetitions or (QUICK_REPETITIONS if quick else REPETITIONS)
-        planned = plan.jobs(repetitions, quick)
+        repetitions = 1 if quick else arguments.repetitions
+        planned = plan.quick_jobs() if quick else plan.jobs(repetitions)
         if arguments.only:
             planned = [job for job in planned if job.guest in arguments.only]
+        if _free_mb() < LAB_MEMORY_MB + _SPARE_MB:
+            say(f"the 2 GB guests are left out: they need {LAB_MEMORY_MB + _SPARE_MB} MB of memory")
+            planned = [job for job in planned if job.guest != "large"]
         budget = arguments.budget or (QUICK_BUDGET_S if quick else BUDGET_S)
         measure(planned, rates, out, rows_file, budget)
-        note(rows_file, state="settings", **settings(rates, emulated, repetitions, quick))
+        told = settings(rates, emulated, repetitions, quick)
+        note(rows_file, state="settings", settings=told)
     rows = read(rows_file)
-    given = [row for row in rows if row.get("state") == "settings"]
-    judged = result.judge(rows, dict(given[-1]) if given else {})
+    given = [row["settings"] for row in rows if row.get("state") == "settings"]
+    judged = result.judge(rows, given[-1] if given else {})
     result.keep(judged, out)
     result.show(judged)
     say(f"kept: {out / 'bench.json'}, {out / 'bench.svg'}")
@@ -79,9 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out"), help="where results go")
     parser.add_argument("--quick", action="store_true", help="once instead of five times")
-    parser.add_argument("--repetitions", type=int, help="of each measurement")
+    parser.add_argument("--repetitions", type=int, default=5, help="default %(default)s")
     parser.add_argument("--only", action="append", choices=list(plan.PARTS), help="these guests")
     parser.add_argument("--budget", type=float, help="seconds that measuring may take")
+    for name, default in asdict(plan.Rates()).items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=type(default), help=f"default {default}; the lab has less")
     parser.add_argument(
         "--again", action="store_true", help="measure nothing: judge the last run's samples"
     )
@@ -102,6 +112,7 @@ def measure(
     }
     for program in (traffic.sender, load.receiver, load.bulk):
         program()  # compiled here, where there is a cache to keep them in
+    memory_mb = LAB_MEMORY_MB if [job for job in planned if job.guest == "large"] else 4096
     end = time.monotonic() + budget
     for _ in range(LABS):
         jobs = plan.left(planned, read(rows_file))
@@ -116,7 +127,7 @@ def measure(
         env = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
         before = _cpu_seconds()
         try:
-            host.run(argv, timeout_s=remaining, memory_mb=LAB_MEMORY_MB, rw=[out], env=env, log=say)
+            host.run(argv, timeout_s=remaining, memory_mb=memory_mb, rw=[out], env=env, log=say)
         except host.LabCrashed as error:
             say(f"the lab died; another one goes on ({error})")
             note(rows_file, state="lab died", error=str(error))
@@ -128,6 +139,16 @@ def measure(
             ours, busy, everything = (end - begin for begin, end in spent)
             others = max(0.0, busy - ours) / everything if everything else 0.0
             note(rows_file, state="lab ended", others=round(others, 3))
+
+
+def _free_mb() -> int:
+    """Memory that may still be had here."""
+    (line,) = (
+        line
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable:")
+    )
+    return int(line.split()[1]) >> 10
 
 
 def _cpu_seconds() -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ from godwit.lab import guest, qemu
 from godwit.lab.network import Host
 from godwit.lab.vm import Vm
 
-from .plan import CPUS, GODWIT, IN_PROCESS, QEMU
+from .plan import CPUS, IN_PROCESS, QEMU
 
 MAC = "52:54:00:67:77:01"
 _ENDS = ("completed", "failed", "cancelled")
@@ -22,6 +22,8 @@ _ENDS = ("completed", "failed", "cancelled")
 _LOOK_S = 0.1
 #: Both copy as fast as they can: QEMU's own default is 128 MiB/s.
 _UNLIMITED = 1 << 40
+#: Share of the CPU time that is idle where a start's work is over.
+_IDLE = 0.8
 Event = Mapping[str, Any]
 
 
@@ -129,7 +131,7 @@ def settle(limit: int = 8) -> float:
         time.sleep(1)
         spent = [b - a for a, b in zip(before, _cpu_times(), strict=True)]
         idle = spent[3] / max(1, sum(spent))  # proc_stat(5): user, nice, system, idle
-        if idle > 0.4:
+        if idle > _IDLE:
             break
     return round(idle, 2)
 
@@ -137,6 +139,3 @@ def settle(limit: int = 8) -> float:
 def _cpu_times() -> list[int]:
     with open("/proc/stat") as file:
         return [int(word) for word in file.readline().split()[1:9]]
-
-
-__all__ = ["GODWIT", "Image", "Moved", "boot", "move", "settle", "stamp", "await_guest"]

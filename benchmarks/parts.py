@@ -164,7 +164,9 @@ class Measured:
 
     def large(self) -> Sample:
         """Much memory, most of it in use."""
+        began = time.monotonic()
         self._agent.mem_fill(plan.POPULATED_MB)
+        print(f"boot {self._boot_s:.1f} fill {time.monotonic() - began:.1f}", flush=True)
         return self._moved(self._flows(1)[:1], _SLOW_PING)
 
     def _moved(

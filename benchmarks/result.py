@@ -11,7 +11,7 @@ from . import plan, stats
 
 
 def judge(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``bench.json``. ``settings``: the rates, and where it ran."""
+    """The content of ``bench.json``. ``settings``: with what the samples were taken."""
     quantities = stats.quantities(rows)
     ratios = stats.ratios(quantities)
     limits = stats.limits(rows, quantities)
@@ -23,12 +23,12 @@ def judge(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any
         }
         for name, values in quantities.items()
     }
-    machines = [row for row in rows if row.get("state") == "machine"]
+    machines = [_plain(row) for row in rows if row.get("state") == "machine"]
     marks = {mark.name: _judged(mark, ratios.get(mark.name)) for mark in stats.MARKS}
     limit = limits.get(stats.LIMIT.name, {}).get("of")
     marks[stats.LIMIT.name] = _judged(stats.LIMIT, limit)
     return {
-        "machine": {**({**machines[-1]} if machines else {}), **settings.pop("machine", {})},
+        "machine": machines[-1] if machines else {},
         "settings": settings,
         "ratios": ratios,
         "limits": limits,
@@ -41,6 +41,10 @@ def judge(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any
         "others_cpu": max((row["others"] for row in rows if "others" in row), default=None),
         "samples": [row for row in rows if row.get("state") == "done"],
     }
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != "state"}
 
 
 def _judged(mark: stats.Mark, value: float | None) -> dict[str, Any]:

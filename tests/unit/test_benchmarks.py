@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from benchmarks import memory, plan, result, stats
 
 
@@ -31,7 +26,7 @@ def moved(vmm: str, part: str, **more: Any) -> dict[str, Any]:
 
 # --- the plan -------------------------------------------------------------------------------------
 def test_the_vmms_take_turns_in_being_first() -> None:
-    planned = plan.jobs(2, False)
+    planned = plan.jobs(2)
     first = [next(job.vmm for job in planned if job.repetition == n) for n in (0, 1)]
     assert first == [plan.GODWIT, plan.QEMU]
 
@@ -152,3 +147,8 @@ def test_a_result_without_samples_has_marks_that_do_not_hold() -> None:
     judged = result.judge([], {"quick": True})
     assert judged["ratios"] == {}
     assert not any(mark["holds"] for mark in judged["marks"].values())
+
+
+def test_what_the_time_cut_off_has_not_failed() -> None:
+    rows = [row(plan.QEMU, "hot", state="began"), {"state": "time is up"}]
+    assert stats.failures(rows)["samples"] == {}
