@@ -44,7 +44,8 @@ def main() -> int:
     asked = {name: getattr(arguments, name) for name in asdict(rates)}
     rates = replace(rates, **{name: value for name, value in asked.items() if value is not None})
     if not arguments.again:
-        rows_file.write_text("")
+        if not arguments.resume:
+            rows_file.write_text("")
         quick = arguments.quick
         repetitions = 1 if quick else arguments.repetitions
         planned = plan.quick_jobs() if quick else plan.jobs(repetitions)
@@ -92,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, default in asdict(plan.Rates()).items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=type(default), help=f"default {default}; the lab has less")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with what the last run had no time for"
+    )
     parser.add_argument(
         "--again", action="store_true", help="measure nothing: judge the last run's samples"
     )

@@ -81,6 +81,7 @@ def jobs(repetitions: int) -> list[Job]:
             found += _pair(guest, number, PARTS[guest])
         if number % 2 == 0:  # what has no counterpart, and varies little
             found.append(Job("socket", GODWIT, number, PARTS["socket"]))
+        if number % 3 == 0:
             found.append(Job("in-process", IN_PROCESS, number, PARTS["in-process"]))
     return found
 
