@@ -62,13 +62,13 @@ class Bulk(Program):
         """
         if self._process.returncode != 0:
             raise HostError(f"the TCP stream broke: {self._output.read_text()!r}")
-        return _rates(self._output.read_text())
+        return rates(self._output.read_text())
 
 
 def throughput(netns: str, address: str, seconds: int, ways: Sequence[str]) -> dict[str, float]:
     """TCP for so long: ``out`` (to the guest) and ``in``, bytes a second. Raises HostError."""
     argv = [str(bulk()), address, str(seconds), *ways]
-    return _rates(_output(netns, argv, seconds + 20))
+    return rates(_output(netns, argv, seconds + 20))
 
 
 def round_trips(netns: str, address: str, count: int, interval: float) -> list[float]:
@@ -77,7 +77,8 @@ def round_trips(netns: str, address: str, count: int, interval: float) -> list[f
     return [float(ms) for ms in _ROUND_TRIP.findall(_output(netns, argv, count * interval + 30))]
 
 
-def _rates(text: str) -> dict[str, float]:
+def rates(text: str) -> dict[str, float]:
+    """What bulk printed: direction -> bytes a second."""
     rows = (line.split() for line in text.splitlines())
     return {way: int(amount) * 1e6 / max(1, int(us)) for way, amount, us in rows}
 
