@@ -101,11 +101,15 @@ def _pair(guest: str, number: int, parts: tuple[str, ...]) -> list[Job]:
 def left(planned: list[Job], rows: list[dict[str, Any]]) -> list[Job]:
     """The jobs with parts that neither have a sample nor failed too often; only those parts.
 
-    A part that began and has no end (its lab died) counts as failed.
+    A part that began and has no end (its lab died) counts as failed; one that the time cut off
+    does not.
     """
     began: dict[tuple[str, str, int, str], int] = {}
     good = set()
+    key = ("", "", 0, "")
     for row in rows:
+        if row["state"] == "time is up":
+            began[key] = began.get(key, 0) - 1
         if "part" in row:
             key = (row["guest"], row["vmm"], row["repetition"], row["part"])
             began[key] = began.get(key, 0) + (row["state"] == "began")

@@ -152,3 +152,5 @@ def test_a_result_without_samples_has_marks_that_do_not_hold() -> None:
 def test_what_the_time_cut_off_has_not_failed() -> None:
     rows = [row(plan.QEMU, "hot", state="began"), {"state": "time is up"}]
     assert stats.failures(rows)["samples"] == {}
+    planned = [plan.Job("hot", plan.QEMU, 0, ("hot",))]
+    assert plan.left(planned, rows * plan.ATTEMPTS) == planned
