@@ -44,7 +44,7 @@ def main() -> int:
     asked = {name: getattr(arguments, name) for name in asdict(rates)}
     rates = replace(rates, **{name: value for name, value in asked.items() if value is not None})
     if not arguments.again:
-        if not arguments.resume:
+        if not (arguments.resume and rows_file.exists()):
             rows_file.write_text("")
         quick = arguments.quick
         repetitions = 1 if quick else arguments.repetitions
