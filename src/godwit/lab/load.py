@@ -66,9 +66,13 @@ class Bulk(Program):
 
 
 def throughput(netns: str, address: str, seconds: int, ways: Sequence[str]) -> dict[str, float]:
-    """TCP for so long: ``out`` (to the guest) and ``in``, bytes a second. Raises HostError."""
+    """TCP for so long, after a second: ``out`` (to the guest) and ``in``, bytes a second.
+
+    Raises:
+        HostError: no connection, or it broke.
+    """
     argv = [str(bulk()), address, str(seconds), *ways]
-    return rates(_output(netns, argv, seconds + 20))
+    return rates(_output(netns, argv, seconds + 21))
 
 
 def round_trips(netns: str, address: str, count: int, interval: float) -> list[float]:

@@ -1,7 +1,8 @@
 /* bulk ADDRESS SECONDS [out=PORT] [in=PORT]: TCP as fast as it goes, to and from an address.
  *
  * After SECONDS (0: at SIGINT) it prints what went each way: `out BYTES MICROSECONDS`, and so for
- * `in`. A byte that was sent counts once it was acknowledged. Exit status 1: a connection broke.
+ * `in`. A byte that was sent counts once it was acknowledged. Before the SECONDS there is one more
+ * that does not count, for TCP to find its pace. Exit status 1: a connection broke.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -28,13 +29,18 @@ struct direction {
 	uint64_t bytes, us;
 };
 
-static atomic_bool ending;
+static enum { WARM_UP, COUNTING, ENDING } _Atomic stage;
 static atomic_int broken;
+static unsigned seconds;
 
-static void end(int number)
+static void next(int number)
 {
-	(void)number;
-	atomic_store(&ending, 1);
+	if (number == SIGINT || stage == COUNTING) {
+		stage = ENDING;
+	} else {
+		stage = COUNTING;
+		alarm(seconds);
+	}
 }
 
 static int connected(const char *address, int port)
@@ -70,7 +76,12 @@ static void *pump(void *argument)
 	char *piece = calloc(1, PIECE);
 	uint64_t start = now_us();
 
-	while (!atomic_load(&ending)) {
+	for (int counting = stage != WARM_UP; stage != ENDING;) {
+		if (!counting && stage == COUNTING) {
+			counting = 1;
+			start = now_us();
+			direction->bytes = 0;
+		}
 		ssize_t done = out ? send(direction->fd, piece, PIECE, MSG_NOSIGNAL)
 				   : recv(direction->fd, piece, PIECE, 0);
 
@@ -91,7 +102,7 @@ static void *pump(void *argument)
 int main(int argc, char **argv)
 {
 	struct direction directions[2];
-	struct sigaction action = { .sa_handler = end };
+	struct sigaction action = { .sa_handler = next };
 	pthread_t threads[2];
 	int count = argc - 3;
 
@@ -108,7 +119,10 @@ int main(int argc, char **argv)
 	}
 	sigaction(SIGINT, &action, NULL);
 	sigaction(SIGALRM, &action, NULL);
-	alarm((unsigned)atoi(argv[2]));
+	seconds = (unsigned)atoi(argv[2]);
+	stage = seconds ? WARM_UP : COUNTING;
+	if (seconds)
+		alarm(1);
 	for (int i = 0; i < count; i++)
 		pthread_create(&threads[i], NULL, pump, &directions[i]);
 	for (int i = 0; i < count; i++) {
