@@ -147,7 +147,12 @@ def _cells(spread: dict[str, Any] | None) -> tuple[str, str]:
     if spread is None:
         return "", ""
     least, most = spread["least"], spread["most"]
-    return f"{spread['median']:.4g}", f"{least:.4g} to {most:.4g} ({spread['count']})"
+    return number(spread["median"]), f"{number(least)} to {number(most)} ({spread['count']})"
+
+
+def number(value: float) -> str:
+    """Three digits at least, and no exponent."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -174,8 +179,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axis.plot([mark["aim"]] * 2, [row - 0.4, row + 0.4], color="black", linestyle=":")
         axis.barh(row, value, color=colour, alpha=0.6)
         by = result["medians"].get(name, {})
-        both = [f"{by[vmm]['median']:.4g}" for vmm in (plan.GODWIT, plan.QEMU) if vmm in by]
-        axis.text(value + 0.02, row, f"{value:.2f}  ({' / '.join(both)})", va="center", fontsize=7)
+        both = " / ".join(
+            number(by[vmm]["median"]) for vmm in (plan.GODWIT, plan.QEMU) if vmm in by
+        )
+        text = f"{value:.2f}" + (f"  ({both})" if both else "")
+        beside = max(value, mark["must"] if mark else 0.0, mark["aim"] if mark else 0.0)
+        axis.text(beside + 0.02, row, text, va="center", fontsize=7)
     axis.axvline(1, color="tab:blue", linewidth=0.8)
     axis.set_yticks(range(len(names)), list(reversed(names)), fontsize=7)
     axis.set_xlim(0, max([1.5, *(result["ratios"][name] * 1.25 for name in names)]))
