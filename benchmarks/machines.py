@@ -45,7 +45,7 @@ class Moved:
 
     began: float
     resumed: float
-    pause: float
+    pause: float | None
     """From the source's STOP event to the destination's RESUME."""
     info: dict[str, Any]
 
@@ -106,7 +106,7 @@ def move(source: Vm, target: Vm, uri: str, deadline: float = 90.0) -> Moved:
         raise HostError(f"the move ended as {info['status']}: {info.get('error-desc', '')}")
     resumed = stamp(target.qmp.wait_event("RESUME", 30))
     stops = [stamp(event) for event in told if event["event"] == "STOP"]
-    pause = (resumed - stops[-1]) * 1000 if stops else float("nan")
+    pause = (resumed - stops[-1]) * 1000 if stops else None
     return Moved(began, resumed, pause, info)
 
 

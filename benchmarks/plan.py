@@ -24,7 +24,7 @@ PARTS = {
 }
 MOVES = ("idle", "udp", "tcp", "hot", "2g")
 #: How long a job may take in the emulated lab, seconds; twice what it usually does.
-DEADLINE_S = {"small": 150, "hot": 75, "large": 150, "in-process": 75, "socket": 60}
+DEADLINE_S = {"small": 130, "hot": 60, "large": 100, "in-process": 60, "socket": 40}
 
 CPUS = 2
 HOT_MB = 64

@@ -71,12 +71,15 @@ def _of_move(row: Row) -> Iterable[tuple[str, float]]:
     load = row["part"]
     yield f"total_{load}", row["total_ms"]
     yield f"downtime_{load}", row["downtime_ms"]
-    yield f"pause_{load}", row["pause_ms"]
+    if row["pause_ms"] is not None:
+        yield f"pause_{load}", row["pause_ms"]
     yield f"bytes_{load}", row["bytes"] / 1e6
     gaps: Mapping[str, float] = row.get("gap_ms", {})
     for flow, gap in gaps.items():
         # Which flow it is matters where all are measured: with the idle guest.
-        yield (f"gap {flow}" if load == "idle" else f"gap_{load}"), gap
+        yield f"gap_{load}", gap
+        if load == "idle":
+            yield f"gap {flow}", gap
     if load == "2g":
         yield "copy_rate", row["bytes"] / row["total_ms"] / 1e3
     if load == "tcp":
