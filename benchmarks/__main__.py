@@ -19,7 +19,7 @@ from godwit.errors import GodwitError
 from godwit.kvm.probe import why_unusable
 from godwit.lab import guest, host, kernels, load, traffic
 
-from . import plan, result
+from . import plan, result, show
 
 #: A run's time, seconds; a lab that is cut off by it leaves its samples.
 BUDGET_S, QUICK_BUDGET_S = 1170.0, 228.0
@@ -62,7 +62,7 @@ def main() -> int:
     given = [row["settings"] for row in rows if row.get("state") == "settings"]
     judged = result.judge(rows, given[-1] if given else {})
     result.keep(judged, out)
-    result.show(judged)
+    show.table(judged)
     say(f"kept: {out / 'bench.json'}, {out / 'bench.svg'}")
     return 0 if judged["ratios"] else 1
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from godwit.errors import HostError
 from godwit.lab.addresses import LANS
-from godwit.lab.agent import Agent
 from godwit.lab.load import (
     BOTH_WAYS,
     FROM_GUEST,
@@ -22,12 +20,10 @@ from godwit.lab.load import (
     round_trips,
     throughput,
 )
-from godwit.lab.network import Network
-from godwit.lab.traffic import FLOWS, Flow, Ping, Sender
-from godwit.lab.vm import Vm
+from godwit.lab.traffic import Flow, Ping, Sender
 
 from . import machines, memory, plan, socketloop
-from .machines import Image
+from .guests import Guest
 
 Sample = dict[str, Any]
 #: After the answers are back: what else the announcement brings about is still seen.
@@ -40,90 +36,61 @@ _SLOW_PING = 0.05
 _MANY_S = 120
 
 
-class Measured:
-    """One guest, from its boot on, wherever it runs. Closes with the stack."""
-
-    def __init__(
-        self,
-        job: plan.Job,
-        rates: plan.Rates,
-        image: Image,
-        net: Network,
-        folder: Path,
-        stack: ExitStack,
-    ) -> None:
-        self._job = job
-        self._rates = rates
-        self._image = image
-        self._net = net
-        self._folder = folder
-        self._stack = stack
-        self._memory_mb = plan.MEMORY_MB[job.guest]
-        self._host = net.a
-        self._count = 0
-        self._vm = stack.enter_context(
-            machines.boot(job.vmm, "vm0", folder, net.a, self._memory_mb, image)
-        )
-        # Beside the boot if that is not measured: a process takes its time on an emulated CPU.
-        self._spare = (
-            None if "boot" in job.parts or "network" in job.parts else self._start_target()
-        )
-        self._boot_s = self._vm.wait_ready(90)
-        self._agent = stack.enter_context(Agent(LANS[0].guest[0], net.client.netns))
-        self._agent.ping(30)
+class Measured(Guest):
+    """A guest and its parts."""
 
     # --- a guest that stays -----------------------------------------------------------------------
     def boot(self) -> Sample:
         """From the process' start to the guest's init, s."""
-        return {"seconds": round(self._boot_s, 3)}
+        return {"seconds": round(self.boot_s, 3)}
 
     def memory(self) -> Sample:
         """Of the process beyond the guest's RAM, MB."""
         machines.settle()
-        found = memory.measure(self._vm.pid)
-        if not self._memory_mb <= found.ram / 1024 < self._memory_mb + 64:
-            raise HostError(f"{found.ram} kB cannot be the guest's {self._memory_mb} MB of RAM")
+        found = memory.measure(self.vm.pid)
+        if not self.memory_mb <= found.ram / 1024 < self.memory_mb + 64:
+            raise HostError(f"{found.ram} kB cannot be the guest's {self.memory_mb} MB of RAM")
         return {"pss_mb": found.pss / 1024, "rss_mb": found.rss / 1024}
 
     def network(self) -> Sample:
         """TCP to and from the guest, bytes a second; a ping's median round trip, ms."""
-        netns, address = self._net.client.netns, LANS[0].guest[0]
+        netns, address = self.net.client.netns, LANS[0].guest[0]
         machines.settle()
-        took = round_trips(netns, address, self._rates.round_trips, 0.005)
-        rates = throughput(netns, address, self._rates.stream_s, TO_GUEST)
-        rates |= throughput(netns, address, self._rates.stream_s, FROM_GUEST)
+        took = round_trips(netns, address, self.rates.round_trips, 0.005)
+        rates = throughput(netns, address, self.rates.stream_s, TO_GUEST)
+        rates |= throughput(netns, address, self.rates.stream_s, FROM_GUEST)
         return {"round_trip_ms": median(took), "answers": len(took), **rates}
 
     # --- moves ------------------------------------------------------------------------------------
     def idle(self) -> Sample:
         """An idle guest of 128 MB; its pings as often as they are to be."""
-        return self._moved(self._flows(2), self._rates.ping_interval)
+        return self._moved(self.flows(2), self.rates.ping_interval)
 
     def udp(self) -> Sample:
         """Numbered packets in both directions, counted at both ends."""
-        netns = self._net.client.netns
-        flows = self._flows(self._rates.families_at_once)
-        target, uri = self._target()
-        self._agent.reset_flows()
+        netns = self.net.client.netns
+        flows = self.flows(self.rates.families_at_once)
+        target, uri = self.target()
+        self.agent.reset_flows()
         machines.settle()
         with (
-            Receiver(netns, self._folder) as receiver,
-            Sender(netns, self._folder, self._rates.udp_rate, flows) as sender,
+            Receiver(netns, self.folder) as receiver,
+            Sender(netns, self.folder, self.rates.udp_rate, flows) as sender,
         ):
-            rate = self._rates.udp_rate
+            rate = self.rates.udp_rate
             for flow in flows:
-                self._agent.udp_send(flow.client, PORT, flow.id, rate, rate * _MANY_S)
+                self.agent.udp_send(flow.client, PORT, flow.id, rate, rate * _MANY_S)
             time.sleep(_HEAD_S)
-            before = self._agent.flows()
-            moved = machines.move(self._vm, target, uri)
-            self._agent.ping(30)
+            before = self.agent.flows()
+            moved = machines.move(self.vm, target, uri)
+            self.agent.ping(30)
             time.sleep(_TAIL_S)
             sender.stop()
-            by_guest = self._agent.udp_stop()
+            by_guest = self.agent.udp_stop()
             time.sleep(0.3)
-            arrived = self._agent.flows()
+            arrived = self.agent.flows()
             receiver.stop()
-        self._arrive(target)
+        self.arrive(target)
         counted, by_client = receiver.flows(), sender.counts()
         lost = {}
         for flow in flows:
@@ -145,10 +112,10 @@ class Measured:
         bulks: list[Bulk] = []
 
         def load() -> None:
-            started = Bulk(self._net.client.netns, self._folder, address, BOTH_WAYS)
-            bulks.append(self._stack.enter_context(started))
+            started = Bulk(self.net.client.netns, self.folder, address, BOTH_WAYS)
+            bulks.append(self.stack.enter_context(started))
 
-        sample = self._moved(self._flows(1)[:1], _SLOW_PING, load)
+        sample = self._moved(self.flows(1)[:1], _SLOW_PING, load)
         bulks[0].stop()
         return {**sample, **bulks[0].rates()}
 
@@ -156,38 +123,38 @@ class Measured:
         """A guest that writes 64 MB again and again."""
 
         def load() -> None:
-            self._agent.hot_start(plan.HOT_MB)
+            self.agent.hot_start(plan.HOT_MB)
 
-        sample = self._moved(self._flows(1)[:1], _SLOW_PING, load)
-        self._agent.hot_check()
+        sample = self._moved(self.flows(1)[:1], _SLOW_PING, load)
+        self.agent.hot_check()
         return sample
 
     def large(self) -> Sample:
         """Much memory, most of it in use."""
-        self._agent.mem_fill(plan.POPULATED_MB)
-        return self._moved(self._flows(1)[:1], _SLOW_PING)
+        self.agent.mem_fill(plan.POPULATED_MB)
+        return self._moved(self.flows(1)[:1], _SLOW_PING)
 
     def _moved(
         self, flows: list[Flow], interval: float, load: Callable[[], None] | None = None
     ) -> Sample:
         """Move it under pings of these flows."""
-        client = self._net.client.netns
-        target, uri = self._target()
+        client = self.net.client.netns
+        target, uri = self.target()
         with ExitStack() as stack:
             idle = machines.settle()
             if load is not None:
                 load()
             pings = [
-                stack.enter_context(Ping(client, flow, self._folder, interval)) for flow in flows
+                stack.enter_context(Ping(client, flow, self.folder, interval)) for flow in flows
             ]
             for ping in pings:
                 ping.wait_answer(0.0)
             time.sleep(_HEAD_S)
-            moved = machines.move(self._vm, target, uri)
+            moved = machines.move(self.vm, target, uri)
             for ping in pings:
                 ping.wait_answer(moved.resumed)
             time.sleep(_TAIL_S)
-        self._arrive(target)
+        self.arrive(target)
         seen = {_name(ping.flow): ping.answers() for ping in pings}
         return {
             **_told(moved),
@@ -195,39 +162,6 @@ class Measured:
             "gap_ms": {name: a.gap_ms(moved.began, float("inf")) for name, a in seen.items()},
             "pings_lost": {name: a.sent - a.received for name, a in seen.items()},
         }
-
-    def _target(self) -> tuple[Vm, str]:
-        """A process on the other host that waits for the guest, and where it listens."""
-        target, uri = self._spare or self._start_target()
-        self._spare = None
-        target.qmp.execute("query-status", deadline=60)
-        return target, uri
-
-    def _start_target(self) -> tuple[Vm, str]:
-        self._count += 1
-        host = self._net.a if self._host is self._net.b else self._net.b
-        target, uri = machines.await_guest(
-            self._job.vmm, f"vm{self._count}", self._folder, host, self._memory_mb, self._image
-        )
-        self._stack.enter_context(target)
-        return target, uri
-
-    def _arrive(self, target: Vm) -> None:
-        """The guest is there now; the process that it left ends."""
-        self._agent.ping(30)
-        self._vm.close()
-        self._vm = target
-        self._host = self._net.a if self._host is self._net.b else self._net.b
-
-    def _flows(self, families: int) -> list[Flow]:
-        """Those whose turn it is in this repetition."""
-        count = self._rates.networks_at_once
-        first = self._job.repetition * count
-        chosen = [plan.NETWORKS[(first + n) % len(plan.NETWORKS)] for n in range(count)]
-        found = [[flow for flow in FLOWS if flow.network == name] for name in chosen]
-        # One family at a time: the other one the next time round.
-        turn = self._job.repetition * count // len(plan.NETWORKS) % 2
-        return [flow for pair in found for flow in (pair if families == 2 else pair[turn:][:1])]
 
 
 def limit() -> Sample:
