@@ -20,6 +20,7 @@ from godwit.kvm.probe import why_unusable
 from godwit.lab import guest, host, kernels, load, traffic
 
 from . import plan, result, show
+from .others import Others
 
 #: A run's time, seconds; a lab that is cut off by it leaves its samples.
 BUDGET_S, QUICK_BUDGET_S = 1170.0, 228.0
@@ -129,9 +130,10 @@ def measure(
         path.write_text(json.dumps(given))
         argv = [sys.executable, "-m", "benchmarks.inside", str(path)]
         env = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
-        before = _cpu_seconds()
+        others = Others()
         try:
-            host.run(argv, timeout_s=remaining, memory_mb=memory_mb, rw=[out], env=env, log=say)
+            with others:
+                host.run(argv, timeout_s=remaining, memory_mb=memory_mb, rw=[out], env=env, log=say)
         except host.LabCrashed as error:
             say(f"the lab died; another one goes on ({error})")
             note(rows_file, state="lab died", error=str(error))
@@ -139,10 +141,8 @@ def measure(
             say(f"the time is up ({error})")
             note(rows_file, state="time is up")
         finally:
-            spent = zip(before, _cpu_seconds(), strict=True)
-            ours, busy, everything = (end - begin for begin, end in spent)
-            others = max(0.0, busy - ours) / everything if everything else 0.0
-            note(rows_file, state="lab ended", others=round(others, 3))
+            if why_unusable() is not None:  # on KVM the guests are no children of ours
+                note(rows_file, state="others", seen=others.seen)
 
 
 def _free_mb() -> int:
@@ -153,15 +153,6 @@ def _free_mb() -> int:
         if line.startswith("MemAvailable:")
     )
     return int(line.split()[1]) >> 10
-
-
-def _cpu_seconds() -> tuple[float, float, float]:
-    """CPU time so far: of this process' children that ended, of all there is, and that passed."""
-    times = os.times()
-    ours = times.children_user + times.children_system + times.user + times.system
-    words = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]  # proc_stat(5)
-    ticks = [int(word) / os.sysconf("SC_CLK_TCK") for word in words]
-    return ours, sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

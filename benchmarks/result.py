@@ -12,6 +12,8 @@ from . import plan, show, stats
 
 def judge(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
     """The content of ``bench.json``. ``settings``: with what the samples were taken."""
+    all_rows, samples = rows, stats.with_others(rows)
+    rows = [dict(row) for row in stats.undisturbed(samples)]
     quantities = stats.quantities(rows)
     ratios = stats.ratios(quantities)
     limits = stats.limits(rows, quantities)
@@ -23,7 +25,7 @@ def judge(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any
         }
         for name, values in quantities.items()
     }
-    machines = [_plain(row) for row in rows if row.get("state") == "machine"]
+    machines = [_plain(row) for row in all_rows if row.get("state") == "machine"]
     marks = {mark.name: _judged(mark, ratios.get(mark.name)) for mark in stats.MARKS}
     limit = limits.get(stats.LIMIT.name, {}).get("of")
     marks[stats.LIMIT.name] = _judged(stats.LIMIT, limit)
@@ -36,10 +38,9 @@ def judge(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any
         "medians": medians,
         "lost": stats.lost(rows),
         "phases": stats.phases(rows),
-        "failures": stats.failures(rows),
-        # Share of this machine's CPU time that went to neither VMM: what disturbed the samples.
-        "others_cpu": max((row["others"] for row in rows if "others" in row), default=None),
-        "samples": [row for row in rows if row.get("state") == "done"],
+        "failures": stats.failures(all_rows),
+        "disturbed": sum((row["others"] or 0.0) > stats.DISTURBED for row in samples),
+        "samples": samples,
     }
 
 

@@ -68,10 +68,10 @@ def table(result: dict[str, Any]) -> None:
         for kind, phases in kinds.items():
             told = ", ".join(f"{phase} {took:g}" for phase, took in phases.items())
             console.print(f"Godwit, {load}, {kind}: {told}", highlight=False)
-    if (result["others_cpu"] or 0) > _DISTURBED:
+    if result["disturbed"]:
         console.print(
-            f"[yellow]{result['others_cpu']:.0%} of this machine's CPU time went to others: "
-            "the times are too long, and the ratios rough[/yellow]"
+            f"[yellow]{result['disturbed']} of {len(result['samples'])} samples were disturbed by "
+            "other programs on this machine; they count only where there is no better[/yellow]"
         )
     failed = result["failures"]
     if failed["samples"] or failed["labs_died"]:
@@ -82,8 +82,6 @@ def table(result: dict[str, Any]) -> None:
         )
 
 
-#: Share of the CPU time of other programs above which a result is called disturbed.
-_DISTURBED = 0.1
 #: Names in the table's order; what is not named comes last.
 _FIRST = ("boot", "vmm_memory", "throughput", "round", "total", "downtime", "pause", "gap", "bytes")
 

@@ -33,6 +33,36 @@ def spread(values: Iterable[float]) -> Spread | None:
     return Spread(median(good), good[0], good[-1], len(good)) if good else None
 
 
+#: Share of the CPU time that other programs may have during a sample.
+DISTURBED = 0.15
+
+
+def with_others(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The samples, each with ``others``: the share that other programs had meanwhile, or None."""
+    rows = list(rows)
+    seen = [tuple(look) for row in rows if row.get("state") == "others" for look in row["seen"]]
+    began = 0.0
+    found = []
+    for row in rows:
+        began = row["at"] if row.get("state") == "began" else began
+        if row.get("state") == "done":
+            shares = [share for at, share in seen if began <= at <= row["at"]]
+            others = round(sum(shares) / len(shares), 2) if shares else None
+            found.append({**row, "others": others})
+    return found
+
+
+def undisturbed(samples: Iterable[Row]) -> list[Row]:
+    """Without those that other programs disturbed, where the same part of that VMM has better."""
+    samples = list(samples)
+
+    def quiet(row: Row) -> bool:
+        return (row.get("others") or 0.0) <= DISTURBED
+
+    good = {(row["vmm"], row["part"]) for row in samples if quiet(row)}
+    return [row for row in samples if quiet(row) or (row["vmm"], row["part"]) not in good]
+
+
 def ratio(over: Spread | None, under: Spread | None) -> float | None:
     """Of the medians; None if one is missing or nothing."""
     if over is None or under is None or not under.median:

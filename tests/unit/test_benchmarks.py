@@ -131,6 +131,16 @@ def test_lost_packets_are_named_for_both() -> None:
     assert found == {"godwit": 0, "qemu": 5, "each": {"godwit": [0], "qemu": [5]}}
 
 
+def test_a_disturbed_sample_counts_only_where_there_is_no_better() -> None:
+    rows: list[dict[str, Any]] = []
+    for vmm, at in ((plan.GODWIT, 100.0), (plan.GODWIT, 200.0), (plan.QEMU, 300.0)):
+        rows += [row(vmm, "hot", state="began", at=at), moved(vmm, "hot", at=at + 10)]
+    shares = [(105.0, 0.4), (106.0, 0.6), (205.0, 0.1), (305.0, 0.9)]
+    samples = stats.with_others([*rows, {"state": "others", "seen": shares}])
+    assert [sample["others"] for sample in samples] == [0.5, 0.1, 0.9]
+    assert stats.undisturbed(samples) == samples[1:]
+
+
 def test_failures_are_counted_by_vmm() -> None:
     rows = [
         row(plan.QEMU, "hot", state="began"),
