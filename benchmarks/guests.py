@@ -35,6 +35,7 @@ class Guest:
         self.stack = stack
         self.memory_mb = plan.MEMORY_MB[job.guest]
         self.host = net.a
+        self.last_target: Vm | None = None
         self._count = 0
         self.vm = stack.enter_context(
             machines.boot(job.vmm, "vm0", folder, net.a, self.memory_mb, image)
@@ -51,8 +52,14 @@ class Guest:
         """A process on the other host that waits for the guest, and where it listens."""
         target, uri = self._spare or self._start_target()
         self._spare = None
+        self.last_target = target
         target.qmp.execute("query-status", deadline=60)
         return target, uri
+
+    def printed(self) -> dict[str, str]:
+        """The end of what its processes printed, the guest's console included."""
+        vms = [self.vm, *([self.last_target] if self.last_target else [])]
+        return {vm.name: vm.console[-1500:] for vm in vms}
 
     def _start_target(self) -> tuple[Vm, str]:
         self._count += 1

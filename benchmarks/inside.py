@@ -61,7 +61,9 @@ def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
                         guest = parts.Measured(job, rates, image, net, folder, stack)
                     sample = getattr(guest, "large" if part == "2g" else part)()
             except (GodwitError, OSError, KeyError) as error:
-                rows.add(state="failed", error=f"{type(error).__name__}: {error}"[-600:], **row)
+                said = f"{type(error).__name__}: {error}"[-600:]
+                printed = guest.printed() if guest is not None else {}
+                rows.add(state="failed", error=said, printed=printed, **row)
                 raise
             rows.add(state="done", at=time.time(), **row, **sample)
             say(f"{part:8} {_short(sample)}")

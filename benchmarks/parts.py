@@ -165,9 +165,9 @@ class Measured(Guest):
 
 
 def limit() -> Sample:
-    """The plain socket loop, bytes a second."""
+    """The plain socket loop, bytes a second: the best of three, being a limit."""
     tries = [socketloop.bytes_a_second(plan.LIMIT_MB) for _ in range(3)]
-    return {"rate": median(tries), "tries": tries}
+    return {"rate": max(tries), "tries": tries}
 
 
 def _name(flow: Flow) -> str:
