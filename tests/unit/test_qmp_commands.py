@@ -248,7 +248,12 @@ def test_parameters_are_set_and_shown() -> None:
         "downtime-limit": 300,
         "handover": True,
     }
-    others = {"announce-verify": "probe", "announce-refresh": True, "announce-rate": 50}
+    others = {
+        "announce-verify": "probe",
+        "announce-refresh": True,
+        "announce-rate": 50,
+        "handover": False,
+    }
     for name in shown:
         before = run(vm, "query-migrate-parameters")
         value = others.get(name, 42)
