@@ -92,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from . import lean  # before all that needs msgspec
+
+    del lean
     from .terminal import run
 
     return run(arguments)

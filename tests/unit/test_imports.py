@@ -12,6 +12,7 @@ HEAVY = {
     "dataclasses",
     "hashlib",
     "inspect",
+    "typing_extensions",
     "logging",
     "matplotlib",
     "pyroute2",
@@ -22,19 +23,17 @@ HEAVY = {
     "subprocess",
 }
 
-# What msgspec loads is not ours to choose: where typing_extensions is installed (mypy brings it),
-# that is among it, and inspect with it.
 _LOADED = """
 import sys
-import msgspec
-before = set(sys.modules)
+import godwit.lean
+before = set()
 {imports}
 print(*sorted(set(sys.modules) - before))
 """
 
 
 def loaded(*modules: str) -> set[str]:
-    """What a fresh interpreter loads for ``modules``, beyond msgspec."""
+    """What a fresh interpreter loads for ``modules``."""
     script = _LOADED.format(imports="\n".join(f"import {module}" for module in modules))
     done = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60
