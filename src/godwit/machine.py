@@ -95,6 +95,8 @@ class Machine:
             self._make_vcpus(system, undo)
             self._undo = undo.pop_all()
         self._initial: MachineState | None = None
+        #: The MSRs of each vCPU as KVM made it, on the way to a load.
+        self._fresh: list[dict[int, int]] = []
         #: Guest clock, ns, and the time.monotonic of its reading: while time is to be made up.
         self._clock_debt: tuple[int, float] | None = None
 
@@ -288,6 +290,7 @@ class Machine:
 
         What it says is a source's guess: :meth:`load` counts.
         """
+        self._fresh = [dict(thread.vcpu.get_msrs(self._msrs)) for thread in self.vcpus]
         self._routes.hold()
         try:
             for nic, (negotiated, foresight) in zip(self.nics, nics, strict=True):
@@ -317,8 +320,9 @@ class Machine:
         missed = missed_seconds(state.platform, received)
         stood_still = time.monotonic() - missed
         ticks = int(missed * self.vcpus[0].vcpu.tsc_khz() * 1000)
-        for thread, saved in zip(self.vcpus, state.vcpus, strict=True):
-            cpustate.load_vcpu(thread.vcpu, saved, ticks)
+        fresh, self._fresh = self._fresh or [{} for _ in self.vcpus], []
+        for thread, saved, msrs in zip(self.vcpus, state.vcpus, fresh, strict=True):
+            cpustate.load_vcpu(thread.vcpu, saved, ticks, msrs)
         mark("vcpus")
         cpustate.load_platform(self.vm, state.platform)
         self._clock_debt = (state.platform.clock_ns, stood_still)

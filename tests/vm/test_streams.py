@@ -71,12 +71,18 @@ def _machine(bench: Bench, stream: Stream) -> Iterator[Machine]:
             loop.close()
 
 
+@pytest.mark.parametrize("foreseen", [False, True], ids=["at once", "foreseen"])
 @pytest.mark.parametrize("stream", STREAMS, ids=lambda stream: stream.name)
-def test_a_machine_loads_the_stream_and_has_the_same_state(bench: Bench, stream: Stream) -> None:
+def test_a_machine_loads_the_stream_and_has_the_same_state(
+    bench: Bench, stream: Stream, foreseen: bool
+) -> None:
     said, raw = stream.read()
     state = codec.decode(raw, MachineState)
     with _machine(bench, stream) as machine:
-        hello.check(codec.decode(said, codec.Hello), machine)
+        source = codec.decode(said, codec.Hello)
+        hello.check(source, machine)
+        if foreseen:
+            machine.foresee([(nic.negotiated, nic.foresight) for nic in source.nics])
         if f": {_CPU}\n" not in Path("/proc/cpuinfo").read_text():
             state = structs.replace(state, vcpus=machine.save().vcpus)
         machine.load(state, time.monotonic())

@@ -7,6 +7,8 @@ in that mode). GET: MP_STATE first, because reading it makes pending INIT/SIPI t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated
 
 import msgspec
@@ -85,8 +87,17 @@ def save_vcpu(vcpu: Vcpu, msrs: list[int]) -> VcpuState:
     )
 
 
-def load_vcpu(vcpu: Vcpu, state: VcpuState, advance_tsc: int = 0) -> None:
+def load_vcpu(
+    vcpu: Vcpu,
+    state: VcpuState,
+    advance_tsc: int = 0,
+    fresh: Mapping[int, int] = MappingProxyType({}),
+) -> None:
     """Give a stopped vCPU ``state``; its TSC is put ``advance_tsc`` cycles ahead.
+
+    ``fresh`` are the MSRs of a vCPU that never ran: those that are so already are left alone. Most
+    are (machine check banks, MTRRs, counters), and setting them takes several times as long as the
+    others.
 
     Raises:
         StreamError: KVM does not take a part; the message names it.
@@ -101,7 +112,7 @@ def load_vcpu(vcpu: Vcpu, state: VcpuState, advance_tsc: int = 0) -> None:
     others = [
         (i, (v + advance_tsc) % (1 << 64) if i == abi.MSR_TSC else v)
         for i, v in state.msrs
-        if i != abi.MSR_TSC_DEADLINE
+        if i == abi.MSR_TSC or (i != abi.MSR_TSC_DEADLINE and fresh.get(i) != v)
     ]
     _put(vcpu, "sregs", abi.SET_SREGS, state.sregs)
     _put(vcpu, "regs", abi.SET_REGS, state.regs)

@@ -147,10 +147,12 @@ class Outgoing(ABC):
     def _introduce(self) -> None:
         """Say what will come, and what of it exists."""
         self._channel.send(Kind.HELLO, describe(self._machine, self._token, self._mark))
+        self.report.mark("hello")
         # Logging starts before the first page is read: what changes afterwards is sent again.
         self._log.start()
-        self._left = self._log.populated()
         self.report.mark("log-started")
+        self._left = self._log.populated()
+        self.report.mark("pages-found")
 
     def _precopy(self) -> None:
         """Send RAM while the guest runs, until little enough is left for the stop."""
