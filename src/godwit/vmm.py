@@ -18,6 +18,7 @@ from .errors import ConfigError, GodwitError, MigrationError, StateError
 from .hw.console import Console
 from .loop import Loop
 from .machine import Machine
+from .migration_parameters import ConvergenceParameters
 from .nic.filterview import FilterView
 from .qmp import commands, events
 from .qmp.server import Server
@@ -66,6 +67,7 @@ class Vmm:
         self.states = RunStates()
         self.max_bandwidth = 0
         self.downtime_limit = 300
+        self.convergence = ConvergenceParameters()
         self.exit_code = 0
         self._closing = False
         self._source: Outgoing | None = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ..announce.schedule import AnnounceOptions, AnnounceParameters
+from ..migration_parameters import ConvergenceParameters
 from ..nic.filterview import FilterView
 from ..runstate import RunStates
 
@@ -27,6 +28,8 @@ class Controller(Protocol):
     max_bandwidth: int
     #: For how long a move may stop the guest, ms.
     downtime_limit: int
+    #: What a move does about a guest that writes faster than the line takes; replaced as a whole.
+    convergence: ConvergenceParameters
 
     @property
     def states(self) -> RunStates:
