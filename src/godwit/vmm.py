@@ -18,7 +18,7 @@ from .errors import ConfigError, GodwitError, MigrationError, StateError
 from .hw.console import Console
 from .loop import Loop
 from .machine import Machine
-from .migration_parameters import ConvergenceParameters
+from .move_parameters import ConvergenceParameters
 from .nic.filterview import FilterView
 from .qmp import commands, events
 from .qmp.server import Server

@@ -20,7 +20,7 @@ from godwit.migration.convergence import (
     why_not,
 )
 from godwit.migration.report import Report, Round
-from godwit.migration_parameters import ConvergenceParameters, OnNoConvergence
+from godwit.move_parameters import ConvergenceParameters, OnNoConvergence
 
 LIMIT = 300.0
 PATIENT = ConvergenceParameters()

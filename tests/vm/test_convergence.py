@@ -17,8 +17,8 @@ pytestmark = ONE_BACKEND
 
 #: What the guest writes to without rest, MB. It has 58 to spare.
 _HOT = 40
-#: Bytes per second. On an emulated CPU, where each first write to a page costs it a fault, the guest
-#: makes 30 MB dirty in a second; a real one writes to all of _HOT within a single slice of its time.
+#: Bytes per second. On an emulated CPU, where the first write to a page costs the guest a fault, it
+#: makes 30 MB dirty in a second; a real one writes to all of them within a slice of its time.
 _LINE = (16 if os.environ.get(MARKER) else 400) << 20
 _LIMIT_MS = 50
 _DEFAULTS = {
@@ -40,12 +40,13 @@ def _set(vm: Watched, auto_converge: bool, **parameters: Any) -> None:
 
 
 @pytest.fixture
-def writer(guest: Guest) -> Iterator[Guest]:
+def writer(bench: Bench, guest: Guest) -> Iterator[Guest]:
     """A guest that writes; its VM's parameters are as ever afterwards."""
     guest.agent.hot_start(_HOT)
     yield guest
-    _set(guest.vm, False)
-    guest.agent.hot_stop()
+    if bench.guest is guest:  # a test that fails loses it
+        _set(guest.vm, False)
+        guest.agent.hot_stop()
 
 
 def _goes_on(guest: Guest) -> None:
@@ -117,7 +118,8 @@ def test_a_guest_that_cannot_be_slowed_enough_stays(bench: Bench, writer: Guest)
     for word in ("writes faster", "throttled by 20", "max-cpu-throttle", "max-bandwidth"):
         assert word in info["error-desc"]
     throttles = [one["cpu-throttle-percentage"] for one in info["godwit"]["rounds"]]
-    assert throttles == [0, 0, 20, 20]
+    assert throttles[:3] == [0, 0, 20]
+    assert max(throttles) == 20
     assert "cpu-throttle-percentage" not in info
     # The guest was never stopped, and its peers noticed nothing.
     assert not source.news("STOP", "RESUME", "RUN_STATE")
@@ -136,18 +138,18 @@ def test_what_is_cancelled_is_throttled_no_more(bench: Bench, writer: Guest) -> 
         source,
         True,
         max_bandwidth=_LINE,
-        downtime_limit=0,
-        cpu_throttle_initial=90,
-        max_cpu_throttle=90,
+        downtime_limit=_LIMIT_MS,
+        cpu_throttle_initial=50,
+        cpu_throttle_increment=1,
     )
     source.start_move(bench.listen(target))
-    wait_for(lambda: _progress(source).get("cpu-throttle-percentage") == 90, 60)
+    wait_for(lambda: _progress(source).get("cpu-throttle-percentage", 0) >= 50, 60)
     # A throttled guest stops and goes on as any other, and is throttled still.
     source.qmp.execute("stop")
     assert source.status() == "paused"
     source.qmp.execute("cont")
     assert source.status() == "running"
-    assert _progress(source).get("cpu-throttle-percentage") == 90
+    assert _progress(source)["cpu-throttle-percentage"] >= 50
     source.qmp.execute("migrate_cancel")
     assert source.end_of_move()["status"] == "cancelled"
     assert "cpu-throttle-percentage" not in _progress(source)

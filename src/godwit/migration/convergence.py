@@ -12,7 +12,7 @@ import enum
 from typing import NamedTuple, Protocol
 
 from ..hw.memory import PAGE
-from ..migration_parameters import MOST_THROTTLED, ConvergenceParameters, OnNoConvergence
+from ..move_parameters import MOST_THROTTLED, ConvergenceParameters, OnNoConvergence
 
 #: Rounds at one level of the throttle (none, at first) at the most. Rounds that help at all (see
 #: below) leave by then a five-thousandth of what there was.

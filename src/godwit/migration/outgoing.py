@@ -16,7 +16,7 @@ from typing import Protocol
 from ..errors import GodwitError, LinkLost, MigrationError, PeerRefused, StateError
 from ..hw.memory import PAGE
 from ..machine import Machine
-from ..migration_parameters import ConvergenceParameters
+from ..move_parameters import ConvergenceParameters
 from ..runstate import RunState, RunStates
 from . import codec, ram
 from .codec import Kind, Run

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, GodwitError, LinkLost, MigrationError, StreamError
 from ..machine import Machine
-from ..migration_parameters import ConvergenceParameters, OnNoConvergence
+from ..move_parameters import ConvergenceParameters, OnNoConvergence
 from ..runstate import RunState, RunStates
 from . import codec
 from .codec import Kind

@@ -13,7 +13,7 @@ import msgspec
 
 from ..announce.schedule import AnnounceOptions, AnnounceParameters, Verify
 from ..errors import ConfigError, StateError
-from ..migration_parameters import ConvergenceParameters, OnNoConvergence
+from ..move_parameters import ConvergenceParameters, OnNoConvergence
 from ..runstate import LIVE, RunState
 from .controller import Controller
 from .protocol import CommandNotFound, short, version

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ..announce.schedule import AnnounceOptions, AnnounceParameters
-from ..migration_parameters import ConvergenceParameters
+from ..move_parameters import ConvergenceParameters
 from ..nic.filterview import FilterView
 from ..runstate import RunStates
 
