@@ -219,6 +219,38 @@ def test_it_always_ends(parameters: ConvergenceParameters, dirties: float, limit
     assert len(rounds) <= levels + MAX_FAILURES + MAX_ROUNDS
 
 
+@given(
+    limit=st.integers(0, 2000),
+    rounds=st.lists(st.tuples(st.integers(64, 10**5), st.floats(0.0, 1e4)), min_size=1),
+    ends_with=st.integers(0, 63),
+)
+def test_without_auto_converge_the_rounds_are_those_of_the_plain_rule(
+    limit: int, rounds: list[tuple[int, float]], ends_with: int
+) -> None:
+    """30 passes; fewer if 5 ms are left, or if what is left shrinks no more and is in the limit."""
+
+    def plain() -> int:
+        sent, previous = 10**5, None
+        for number, (dirty, ms) in enumerate(played, 1):
+            expected = dirty * (ms / sent) if sent >= 64 else 0.0
+            shrinking = previous is None or dirty < previous * 0.75
+            if number == 30 or expected <= 5.0 or (not shrinking and expected <= limit):
+                return number
+            sent = previous = dirty
+        return 0
+
+    def judged() -> int:
+        judge, sent = Convergence(), 10**5
+        for number, (dirty, ms) in enumerate(played, 1):
+            if judge.judge(sent, ms, dirty, limit, ANYWAY).action is Action.STOP:
+                return number
+            sent = dirty
+        return 0
+
+    played = [*rounds, (ends_with, 1.0), (0, 0.1)]
+    assert judged() == plain()
+
+
 def test_the_reason_names_what_can_be_changed() -> None:
     last = Round(40_000, 0, 4000.0, dirty=20_000, throttle=70)
     verdict = Verdict(Action.ABORT, 0, 2000.0)
