@@ -10,6 +10,7 @@ import pytest
 from vm_bench import ONE_BACKEND, Bench, Guest, Watched
 
 from godwit.lab.emulator import MARKER
+from godwit.lab.guest import READY
 from godwit.lab.scenario import wait_for
 from godwit.lab.traffic import FLOWS
 
@@ -135,8 +136,8 @@ def test_a_guest_that_cannot_be_slowed_enough_stays(bench: Bench, writer: Guest)
     _goes_on(writer)
 
 
-def test_what_is_cancelled_is_throttled_no_more(bench: Bench, writer: Guest) -> None:
-    source, target = writer.vm, bench.target(writer, another=True)
+def _throttle(bench: Bench, source: Watched, target: Watched) -> None:
+    """Move a guest that writes; it is throttled by half and more, and the end is far away."""
     _set(
         source,
         True,
@@ -147,6 +148,11 @@ def test_what_is_cancelled_is_throttled_no_more(bench: Bench, writer: Guest) -> 
     )
     source.start_move(bench.listen(target))
     wait_for(lambda: _progress(source).get("cpu-throttle-percentage", 0) >= 50, 60)
+
+
+def test_what_is_cancelled_is_throttled_no_more(bench: Bench, writer: Guest) -> None:
+    source, target = writer.vm, bench.target(writer, another=True)
+    _throttle(bench, source, target)
     # A throttled guest stops and goes on as any other, and is throttled still.
     source.qmp.execute("stop")
     assert source.status() == "paused"
@@ -159,3 +165,19 @@ def test_what_is_cancelled_is_throttled_no_more(bench: Bench, writer: Guest) -> 
     assert target.wait(60) == 1
     assert source.transitions() == [("running", "paused"), ("paused", "running")]
     _goes_on(writer)
+
+
+def test_a_guest_that_resets_is_throttled_no_more(bench: Bench) -> None:
+    guest = bench.boot()
+    source = guest.vm
+    target = bench.run(bench.other(source), "--incoming", "defer")
+    guest.agent.hot_start(_HOT)
+    _throttle(bench, source, target)
+    guest.agent.reboot()
+    assert source.end_of_move()["status"] == "cancelled"
+    assert "cpu-throttle-percentage" not in _progress(source)
+    source.event("RESET")
+    wait_for(lambda: source.console.count(READY) == 2, 120)
+    guest.agent.ping(60)
+    guest.agent.hot_start(_HOT)
+    _goes_on(guest)
