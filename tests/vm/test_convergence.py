@@ -14,8 +14,6 @@ from godwit.lab.guest import READY
 from godwit.lab.scenario import wait_for
 from godwit.lab.traffic import FLOWS
 
-pytestmark = ONE_BACKEND
-
 #: What the guest writes to without rest, MB. It has 58 to spare.
 _HOT = 40
 #: Bytes per second. On an emulated CPU, where the first write to a page costs the guest a fault, it
@@ -60,6 +58,7 @@ def _progress(vm: Watched) -> dict[str, Any]:
     return dict(vm.qmp.execute("query-migrate"))
 
 
+@ONE_BACKEND
 def test_a_throttled_guest_can_move(bench: Bench, writer: Guest) -> None:
     source, target = writer.vm, bench.target(writer)
     _set(
@@ -93,6 +92,7 @@ def test_a_throttled_guest_can_move(bench: Bench, writer: Guest) -> None:
     _goes_on(writer)
 
 
+@ONE_BACKEND
 def test_a_guest_that_cannot_be_slowed_enough_stays(bench: Bench, writer: Guest) -> None:
     source, target = writer.vm, bench.target(writer, another=True)
     _set(
@@ -150,6 +150,7 @@ def _throttle(bench: Bench, source: Watched, target: Watched) -> None:
     wait_for(lambda: _progress(source).get("cpu-throttle-percentage", 0) >= 50, 60)
 
 
+@ONE_BACKEND
 def test_what_is_cancelled_is_throttled_no_more(bench: Bench, writer: Guest) -> None:
     source, target = writer.vm, bench.target(writer, another=True)
     _throttle(bench, source, target)
