@@ -26,6 +26,7 @@ from .runstate import RunState, RunStates
 from .vcpu import Ending, install_kick_handler
 
 if TYPE_CHECKING:
+    from .migration.arrival import Arrival
     from .migration.destination import Destination
     from .migration.outgoing import Outgoing
     from .migration.snapshot import Restorer
@@ -67,6 +68,7 @@ class Vmm:
         self.states = RunStates()
         self.max_bandwidth = 0
         self.downtime_limit = 300
+        self.handover = True
         self.convergence = ConvergenceParameters()
         self.exit_code = 0
         self._closing = False
@@ -177,6 +179,8 @@ class Vmm:
         """Start or resume a guest."""
         with self.machine.lock:
             self.states.require(_S.PRELAUNCH, _S.PRELAUNCH_MIGRATE, _S.PAUSED)
+            if self._destination is not None and self._destination.arrival is not None:
+                self._destination.arrival.draw(lambda phase: None)
             self.machine.resume()
             self.states.set(_S.RUNNING)
 
@@ -233,7 +237,9 @@ class Vmm:
             from .migration.channel import Address
             from .migration.destination import Destination
 
-            self._destination = Destination(self.machine, Address(uri, insecure), *ends)
+            self._destination = Destination(
+                self.machine, Address(uri, insecure), *ends, lambda: self.handover
+            )
         self._destination.start()
 
     def migration_info(self) -> dict[str, object]:
@@ -245,14 +251,14 @@ class Vmm:
         if self._destination is None:
             return {}
         arrived = self.states.current is not _S.INMIGRATE
-        return {
-            "status": "completed" if arrived else "setup",
-            "godwit": {
-                "destination-phases": dict(self._destination.phases),
-                "runstates": [str(state) for state in self.states.history],
-                "announce": self.announce_info(),
-            },
+        own: dict[str, object] = {
+            "destination-phases": dict(self._destination.phases),
+            "runstates": [str(state) for state in self.states.history],
+            "announce": self.announce_info(),
         }
+        if self._destination.arrival is not None:
+            own["handover"] = self._destination.arrival.info()
+        return {"status": "completed" if arrived else "setup", "godwit": own}
 
     def migrate_cancel(self) -> None:
         """Give up the present move."""
@@ -305,14 +311,21 @@ class Vmm:
         elif status == "failed":
             self._say(f"the guest stays here; the move failed: {source.report.error}")
 
-    def _take_over(self, ran: bool, mark: Callable[[str], None]) -> list[str]:
+    def _take_over(
+        self, ran: bool, mark: Callable[[str], None], arrival: Arrival | None
+    ) -> list[str]:
         """The commit was received: from the destination's thread."""
         with self.machine.lock:
             if self._closing:
                 raise MigrationError("the destination is ending")
             self.states.set(_S.PRELAUNCH_MIGRATE)
             if self._autostart and ran:
+                if arrival is not None:
+                    arrival.draw(mark)
                 self.machine.resume(mark)
+                if arrival is not None:
+                    arrival.settle()
+                    mark("frames-handed-over")
                 self.states.set(_S.RUNNING)
         return [str(state) for state in self.states.history]
 

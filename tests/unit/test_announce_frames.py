@@ -1,6 +1,7 @@
 """The frames, judged by scapy: the same bytes, and the same meaning."""
 
 import socket
+import struct
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from scapy.layers.inet6 import (
     IPv6,
     in6_chksum,
 )
-from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
+from scapy.layers.l2 import ARP, LLC, Dot1AD, Dot1Q, Dot3, Ether
 from scapy.packet import Packet, Padding
 from scapy.utils6 import in6_getnsma, in6_getnsmac
 
@@ -23,8 +24,11 @@ from godwit.announce.frames import (
     TPID_8021Q,
     arp_request,
     gratuitous_arp,
+    layer2_update,
     rarp,
+    read_note,
     solicitation,
+    stack_of,
     unsolicited_na,
 )
 
@@ -167,3 +171,35 @@ def test_wrong_lengths_and_types_are_refused() -> None:
         solicitation(MAC[:5], IP6, IP6)
     with pytest.raises(ValueError, match="0x5dc is not an ethertype"):
         rarp(MAC, ((1500, 7),))
+
+
+# --- layer 2 updates ------------------------------------------------------------------------------
+def test_a_layer2_update_is_an_xid_that_nobody_answers() -> None:
+    frame = Dot3(layer2_update(MAC, (), b"note"))
+    assert (frame.dst, frame.src, frame.len) == ("ff:ff:ff:ff:ff:ff", MAC_TEXT, 6)
+    # IEEE 802.2: null SAPs, the source's with the response bit; XID with its final bit clear.
+    assert (frame[LLC].dsap, frame[LLC].ssap, frame[LLC].ctrl) == (0, 1, 0xAF)
+    assert bytes(frame[LLC].payload)[:3] == b"\x81\1\0"
+    assert len(layer2_update(MAC, (), bytes(40))) == 60
+
+
+@given(macs, tag_stacks, st.binary(max_size=40))
+def test_the_note_and_the_tags_of_a_layer2_update_are_found(
+    mac: bytes, tags: list[tuple[int, int]], note: bytes
+) -> None:
+    frame = layer2_update(mac, tags, note)
+    assert read_note(frame) == note.ljust(40, b"\0")
+    assert stack_of(frame) == b"".join(struct.pack("!HH", *tag) for tag in tags)
+    if len(tags) < 3:
+        assert dissect(frame) is None
+
+
+@given(st.binary(max_size=80))
+def test_no_other_frame_has_a_note(data: bytes) -> None:
+    assert read_note(data) is None
+    assert read_note(b"\xff" * 6 + data[6:]) is None or data[12:14] == b"\0\6"
+
+
+def test_a_note_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="41 bytes; 40 are the most"):
+        layer2_update(MAC, (), bytes(41))

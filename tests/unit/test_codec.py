@@ -43,6 +43,7 @@ def test_each_kind_has_a_limit(kind: Kind) -> None:
         Kind.TOUCH: 1 << 20,
         Kind.ZERO: 1 << 20,
         Kind.STATE: 4 << 20,
+        Kind.FRAMES: 4 << 20,
         Kind.RAM: codec.table_size(codec.MAX_RUNS) + codec.MAX_PAGES * PAGE,
     }
     limit = limits.get(kind, 64 << 10)
@@ -55,7 +56,7 @@ def test_each_kind_has_a_limit(kind: Kind) -> None:
     ("raw", "says"),
     [
         (b"\0\1" + bytes(6), "kind 0"),
-        (b"\x0f\1" + bytes(6), "kind 15"),
+        (b"\x1f\1" + bytes(6), "kind 31"),
         (b"\xff\1" + b"\xff" * 6, "kind 255"),
         (b"\1\2" + bytes(6), "protocol 2"),
         (b"\1\1\0\1" + bytes(4), "reserved"),

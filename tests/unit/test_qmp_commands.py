@@ -29,6 +29,7 @@ class Vm:
         self.filters: dict[str, FilterView] = {}
         self.max_bandwidth = 0
         self.downtime_limit = 300
+        self.handover = True
         self.convergence = ConvergenceParameters()
         self.told: list[tuple[Any, ...]] = []
         self.info: dict[str, object] = {}
@@ -269,13 +270,14 @@ def test_parameters_are_set_and_shown() -> None:
         "announce-rate": 1000,
         "max-bandwidth": 0,
         "downtime-limit": 300,
+        "handover": True,
         "cpu-throttle-initial": 20,
         "cpu-throttle-increment": 10,
         "max-cpu-throttle": 99,
         "on-no-convergence": "abort",
     }
     others = {"announce-verify": "probe", "announce-refresh": True, "announce-rate": 50}
-    others["on-no-convergence"] = "stop-and-copy"
+    others |= {"on-no-convergence": "stop-and-copy", "handover": False}
     for name in shown:
         before = run(vm, "query-migrate-parameters")
         value = others.get(name, 42)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ import pytest
 from godwit.errors import HostError
 from godwit.lab import guest as guest_image
 from godwit.lab import kernels
-from godwit.lab.agent import Agent
+from godwit.lab.agent import Agent, Flow
 from godwit.lab.network import Host, Network
 from godwit.lab.scenario import MAC, rounds, wait_for
-from godwit.lab.traffic import ANNOUNCING, FLOWS, Capture, Ping
+from godwit.lab.traffic import ANNOUNCING, FLOWS, Capture, Ping, Sender
 from godwit.lab.vm import Vm
 
 #: For a module to which the data path does not matter.
@@ -298,6 +299,49 @@ class Bench:
         source.news()
         self.retire(source)
         return Moved(info, source, target, stamp(loaded), stamp(resumed))
+
+
+@dataclass
+class Numbered:
+    """Numbered packets from the client to the guest on all six flows."""
+
+    sent: dict[int, int] = field(default_factory=dict)
+    counted: dict[int, Flow] = field(default_factory=dict)
+
+    def broken(self) -> dict[int, str]:
+        """The flows that lost, repeated or reordered packets, and what of them."""
+        found = {}
+        for number, sent in self.sent.items():
+            flow = self.counted.get(number)
+            if flow is None or flow.lost(sent) or flow.duplicates or flow.reordered:
+                found[number] = f"{flow} of {sent}"
+        return found
+
+
+@contextmanager
+def numbered(bench: Bench, guest: Guest, rate: int = 50) -> Iterator[Numbered]:
+    """While the block runs, ``rate`` packets a second go to the guest on each flow."""
+    flows = Numbered()
+    guest.agent.reset_flows()
+    with Sender(bench.net.client.netns, bench.folder, rate) as sender:
+        wait_for(lambda: len(guest.agent.flows()) == len(FLOWS), 60)
+        yield flows
+        # Some seconds' worth afterwards too: what overtakes would come then.
+        more = {number: flow.max_seq + 2 * rate for number, flow in guest.agent.flows().items()}
+        wait_for(lambda: _beyond(guest.agent.flows(), more), 60)
+        sender.stop()
+        flows.sent = sender.counts()
+
+    def all_there() -> bool:
+        flows.counted = guest.agent.flows()
+        return all(not flows.counted[n].lost(sent) for n, sent in flows.sent.items())
+
+    with suppress(TimeoutError):
+        wait_for(all_there, 5)
+
+
+def _beyond(flows: dict[int, Flow], numbers: dict[int, int]) -> bool:
+    return all(flows[number].max_seq >= most for number, most in numbers.items())
 
 
 def recovered(pings: Sequence[Ping], moved: Moved) -> None:

@@ -46,6 +46,12 @@ _SOLICITED_NODE = bytes.fromhex("ff0200000000000000000001ff")
 #: ETH_ZLEN (linux/if_ether.h): the least an untagged frame has without its FCS.
 _MIN_FRAME = 60
 
+#: IEEE 802.2: null DSAP, null SSAP with the response bit (so nobody answers), XID, its information.
+_XID = bytes.fromhex("0001af810100")
+#: What a layer 2 update has room for beside that without growing, bytes.
+NOTE = _MIN_FRAME - 14 - len(_XID)
+_TPIDS = (TPID_8021Q.to_bytes(2, "big"), TPID_8021AD.to_bytes(2, "big"))
+
 
 def rarp(mac: bytes, tags: Tags = ()) -> bytes:
     """A broadcast RARP request 'who am I' from ``mac``: bridges learn the port, no host answers.
@@ -116,6 +122,39 @@ def solicitation(mac: bytes, ip6: bytes, target: bytes, tags: Tags = ()) -> byte
     to = _SOLICITED_NODE + target[13:]
     ip = _icmpv6(ip6, to, _NEIGHBOR_SOLICITATION, body)
     return _ethernet(b"\x33\x33" + to[12:], mac, tags, _ETH_IPV6, ip)
+
+
+def layer2_update(mac: bytes, tags: Tags = (), note: bytes = b"") -> bytes:
+    """A broadcast from ``mac`` that tells bridges the port and hosts nothing.
+
+    It is what an access point sends for a station that has roamed to it (IEEE 802.11F, 'Layer 2
+    Update frame'; net/wireless/util.c, cfg80211_send_layer2_update). ``note`` takes the place of
+    the padding: :func:`read_note` finds it.
+
+    Raises:
+        ValueError: ``mac`` or a tag is not valid, or ``note`` is longer than :data:`NOTE`.
+    """
+    _check(mac, 6, "MAC address")
+    if len(note) > NOTE:
+        raise ValueError(f"a note of {len(note)} bytes; {NOTE} are the most")
+    return _ethernet(BROADCAST, mac, tags, len(_XID), _XID + note)
+
+
+def stack_of(frame: bytes | memoryview) -> bytes:
+    """The VLAN tags of a frame, as they stand in it."""
+    at = 12
+    while bytes(frame[at : at + 2]) in _TPIDS:
+        at += 4
+    return bytes(frame[12:at])
+
+
+def read_note(frame: bytes | memoryview) -> bytes | None:
+    """The note in a layer 2 update, and what padding follows; None: it is another frame."""
+    if bytes(frame[:6]) != BROADCAST:
+        return None
+    at = 12 + len(stack_of(frame))
+    head = len(_XID).to_bytes(2, "big") + _XID
+    return bytes(frame[at + len(head) :]) if bytes(frame[at : at + len(head)]) == head else None
 
 
 def _icmpv6(source: bytes, destination: bytes, kind: int, body: bytes) -> bytes:

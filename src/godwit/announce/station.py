@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from ..errors import GodwitError
 from ..loop import Clock
 from ..nic.model import NicModel
+from . import frames
 from .addresses import Entry, Peer, announcements
 from .dissect import Sighting
 from .observer import Observer
 from .policy import Policy
+
+#: Networks that are drawn back, the most important first.
+_MOST = 64
 
 
 class Wiring(Protocol):
@@ -105,6 +110,23 @@ class Station:
         for entry in entries:
             self._said.setdefault((entry.mac, entry.tags, entry.ip), now)
         return count
+
+    def layer2_updates(self, note: Callable[[int], bytes], limit: int) -> list[bytes]:
+        """A frame for each network that the guest is known in, the most important first, at most so
+        many, each with its note: what switches learn the guest's place from, and hosts nothing."""
+        places = list(dict.fromkeys((entry.mac, entry.tags) for entry in self.entries()))[:limit]
+        return [
+            frames.layer2_update(mac, tags, note(number))
+            for number, (mac, tags) in enumerate(places)
+        ]
+
+    def draw_back(self) -> None:
+        """Have switches learn that the guest is here; what they do not hear, they learn later."""
+        try:
+            for frame in self.layer2_updates(lambda number: b"", _MOST):
+                self.nic.send_from_host(frame)
+        except (GodwitError, OSError):
+            pass  # the announcement follows, and tells of it
 
     def send(self, frame: bytes) -> None:
         """A frame to the network, as if the guest had sent it. Raises as :meth:`announce`."""

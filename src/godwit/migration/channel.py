@@ -113,6 +113,10 @@ class Channel(Line):
             except PermissionError:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
 
+    def fileno(self) -> int:
+        """To wait for it among others."""
+        return self._sock.fileno()
+
     def set_timeout(self, seconds: float) -> None:
         """How long a silent peer is waited for."""
         limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
@@ -141,10 +145,10 @@ class Channel(Line):
         except OSError as error:
             raise _lost(error) from error
 
-    def as_seen(self) -> codec.Welcome:
+    def as_seen(self, handover: bool = False) -> codec.Welcome:
         """How this end, the destination's, sees the line."""
         near, far = self._ends()
-        return codec.Welcome(os.getpid(), near, far)
+        return codec.Welcome(os.getpid(), near, far, handover)
 
     def is_direct(self, seen: codec.Welcome) -> bool:
         """Whether nothing stands between the two ends, by what the other end has seen."""

@@ -34,6 +34,7 @@ _MAX_SMALL = 64 << 10
 _MAX_TABLE = 1 << 20
 
 Run = tuple[int, int]  # guest address, pages
+_Index = Annotated[int, msgspec.Meta(ge=0, lt=64)]
 
 
 class Kind(IntEnum):
@@ -53,6 +54,9 @@ class Kind(IntEnum):
     FAILED = 12  # s, d: given up, and why
     ASK = 13  # s, on a new line: COMMIT again; what became of the guest?
     HEARD = 14  # s: I know that it is yours; nobody will ask again
+    DRAWN = 15  # d, after COMMIT: the network was told that the guest is here
+    FRAMES = 16  # s, after COMMIT: what still came for the guest
+    ROAD_ENDS = 17  # s: no more will come for this NIC, but stragglers
 
 
 _LIMITS = {
@@ -60,6 +64,7 @@ _LIMITS = {
     Kind.RAM: _MAX_RAM,
     Kind.ZERO: _MAX_TABLE,
     Kind.STATE: _MAX_STATE,
+    Kind.FRAMES: _MAX_STATE,
 }
 
 
@@ -78,7 +83,7 @@ class NicHello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     foresight: Foresight | None = None
 
 
-class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What the source is about to send."""
 
     machine: str
@@ -89,15 +94,19 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nics: Annotated[list[NicHello], msgspec.Meta(max_length=64)]
     #: Saved-state types and their versions.
     versions: dict[str, int]
+    #: By what the move's marks are known; empty: no handover of frames is wanted.
+    mark: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
 
 
-class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How the destination sees the line: WELCOME. A line that both see alike is a direct one."""
 
     pid: int
     #: The two ends of a TCP connection, ``HOST PORT``; empty for a Unix socket.
     near: str
     far: str
+    #: Whether frames are handed over.
+    handover: bool = False
 
 
 class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,6 +128,27 @@ class Started(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     phases: dict[str, float]
     runstates: list[str]
+
+
+class Drawn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """DRAWN: how many marks left, for each NIC."""
+
+    marks: Annotated[
+        list[Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]], msgspec.Meta(max_length=64)
+    ]
+
+
+class Frames(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """FRAMES: of one NIC, in order, each with the tap's header (virtio 1.2, 5.1.6)."""
+
+    nic: _Index
+    frames: Annotated[list[bytes], msgspec.Meta(max_length=1024)]
+
+
+class RoadEnds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """ROAD_ENDS: of which NIC."""
+
+    nic: _Index
 
 
 _T = TypeVar("_T")

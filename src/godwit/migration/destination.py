@@ -15,11 +15,14 @@ from collections.abc import Callable
 from ..errors import GodwitError, LinkLost, MigrationError, StreamError
 from ..machine import Machine
 from . import codec
+from .arrival import Arrival
 from .channel import SILENCE, Address, Channel
 from .codec import Kind
 from .hello import check
 from .receiver import Receiver
 
+#: See :class:`Destination`.
+OnStart = Callable[[bool, Callable[[str], None], Arrival | None], list[str]]
 #: How long a guest that was loaded waits for its source to ask, seconds.
 PATIENCE = 30.0
 
@@ -27,9 +30,11 @@ PATIENCE = 30.0
 class Destination:
     """Waits for a guest at ``address``, in a thread of its own, where the callbacks are made.
 
-    ``on_start(running, mark) -> run states`` takes the guest over (``running``: it ran at its
-    source; ``mark`` is told of each phase's end);
-    ``on_failed(error)`` says that this machine's RAM is spoilt, and that no guest will come.
+    ``on_start(running, mark, arrival) -> run states`` takes the guest over (``running``: it ran at
+    its source; ``mark`` is told of each phase's end; ``arrival`` is to draw its traffic here when
+    it starts, if its frames are handed over: see :mod:`.arrival`);
+    ``on_failed(error)`` says that this machine's RAM is spoilt, and that no guest will come;
+    ``hands_over()`` says whether frames may be handed over.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -39,11 +44,14 @@ class Destination:
         self,
         machine: Machine,
         address: Address,
-        on_start: Callable[[bool, Callable[[str], None]], list[str]],
+        on_start: OnStart,
         on_failed: Callable[[GodwitError], None],
+        hands_over: Callable[[], bool] = lambda: True,
     ) -> None:
         self._machine = machine
         self._address = address
+        self._hands_over = hands_over
+        self._arrival: Arrival | None = None
         self._on_start = on_start
         self._on_failed = on_failed
         self._listener = address.listen()
@@ -51,7 +59,7 @@ class Destination:
         self._channel: Channel | None = None
         self._hello: codec.Hello | None = None
         self._receiver = Receiver(machine)
-        for kind in (codec.Hello, codec.Handover):
+        for kind in (codec.Hello, codec.Handover, codec.Frames, codec.RoadEnds):
             codec.prepare(kind)
         self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
 
@@ -59,6 +67,11 @@ class Destination:
         """Begin to wait."""
         self._receiver.start()
         self._thread.start()
+
+    @property
+    def arrival(self) -> Arrival | None:
+        """Of the guest that came or comes, if its frames are handed over."""
+        return self._arrival
 
     @property
     def phases(self) -> dict[str, float]:
@@ -127,7 +140,10 @@ class Destination:
                 return False
             self._hello = hello
             # From now on the machine changes: what fails, fails for good.
-            channel.send(Kind.WELCOME, channel.as_seen())
+            hands_over = bool(hello.mark) and self._hands_over()
+            channel.send(Kind.WELCOME, channel.as_seen(hands_over))
+            if hands_over:
+                self._arrival = Arrival(self._machine, channel, hello.mark)
             self._machine.foresee([(nic.negotiated, nic.foresight) for nic in hello.nics])
             try:
                 self._receiver.receive(channel)
@@ -142,18 +158,36 @@ class Destination:
             channel.close()
 
     def _await_commit(self, channel: Channel, hello: codec.Hello) -> None:
+        arrival = self._arrival
+        if arrival is not None:
+            arrival.prepare()
         channel.send(Kind.READY)
         try:
             handover = channel.expect_struct(Kind.COMMIT, codec.Handover)
             if handover.token != hello.token:
                 raise StreamError("COMMIT: the token of another move")
         except LinkLost as lost:
+            if arrival is not None:
+                arrival.abandon()
             channel, handover = self._await_question(hello, lost)
         # The guest is ours.
         self._receiver.mark("commit")
-        states = self._on_start(handover.running, self._receiver.mark)
+        states = self._on_start(handover.running, self._receiver.mark, arrival)
         self._receiver.mark("running")
-        self._answer(channel, hello, codec.Started(self._receiver.phases, states))
+        started = codec.Started(self._receiver.phases, states)
+        if arrival is not None and self._listens(arrival, started):
+            return
+        self._answer(channel, hello, started)
+
+    @staticmethod
+    def _listens(arrival: Arrival, started: codec.Started) -> bool:
+        """Answer on the line that the guest's frames come by; whether the source has heard it."""
+        try:
+            arrival.send(Kind.STARTED, started)
+        except LinkLost:
+            return False
+        arrival.listen()
+        return arrival.heard
 
     def _await_question(self, hello: codec.Hello, lost: LinkLost) -> tuple[Channel, codec.Handover]:
         """The line broke between READY and COMMIT: did the source hand over, or resume?

@@ -8,7 +8,7 @@ from ..machine import Machine
 from . import codec
 
 
-def describe(machine: Machine, token: bytes) -> codec.Hello:
+def describe(machine: Machine, token: bytes, mark: bytes = b"") -> codec.Hello:
     """The machine as a HELLO; a destination compares its own with it."""
     return codec.Hello(
         machine=machine.config.machine.name,
@@ -29,6 +29,7 @@ def describe(machine: Machine, token: bytes) -> codec.Hello:
             for nic, config in zip(machine.nics, machine.config.nics, strict=True)
         ],
         versions={"machine": 1, "serial": 1, "power": 1},
+        mark=mark,
     )
 
 

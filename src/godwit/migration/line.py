@@ -73,14 +73,19 @@ class Line(ABC):
         """
         return codec.decode(self._expect(kind), struct)
 
-    def _expect(self, kind: Kind) -> bytearray:
+    def expect_one(self, *kinds: Kind) -> tuple[Kind, bytearray]:
+        """The next frame must be one of these; its kind and payload. Raises as expect_struct."""
         got, length = self.receive()
         payload = self.read(length)
         if got in (Kind.REFUSED, Kind.FAILED):
             raise PeerRefused(codec.decode(payload, codec.Text).reason)
-        if got is not kind:
-            raise StreamError(f"frame {got.name} where {kind.name} was due")
-        return payload
+        if got not in kinds:
+            due = " or ".join(kind.name for kind in kinds)
+            raise StreamError(f"frame {got.name} where {due} was due")
+        return got, payload
+
+    def _expect(self, kind: Kind) -> bytearray:
+        return self.expect_one(kind)[1]
 
     @abstractmethod
     def stop_receiving(self) -> None:

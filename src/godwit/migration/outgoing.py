@@ -32,6 +32,7 @@ class Limits(Protocol):
 
     max_bandwidth: int  # bytes per second; 0: none
     downtime_limit: int  # ms
+    handover: bool  # whether frames are sent after the guest
     convergence: ConvergenceParameters
 
 
@@ -56,6 +57,8 @@ class Outgoing(ABC):
         self._decision = threading.Lock()  # between a cancel and the commit
         self._committed = False
         self._token = os.urandom(16)
+        #: Not the token, which is a secret of the two ends: everybody sees the marks.
+        self._mark = b""
         self._log = ram.DirtyLog(machine)
         self._left: list[Run] = []
         self._throttle = Throttle(lambda: machine.vcpus)
@@ -116,12 +119,19 @@ class Outgoing(ABC):
                     raise MigrationError("cancelled")
                 phase()
             self._finish("completed")
+            self._linger()
         except Exception as error:
             self._fail(error)
         finally:
             self._over.set()  # whatever went wrong, another move may be tried
             if self._line is not None:
                 self._line.close()
+
+    def _linger(self) -> None:  # noqa: B027 - most ways out need none
+        """The guest is gone, and its operator knows: what is left to do for it."""
+
+    def _before_return(self) -> None:  # noqa: B027
+        """The guest is about to go on here."""
 
     @property
     def _channel(self) -> Line:
@@ -136,7 +146,7 @@ class Outgoing(ABC):
 
     def _introduce(self) -> None:
         """Say what will come, and what of it exists."""
-        self._channel.send(Kind.HELLO, describe(self._machine, self._token))
+        self._channel.send(Kind.HELLO, describe(self._machine, self._token, self._mark))
         # Logging starts before the first page is read: what changes afterwards is sent again.
         self._log.start()
         self._left = self._log.populated()
@@ -259,6 +269,7 @@ class Outgoing(ABC):
                 ended = self._machine.ended
                 if ended is None:
                     # Running first, state second: who hears of the state finds it true.
+                    self._before_return()
                     if self._before is RunState.RUNNING:
                         self._machine.resume()
                     self._states.set(self._before)

@@ -65,6 +65,8 @@ class Report(msgspec.Struct):
     stop_phases: dict[str, float] = msgspec.field(default_factory=dict)
     destination_phases: dict[str, float] = msgspec.field(default_factory=dict)
     destination_runstates: list[str] = msgspec.field(default_factory=list)
+    #: What was sent after the guest: see :meth:`.forwarder.Forwarder.info`.
+    handover: dict[str, Any] | None = None
 
     def mark(self, phase: str) -> None:
         """A phase ended: of the stop window if the guest is stopped, else of the setup."""
@@ -102,6 +104,8 @@ class Report(msgspec.Struct):
                 "destination-runstates": self.destination_runstates,
             },
         }
+        if self.handover is not None:
+            info["godwit"]["handover"] = self.handover
         if self.throttle:
             info["cpu-throttle-percentage"] = self.throttle
         if self.downtime_ms is not None:

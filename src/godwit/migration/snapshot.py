@@ -22,6 +22,7 @@ from ..move_parameters import ConvergenceParameters, OnNoConvergence
 from ..runstate import RunState, RunStates
 from . import codec
 from .codec import Kind
+from .destination import OnStart
 from .hello import check
 from .line import Line
 from .outgoing import Limits, Outgoing, union
@@ -215,7 +216,7 @@ class Restorer:
         self,
         machine: Machine,
         path: Path,
-        on_start: Callable[[bool, Callable[[str], None]], list[str]],
+        on_start: OnStart,
         on_failed: Callable[[GodwitError], None],
     ) -> None:
         self._machine = machine
@@ -233,6 +234,11 @@ class Restorer:
         self._receiver = Receiver(machine)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
+
+    @property
+    def arrival(self) -> None:
+        """None: no source is there to hand frames over."""
+        return None
 
     @property
     def phases(self) -> dict[str, float]:
@@ -271,4 +277,4 @@ class Restorer:
         if handover.token != hello.token:
             raise StreamError("COMMIT: the token of another move")
         self._receiver.mark("commit")
-        self._on_start(handover.running, self._receiver.mark)
+        self._on_start(handover.running, self._receiver.mark, None)

@@ -8,21 +8,26 @@ runs whatever dies when. docs/decisions/0002-commit.md has the argument.
 from __future__ import annotations
 
 import errno
+import os
+import time
 from collections.abc import Callable
 
 from ..errors import GodwitError, LinkLost, MigrationError, PeerRefused
 from ..machine import Machine
 from ..runstate import RunState, RunStates
 from . import codec
-from .channel import Address
+from .channel import SILENCE, Address
 from .codec import Kind
+from .forwarder import Forwarder
 from .outgoing import Limits, Outgoing
 
 # What the destination answers, before it matters how long that takes.
-for _answer in (codec.Welcome, codec.Started):
+for _answer in (codec.Welcome, codec.Drawn, codec.Started):
     codec.prepare(_answer)
 #: Between two attempts to ask the destination what became of the guest, seconds.
 _ASK_AGAIN = 0.5
+#: Between two looks at whether the process ends, seconds.
+_SLICE_S = 0.05
 
 
 class Source(Outgoing):
@@ -40,6 +45,8 @@ class Source(Outgoing):
         self._address = address
         self._exposed = False
         self._direct = False
+        self._hands_over = False
+        self._forwarder: Forwarder | None = None
 
     @property
     def exposed(self) -> bool:
@@ -52,16 +59,21 @@ class Source(Outgoing):
     def _hello(self) -> None:
         """Say what will come; the destination refuses what it could not run."""
         self._check_alive()
-        self._line = channel = self._address.connect()
+        self._line = self._socket = channel = self._address.connect()
         self.report.mark("connected")
+        if self._limits.handover and self._machine.nics:
+            self._mark = os.urandom(16)
         self._introduce()  # the log starts while the destination compares
         welcome = channel.expect_struct(Kind.WELCOME, codec.Welcome)
         self._direct = channel.is_direct(welcome)
+        self._hands_over = bool(self._mark) and welcome.handover
         self.report.mark("welcomed")
         self._status("active")
 
     def _ready(self) -> None:
         """Wait until all is loaded."""
+        if self._hands_over:
+            self._forwarder = Forwarder(self._machine, self._socket, self._mark)
         self._channel.expect(Kind.READY)
         self.report.mark("ready")
 
@@ -74,7 +86,7 @@ class Source(Outgoing):
         handover = codec.Handover(self._token, self._before is RunState.RUNNING)
         try:
             self._channel.send(Kind.COMMIT, handover)
-            started = self._channel.expect_struct(Kind.STARTED, codec.Started)
+            started = self._await_started()
         except GodwitError as error:
             started = self._resolve(error, handover)
         self.report.mark("started")
@@ -84,7 +96,52 @@ class Source(Outgoing):
         except LinkLost:
             pass  # then the destination goes on listening, which harms nobody
 
+    def _await_started(self) -> codec.Started:
+        """Send frames after the guest until the destination says that it is there."""
+        forwarder = self._forwarder
+        until = time.monotonic() + SILENCE
+        while forwarder is not None and not forwarder.over:
+            if forwarder.serve(until):
+                answer = self._heed(forwarder)
+                if answer is not None:
+                    return answer
+            elif time.monotonic() >= until:
+                raise LinkLost(f"the peer was silent for {SILENCE:.0f} s")
+        return self._channel.expect_struct(Kind.STARTED, codec.Started)
+
+    def _heed(self, forwarder: Forwarder) -> codec.Started | None:
+        """The destination's next word."""
+        kind, payload = self._channel.expect_one(Kind.STARTED, Kind.DRAWN)
+        if kind is Kind.STARTED:
+            return codec.decode(payload, codec.Started)
+        forwarder.drawn(codec.decode(payload, codec.Drawn).marks)
+        return None
+
+    def _linger(self) -> None:
+        """The guest may be started later, and frames may take a longer way."""
+        forwarder = self._forwarder
+        if forwarder is None or self._line is not self._socket:
+            return
+        try:
+            while not forwarder.over and not self._abandoned.is_set():
+                if forwarder.serve(time.monotonic() + _SLICE_S):
+                    self._heed(forwarder)
+                self.report.handover = forwarder.info()
+        except GodwitError:
+            pass  # the destination hung up
+
+    def _before_return(self) -> None:
+        """The guest gets here what was sent after it; switches that saw it elsewhere are told."""
+        if self._forwarder is not None:
+            self._forwarder.give_back()
+        if self._exposed:
+            for station in self._machine.stations:
+                station.draw_back()
+
     def _started(self, started: codec.Started) -> None:
+        if self._forwarder is not None:
+            self._forwarder.settled()
+            self.report.handover = self._forwarder.info()
         # Until READY came by this clock, from READY to the running vCPUs by the destination's: the
         # latency of READY is counted twice, and that of STARTED, when the guest runs, not at all.
         phases = started.phases

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 from ..virtio.queue import Virtqueue
@@ -48,6 +48,19 @@ class Backend(Protocol):
 
     def drain(self) -> int:
         """Throw away what waits in the tap; how many frames. Only while stopped."""
+
+    # Around a move: see godwit.nic.model.Nic.
+    def hold(self) -> None:
+        """From the next start on, give the guest nothing from the tap until :meth:`release`."""
+
+    def put_ahead(self, frames: Iterable[bytes]) -> int:
+        """Give the guest these, header included, before what the tap has; how many were refused."""
+
+    def release(self) -> int:
+        """All that goes ahead was put; how many frames of the tap's were dropped as repeated."""
+
+    def take(self, limit: int) -> list[bytes]:
+        """What waits for the guest, at most so many frames, header included. Only while stopped."""
 
     def close(self) -> None:
         """Give everything back."""

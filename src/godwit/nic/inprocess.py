@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ..errors import GuestError
 from ..loop import Loop
-from ..virtio.queue import Chain, Virtqueue
+from ..virtio.queue import Chain
 from . import offloads
 from .backend import Accepts, Ring
+from .rxring import clear, notify, place
 from .tap import MAX_FRAME, Tap
 from .tapreader import BUDGET, TapReader
 
@@ -56,6 +57,8 @@ class InProcessBackend:
         self._loop.watch(rx.kick, self._rx_kicked)
         self._loop.watch(tx.kick, self._tx_kicked)
         self._reader.start(self._receive)
+        if self._reader.holds:
+            self._loop.call_soon(self._receive)
 
     def stop(self) -> None:
         """Watch nothing; a frame that found no room waits for :meth:`start`, as the tap's do."""
@@ -88,8 +91,24 @@ class InProcessBackend:
         self._tap.send(frame)
 
     def drain(self) -> int:
-        """Throw away what waits in the tap, and what was taken from it."""
+        """Throw away what waits in the tap."""
         return self._reader.drain()
+
+    def hold(self) -> None:
+        """Take nothing from the tap."""
+        self._reader.hold()
+
+    def put_ahead(self, frames: Iterable[bytes]) -> int:
+        """Before the tap's."""
+        return self._reader.put_ahead(frames)
+
+    def release(self) -> int:
+        """The tap's turn."""
+        return self._reader.release()
+
+    def take(self, limit: int) -> list[bytes]:
+        """What waits."""
+        return self._reader.take(limit)
 
     def close(self) -> None:
         """Stop, and give the tap back."""
@@ -102,7 +121,7 @@ class InProcessBackend:
             ring = self._tx
             if ring is None:
                 return
-            _clear(ring.kick)
+            clear(ring.kick)
             self._guarded(lambda: self._transmit(ring))
 
     def _transmit(self, ring: Ring) -> None:
@@ -114,7 +133,7 @@ class InProcessBackend:
             ring.queue.push(chain, 0)
         else:
             os.eventfd_write(ring.kick, 1)  # more waits; others first
-        _notify(ring)
+        notify(ring)
 
     def _send_chain(self, chain: Chain) -> None:
         if chain.readable_size() > MAX_FRAME:
@@ -129,9 +148,10 @@ class InProcessBackend:
     def _rx_kicked(self) -> None:
         with self._lock:
             if self._rx is not None:
-                _clear(self._rx.kick)
+                clear(self._rx.kick)
                 self._reader.start(self._receive)
-                self._guarded(self._deliver_held)
+                if self._reader.holds:
+                    self._guarded(self._receive_some)
 
     def _receive(self) -> None:
         with self._lock:
@@ -140,70 +160,13 @@ class InProcessBackend:
 
     def _receive_some(self) -> None:
         if self._reader.turn() and self._rx is not None:
-            _notify(self._rx)
-
-    def _deliver_held(self) -> None:
-        if self._reader.holds and self._reader.deliver_held() and self._rx is not None:
-            _notify(self._rx)
+            notify(self._rx)
 
     def _receive_frame(self, frame: bytes) -> bool:
-        return self._rx is not None and self._deliver(self._rx.queue, frame)
-
-    def _deliver(self, queue: Virtqueue, frame: bytes) -> bool:
-        """Put one frame into as many buffers as it needs; False when the ring has too few."""
-        chains: list[tuple[Chain, int]] = []
-        left = memoryview(frame)
-        while left or not chains:
-            chain = queue.pop()
-            if chain is None or (chains and not self._merge):
-                for _ in range(len(chains) + (chain is not None)):
-                    queue.unpop()
-                # A frame that never fits is dropped: longer than a buffer, if they are not merged,
-                # or than all that the ring can hold at once.
-                return chain is not None or len(chains) == queue.size
-            taken = 0
-            for part in chain.writable:
-                size = min(len(part), len(left))
-                part[:size] = left[:size]
-                taken += size
-                left = left[size:]
-            if taken == 0:
-                raise GuestError("a receive buffer without room")
-            chains.append((chain, taken))
-        first = chains[0][0].writable
-        _put_u16(first, 10, len(chains))  # num_buffers (5.1.6.3)
-        for chain, taken in chains:
-            queue.push(chain, taken)
-        return True
+        return self._rx is not None and place(self._rx.queue, frame, self._merge)
 
     def _guarded(self, work: Callable[[], object]) -> None:
         try:
             work()
         except GuestError as error:
             self._offend(str(error))
-
-
-def _put_u16(parts: list[memoryview], offset: int, value: int) -> None:
-    """Store a u16 at ``offset`` of scattered parts."""
-    for byte in value.to_bytes(2, "little"):
-        at = offset
-        for part in parts:
-            if at < len(part):
-                part[at] = byte
-                break
-            at -= len(part)
-        else:
-            raise GuestError("a receive buffer shorter than the packet header")
-        offset += 1
-
-
-def _notify(ring: Ring) -> None:
-    if ring.queue.should_notify() and ring.call >= 0:
-        os.eventfd_write(ring.call, 1)
-
-
-def _clear(fd: int) -> None:
-    try:
-        os.eventfd_read(fd)
-    except BlockingIOError:
-        pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -50,6 +50,8 @@ class Nic(NicModel, Protocol):
     model: str
     #: Version of the saved state.
     version: int
+    #: The tap's descriptor: readable while frames wait in it.
+    tap_fd: int
     #: Told of each announcement that the guest acknowledged; never under the NIC's lock.
     on_ack: Callable[[], None]
     #: Told that the guest changed the filter or its MAC address; never under the NIC's lock.
@@ -98,7 +100,26 @@ class Nic(NicModel, Protocol):
         """Log no more."""
 
     def drain(self) -> int:
-        """Throw away the frames that wait in the tap; how many. Paused."""
+        """Throw away the frames that wait in the tap, not what goes ahead; how many. Paused."""
+
+    # A move's handover (docs/decisions/0013-handover.md): frames that reach the old host after the
+    # guest has stopped are taken there, and given to it at the new host before the new tap's.
+    def take(self, limit: int) -> list[bytes]:
+        """Take what waits for the guest, at most so many frames, each with the tap's header;
+        paused."""
+
+    def hold(self) -> None:
+        """From the next resume on, give the guest nothing from the tap until :meth:`release`."""
+
+    def put_ahead(self, frames: Iterable[bytes]) -> int:
+        """Give the guest these before what the tap has, as :meth:`take` took them; any thread.
+
+        How many were refused: too many (:mod:`.ahead`), too short, or too long.
+        """
+
+    def release(self) -> int:
+        """All that goes ahead was put: the tap's turn. How many of its frames were dropped, because
+        a broadcast had come both ways; any thread."""
 
     def save(self) -> msgspec.Struct:
         """The state, of the type that the model's row in :data:`.models.MODELS` names; paused."""

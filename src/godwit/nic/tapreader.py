@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ..loop import Loop
+from .ahead import Ahead
 from .backend import Accepts
-from .tap import HEADER, MAX_FRAME, Tap
+from .tap import HEADER, Tap
 
 #: Frames moved before other work of the loop gets a turn.
 BUDGET = 64
@@ -16,7 +16,7 @@ BUDGET = 64
 class TapReader:
     """Reads while its owner has room. The owner's lock covers it.
 
-    ``deliver(frame)``, header included, returns False when there is no room now: the frame is held,
+    ``deliver(frame)``, header included, returns False when there is no room now: the frame is kept,
     and the rest stays in the tap.
     """
 
@@ -27,55 +27,78 @@ class TapReader:
         self._loop = loop
         self._accepts = accepts
         self._deliver = deliver
-        self._held: bytes | None = None
+        self._ahead = Ahead(tap)
+        self._readable: Callable[[], None] | None = None
         self._watching = False
 
     @property
     def holds(self) -> bool:
-        """Whether a frame waits for room."""
-        return self._held is not None
+        """Whether a frame waits that is no event of the tap's."""
+        return bool(self._ahead.frames)
 
     def start(self, readable: Callable[[], None]) -> None:
-        """Have ``readable`` called while the tap has frames; it calls :meth:`turn`."""
-        if not self._watching:
-            self._watching = True
-            self._loop.watch(self._tap.fd, readable)
+        """Have ``readable`` called while there are frames; it calls :meth:`turn`."""
+        self._readable = readable
+        self._update()
 
     def stop(self) -> None:
-        """Watch no more; a held frame waits for the next turn, as the tap's do."""
-        if self._watching:
-            self._watching = False
-            self._loop.unwatch(self._tap.fd)
+        """Watch no more; what was read already waits for the next turn, as the tap's do."""
+        self._readable = None
+        self._update()
 
     def turn(self) -> bool:
         """Deliver some of what waits; whether anything was. Raises what ``deliver`` raises."""
-        moved = self._held is not None
-        if not self.deliver_held():
-            return False
+        moved = False
         for _ in range(BUDGET):
-            try:
-                frame = os.read(self._tap.fd, MAX_FRAME)
-            except OSError:
+            frame = self._ahead.next()
+            if frame is None:
                 break
             if not self._accepts(memoryview(frame)[HEADER:]):
                 continue
             if not self._deliver(frame):
-                self._held = frame
+                self._ahead.give_back(frame)
                 self.stop()
                 break
             moved = True
+        else:
+            self._go_on()
         return moved
 
-    def deliver_held(self) -> bool:
-        """Try the held frame again; whether none is held now."""
-        if self._held is not None:
-            if not self._deliver(self._held):
-                self.stop()
-                return False
-            self._held = None
-        return True
+    # --- around a move: see godwit.nic.model.Nic --------------------------------------------------
+    def hold(self) -> None:
+        """Take nothing from the tap."""
+        self._ahead.hold()
+        self._update()
+
+    def put_ahead(self, frames: Iterable[bytes]) -> int:
+        """These come before the tap's; how many were not kept."""
+        refused = self._ahead.put(frames)
+        self._go_on()
+        return refused
+
+    def release(self) -> int:
+        """The tap's turn; how many of its frames were dropped."""
+        dropped = self._ahead.release()
+        self._update()
+        self._go_on()
+        return dropped
+
+    def take(self, limit: int) -> list[bytes]:
+        """What waits, at most so many frames."""
+        return self._ahead.take(limit)
 
     def drain(self) -> int:
-        """Throw away what waits in the tap, and what was taken from it; how many frames."""
-        held, self._held = self._held, None
-        return self._tap.drain() + (held is not None)
+        """Throw away what waits in the tap; how many frames."""
+        return self._tap.drain()
+
+    def _go_on(self) -> None:
+        if self._readable is not None and self.holds:
+            self._loop.call_soon(self._readable)
+
+    def _update(self) -> None:
+        readable = None if self._ahead.held else self._readable
+        if readable is not None and not self._watching:
+            self._loop.watch(self._tap.fd, readable)
+        elif readable is None and self._watching:
+            self._loop.unwatch(self._tap.fd)
+        self._watching = readable is not None

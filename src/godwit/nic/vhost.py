@@ -8,14 +8,19 @@ to the other (the ioctl takes each ring's mutex, drivers/vhost/vhost.c), then th
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable, Iterable
 
 from ..errors import GuestError, HostError
 from ..hw.memory import GuestMemory
 from ..kvm import vhost as abi
 from ..kvm.ioctl import address_of, ioctl, ioctl_in, ioctl_out
-from ..virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC
+from ..loop import Loop
+from ..virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
 from . import offloads
+from .ahead import Ahead
 from .backend import Ring
+from .rxring import clear, notify, place
 from .tap import Tap
 
 DEVICE = "/dev/vhost-net"
@@ -27,13 +32,29 @@ _RING_FEATURES = F_EVENT_IDX | F_INDIRECT_DESC | _MRG_RXBUF | _VERSION_1
 class VhostBackend:
     """A tap served by vhost-net. See :class:`.backend.Backend` for the methods.
 
+    Around a move the receive ring is served here at first: what goes ahead of the tap's frames is
+    placed in it, and only then vhost gets it.
+
     Raises:
         HostError: vhost-net is missing; the message names the other backend.
     """
 
-    def __init__(self, tap: Tap, memory: GuestMemory) -> None:
+    def __init__(
+        self,
+        tap: Tap,
+        memory: GuestMemory,
+        loop: Loop,
+        lock: threading.RLock,
+        offend: Callable[[str], None],
+    ) -> None:
         self._tap = tap
         self._memory = memory
+        self._loop = loop
+        self._lock = lock
+        self._offend = offend
+        self._ahead = Ahead(tap)
+        self._receiving = False  # vhost has the receive ring
+        self._starved = False  # the guest is to say when the receive ring has room
         try:
             self._fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -83,11 +104,13 @@ class VhostBackend:
                 self._set_addresses(index)
                 self._put(abi.SET_VRING_CALL, abi.VRING_FILE.pack(index, ring.call))
                 self._put(abi.SET_VRING_KICK, abi.VRING_FILE.pack(index, ring.kick))
-            for index in (0, 1):
-                self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(index, self._tap.fd))
+            self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(1, self._tap.fd))
+            self._receive()
         except (OSError, GuestError) as error:
             # Its rings were never served: there are no positions to learn.
+            self._feed_no_more()
             self._rings = ()
+            self._receiving = False
             for index in (0, 1):
                 try:
                     self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(index, -1))
@@ -97,19 +120,20 @@ class VhostBackend:
 
     def stop(self) -> None:
         """Take the rings back, and learn where the kernel was."""
+        self._feed_no_more()
         rings, self._rings = self._rings, ()
-        for index in range(len(rings)):
-            self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(index, -1))
-        for index, ring in enumerate(rings):
-            state = bytearray(abi.VRING_STATE.pack(index, 0))
-            ioctl_out(self._fd, abi.GET_VRING_BASE, state)
-            ring.queue.last_avail = abi.VRING_STATE.unpack(state)[1] & 0xFFFF
-            ring.queue.resync_used()
+        if rings:
+            self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(1, -1))
+            self._learn(1, rings[1].queue)
+            self._take_back(rings[0])
 
     def set_call(self, index: int, fd: int) -> None:
         """Have ring ``index`` interrupt by another eventfd."""
         if self._rings:
             self._put(abi.SET_VRING_CALL, abi.VRING_FILE.pack(index, fd))
+            rings = list(self._rings)
+            rings[index] = rings[index]._replace(call=fd)
+            self._rings = tuple(rings)
 
     def start_log(self) -> None:
         """Log what vhost writes, from now on, in the middle of traffic too."""
@@ -143,6 +167,86 @@ class VhostBackend:
     def drain(self) -> int:
         """Throw away what waits in the tap."""
         return self._tap.drain()
+
+    # --- what goes ahead --------------------------------------------------------------------------
+    def hold(self) -> None:
+        """Give vhost no receive ring at the next start."""
+        self._ahead.hold()
+
+    def put_ahead(self, frames: Iterable[bytes]) -> int:
+        """Into the ring, which vhost has to lend for it if it has it."""
+        refused = self._ahead.put(frames)
+        self._served()
+        return refused
+
+    def release(self) -> int:
+        """vhost's turn."""
+        dropped = self._ahead.release()
+        self._served()
+        return dropped
+
+    def take(self, limit: int) -> list[bytes]:
+        """What waits."""
+        return self._ahead.take(limit)
+
+    def _served(self) -> None:
+        try:
+            self._receive()
+        except (OSError, GuestError) as error:
+            self._offend(f"receive ring: {error}")
+
+    def _receive(self) -> None:
+        """Place what goes ahead; when nothing does any more, the ring is vhost's."""
+        if not self._rings:
+            return
+        ring = self._rings[0]
+        if self._ahead.frames:
+            if self._receiving:
+                self._take_back(ring)
+            self._place(ring)
+        if self._ahead.frames:
+            if not self._starved:
+                self._starved = True
+                self._loop.watch(ring.kick, self._room)
+        elif not self._ahead.held and not self._receiving:
+            self._feed_no_more()
+            self._put(abi.SET_VRING_BASE, abi.VRING_STATE.pack(0, ring.queue.last_avail))
+            self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(0, self._tap.fd))
+            self._receiving = True
+
+    def _place(self, ring: Ring) -> None:
+        merge = bool(self._negotiated & _MRG_RXBUF)
+        while self._ahead.frames:
+            frame = self._ahead.next()
+            if frame is not None and not place(ring.queue, frame, merge):
+                self._ahead.give_back(frame)
+                break
+        notify(ring)
+
+    def _room(self) -> None:
+        """The guest put buffers into a ring that had too few."""
+        with self._lock:
+            if self._rings and self._starved:
+                clear(self._rings[0].kick)
+                self._served()
+
+    def _feed_no_more(self) -> None:
+        if self._starved:
+            self._starved = False
+            self._loop.unwatch(self._rings[0].kick)
+
+    def _take_back(self, ring: Ring) -> None:
+        if self._receiving:
+            self._receiving = False
+            self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(0, -1))
+            self._learn(0, ring.queue)
+
+    def _learn(self, index: int, queue: Virtqueue) -> None:
+        """Where the kernel was in a ring."""
+        state = bytearray(abi.VRING_STATE.pack(index, 0))
+        ioctl_out(self._fd, abi.GET_VRING_BASE, state)
+        queue.last_avail = abi.VRING_STATE.unpack(state)[1] & 0xFFFF
+        queue.resync_used()
 
     def close(self) -> None:
         """Stop, and give vhost and the tap back."""

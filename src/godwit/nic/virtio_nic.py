@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 import msgspec
@@ -37,16 +37,14 @@ class VirtioNic:
         tap = Tap(config.tap)
 
         def backend(device: VirtioNet) -> Backend:
-            if config.vhost:
-                return VhostBackend(tap, parts.memory)
-            return InProcessBackend(
-                tap,
-                parts.loop,
-                device.lock,
-                device.accepts,
-                lambda message: device.on_offence(message),
-            )
+            def offend(message: str) -> None:
+                device.on_offence(message)
 
+            if config.vhost:
+                return VhostBackend(tap, parts.memory, parts.loop, device.lock, offend)
+            return InProcessBackend(tap, parts.loop, device.lock, device.accepts, offend)
+
+        self.tap_fd = tap.fd
         announce = config.guest_announce
         try:
             self.device = VirtioNet(
@@ -168,7 +166,28 @@ class VirtioNic:
 
     def drain(self) -> int:
         """Throw away what waits in the tap."""
-        return self.device.backend.drain()
+        with self.device.lock:
+            return self.device.backend.drain()
+
+    def hold(self) -> None:
+        """The tap has to wait."""
+        with self.device.lock:
+            self.device.backend.hold()
+
+    def put_ahead(self, frames: Iterable[bytes]) -> int:
+        """Before the tap's."""
+        with self.device.lock:
+            return self.device.backend.put_ahead(frames)
+
+    def release(self) -> int:
+        """The tap's turn."""
+        with self.device.lock:
+            return self.device.backend.release()
+
+    def take(self, limit: int) -> list[bytes]:
+        """What waits."""
+        with self.device.lock:
+            return self.device.backend.take(limit)
 
     def save(self) -> VirtioNicState:
         """The state."""

@@ -78,6 +78,7 @@ class ParameterArguments(Arguments, frozen=True):
     announce_rate: int | None = None
     max_bandwidth: int | None = None
     downtime_limit: int | None = None
+    handover: bool | None = None
     cpu_throttle_initial: int | None = None
     cpu_throttle_increment: int | None = None
     max_cpu_throttle: int | None = None
@@ -232,6 +233,8 @@ def _set_parameters(controller: Controller, new: ParameterArguments) -> None:
         controller.max_bandwidth = new.max_bandwidth
     if new.downtime_limit is not None:
         controller.downtime_limit = new.downtime_limit
+    if new.handover is not None:
+        controller.handover = new.handover
 
 
 def _check_range(name: str, value: int | None, most: int, unit: str) -> None:
@@ -271,6 +274,7 @@ def _query_parameters(controller: Controller, _: Arguments) -> object:
         "announce-rate": options.rate,
         "max-bandwidth": controller.max_bandwidth,
         "downtime-limit": controller.downtime_limit,
+        "handover": controller.handover,
         "cpu-throttle-initial": convergence.cpu_throttle_initial,
         "cpu-throttle-increment": convergence.cpu_throttle_increment,
         "max-cpu-throttle": convergence.max_cpu_throttle,

@@ -28,6 +28,8 @@ class Controller(Protocol):
     max_bandwidth: int
     #: For how long a move may stop the guest, ms.
     downtime_limit: int
+    #: Whether frames that reach the old host are sent after a guest, at either end of a move.
+    handover: bool
     #: What a move does about a guest that writes faster than the line takes; replaced as a whole.
     convergence: ConvergenceParameters
 

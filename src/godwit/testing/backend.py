@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..nic import offloads
 from ..nic.backend import Ring
 
@@ -30,6 +32,10 @@ class FakeBackend:
         self.rings: tuple[Ring, Ring] | None = None
         self.calls: dict[int, int] = {}
         self.sent: list[bytes] = []
+        self.held = False
+        self.ahead: list[bytes] = []
+        #: What :meth:`take` gives.
+        self.waiting: list[bytes] = []
         self.logging = False
         self.log: bytes | None = None
         #: Raised by the next :meth:`start`.
@@ -78,6 +84,25 @@ class FakeBackend:
     def drain(self) -> int:
         """Nothing ever waits."""
         return 0
+
+    def hold(self) -> None:
+        """Note it."""
+        self.held = True
+
+    def put_ahead(self, frames: Iterable[bytes]) -> int:
+        """Keep them in :attr:`ahead`."""
+        self.ahead += frames
+        return 0
+
+    def release(self) -> int:
+        """Note it."""
+        self.held = False
+        return 0
+
+    def take(self, limit: int) -> list[bytes]:
+        """From :attr:`waiting`."""
+        taken, self.waiting = self.waiting[:limit], self.waiting[limit:]
+        return taken
 
     def close(self) -> None:
         """Note it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -63,6 +63,7 @@ class E1000:
         self._paused = True
         self._transmit_due = False
         self._tap = Tap(config.tap)
+        self.tap_fd = self._tap.fd
         wires = Wires(
             send=self._send,
             interrupt=lambda level: self.function.update_line(),
@@ -155,6 +156,26 @@ class E1000:
         """Throw away what waits in the tap."""
         with self._lock:
             return self._reader.drain()
+
+    def hold(self) -> None:
+        """The tap has to wait."""
+        with self._lock:
+            self._reader.hold()
+
+    def put_ahead(self, frames: Iterable[bytes]) -> int:
+        """Before the tap's."""
+        with self._lock:
+            return self._reader.put_ahead(frames)
+
+    def release(self) -> int:
+        """The tap's turn."""
+        with self._lock:
+            return self._reader.release()
+
+    def take(self, limit: int) -> list[bytes]:
+        """What waits."""
+        with self._lock:
+            return self._reader.take(limit)
 
     def save(self) -> E1000State:
         """The state."""

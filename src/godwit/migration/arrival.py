@@ -1,0 +1,168 @@
+"""The destination's side of the handover: the guest's traffic is drawn here, and none of it lost.
+
+Just before the guest runs, a marked broadcast leaves in its name on each of its networks. Switches
+send its frames to this host from then on; they wait in the tap while those that went to the old
+host come over the line (:mod:`.forwarder`), and the guest gets these first. It is no announcement:
+no host takes it for one, and the announcement that follows is what it always was.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from typing import Any
+
+from ..announce.station import Station
+from ..errors import GodwitError, LinkLost, StreamError
+from ..machine import Machine, Mark
+from . import codec
+from .channel import Channel
+from .codec import Kind
+
+#: Networks of a NIC that are drawn, the most important first.
+MAX_MARKS = 64
+#: How long the tap waits for the old host's frames, s from the draw on: longer than the source
+#: waits for a mark.
+HOLD_S = 0.25
+#: A source that stops in the middle of a frame is gone, s: the tap waits meanwhile.
+_STALL_S = 1.0
+#: The source looks for late frames for less than this after its last word, s.
+_LISTEN_S = 40.0
+_SLICE_MS = 50
+
+
+class Arrival:
+    """Of one guest. :meth:`draw` is called by whoever starts it, the rest by the move's thread.
+
+    ``mark`` is the move's secret, 16 bytes.
+    """
+
+    def __init__(self, machine: Machine, channel: Channel, mark: bytes) -> None:
+        self._machine = machine
+        self._channel: Channel | None = channel
+        self._mark = mark
+        self._sending = threading.Lock()
+        self._poll = select.poll()
+        self._marks: list[list[bytes]] = []
+        self._held: set[int] = set()
+        self._release_at: float | None = None
+        self._begun = False
+        #: The source knows that its guest is here.
+        self.heard = False
+        self._counts = {"frames": 0, "late": 0, "refused": 0, "repeated": 0, "marks-sent": 0}
+
+    def prepare(self) -> None:
+        """The guest is loaded, its commit awaited: have the marks ready, and the taps wait."""
+        if self._channel is not None:
+            self._poll.register(self._channel.fileno(), select.POLLIN)
+        for index, nic in enumerate(self._machine.nics):
+            nic.hold()
+            self._held.add(index)
+        self._marks = [self._marks_of(station) for station in self._machine.stations]
+
+    def draw(self, mark: Mark) -> None:
+        """The guest is about to run: draw its traffic here. Under the machine's lock.
+
+        Never fails: a network that was not told is told by the announcement.
+        """
+        if self._begun:
+            return
+        self._begun = True
+        if self._channel is not None:
+            self._channel.set_timeout(_STALL_S)
+        sent = []
+        for nic, marks in zip(self._machine.nics, self._marks, strict=True):
+            nic.drain()  # what was flooded here so far, the old host has too
+            count = 0
+            for frame in marks:
+                try:
+                    nic.send_from_host(frame)
+                except (GodwitError, OSError):
+                    break
+                count += 1
+            sent.append(count)
+        self._counts["marks-sent"] = sum(sent)
+        self._release_at = time.monotonic() + HOLD_S
+        try:
+            self.send(Kind.DRAWN, codec.Drawn(sent))
+        except LinkLost:
+            pass  # the move's thread will find out
+        mark("drawn")
+
+    def settle(self) -> None:
+        """The guest runs: until its old host's frames are all here, or the time is up."""
+        while self._held and self._channel is not None:
+            self._step()
+
+    def listen(self) -> None:
+        """Take what else the source has to say, until it hangs up."""
+        until = time.monotonic() + _LISTEN_S
+        while self._channel is not None and time.monotonic() < until:
+            self._step()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """No more will come from the source: the taps' turn."""
+        self._channel = None
+        for index in tuple(self._held):
+            self._release(index)
+
+    def send(self, kind: Kind, value: Any) -> None:
+        """Say something to the source, from any thread. Raises LinkLost."""
+        channel = self._channel
+        if channel is None:
+            raise LinkLost("the line to the source is gone")
+        with self._sending:
+            channel.send(kind, value)
+
+    def info(self) -> dict[str, int]:
+        """For the report: frames that came over the line (late: after the tap's turn had come),
+        those of them that were refused, frames of the tap's that had come twice."""
+        return dict(self._counts)
+
+    # --- inside -----------------------------------------------------------------------------------
+    def _marks_of(self, station: Station) -> list[bytes]:
+        return station.layer2_updates(
+            lambda number: self._mark + number.to_bytes(2, "big"), MAX_MARKS
+        )
+
+    def _step(self) -> None:
+        """Wait a little for the source's next word, and heed it."""
+        channel = self._channel
+        if channel is None:
+            return
+        try:
+            if self._poll.poll(_SLICE_MS):
+                self._heed(channel)
+        except (GodwitError, OSError, ValueError):
+            self.abandon()
+            return
+        if self._release_at is not None and time.monotonic() >= self._release_at:
+            for index in tuple(self._held):
+                self._release(index)
+
+    def _heed(self, channel: Channel) -> None:
+        kind, length = channel.receive()
+        payload = channel.read(length)
+        if kind is Kind.FRAMES:
+            frames = codec.decode(payload, codec.Frames)
+            nic = self._machine.nics[self._known(frames.nic)]
+            self._counts["frames" if frames.nic in self._held else "late"] += len(frames.frames)
+            self._counts["refused"] += nic.put_ahead(frames.frames)
+        elif kind is Kind.ROAD_ENDS:
+            self._release(self._known(codec.decode(payload, codec.RoadEnds).nic))
+        elif kind is Kind.HEARD:
+            self.heard = True
+        else:
+            raise StreamError(f"frame {kind.name} after the commit")
+
+    def _known(self, index: int) -> int:
+        if index >= len(self._machine.nics):
+            raise StreamError(f"nic: there is no NIC {index}")
+        return index
+
+    def _release(self, index: int) -> None:
+        if index in self._held:
+            self._held.discard(index)
+            self._counts["repeated"] += self._machine.nics[index].release()

@@ -1,0 +1,235 @@
+"""The source's side of the handover: frames that still come for the guest are sent after it.
+
+From the guest's stop on they wait in its tap's queue, and go on coming until the network has
+learned where the guest is now. The destination draws them there with a marked broadcast on each of
+the guest's networks (:mod:`.arrival`), which floods to this tap as well: what the tap gives before
+the mark is the old road's, what came after it went the new road. So no timer decides when the old
+road is empty, unless a mark does not come. docs/decisions/0013-handover.md has the argument.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..announce.frames import read_note, stack_of
+from ..announce.station import Station
+from ..errors import GodwitError
+from ..machine import Machine
+from ..nic.ahead import MAX_BYTES, MAX_FRAMES
+from ..nic.model import Nic
+from ..nic.tap import HEADER
+from . import codec
+from .channel import Channel
+from .codec import Kind
+
+#: How long a mark is waited for once the destination has sent it, s: it need not come (a port that
+#: does not forward, a network that floods no broadcasts).
+MARKS_S = 0.1
+#: The marks leave together. When one is here and no other follows for so long, none will, s: the
+#: network does not carry that VLAN.
+QUIET_S = 0.02
+#: A guest that is not started at once: so long its frames are sent after it, s.
+PATIENCE_S = 30.0
+#: How long a tap is looked at after its last mark, for what took a longer way, s.
+LATE_S = 0.3
+_BATCH = 32
+#: Frames seldom come alone, and each message costs both ends as much as some ten frames, ms.
+_GATHER_MS = 2
+
+
+class _Road:
+    """From one NIC's tap here to the guest there."""
+
+    def __init__(self, index: int, nic: Nic, macs: frozenset[bytes]) -> None:
+        self.index = index
+        self.nic = nic
+        self.macs = macs
+        #: What was sent, until it is known that the guest has it.
+        self.kept: list[bytes] = []
+        self.expected: int | None = None
+        self.seen: set[int] = set()
+        self.last_mark = 0.0
+        #: Tags of the networks whose frames come to the new tap.
+        self.redirected: set[bytes] = set()
+        self.ended_at: float | None = None
+
+    def due(self, drawn_at: float | None) -> float | None:
+        """When no further mark is waited for, if no further comes."""
+        if drawn_at is None or self.expected is None:
+            return None
+        if len(self.seen) >= self.expected:
+            return drawn_at
+        if self.seen:
+            return min(drawn_at + MARKS_S, max(drawn_at, self.last_mark) + QUIET_S)
+        return drawn_at + MARKS_S
+
+    def is_theirs(self, frame: bytes) -> bool:
+        """Whether the new tap has this frame as well, or it is none of the guest's."""
+        if frame[HEADER] & 1:
+            return stack_of(memoryview(frame)[HEADER:]) in self.redirected
+        # Before the mark any frame may be the guest's (its filter knows); afterwards a frame for
+        # others was flooded, and to the new tap too.
+        return self.ended_at is not None and frame[HEADER : HEADER + 6] not in self.macs
+
+
+class Forwarder:
+    """Of one move; owned by its thread. The guest is stopped, and COMMIT about to be sent.
+
+    ``mark`` is the move's secret that tells its marks from any other frame.
+    """
+
+    def __init__(self, machine: Machine, channel: Channel, mark: bytes) -> None:
+        self._channel = channel
+        self._mark = mark
+        self._roads = {
+            station_nic.tap_fd: _Road(index, station_nic, _macs(station))
+            for index, (station_nic, station) in enumerate(
+                zip(machine.nics, machine.stations, strict=True)
+            )
+        }
+        self._poll = select.poll()
+        self._poll.register(channel.fileno(), select.POLLIN)
+        self._line = select.poll()
+        self._line.register(channel.fileno(), select.POLLIN)
+        for fd in self._roads:
+            self._poll.register(fd, select.POLLIN)
+        self._began = time.monotonic()
+        self._drawn_at: float | None = None
+        self._bytes = self._frames = self._late = 0
+        self._full = False
+        self._keep = True
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will come."""
+        now = time.monotonic()
+        return all(
+            road.ended_at is not None and now >= road.ended_at + LATE_S
+            for road in self._roads.values()
+        )
+
+    def serve(self, until: float) -> bool:
+        """Send frames after the guest until ``until`` (``time.monotonic``); True: there is
+        something to read on the line, False: the time is up, or all is over.
+
+        Raises:
+            LinkLost: the line broke.
+        """
+        line = self._channel.fileno()
+        while True:
+            wait = min([until, *self._times()]) - time.monotonic()
+            ready = {fd for fd, _ in self._poll.poll(max(0.0, wait) * 1000)}
+            if ready and line not in ready and self._line.poll(_GATHER_MS):
+                ready.add(line)
+            for fd in ready - {line}:
+                self._take(fd)
+            self._end_roads()
+            if line in ready:
+                return True
+            if time.monotonic() >= until or self.over:
+                return False
+
+    def drawn(self, marks: Sequence[int]) -> None:
+        """The destination has drawn the traffic there, with so many marks for each NIC."""
+        self._drawn_at = time.monotonic()
+        for road, count in zip(self._roads.values(), marks, strict=False):
+            road.expected = count
+
+    def settled(self) -> None:
+        """The guest is there for good: what was sent need not be given back."""
+        self._keep = False
+        for road in self._roads.values():
+            road.kept.clear()
+
+    def give_back(self) -> None:
+        """The guest goes on here after all: it gets its frames before what the tap has."""
+        for road in self._roads.values():
+            road.nic.put_ahead(road.kept)
+            road.kept = []
+
+    def info(self) -> dict[str, Any]:
+        """For the report."""
+        roads = self._roads.values()
+        return {
+            "frames": self._frames,
+            "bytes": self._bytes,
+            "late": self._late,
+            "marks-seen": sum(len(road.seen) for road in roads),
+            "marks-sent": sum(road.expected or 0 for road in roads),
+            "full": self._full,
+        }
+
+    # --- inside -----------------------------------------------------------------------------------
+    def _times(self) -> list[float]:
+        """When something is due."""
+        times = []
+        for road in self._roads.values():
+            if road.ended_at is not None:
+                times.append(road.ended_at + LATE_S)
+            else:
+                due = road.due(self._drawn_at)
+                times.append(self._began + PATIENCE_S if due is None else due)
+        return times
+
+    def _end_roads(self) -> None:
+        now = time.monotonic()
+        for fd, road in self._roads.items():
+            due = road.due(self._drawn_at)
+            if road.ended_at is None and now >= (self._began + PATIENCE_S if due is None else due):
+                self._take(fd)  # what is here by now was on the old road
+                road.ended_at = now
+                self._channel.send(Kind.ROAD_ENDS, codec.RoadEnds(road.index))
+
+    def _take(self, fd: int) -> None:
+        road = self._roads[fd]
+        while not self._full:
+            try:
+                frames = road.nic.take(_BATCH)
+            except GodwitError:
+                frames = []
+            if not frames:
+                return
+            # One by one: what a mark says counts for what comes after it.
+            self._send(
+                road,
+                [f for f in frames if not self._is_mark(road, f) and not road.is_theirs(f)],
+            )
+        # The bound is reached: what is left waits in the tap, and is lost.
+        try:
+            self._poll.unregister(fd)
+        except KeyError:
+            pass
+
+    def _send(self, road: _Road, frames: list[bytes]) -> None:
+        if not frames:
+            return
+        if self._keep:
+            road.kept += frames
+        if road.ended_at is None:
+            self._frames += len(frames)
+        else:
+            self._late += len(frames)
+        self._bytes += sum(map(len, frames))
+        self._full = self._frames + self._late >= MAX_FRAMES or self._bytes >= MAX_BYTES
+        self._channel.send(Kind.FRAMES, codec.Frames(road.index, frames))
+
+    def _is_mark(self, road: _Road, frame: bytes) -> bool:
+        view = memoryview(frame)[HEADER:]
+        note = read_note(view)
+        if note is None or not note.startswith(self._mark):
+            return False
+        at = len(self._mark)
+        road.seen.add(int.from_bytes(note[at : at + 2], "big"))
+        road.redirected.add(stack_of(view))
+        road.last_mark = time.monotonic()
+        return True
+
+
+def _macs(station: Station) -> frozenset[bytes]:
+    return frozenset([station.nic.mac, *(entry.mac for entry in station.entries())])
+
+
+__all__ = ["Forwarder"]

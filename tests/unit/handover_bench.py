@@ -1,0 +1,97 @@
+"""Both ends of a handover over a pair of sockets; taps that are socket pairs, NICs that note."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import cast
+
+from announce_bench import Nic as Announced
+
+from godwit.announce.station import Station
+from godwit.machine import Machine
+from godwit.migration.arrival import Arrival
+from godwit.migration.channel import Channel
+from godwit.migration.forwarder import Forwarder
+from godwit.nic.ahead import Ahead
+from godwit.nic.tap import HEADER
+from godwit.testing.clock import FakeClock
+from godwit.testing.tap import FakeTap
+
+MARK = bytes(range(16))
+OTHER = bytes.fromhex("020000000099")
+
+
+class Nic(Announced):
+    """A NIC whose guest gets whatever may be given to it, at once."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(FakeClock(), name)
+        self.tap = FakeTap()
+        self.tap_fd = self.tap.fd
+        self.ahead = Ahead(self.tap)
+        self.drained = 0
+
+    def take(self, limit: int) -> list[bytes]:
+        return self.ahead.take(limit)
+
+    def hold(self) -> None:
+        self.ahead.hold()
+
+    def put_ahead(self, frames: Iterable[bytes]) -> int:
+        return self.ahead.put(frames)
+
+    def release(self) -> int:
+        return self.ahead.release()
+
+    def drain(self) -> int:
+        self.drained += 1
+        return self.tap.drain()
+
+    def given(self) -> list[bytes]:
+        """What its guest would get now, without the tap's header."""
+        frames = []
+        while (frame := self.ahead.next()) is not None:
+            frames.append(frame[HEADER:])
+        return frames
+
+
+class Side:
+    """A host: its NICs, and what the handover asks of a machine."""
+
+    def __init__(self, count: int) -> None:
+        self.nics = [Nic(f"nic{number}") for number in range(count)]
+        self.stations = [Station(nic, FakeClock()) for nic in self.nics]
+        self.machine = cast(Machine, SimpleNamespace(nics=self.nics, stations=self.stations))
+
+
+class Handover:
+    """Both hosts, at the moment of the commit."""
+
+    def __init__(self, nics: int = 1) -> None:
+        near, far = socket.socketpair()
+        self.source, self.target = Side(nics), Side(nics)
+        self.near, self.far = Channel(near), Channel(far)
+        self.forwarder = Forwarder(self.source.machine, self.near, MARK)
+        self.arrival = Arrival(self.target.machine, self.far, MARK)
+        self.arrival.prepare()
+
+    def flood(self, number: int = 0) -> None:
+        """What the target's NIC has sent reaches the source's tap, as broadcasts do."""
+        sent = self.target.nics[number].sent
+        for _, frame in sent:
+            self.source.nics[number].tap.put(frame)
+        sent.clear()
+
+    def close(self) -> None:
+        for side in (self.source, self.target):
+            for nic in side.nics:
+                nic.tap.close()
+        self.near.close()
+        self.far.close()
+
+
+def to(mac: bytes, number: int, tags: bytes = b"") -> bytes:
+    """A frame from a peer."""
+    return mac + OTHER + tags + b"\x08\0" + number.to_bytes(2, "big") + bytes(44)
