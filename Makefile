@@ -2,11 +2,12 @@
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test bench check clean
 
 help:
 	@echo 'make demo   move a running guest between two hosts and judge it'
 	@echo 'make test   unit tests, then the VM tests (in the lab where this machine has no KVM)'
+	@echo 'make bench  Godwit and QEMU side by side (QUICK=1: once, under four minutes)'
 	@echo 'make check  format, lint, types, import direction, unit tests'
 	@echo 'make setup  install what is missing (the others do it too)'
 
@@ -19,6 +20,11 @@ demo: setup
 test: setup
 	$(BIN)/pytest tests/unit
 	@scripts/vm-tests
+
+# Byte code first, as setup does for src: the lab could not keep it.
+bench: setup
+	@$(BIN)/python -m compileall -q benchmarks
+	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from line_cutter import LineCutter
 from recorded import STREAMS, Stream
 from vm_bench import Bench
 
 from godwit.lab.network import Network
 from godwit.migration.codec import Kind
+from godwit.testing.line_cutter import LineCutter
 
 
 def record(bench: Bench, stream: Stream, folder: Path) -> None:

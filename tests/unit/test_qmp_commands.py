@@ -276,8 +276,13 @@ def test_parameters_are_set_and_shown() -> None:
         "max-cpu-throttle": 99,
         "on-no-convergence": "abort",
     }
-    others = {"announce-verify": "probe", "announce-refresh": True, "announce-rate": 50}
-    others |= {"on-no-convergence": "stop-and-copy", "handover": False}
+    others = {
+        "announce-verify": "probe",
+        "announce-refresh": True,
+        "announce-rate": 50,
+        "handover": False,
+        "on-no-convergence": "stop-and-copy",
+    }
     for name in shown:
         before = run(vm, "query-migrate-parameters")
         value = others.get(name, 42)

@@ -17,8 +17,8 @@ from godwit.lab.traffic import FLOWS
 #: What the guest writes to without rest, MB.
 _HOT = 16
 #: Bytes per second: for the first round, which only has to end soon, and for all others. An
-#: emulated guest makes 30 MB dirty in a second, for the first write to a page costs it a fault; on a busy
-#: machine a third of that. A real one writes to all of them within a slice of its time.
+#: emulated guest makes 30 MB dirty in a second, for the first write to a page costs it a fault; on
+#: a busy machine a third of that. A real one writes to all of them within a slice of its time.
 _LINE = (16 if os.environ.get(MARKER) else 400) << 20
 _SLOW = _LINE // 4
 _LIMIT_MS = 50

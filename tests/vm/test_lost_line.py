@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from line_cutter import LineCutter
 from vm_bench import Bench, Guest
 
 from godwit.migration.codec import Kind
+from godwit.testing.line_cutter import LineCutter
 
 
 @pytest.mark.parametrize("delivered", [False, True], ids=["commit lost", "answer lost"])

@@ -11,8 +11,8 @@ from typing import Self
 from godwit.errors import GodwitError
 from godwit.lab.netns import inside
 
-CONTROL, SINK, ECHO, DISCARD = 7000, 7001, 7002, 7003
-"""The agent's ports: control (UDP), numbered packets (UDP), echo and discard (TCP)."""
+CONTROL, SINK, ECHO, DISCARD, SOURCE = 7000, 7001, 7002, 7003, 7004
+"""The agent's ports: control (UDP), numbered packets (UDP); echo, discard and source (TCP)."""
 
 _REPEAT_S = 0.25
 
@@ -115,6 +115,10 @@ class Agent:
         """Fill so much memory with a pattern; its checksum."""
         return self.ask(f"mem start {megabytes}", 120.0).split()[1]
 
+    def mem_fill(self, megabytes: int) -> None:
+        """Have so much memory in use, each page with other contents; nothing checks it."""
+        self.ask(f"mem fill {megabytes}", 120.0)
+
     def mem_check(self) -> str:
         """The checksum of that memory now. Raises AgentError if it changed."""
         return self._good(self.ask("mem check", 120.0))
@@ -141,6 +145,11 @@ class Agent:
     def udp_send(self, address: str, port: int, flow: int, rate: int, count: int) -> None:
         """Let the guest send so many numbered packets, ``rate`` a second."""
         self.ask(f"udp-send {address} {port} {flow} {rate} {count}")
+
+    def udp_stop(self) -> dict[int, int]:
+        """End the flows of udp_send: flow id -> packets that the guest sent since the last time."""
+        rows = (line.split() for line in self.ask("udp-stop").splitlines())
+        return {int(flow): int(sent) for flow, sent in rows}
 
     def sh(self, command: str, timeout_s: float = 30.0) -> str:
         """Output of a shell command in the guest. Raises AgentError if it fails."""

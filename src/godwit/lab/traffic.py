@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -56,7 +57,7 @@ def sender() -> Path:
     return initramfs.program("sender", [initramfs.DATA / "host_files/sender.c"])
 
 
-class _Program:
+class Program:
     """A child in a namespace, its output in a file."""
 
     def __init__(self, netns: str, argv: list[str], output: Path) -> None:
@@ -113,7 +114,7 @@ class Answers:
         return max(gaps, default=0.0) * 1000
 
 
-class Ping(_Program):
+class Ping(Program):
     """``ping`` of one flow, an echo request every ``interval`` seconds."""
 
     def __init__(self, netns: str, flow: Flow, folder: Path, interval: float = 0.01) -> None:
@@ -147,7 +148,7 @@ class Ping(_Program):
         raise HostError(f"{self.flow.network}, {self.flow.family}: no answer in {deadline:g} s")
 
 
-class Capture(_Program):
+class Capture(Program):
     """``tcpdump`` on an interface of a namespace, into a file.
 
     ``direction``: ``in`` or ``out`` for only what the interface receives or sends.
@@ -168,12 +169,14 @@ class Capture(_Program):
             time.sleep(0.01)  # it says so on its output and nowhere else
 
 
-class Sender(_Program):
-    """Numbered UDP packets to the guest on every flow, ``rate`` a second each."""
+class Sender(Program):
+    """Numbered UDP packets to the guest on every flow given, ``rate`` a second each."""
 
-    def __init__(self, netns: str, folder: Path, rate: int = 100) -> None:
+    def __init__(
+        self, netns: str, folder: Path, rate: int = 100, flows: Sequence[Flow] = FLOWS
+    ) -> None:
         argv = [str(sender()), str(rate), str(SINK)]
-        argv += [f"{flow.id}={flow.guest}" for flow in FLOWS]
+        argv += [f"{flow.id}={flow.guest}" for flow in flows]
         super().__init__(netns, argv, folder / "sender.txt")
 
     def counts(self) -> dict[int, int]:

@@ -1,4 +1,7 @@
-"""A ``godwit run`` process, as the demo, the tests and the benchmarks start it."""
+"""A ``godwit run`` process, as the demo, the tests and the benchmarks start it.
+
+Another VMM's process is a subclass: see qemu.py.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +43,17 @@ class Vm:
         self._ended = False
         self._client: Client | None = None
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "godwit.cli", "run", "--qmp", str(self.qmp_path), *arguments],
+            [*self._command(), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             preexec_fn=entering(netns) if netns else None,
         )
         threading.Thread(target=self._read, daemon=True).start()
+
+    def _command(self) -> list[str]:
+        """What is run, up to the caller's arguments."""
+        return [sys.executable, "-m", "godwit.cli", "run", "--qmp", str(self.qmp_path)]
 
     def __enter__(self) -> Self:
         return self
@@ -118,8 +125,12 @@ class Vm:
         Raises:
             HostError: no end within ``deadline`` seconds.
         """
-        self.qmp.execute("migrate", {"uri": uri, "insecure": insecure})
+        self.start_move(uri, insecure)
         return self.wait_move(deadline)
+
+    def start_move(self, uri: str, insecure: bool = True) -> None:
+        """Begin to migrate."""
+        self.qmp.execute("migrate", {"uri": uri, "insecure": insecure})
 
     def wait_move(self, deadline: float = 60.0) -> dict[str, Any]:
         """Wait for the end of the move that was started; query-migrate's answer."""

@@ -17,7 +17,7 @@ from ..announce.station import Station
 from ..errors import GodwitError, LinkLost, StreamError
 from ..machine import Machine, Mark
 from . import codec
-from .channel import Channel
+from .channel import SILENCE, Channel
 from .codec import Kind
 
 #: Networks of a NIC that are drawn, the most important first.
@@ -61,6 +61,13 @@ class Arrival:
             self._held.add(index)
         self._marks = [self._marks_of(station) for station in self._machine.stations]
 
+    def keep(self, payload: bytearray) -> None:
+        """Frames came over the line. Raises StreamError."""
+        frames = codec.decode(payload, codec.Frames)
+        nic = self._machine.nics[self._known(frames.nic)]
+        self._counts["frames" if frames.nic in self._held else "late"] += len(frames.frames)
+        self._counts["refused"] += nic.put_ahead(frames.frames)
+
     def draw(self, mark: Mark) -> None:
         """The guest is about to run: draw its traffic here. Under the machine's lock.
 
@@ -96,10 +103,13 @@ class Arrival:
             self._step()
 
     def listen(self) -> None:
-        """Take what else the source has to say, until it hangs up."""
-        until = time.monotonic() + _LISTEN_S
-        while self._channel is not None and time.monotonic() < until:
+        """Take what else the source has to say, until it hangs up; it was told that its guest is
+        here. One that does not hear that may be asking on another line."""
+        began = time.monotonic()
+        while self._channel is not None:
             self._step()
+            if time.monotonic() >= began + (_LISTEN_S if self.heard else SILENCE):
+                break
         self.abandon()
 
     def abandon(self) -> None:
@@ -146,10 +156,7 @@ class Arrival:
         kind, length = channel.receive()
         payload = channel.read(length)
         if kind is Kind.FRAMES:
-            frames = codec.decode(payload, codec.Frames)
-            nic = self._machine.nics[self._known(frames.nic)]
-            self._counts["frames" if frames.nic in self._held else "late"] += len(frames.frames)
-            self._counts["refused"] += nic.put_ahead(frames.frames)
+            self.keep(payload)
         elif kind is Kind.ROAD_ENDS:
             self._release(self._known(codec.decode(payload, codec.RoadEnds).nic))
         elif kind is Kind.HEARD:

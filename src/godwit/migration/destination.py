@@ -163,7 +163,7 @@ class Destination:
             arrival.prepare()
         channel.send(Kind.READY)
         try:
-            handover = channel.expect_struct(Kind.COMMIT, codec.Handover)
+            handover = self._expect_commit(channel)
             if handover.token != hello.token:
                 raise StreamError("COMMIT: the token of another move")
         except LinkLost as lost:
@@ -178,6 +178,15 @@ class Destination:
         if arrival is not None and self._listens(arrival, started):
             return
         self._answer(channel, hello, started)
+
+    def _expect_commit(self, channel: Channel) -> codec.Handover:
+        while True:
+            kind, payload = channel.expect_one(Kind.COMMIT, Kind.FRAMES)
+            if kind is Kind.COMMIT:
+                return codec.decode(payload, codec.Handover)
+            if self._arrival is None:
+                raise StreamError("frame FRAMES: no handover was agreed on")
+            self._arrival.keep(payload)
 
     @staticmethod
     def _listens(arrival: Arrival, started: codec.Started) -> bool:

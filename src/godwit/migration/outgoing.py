@@ -214,11 +214,11 @@ class Outgoing(ABC):
 
     def _stop(self) -> None:
         """Stop the guest: vCPUs, then backends."""
-        self.report.stopped = time.monotonic()
         self._status("device")
         with self._machine.lock:
             self._before = self._states.current  # the operator may have paused it meanwhile
             self._states.set(RunState.FINISH_MIGRATE)
+            self.report.stopped = time.monotonic()  # until now it ran, and others were told
             self._machine.pause(self.report.mark)
         self._unthrottle()
         if self._machine.ended is not None:

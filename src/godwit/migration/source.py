@@ -71,9 +71,11 @@ class Source(Outgoing):
         self._status("active")
 
     def _ready(self) -> None:
-        """Wait until all is loaded."""
+        """Wait until all is loaded; what came for the guest since the stop is sent meanwhile."""
         if self._hands_over:
             self._forwarder = Forwarder(self._machine, self._socket, self._mark)
+            if not self._forwarder.serve(time.monotonic() + SILENCE):
+                raise LinkLost(f"the peer was silent for {SILENCE:.0f} s")
         self._channel.expect(Kind.READY)
         self.report.mark("ready")
 
@@ -188,6 +190,7 @@ class Source(Outgoing):
                 if self._abandoned.wait(_ASK_AGAIN):
                     raise
             else:
+                self._socket.close()
                 self._line = channel
                 self.report.error = None
                 return started

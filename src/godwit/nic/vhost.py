@@ -105,7 +105,8 @@ class VhostBackend:
                 self._put(abi.SET_VRING_CALL, abi.VRING_FILE.pack(index, ring.call))
                 self._put(abi.SET_VRING_KICK, abi.VRING_FILE.pack(index, ring.kick))
             self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(1, self._tap.fd))
-            self._receive()
+            if not self._ahead.held:  # else the guest runs first, and gets what goes ahead then
+                self._receive()
         except (OSError, GuestError) as error:
             # Its rings were never served: there are no positions to learn.
             self._feed_no_more()

@@ -5,7 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { PORT_CONTROL = 7000, PORT_SINK = 7001, PORT_ECHO = 7002, PORT_DISCARD = 7003 };
+enum { PORT_CONTROL = 7000, PORT_SINK = 7001, PORT_ECHO = 7002, PORT_DISCARD = 7003,
+       PORT_SOURCE = 7004 };
 enum { REPLY_MAX = 60000, POWER_KEYS = 4 };
 
 /* A reply under construction; what does not fit is cut off. */
@@ -22,11 +23,15 @@ void serve_control(int control, const int *power_keys, int count);
 /* net.c: addresses on eth0 and its VLANs. */
 void configure_network(void);
 
-/* flows.c: numbered UDP packets in and out, and TCP echo and discard. */
+/* flows.c: numbered UDP packets in and out. */
 void start_traffic(void);
 void report_flows(struct reply *reply);
 void reset_flows(void);
 void udp_send(struct reply *reply, const char *arguments);
+void udp_stop(struct reply *reply);
+
+/* tcp.c: TCP servers: echo, discard, and a source. */
+void start_tcp(void);
 
 /* memory.c: memory whose contents can be judged after a move. */
 void memory_command(struct reply *reply, const char *arguments);

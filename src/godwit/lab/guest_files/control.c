@@ -97,6 +97,8 @@ static void (*answer(struct reply *reply, const char *request))(void)
 	} else if (!strcmp(request, "reset-flows")) {
 		reset_flows();
 		say(reply, "ok");
+	} else if (!strcmp(request, "udp-stop")) {
+		udp_stop(reply);
 	} else if (!strcmp(request, "cpus")) {
 		say(reply, "%ld", sysconf(_SC_NPROCESSORS_ONLN));
 	} else if (!strcmp(request, "clock")) {

@@ -1,4 +1,4 @@
-/* Numbered UDP packets, received and sent, and TCP echo and discard servers.
+/* Numbered UDP packets, received and sent.
  *
  * A numbered packet: flow id (u32), sequence number from 0 (u64), both big-endian, then padding.
  */
@@ -8,10 +8,10 @@
 #include <errno.h>
 #include <netinet/in.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -119,13 +119,24 @@ struct sending {
 	uint64_t rate, packets;
 };
 
+/* What was sent by flows that ended, until udp-stop tells it. */
+static struct {
+	uint32_t flow;
+	uint64_t packets;
+} ended[FLOWS];
+static int ended_count;
+static atomic_int sending_count;
+static atomic_bool stopping;
+
 static void *sender(void *argument)
 {
 	struct sending sending = *(struct sending *)argument;
 	uint64_t start = now_ns();
 
 	free(argument);
-	for (uint64_t seq = 0; seq < sending.packets; seq++) {
+	uint64_t seq;
+
+	for (seq = 0; seq < sending.packets && !stopping; seq++) {
 		unsigned char packet[64] = { 0 };
 		uint32_t id = htobe32(sending.flow);
 		uint64_t number = htobe64(seq), due = start + seq * 1000000000u / sending.rate;
@@ -137,6 +148,13 @@ static void *sender(void *argument)
 		send(sending.sock, packet, sizeof packet, 0);
 	}
 	close(sending.sock);
+	pthread_mutex_lock(&lock);
+	if (ended_count < FLOWS) {
+		ended[ended_count].flow = sending.flow;
+		ended[ended_count++].packets = seq;
+	}
+	pthread_mutex_unlock(&lock);
+	sending_count--;
 	return NULL;
 }
 
@@ -165,47 +183,23 @@ void udp_send(struct reply *reply, const char *arguments)
 		close(sending->sock);
 		free(sending);
 	} else {
+		sending_count++;
 		pthread_create(&thread, NULL, sender, sending);
 		pthread_detach(thread);
 		say(reply, "ok");
 	}
 }
 
-/* Echo is written back in place: a peer that sends without reading only stops itself and, for as
- * long as its window is closed, the other connections. Tests read what they send. */
-static void *tcp_server(void *unused)
+/* udp-stop: ends every flow of udp-send; a line for each since the last time: flow, packets sent. */
+void udp_stop(struct reply *reply)
 {
-	int poll = epoll_create1(EPOLL_CLOEXEC);
-	int servers[] = { listening(SOCK_STREAM, PORT_ECHO), listening(SOCK_STREAM, PORT_DISCARD) };
-	static char data[1 << 18];
-
-	(void)unused;
-	for (uint64_t i = 0; i < 2; i++) {
-		struct epoll_event event = { .events = EPOLLIN, .data.u64 = i << 32 | (uint32_t)servers[i] };
-
-		epoll_ctl(poll, EPOLL_CTL_ADD, servers[i], &event);
-	}
-	for (;;) {
-		struct epoll_event event;
-
-		if (epoll_wait(poll, &event, 1, -1) < 1)
-			continue;
-		int fd = (int)(uint32_t)event.data.u64, discard = event.data.u64 >> 32 & 1;
-
-		if (fd == servers[discard]) {
-			int peer = accept4(fd, NULL, NULL, SOCK_CLOEXEC);
-
-			event.data.u64 = (uint64_t)discard << 32 | (uint32_t)peer;
-			if (peer >= 0)
-				epoll_ctl(poll, EPOLL_CTL_ADD, peer, &event);
-			continue;
-		}
-		ssize_t length = recv(fd, data, sizeof data, 0);
-
-		if (length <= 0 || (!discard && send(fd, data, (size_t)length, MSG_NOSIGNAL) != length))
-			close(fd);
-	}
-	return NULL;
+	stopping = 1;
+	while (sending_count)
+		usleep(1000);
+	stopping = 0;
+	for (int i = 0; i < ended_count; i++)
+		say(reply, "%u %lu\n", ended[i].flow, ended[i].packets);
+	ended_count = 0;
 }
 
 void start_traffic(void)
@@ -213,5 +207,5 @@ void start_traffic(void)
 	pthread_t thread;
 
 	pthread_create(&thread, NULL, sink, NULL);
-	pthread_create(&thread, NULL, tcp_server, NULL);
+	start_tcp();
 }

@@ -37,7 +37,7 @@ static uint64_t sum_of(const uint64_t *words, size_t length)
 	return sum;
 }
 
-/* mem start MB | mem check */
+/* mem start MB | mem check | mem fill MB */
 void memory_command(struct reply *reply, const char *arguments)
 {
 	size_t megabytes;
@@ -55,12 +55,18 @@ void memory_command(struct reply *reply, const char *arguments)
 			still[i] = (i + 1) * 0x9e3779b97f4a7c15u;
 		still_sum = sum_of(still, still_words);
 		say(reply, "ok %016lx", still_sum);
+	} else if (sscanf(arguments, "fill %zu", &megabytes) == 1) {
+		uint64_t *memory = allocate(megabytes << 20);
+
+		for (size_t page = 0; memory && page < megabytes << 8; page++)
+			memory[page * (PAGE / 8)] = mix(page + 1);
+		say(reply, memory ? "ok" : "error: no memory");
 	} else if (!strncmp(arguments, "check", 5) && still) {
 		uint64_t sum = sum_of(still, still_words);
 
 		say(reply, "%s %016lx", sum == still_sum ? "ok" : "bad", sum);
 	} else {
-		say(reply, "error: mem start MB | mem check");
+		say(reply, "error: mem start MB | mem check | mem fill MB");
 	}
 }
 

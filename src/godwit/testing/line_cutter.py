@@ -12,18 +12,19 @@ from typing import Self
 
 import msgspec
 
-from godwit.errors import GodwitError
-from godwit.migration import codec
-from godwit.migration.channel import Address, Channel
-from godwit.migration.codec import Kind
+from ..errors import GodwitError
+from ..migration import codec
+from ..migration.channel import Address, Channel
+from ..migration.codec import Kind
 
 
 class LineCutter:
     """Passes frames from ``near`` to ``far`` and back, until the first ``kind`` (None: for ever).
 
-    That frame arrives if it is to be ``delivered``; then the line breaks. Later lines are left
-    whole. ``before`` is called as the frame comes, and then nobody listens at ``near`` any more:
-    it is the destination's death. ``on_frame`` is shown each frame's kind and payload.
+    That frame arrives if it is to be ``delivered``; then the line breaks, or, if it ``stalls``,
+    stays open and passes nothing more. Later lines are left whole. ``before`` is called as the
+    frame comes, and then nobody listens at ``near`` any more: it is the destination's death.
+    ``on_frame`` is shown each frame's kind and payload.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class LineCutter:
         delivered: bool,
         before: Callable[[], None] | None = None,
         on_frame: Callable[[Kind, bytes | bytearray], None] = lambda kind, payload: None,
+        stalls: bool = False,
     ) -> None:
+        self._stalls = stalls
         self.cut = threading.Event()
         self.lines = 0
         self._far = far
@@ -46,6 +49,7 @@ class LineCutter:
         self._listener.bind(str(near))
         self._listener.listen()
         self._channels: list[Channel] = []
+        self._threads: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
     def __enter__(self) -> Self:
@@ -59,8 +63,13 @@ class LineCutter:
         trace: TracebackType | None,
     ) -> None:
         self._hang_up()
+        self._thread.join()
         for channel in self._channels:
             channel.interrupt()
+        for thread in self._threads:
+            thread.join()
+        for channel in self._channels:
+            channel.close()
 
     def _hang_up(self) -> None:
         try:
@@ -80,14 +89,19 @@ class LineCutter:
             self._channels += [source, target]
             for one, other in ((source, target), (target, source)):
                 one.set_timeout(120)
-                threading.Thread(target=self._pass, args=(one, other), daemon=True).start()
+                arguments = (one, other, self.lines == 1)
+                thread = threading.Thread(target=self._pass, args=arguments, daemon=True)
+                self._threads.append(thread)
+                thread.start()
 
-    def _pass(self, one: Channel, other: Channel) -> None:
+    def _pass(self, one: Channel, other: Channel, first: bool) -> None:
         try:
             while True:
                 kind, length = one.receive()
                 payload = one.read(length)
                 self._on_frame(kind, payload)
+                if self._stalls and first and self.cut.is_set():
+                    continue  # into the void
                 cutting = kind is self._kind and not self.cut.is_set()
                 if kind is Kind.WELCOME:
                     payload = self._as_ours(payload)
@@ -97,8 +111,8 @@ class LineCutter:
                         self._before()
                         self._hang_up()
                 if not cutting or self._delivered:
-                    other.send_parts([codec.header(kind, len(payload)), payload])
-                if cutting:
+                    other.send_parts([codec.header(kind, len(payload)), memoryview(payload)])
+                if cutting and not self._stalls:
                     break
         except GodwitError:
             pass  # one of them hung up

@@ -1,0 +1,1 @@
+"""Godwit and QEMU side by side: ``make bench``. See docs/performance.md."""

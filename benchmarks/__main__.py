@@ -1,0 +1,185 @@
+"""``python -m benchmarks``: measure, judge, show and keep. What ``make bench`` runs.
+
+The measuring is done where KVM works (inside.py); all else here, where nothing is emulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from godwit.errors import GodwitError
+from godwit.kvm.probe import why_unusable
+from godwit.lab import guest, host, kernels, load, traffic
+
+from . import plan, result, show
+from .others import Others
+
+#: A run's time, seconds; a lab that is cut off by it leaves its samples.
+BUDGET_S, QUICK_BUDGET_S = 1170.0, 228.0
+#: Of labs: their emulated CPU has faults (docs/decisions/0010-the-labs-faults.md).
+LABS = 8
+#: Two guests of 2 GB with 1.5 GB in use, and their host.
+LAB_MEMORY_MB = 6144
+#: What this machine needs beside that.
+_SPARE_MB = 1024
+#: A lab with less time left than this measures nothing.
+_LEAST_S = 30.0
+
+
+def main() -> int:
+    """As the module says; the exit status."""
+    arguments = _parser().parse_args()
+    out = arguments.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    rows_file = out / "bench-rows.jsonl"
+    emulated = why_unusable() is not None
+    rates = plan.LAB if emulated else plan.Rates()
+    asked = {name: getattr(arguments, name) for name in asdict(rates)}
+    rates = replace(rates, **{name: value for name, value in asked.items() if value is not None})
+    if not arguments.again:
+        if not (arguments.resume and rows_file.exists()):
+            rows_file.write_text("")
+        quick = arguments.quick
+        repetitions = 1 if quick else arguments.repetitions
+        planned = plan.quick_jobs() if quick else plan.jobs(repetitions)
+        if arguments.only:
+            planned = [job for job in planned if job.guest in arguments.only]
+        if _free_mb() < LAB_MEMORY_MB + _SPARE_MB:
+            say(f"the 2 GB guests are left out: they need {LAB_MEMORY_MB + _SPARE_MB} MB of memory")
+            planned = [job for job in planned if job.guest != "large"]
+        budget = arguments.budget or (QUICK_BUDGET_S if quick else BUDGET_S)
+        measure(planned, rates, out, rows_file, budget)
+        told = settings(rates, emulated, repetitions, quick)
+        note(rows_file, state="settings", settings=told)
+    rows = read(rows_file)
+    given = [row["settings"] for row in rows if row.get("state") == "settings"]
+    judged = result.judge(rows, given[-1] if given else {})
+    result.keep(judged, out)
+    show.table(judged)
+    say(f"kept: {out / 'bench.json'}, {out / 'bench.svg'}")
+    return 0 if judged["ratios"] else 1
+
+
+def settings(rates: plan.Rates, emulated: bool, repetitions: int, quick: bool) -> dict[str, Any]:
+    """What the samples were taken with, for whoever compares two results."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return {
+        "when": time.strftime("%Y-%m-%d %H:%M"),
+        "commit": commit.stdout.strip(),
+        "emulated": emulated,
+        "quick": quick,
+        "repetitions": repetitions,
+        "rates": asdict(rates),
+        "full_rates": rates == plan.Rates(),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="where results go")
+    parser.add_argument("--quick", action="store_true", help="once instead of five times")
+    parser.add_argument("--repetitions", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--only", action="append", choices=list(plan.PARTS), help="these guests")
+    parser.add_argument("--budget", type=float, help="seconds that measuring may take")
+    for name, default in asdict(plan.Rates()).items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=type(default), help=f"default {default}; the lab has less")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with what the last run had no time for"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="measure nothing: judge the last run's samples"
+    )
+    return parser
+
+
+def measure(
+    planned: list[plan.Job], rates: plan.Rates, out: Path, rows_file: Path, budget: float
+) -> None:
+    """Have all jobs done, in as many labs as it takes; what is had is in ``rows_file``."""
+    kernel = kernels.get("cloud-6.12")
+    given: dict[str, Any] = {
+        "rows": str(rows_file),
+        "kernel": str(kernel.vmlinuz),
+        "initrd": str(guest.build(kernel)),
+        "rates": asdict(rates),
+        "in_all": len(planned),
+    }
+    for program in (traffic.sender, load.receiver, load.bulk):
+        program()  # compiled here, where there is a cache to keep them in
+    memory_mb = LAB_MEMORY_MB if [job for job in planned if job.guest == "large"] else 4096
+    end = time.monotonic() + budget
+    for _ in range(LABS):
+        jobs = plan.left(planned, read(rows_file))
+        remaining = end - time.monotonic()
+        if not jobs or remaining < _LEAST_S:
+            return
+        given["jobs"] = [job.to_json() for job in jobs]
+        given["before"] = len(planned) - len(jobs)
+        path = out / "bench-plan.json"
+        path.write_text(json.dumps(given))
+        argv = [sys.executable, "-m", "benchmarks.inside", str(path)]
+        env = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        others = Others()
+        try:
+            with others:
+                host.run(argv, timeout_s=remaining, memory_mb=memory_mb, rw=[out], env=env, log=say)
+        except host.LabCrashed as error:
+            say(f"the lab died; another one goes on ({error})")
+            note(rows_file, state="lab died", error=str(error))
+        except host.LabTimeout as error:
+            say(f"the time is up ({error})")
+            note(rows_file, state="time is up")
+        finally:
+            if why_unusable() is not None:  # on KVM the guests are no children of ours
+                note(rows_file, state="others", seen=others.seen)
+
+
+def _free_mb() -> int:
+    """Memory that may still be had here."""
+    (line,) = (
+        line
+        for line in Path("/proc/meminfo").read_text().splitlines()
+        if line.startswith("MemAvailable:")
+    )
+    return int(line.split()[1]) >> 10
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows so far. A lab's death may have left half of a last one, or zeros."""
+    rows = []
+    for line in path.read_text(errors="replace").replace("\0", "").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def note(path: Path, **row: Any) -> None:
+    """Add a row from out here."""
+    with path.open("a") as file:
+        file.write("\n" + json.dumps(row) + "\n")
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except GodwitError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

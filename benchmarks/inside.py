@@ -1,0 +1,165 @@
+"""``python -m benchmarks.inside PLAN``: the jobs of a plan, where KVM works. It judges nothing.
+
+Samples go into the plan's file of rows as soon as they are had, a line of JSON each, because the
+emulated host may die at any time. Each job is a child of its own, with a deadline.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+# Not used here, but imported once for all children: on an emulated CPU it takes seconds.
+import qemu.qmp  # noqa: F401
+
+from godwit.errors import GodwitError
+from godwit.lab.network import Network
+
+from . import machines, parts, plan
+from .machines import Image
+
+
+class Rows:
+    """The file of rows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def add(self, **row: Any) -> None:
+        """Append one, and have it on the disk before anything else happens."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
+    """Measure the parts of one job. Raises GodwitError when it cannot go on."""
+    with ExitStack() as stack:
+        # Not in the shared folder, which is slow in the lab.
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="godwit-")))
+        guest: parts.Measured | None = None
+        for part in job.parts:
+            row = {"guest": job.guest, "vmm": job.vmm, "repetition": job.repetition, "part": part}
+            rows.add(state="began", at=time.time(), **row)
+            try:
+                if part == "limit":
+                    sample = parts.limit()
+                else:
+                    if guest is None:
+                        net = stack.enter_context(Network())
+                        guest = parts.Measured(job, rates, image, net, folder, stack)
+                    sample = getattr(guest, "large" if part == "2g" else part)()
+            except (GodwitError, OSError, KeyError) as error:
+                said = f"{type(error).__name__}: {error}"[-600:]
+                printed = guest.printed() if guest is not None else {}
+                rows.add(state="failed", error=said, printed=printed, **row)
+                raise
+            rows.add(state="done", at=time.time(), **row, **sample)
+            say(f"{part:8} {_short(sample)}")
+
+
+def run_apart(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows, deadline: float) -> None:
+    """The same in a child, which is ended with all of its processes after ``deadline`` seconds."""
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        os.setsid()
+        status = 1
+        try:
+            run(job, rates, image, rows)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    end = time.monotonic() + deadline
+    while time.monotonic() < end and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.1)
+    try:
+        os.killpg(child, signal.SIGKILL)  # also what a failed job left behind
+    except ProcessLookupError:
+        return
+    try:
+        os.waitpid(child, 0)
+        say("no end in time: given up")
+    except ChildProcessError:
+        pass
+
+
+def warm_up(image: Image) -> None:
+    """Start a guest with either VMM, unmeasured, so that the first is not to pay for cold caches.
+
+    That is the page cache, and in the emulated lab also the one of translated code.
+    """
+    for path in (image.kernel, image.initrd):
+        Path(path).read_bytes()
+    with TemporaryDirectory(prefix="godwit-") as name, Network() as net, ExitStack() as stack:
+        vms = [
+            stack.enter_context(machines.boot(vmm, vmm, Path(name), host, 128, image))
+            for vmm, host in ((plan.GODWIT, net.a), (plan.QEMU, net.b))
+        ]
+        for vm in vms:
+            vm.qmp.execute("query-status", deadline=60)
+
+
+def machine() -> dict[str, Any]:
+    """What it runs on."""
+    cpus = Path("/proc/cpuinfo").read_text()
+    models = [line.partition(":")[2].strip() for line in cpus.splitlines() if "model name" in line]
+    said = subprocess.run(
+        ["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True
+    )
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cpus": len(models),
+        "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "qemu": said.stdout.splitlines()[0],
+    }
+
+
+def _short(sample: dict[str, Any]) -> str:
+    """The numbers of a sample in a line."""
+    numbers = {key: value for key, value in sample.items() if isinstance(value, (int, float))}
+    return ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+
+
+_START = time.monotonic()
+
+
+def say(text: str) -> None:
+    """Tell what was done."""
+    print(f"  [{time.monotonic() - _START:6.1f} s] {text}", flush=True)
+
+
+def main() -> None:
+    """As the module says."""
+    given = json.loads(Path(sys.argv[1]).read_text())
+    rows = Rows(Path(given["rows"]))
+    image = Image(given["kernel"], given["initrd"])
+    rates = plan.Rates(**given["rates"])
+    rows.add(state="machine", **machine())
+    warm_up(image)
+    say("warmed up")
+    for number, values in enumerate(given["jobs"], given["before"] + 1):
+        job = plan.Job.from_json(values)
+        of = f"{job.vmm}, {job.guest} guest, repetition {job.repetition + 1}"
+        say(f"job {number} of {given['in_all']}: {of}")
+        run_apart(job, rates, image, rows, plan.DEADLINE_S[job.guest])
+
+
+if __name__ == "__main__":
+    main()

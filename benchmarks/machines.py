@@ -1,0 +1,141 @@
+"""The two VMMs behind one face: a guest that boots, and a process that it can move to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from godwit.errors import HostError
+from godwit.lab import guest, qemu
+from godwit.lab.network import Host
+from godwit.lab.vm import Vm
+
+from .plan import CPUS, IN_PROCESS, QEMU
+
+MAC = "52:54:00:67:77:01"
+_ENDS = ("completed", "failed", "cancelled")
+#: A look at what the VMM said costs the guest time, where the CPU is emulated. The times that are
+#: kept are the VMM's own stamps, so they do not depend on it.
+_LOOK_S = 0.1
+#: Both copy as fast as they can: QEMU's own default is 128 MiB/s.
+_UNLIMITED = 1 << 40
+#: Share of the CPU time that is idle where a start's work is over.
+_IDLE = 0.8
+Event = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Image:
+    """What guests boot."""
+
+    kernel: str
+    initrd: str
+
+    @property
+    def boot(self) -> tuple[str, str, str]:
+        return self.kernel, self.initrd, guest.CMDLINE
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A move's end. Times in ms, ``began`` and ``resumed`` realtime in seconds."""
+
+    began: float
+    resumed: float
+    pause: float | None
+    """From the source's STOP event to the destination's RESUME."""
+    info: dict[str, Any]
+
+
+def boot(vmm: str, name: str, folder: Path, host: Host, memory_mb: int, image: Image) -> Vm:
+    """Start a process that boots a guest."""
+    if vmm == QEMU:
+        argv = qemu.arguments(memory_mb, CPUS, host.tap, MAC, image.boot)
+        return qemu.Qemu(name, folder, argv, host.netns)
+    argv = ["--kernel", image.kernel, "--initrd", image.initrd, "--append", guest.CMDLINE]
+    return Vm(name, folder, [*argv, *_godwit(vmm, host, memory_mb)], host.netns)
+
+
+def await_guest(
+    vmm: str, name: str, folder: Path, host: Host, memory_mb: int, image: Image
+) -> tuple[Vm, str]:
+    """Start a process that a guest can move to; it, and where it will listen."""
+    socket = folder / f"{name}.move"
+    socket.unlink(missing_ok=True)
+    uri = f"unix:{socket}"
+    if vmm == QEMU:
+        argv = qemu.arguments(memory_mb, CPUS, host.tap, MAC, image.boot, uri)
+        target: Vm = qemu.Qemu(name, folder, argv, host.netns)
+    else:
+        argv = ["--incoming", uri, *_godwit(vmm, host, memory_mb)]
+        target = Vm(name, folder, argv, host.netns)
+    return target, uri
+
+
+def _godwit(vmm: str, host: Host, memory_mb: int) -> list[str]:
+    nic = f"tap={host.tap},mac={MAC}"
+    if vmm == IN_PROCESS:
+        nic += ",vhost=off"
+    return ["--memory", f"{memory_mb}M", "--cpus", str(CPUS), "--nic", nic]
+
+
+def move(source: Vm, target: Vm, uri: str, deadline: float = 90.0) -> Moved:
+    """Move the guest, and wait until it runs there.
+
+    Raises:
+        HostError: the move failed, or did not end in time.
+    """
+    if isinstance(source, qemu.Qemu):
+        source.qmp.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED})
+    source.qmp.events()
+    target.qmp.events()
+    began = time.time()
+    source.start_move(uri)
+    told: list[Event] = []
+    end = time.monotonic() + deadline
+    while not [event for event in told if _is_end(event)]:
+        if time.monotonic() > end or not source.alive:
+            raise HostError(f"the move did not end within {deadline:g} s")
+        time.sleep(_LOOK_S)
+        told += source.qmp.events()
+    info = dict(source.qmp.execute("query-migrate"))
+    if info["status"] != "completed":
+        raise HostError(f"the move ended as {info['status']}: {info.get('error-desc', '')}")
+    resumed = stamp(target.qmp.wait_event("RESUME", 30))
+    stops = [stamp(event) for event in told if event["event"] == "STOP"]
+    pause = (resumed - stops[-1]) * 1000 if stops else None
+    return Moved(began, resumed, pause, info)
+
+
+def _is_end(event: Event) -> bool:
+    return event["event"] == "MIGRATION" and event["data"]["status"] in _ENDS
+
+
+def stamp(event: Event) -> float:
+    """When an event happened: realtime, seconds."""
+    at = event["timestamp"]
+    return float(at["seconds"] + at["microseconds"] / 1e6)
+
+
+def settle(limit: int = 8) -> float:
+    """Wait until the CPUs are mostly idle, at most ``limit`` seconds; the idle share, 0 to 1.
+
+    After a boot or a start the host still has work; on two slow CPUs that would be measured.
+    """
+    idle = 0.0
+    for _ in range(limit):
+        before = _cpu_times()
+        time.sleep(1)
+        spent = [b - a for a, b in zip(before, _cpu_times(), strict=True)]
+        idle = spent[3] / max(1, sum(spent))  # proc_stat(5): user, nice, system, idle
+        if idle > _IDLE:
+            break
+    return round(idle, 2)
+
+
+def _cpu_times() -> list[int]:
+    with open("/proc/stat") as file:
+        return [int(word) for word in file.readline().split()[1:9]]

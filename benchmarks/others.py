@@ -1,0 +1,62 @@
+"""What other programs take of this machine's CPUs while the emulated lab measures.
+
+The lab has no way to see that, and its times double when somebody compiles beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+class Others:
+    """Context manager: a thread that looks once a second."""
+
+    def __init__(self) -> None:
+        #: (realtime in s, share of all CPU time that went neither to a child of ours nor to nobody)
+        self.seen: list[tuple[float, float]] = []
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        children, busy, everything = _ticks()
+        while not self._end.wait(1):
+            before = children, busy, everything
+            children, busy, everything = _ticks()
+            ours = children - before[0]
+            passed = everything - before[2]
+            if passed and ours >= 0:  # less: a child ended
+                share = max(0.0, busy - before[1] - ours) / passed
+                self.seen.append((round(time.time(), 1), round(share, 2)))
+
+
+def _ticks() -> tuple[int, int, int]:
+    """CPU time so far of our children, of all but the idle, and all that passed (proc_stat(5))."""
+    words = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    ticks = [int(word) for word in words]
+    ours = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it ended
+        if int(fields[1]) == os.getpid():
+            ours += int(fields[11]) + int(fields[12])
+    return ours, sum(ticks) - ticks[3] - ticks[4], sum(ticks)

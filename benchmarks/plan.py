@@ -1,0 +1,131 @@
+"""What is measured, how often, and under which load: the constants of the benchmark.
+
+A **job** is one guest of one VMM; its **parts** are measured one after the other, each a sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+GODWIT, QEMU = "godwit", "qemu"
+#: Godwit with ``vhost=off``: frames are moved by its own process.
+IN_PROCESS = "godwit-in-process"
+
+#: Guests by name -> RAM, MB.
+MEMORY_MB = {"small": 128, "hot": 512, "large": 2048, "in-process": 128, "socket": 0}
+#: Their parts, in order. All but boot, memory, network and limit are moves.
+PARTS = {
+    "small": ("boot", "memory", "network", "idle", "udp", "tcp"),
+    "hot": ("hot",),
+    "large": ("2g",),
+    "in-process": ("network",),
+    "socket": ("limit",),
+}
+MOVES = ("idle", "udp", "tcp", "hot", "2g")
+#: How long a job may take in the emulated lab, seconds; twice what it usually does.
+DEADLINE_S = {"small": 130, "hot": 60, "large": 100, "in-process": 60, "socket": 40}
+
+CPUS = 2
+HOT_MB = 64
+POPULATED_MB = 1536
+LIMIT_MB = 512
+#: A part that failed so often is given up.
+ATTEMPTS = 2
+NETWORKS = ("untagged", "vlan100", "vlan200")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How much traffic the measured guests have."""
+
+    ping_interval: float = 0.005
+    """Seconds between two pings of a flow."""
+    udp_rate: int = 1000
+    """Numbered packets a second, of each flow and in each direction."""
+    networks_at_once: int = 3
+    """Networks that have pings, or numbered flows, in one move; the repetitions take turns."""
+    families_at_once: int = 2
+    """Of numbered flows."""
+    stream_s: int = 5
+    """Length of a measurement of throughput."""
+    round_trips: int = 500
+
+
+#: The emulated lab's two CPUs saturate under six flows, and then nothing is measured but that.
+LAB = Rates(networks_at_once=1, stream_s=2, round_trips=150)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One guest and what is measured of it."""
+
+    guest: str
+    vmm: str
+    repetition: int
+    parts: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Job:
+        return cls(**{**values, "parts": tuple(values["parts"])})
+
+
+def jobs(repetitions: int) -> list[Job]:
+    """All jobs, the two VMMs in turns; who is first changes with each repetition."""
+    found = []
+    for number in range(repetitions):
+        for guest in ("small", "hot", "large"):
+            parts = PARTS[guest]
+            if number >= len(NETWORKS):  # each network had its numbered flows by then
+                parts = tuple(part for part in parts if part != "udp")
+            found += _pair(guest, number, parts)
+        if number % 2 == 0:  # QEMU has no counterpart to these two
+            found.append(Job("socket", GODWIT, number, PARTS["socket"]))
+        if number % 3 == 0:
+            found.append(Job("in-process", IN_PROCESS, number, PARTS["in-process"]))
+    return found
+
+
+def quick_jobs() -> list[Job]:
+    """Once each: first what has a mark, then what there is time for."""
+    found = _pair("small", 0, ("boot", "memory", "network", "idle"))
+    found += [*_pair("large", 0, PARTS["large"]), Job("socket", GODWIT, 0, PARTS["socket"])]
+    return [*found, *_pair("hot", 0, PARTS["hot"]), *_pair("small", 0, ("udp", "tcp"))]
+
+
+def _pair(guest: str, number: int, parts: tuple[str, ...]) -> list[Job]:
+    vmms = (GODWIT, QEMU) if number % 2 == 0 else (QEMU, GODWIT)
+    return [Job(guest, vmm, number, parts) for vmm in vmms]
+
+
+def left(planned: list[Job], rows: list[dict[str, Any]]) -> list[Job]:
+    """The jobs with parts that neither have a sample nor failed too often; only those parts.
+
+    A part that began and has no end (its lab died) counts as failed; one that the time cut off
+    does not.
+    """
+    began: dict[tuple[str, str, int, str], int] = {}
+    good = set()
+    key = ("", "", 0, "")
+    for row in rows:
+        if row["state"] == "time is up":
+            began[key] = began.get(key, 0) - 1
+        if "part" in row:
+            key = (row["guest"], row["vmm"], row["repetition"], row["part"])
+            began[key] = began.get(key, 0) + (row["state"] == "began")
+            if row["state"] == "done":
+                good.add(key)
+    found = []
+    for job in planned:
+        keys = {part: (job.guest, job.vmm, job.repetition, part) for part in job.parts}
+        parts = tuple(
+            part
+            for part in job.parts
+            if keys[part] not in good and began.get(keys[part], 0) < ATTEMPTS
+        )
+        if parts:
+            found.append(replace(job, parts=parts))
+    return found

@@ -1,0 +1,144 @@
+"""The result for people: a table, and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from . import plan, stats
+
+
+def table(result: dict[str, Any]) -> None:
+    """Print it."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=110)
+    rows = Table(
+        "", "Godwit", "range", "QEMU", "range", "ratio",
+        title="medians (times in ms but boot in s; sizes in MB; rates in MB/s)",
+        title_justify="left", box=box.SIMPLE,
+    )  # fmt: skip
+    for name, by in sorted(result["medians"].items(), key=lambda item: _order(item[0])):
+        ratio = result["ratios"].get(name)
+        cells = [cell for vmm in (plan.GODWIT, plan.QEMU) for cell in _cells(by.get(vmm))]
+        rows.add_row(name, *cells, "" if ratio is None else f"{ratio:.2f}")
+    console.print(rows)
+
+    rows = Table(
+        "packets lost a move",
+        "Godwit",
+        "each",
+        "QEMU",
+        "each",
+        title_justify="left",
+        box=box.SIMPLE,
+    )
+    for name, by in result["lost"].items():
+        row = [name]
+        for vmm in (plan.GODWIT, plan.QEMU):
+            row += [
+                f"{by[vmm]:g}" if vmm in by else "",
+                " ".join(map(str, by["each"].get(vmm, []))),
+            ]
+        rows.add_row(*row)
+    console.print(rows)
+
+    rows = Table(
+        "mark", "value", "must", "aim", "", title="Godwit / QEMU; copy_2g: of the socket loop",
+        title_justify="left", box=box.SIMPLE,
+    )  # fmt: skip
+    for name, mark in result["marks"].items():
+        sign = "≥" if mark["higher"] else "≤"
+        value = mark["value"]
+        verdict = "[yellow]not measured[/yellow]" if value is None else "[red]FALLS SHORT[/red]"
+        if mark["holds"]:
+            verdict = (
+                "[green]holds, aim reached[/green]" if mark["aimed"] else "[green]holds[/green]"
+            )
+        shown = "" if value is None else f"{value:.2f}"
+        rows.add_row(name, shown, f"{sign} {mark['must']:g}", f"{sign} {mark['aim']:g}", verdict)
+    console.print(rows)
+    for name, limit in result["limits"].items():
+        console.print(
+            f"{name}: {limit['copy']:.0f} MB/s of the socket loop's {limit['socket_loop']:.0f}"
+        )
+    for load, kinds in result["phases"].items():
+        for kind, phases in kinds.items():
+            told = ", ".join(f"{phase} {took:g}" for phase, took in phases.items())
+            console.print(f"Godwit, {load}, {kind}: {told}", highlight=False)
+    if result["disturbed"]:
+        console.print(
+            f"[yellow]{result['disturbed']} of {len(result['samples'])} samples were disturbed by "
+            "other programs on this machine; they count only where there is no better[/yellow]"
+        )
+    failed = result["failures"]
+    if failed["samples"] or failed["labs_died"]:
+        console.print(
+            f"[yellow]failed samples[/yellow]: {failed['samples']}; labs that died: "
+            f"{failed['labs_died']} (see bench.json)",
+            highlight=False,
+        )
+
+
+#: Names in the table's order; what is not named comes last.
+_FIRST = ("boot", "vmm_memory", "throughput", "round", "total", "downtime", "pause", "gap", "bytes")
+
+
+def _order(name: str) -> tuple[int, str]:
+    places = [place for place, first in enumerate(_FIRST) if name.startswith(first)]
+    return (places[0] if places else len(_FIRST)), name
+
+
+def _cells(spread: dict[str, Any] | None) -> tuple[str, str]:
+    if spread is None:
+        return "", ""
+    least, most = spread["least"], spread["most"]
+    return number(spread["median"]), f"{number(least)} to {number(most)} ({spread['count']})"
+
+
+def number(value: float) -> str:
+    """Three digits at least, and no exponent."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The ratios with their marks, and the samples beneath the medians of the moves."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    named = [mark.name for mark in stats.MARKS if mark.name in result["ratios"]]
+    more = sorted(
+        (name for name in result["ratios"] if name not in named and not name.startswith("gap ")),
+        key=_order,
+    )
+    names = [*named, *more]
+    figure, axis = pyplot.subplots(figsize=(9, 1.2 + 0.27 * len(names)))
+    for row, name in enumerate(reversed(names)):
+        value = result["ratios"][name]
+        mark = result["marks"].get(name)
+        colour = "tab:gray"
+        if mark:
+            colour = "tab:green" if mark["holds"] else "tab:red"
+            axis.plot([mark["must"]] * 2, [row - 0.4, row + 0.4], color="black")
+            axis.plot([mark["aim"]] * 2, [row - 0.4, row + 0.4], color="black", linestyle=":")
+        axis.barh(row, value, color=colour, alpha=0.6)
+        by = result["medians"].get(name, {})
+        both = " / ".join(
+            number(by[vmm]["median"]) for vmm in (plan.GODWIT, plan.QEMU) if vmm in by
+        )
+        text = f"{value:.2f}" + (f"  ({both})" if both else "")
+        beside = max(value, mark["must"] if mark else 0.0, mark["aim"] if mark else 0.0)
+        axis.text(beside + 0.02, row, text, va="center", fontsize=7)
+    axis.axvline(1, color="tab:blue", linewidth=0.8)
+    axis.set_yticks(range(len(names)), list(reversed(names)), fontsize=7)
+    axis.set_xlim(0, max([1.5, *(result["ratios"][name] * 1.25 for name in names)]))
+    axis.set_title(
+        "Godwit / QEMU, ratio of medians (Godwit / QEMU); line: must, dots: aim", fontsize=9
+    )
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

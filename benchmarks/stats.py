@@ -1,0 +1,241 @@
+"""From samples to medians, ranges and ratios. Pure: no files, no clock."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+from .plan import GODWIT, IN_PROCESS, MOVES, QEMU
+
+Row = Mapping[str, Any]
+#: Values of one quantity: VMM -> its samples.
+Values = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What one VMM reached."""
+
+    median: float
+    least: float
+    most: float
+    count: int
+
+
+def spread(values: Iterable[float]) -> Spread | None:
+    """Median and range; None without a number."""
+    good = sorted(value for value in values if math.isfinite(value))
+    return Spread(median(good), good[0], good[-1], len(good)) if good else None
+
+
+#: Share of the CPU time that other programs may have during a sample.
+DISTURBED = 0.15
+
+
+def with_others(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The samples, each with ``others``: the share that other programs had meanwhile, or None."""
+    rows = list(rows)
+    seen = [tuple(look) for row in rows if row.get("state") == "others" for look in row["seen"]]
+    began = 0.0
+    found = []
+    for row in rows:
+        began = row["at"] if row.get("state") == "began" else began
+        if row.get("state") == "done":
+            shares = [share for at, share in seen if began <= at <= row["at"]]
+            others = round(sum(shares) / len(shares), 2) if shares else None
+            found.append({**row, "others": others})
+    return found
+
+
+def undisturbed(samples: Iterable[Row]) -> list[Row]:
+    """Without those that other programs disturbed, where the same part of that VMM has better."""
+    samples = list(samples)
+
+    def quiet(row: Row) -> bool:
+        return (row.get("others") or 0.0) <= DISTURBED
+
+    good = {(row["vmm"], row["part"]) for row in samples if quiet(row)}
+    return [row for row in samples if quiet(row) or (row["vmm"], row["part"]) not in good]
+
+
+def ratio(over: Spread | None, under: Spread | None) -> float | None:
+    """Of the medians; None if one is missing or nothing."""
+    if over is None or under is None or not under.median:
+        return None
+    return over.median / under.median
+
+
+def quantities(rows: Iterable[Row]) -> dict[str, Values]:
+    """All that both VMMs have, by name. Units: s (boot), MB, MB/s, ms, MB sent (bytes_...)."""
+    found: dict[str, Values] = defaultdict(lambda: defaultdict(list))
+    for row in _done(rows):
+        vmm, part = row["vmm"], row["part"]
+        if part == "boot":
+            found["boot"][vmm].append(row["seconds"])
+        elif part == "memory":
+            found["vmm_memory"][vmm].append(row["pss_mb"])
+            found["vmm_memory_rss"][vmm].append(row["rss_mb"])
+        elif part == "network":
+            # Also of the in-process backend, which is compared with the same QEMU.
+            kind = "in_process" if vmm == IN_PROCESS else "vhost"
+            both = (row["out"] + row["in"]) / 2
+            found[f"throughput_{kind}"][vmm].append(both / 1e6)
+            found[f"throughput_{kind}_to_guest"][vmm].append(row["out"] / 1e6)
+            found[f"throughput_{kind}_from_guest"][vmm].append(row["in"] / 1e6)
+            found[f"round_trip_{kind}"][vmm].append(row["round_trip_ms"])
+        elif part in MOVES:
+            for name, value in _of_move(row):
+                found[name][vmm].append(value)
+    for name in [name for name in found if "_in_process" in name]:
+        with_vhost = found[name.replace("in_process", "vhost")]
+        found[name] = {GODWIT: found[name][IN_PROCESS], QEMU: with_vhost[QEMU]}
+    return {name: dict(values) for name, values in found.items()}
+
+
+def _of_move(row: Row) -> Iterable[tuple[str, float]]:
+    load = row["part"]
+    yield f"total_{load}", row["total_ms"]
+    yield f"downtime_{load}", row["downtime_ms"]
+    if row["pause_ms"] is not None:
+        yield f"pause_{load}", row["pause_ms"]
+    yield f"bytes_{load}", row["bytes"] / 1e6
+    gaps: Mapping[str, float] = row.get("gap_ms", {})
+    for flow, gap in gaps.items():
+        # Which flow it is matters where all are measured: with the idle guest.
+        yield f"gap_{load}", gap
+        if load == "idle":
+            yield f"gap {flow}", gap
+    if load == "2g":
+        yield "copy_rate", row["bytes"] / row["total_ms"] / 1e3
+    if load == "tcp":
+        yield "tcp_while_moving_to_guest", row["out"] / 1e6
+        yield "tcp_while_moving_from_guest", row["in"] / 1e6
+
+
+def ratios(quantities: Mapping[str, Values]) -> dict[str, float]:
+    """Godwit's median by QEMU's; ``gap`` is that of the flow where Godwit compares worst."""
+    found = {}
+    for name, values in quantities.items():
+        one = ratio(spread(values.get(GODWIT, ())), spread(values.get(QEMU, ())))
+        if one is not None:
+            found[name] = one
+    gaps = [value for name, value in found.items() if name.startswith("gap ")]
+    if gaps:
+        found["gap"] = max(gaps)
+    return found
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a ratio has to reach, and what it is to reach one day."""
+
+    name: str
+    must: float
+    aim: float
+    higher: bool = False
+
+    def holds(self, value: float | None) -> bool:
+        """Whether the value is as good as it must be."""
+        return value is not None and (value >= self.must if self.higher else value <= self.must)
+
+    def aimed(self, value: float | None) -> bool:
+        """Whether it is as good as it is meant to become."""
+        return value is not None and (value >= self.aim if self.higher else value <= self.aim)
+
+
+MARKS = (
+    Mark("boot", 0.75, 0.6),
+    Mark("total_idle", 0.4, 0.25),
+    Mark("downtime_idle", 0.7, 0.4),
+    Mark("downtime_hot", 0.7, 0.4),
+    Mark("total_2g", 0.6, 0.4),
+    Mark("gap", 0.6, 0.4),
+    Mark("vmm_memory", 0.8, 0.5),
+    Mark("throughput_vhost", 0.95, 1.0, higher=True),
+)
+#: Of the copy's rate by the plain socket loop's.
+LIMIT = Mark("copy_2g", 0.6, 0.85, higher=True)
+
+
+def limits(rows: Iterable[Row], quantities: Mapping[str, Values]) -> dict[str, Any]:
+    """The copy of the 2 GB guest against the plain socket loop, MB/s."""
+    loop = spread(row["rate"] / 1e6 for row in _done(rows) if row["part"] == "limit")
+    found: dict[str, Any] = {}
+    for vmm in (GODWIT, QEMU):
+        copied = spread(quantities.get("copy_rate", {}).get(vmm, ()))
+        value = ratio(copied, loop)
+        if copied and loop and value is not None:
+            name = LIMIT.name if vmm == GODWIT else f"{LIMIT.name}_{vmm}"
+            found[name] = {"of": value, "copy": copied.median, "socket_loop": loop.median}
+    return found
+
+
+def lost(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
+    """Packets lost by flow and direction, a move: each VMM's median, and under ``each`` all."""
+    found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for row in _done(rows):
+        for flow, count in row.get("pings_lost", {}).items():
+            if row["part"] == "idle":
+                found[f"ping {flow}"][row["vmm"]].append(count)
+        for flow, counts in row.get("udp", {}).items():
+            found[f"UDP to guest {flow}"][row["vmm"]].append(counts["to_guest"])
+            found[f"UDP from guest {flow}"][row["vmm"]].append(counts["from_guest"])
+    return {
+        name: {**{vmm: median(counts) for vmm, counts in by.items()}, "each": dict(by)}
+        for name, by in sorted(found.items())
+    }
+
+
+def phases(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """Where Godwit's moves spend their time: load -> kind of phase -> phase -> median ms.
+
+    The reports have each phase's end; here it is how long each took.
+    """
+    found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for row in _done(rows):
+        report: Mapping[str, Any] = row.get("report") or {}
+        for kind in (name for name in report if name.endswith("-phases")):
+            ends = sorted(report[kind].items(), key=lambda phase: phase[1])
+            for (_, before), (phase, end) in pairwise([("", 0.0), *ends]):
+                found[row["part"]][kind][phase].append(end - before)
+        passes = report.get("rounds", [])
+        if passes and passes[0]["ms"]:
+            rate = passes[0]["pages"] * 4096 / passes[0]["ms"] / 1e3
+            found[row["part"]]["first-pass"]["MB/s"].append(rate)
+            found[row["part"]]["first-pass"]["ms"].append(passes[0]["ms"])
+    return {
+        load: {
+            kind: {phase: round(median(each), 2) for phase, each in by.items()}
+            for kind, by in kinds.items()
+        }
+        for load, kinds in found.items()
+    }
+
+
+def failures(rows: Iterable[Row]) -> dict[str, Any]:
+    """Samples that were not had, by VMM and part; labs that died; each one's words."""
+    rows = list(rows)
+    count: Counter[str] = Counter()
+    name = ""
+    for row in rows:
+        if "part" in row:
+            name = f"{row['vmm']} {row['part']}"
+            count[name] += {"began": 1, "done": -1, "failed": 0}[row["state"]]
+        elif row["state"] == "time is up" and count[name]:
+            count[name] -= 1  # what was cut off has not failed
+    return {
+        "samples": {name: number for name, number in count.items() if number},
+        "labs_died": sum(row["state"] == "lab died" for row in rows),
+        "said": [row["error"] for row in rows if "error" in row],
+    }
+
+
+def _done(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row.get("state") == "done"]

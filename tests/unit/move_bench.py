@@ -1,0 +1,160 @@
+"""A whole move between two stand-ins for machines, over real sockets, to be broken anywhere."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+from handover_bench import Nic as HandoverNic
+from recorded import STREAMS
+
+from godwit.announce.station import Station
+from godwit.errors import GodwitError, StreamError
+from godwit.hw.memory import PAGE, GuestMemory
+from godwit.machine import Machine, Mark
+from godwit.machine_state import MachineState
+from godwit.migration import codec
+from godwit.migration.arrival import Arrival
+from godwit.migration.channel import Address
+from godwit.migration.destination import Destination
+from godwit.migration.source import Source
+from godwit.move_parameters import ConvergenceParameters
+from godwit.runstate import RunState, RunStates
+from godwit.testing.clock import FakeClock
+
+S = RunState
+_STATE = codec.decode(STREAMS[1].read()[1], MachineState)
+
+
+class Nic(HandoverNic):
+    """What a move asks of a NIC beside the handover."""
+
+    model, version, offered, negotiated = "virtio-net", 1, 0, 0
+
+    def foresight(self) -> None:
+        pass
+
+    def start_log(self) -> None:
+        pass
+
+    def take_log(self) -> None:
+        return None
+
+    def stop_log(self) -> None:
+        pass
+
+
+class Standin:
+    """A machine that runs or does not."""
+
+    def __init__(self) -> None:
+        self.memory = GuestMemory(32 << 20)
+        self.vm = SimpleNamespace(dirty_log=lambda slot, address: None)
+        self.nics = [Nic("nic0")]
+        self.stations = [Station(nic, FakeClock()) for nic in self.nics]
+        nic = SimpleNamespace(mac=self.nics[0].mac, mtu=None, queue_size=None)
+        self.config = SimpleNamespace(
+            machine=SimpleNamespace(name="godwit-0.2"), cpus=1, nics=(nic,)
+        )
+        self.lock = threading.RLock()
+        self.ended = None
+        self.running = False
+        self.logging = False
+        self.loads = 0
+        self.bad_state = False
+
+    def set_dirty_log(self, on: bool) -> None:
+        self.logging = on
+
+    def pause(self, mark: Mark) -> None:
+        self.running = False
+
+    def resume(self, mark: Mark = lambda phase: None) -> None:
+        self.running = True
+        mark("vcpus-started")
+
+    def save(self) -> MachineState:
+        return _STATE
+
+    def foresee(self, nics: object) -> None:
+        pass
+
+    def load(self, state: MachineState, received: float, mark: Mark) -> None:
+        assert state == _STATE
+        if self.bad_state:
+            raise StreamError("vcpus: not as they should be")
+        self.loads += 1
+
+    def close(self) -> None:
+        self.nics[0].tap.close()
+        self.memory.close()
+
+
+class Move:
+    """A guest that runs at its source, and a destination that waits for it."""
+
+    def __init__(self, folder: Path, through: Path | None = None) -> None:
+        self.far = folder / "far"
+        self.here, self.there = Standin(), Standin()
+        self.here.running = True
+        self.here.memory.view(0, 64 * PAGE)[:] = bytes(range(1, 251)) * 1048 + bytes(144)
+        self.states, self.states_there = RunStates(S.RUNNING), RunStates(S.INMIGRATE)
+        self.told: list[str] = []
+        self.failed: list[GodwitError] = []
+        #: The destination's process was ended from outside: what it does counts no more.
+        self.dead = False
+        limits = SimpleNamespace(
+            max_bandwidth=0,
+            downtime_limit=300,
+            handover=True,
+            convergence=ConvergenceParameters(),
+        )
+        self.destination = Destination(
+            cast(Machine, self.there),
+            Address(f"unix:{self.far}", False),
+            self._arrive,
+            self.failed.append,
+        )
+        self.source = Source(
+            cast(Machine, self.here),
+            self.states,
+            Address(f"unix:{through or self.far}", False),
+            limits,
+            self.told.append,
+        )
+
+    def _arrive(self, ran: bool, mark: Callable[[str], None], arrival: Arrival | None) -> list[str]:
+        self.states_there.set(S.PRELAUNCH_MIGRATE)
+        if arrival is not None:
+            arrival.draw(mark)
+        self.there.resume(mark)
+        if arrival is not None:
+            arrival.settle()
+        self.states_there.set(S.RUNNING)
+        return [str(state) for state in self.states_there.history]
+
+    def run(self) -> None:
+        """To its end."""
+        self.destination.start()
+        self.source.start()
+        self.source.join(30)
+        assert not self.source.active
+
+    def kill(self) -> None:
+        """The destination's process dies, by SIGKILL."""
+        self.dead = True
+
+    def close(self) -> None:
+        self.source.abandon()
+        self.source.join(30)
+        self.destination.close()
+        self.here.close()
+        self.there.close()
+
+    @property
+    def running(self) -> tuple[bool, bool]:
+        """Whether the guest runs at its source, and at its destination."""
+        return self.here.running, self.there.running and not self.dead

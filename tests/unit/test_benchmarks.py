@@ -1,0 +1,166 @@
+"""The benchmark's pure parts: the plan, what is read from smaps, medians, ratios and marks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from benchmarks import memory, plan, result, stats
+
+
+def row(
+    vmm: str, part: str, repetition: int = 0, state: str = "done", **sample: Any
+) -> dict[str, Any]:
+    guest = next(name for name, parts in plan.PARTS.items() if part in parts)
+    if vmm == plan.IN_PROCESS:
+        guest = "in-process"
+    return {
+        "state": state, "guest": guest, "vmm": vmm, "part": part, "repetition": repetition, **sample
+    }  # fmt: skip
+
+
+def moved(vmm: str, part: str, **more: Any) -> dict[str, Any]:
+    sample = {"total_ms": 1000.0, "downtime_ms": 50.0, "pause_ms": 60.0, "bytes": 80_000_000}
+    return row(vmm, part, **{**sample, **more})
+
+
+# --- the plan -------------------------------------------------------------------------------------
+def test_the_vmms_take_turns_in_being_first() -> None:
+    planned = plan.jobs(2)
+    first = [next(job.vmm for job in planned if job.repetition == n) for n in (0, 1)]
+    assert first == [plan.GODWIT, plan.QEMU]
+
+
+def test_a_job_is_left_without_the_parts_that_are_had() -> None:
+    planned = [plan.Job("small", plan.QEMU, 0, ("boot", "idle", "tcp"))]
+    rows = [row(plan.QEMU, "boot", state="began"), row(plan.QEMU, "boot")]
+    assert plan.left(planned, rows) == [plan.Job("small", plan.QEMU, 0, ("idle", "tcp"))]
+
+
+def test_a_part_under_which_labs_died_is_given_up() -> None:
+    planned = [plan.Job("hot", plan.GODWIT, 0, ("hot",))]
+    began = row(plan.GODWIT, "hot", state="began")
+    assert plan.left(planned, [began]) == planned
+    assert plan.left(planned, [began, {"state": "lab died"}, began]) == []
+
+
+def test_a_job_survives_json() -> None:
+    job = plan.Job("small", plan.GODWIT, 3, ("boot", "memory"))
+    assert plan.Job.from_json(job.to_json()) == job
+
+
+# --- memory ---------------------------------------------------------------------------------------
+def mapping(kilobytes: int, pss: int, flags: str) -> str:
+    return (
+        f"7f0000000000-7f0008000000 rw-p 00000000 00:00 0 \n"
+        f"Size:           {kilobytes} kB\nRss:            {2 * pss} kB\n"
+        f"Pss:            {pss} kB\nVmFlags: {flags} \n"
+    )
+
+
+def test_guest_ram_is_what_was_advised_huge_pages() -> None:
+    text = mapping(131072, 90000, "rd wr mr mw me dc ac hg") + mapping(4096, 100, "rd wr mr mw")
+    text += mapping(256, 7, "rd wr hg")  # a ROM: too small for RAM
+    assert memory.beyond_ram(text) == memory.Memory(pss=107, rss=214, ram=131072)
+
+
+# --- statistics -----------------------------------------------------------------------------------
+def test_a_spread_needs_numbers() -> None:
+    assert stats.spread([3, 1, 2, float("nan")]) == stats.Spread(2, 1, 3, 3)
+    assert stats.spread([float("inf")]) is None
+
+
+def test_ratios_are_of_medians() -> None:
+    rows = [moved(plan.GODWIT, "hot", downtime_ms=ms) for ms in (10, 40, 90)]
+    rows += [moved(plan.QEMU, "hot", downtime_ms=ms) for ms in (79, 81)]
+    assert stats.ratios(stats.quantities(rows))["downtime_hot"] == pytest.approx(0.5)
+
+
+def test_the_gap_is_that_of_the_worst_flow() -> None:
+    rows = [
+        moved(plan.GODWIT, "idle", gap_ms={"vlan100 ipv4": 60, "vlan100 ipv6": 90}),
+        moved(plan.QEMU, "idle", gap_ms={"vlan100 ipv4": 100, "vlan100 ipv6": 100}),
+    ]
+    assert stats.ratios(stats.quantities(rows))["gap"] == pytest.approx(0.9)
+
+
+def test_the_in_process_backend_is_compared_with_qemus_vhost() -> None:
+    rows = [
+        row(plan.IN_PROCESS, "network", out=2e6, **{"in": 4e6}, round_trip_ms=4.0),
+        row(plan.QEMU, "network", out=5e6, **{"in": 7e6}, round_trip_ms=1.0),
+    ]
+    found = stats.ratios(stats.quantities(rows))
+    assert found["throughput_in_process"] == pytest.approx(0.5)
+    assert found["round_trip_in_process"] == pytest.approx(4)
+
+
+def test_the_copy_is_held_against_the_socket_loop() -> None:
+    rows = [
+        moved(plan.GODWIT, "2g", bytes=1_500_000_000, total_ms=5000.0),
+        row(plan.GODWIT, "limit", rate=500e6),
+    ]
+    (found,) = stats.limits(rows, stats.quantities(rows)).values()
+    assert found == {"of": pytest.approx(0.6), "copy": 300, "socket_loop": 500}
+
+
+@pytest.mark.parametrize(("value", "holds"), [(0.6, True), (0.61, False), (None, False)])
+def test_a_mark_holds_up_to_its_value(value: float | None, holds: bool) -> None:
+    assert stats.Mark("gap", 0.6, 0.4).holds(value) is holds
+
+
+def test_throughput_has_to_be_high() -> None:
+    mark = stats.Mark("throughput_vhost", 0.95, 1.0, higher=True)
+    assert mark.holds(0.96)
+    assert not mark.aimed(0.96)
+    assert not mark.holds(0.9)
+
+
+def test_phases_are_told_by_their_length() -> None:
+    report = {"stop-phases": {"vcpus-stopped": 2.0, "save": 5.0}, "rounds": []}
+    rows = [moved(plan.GODWIT, "idle", report=report)]
+    assert stats.phases(rows) == {"idle": {"stop-phases": {"vcpus-stopped": 2.0, "save": 3.0}}}
+
+
+def test_lost_packets_are_named_for_both() -> None:
+    counts = {"to_guest": 5, "from_guest": 1}
+    rows = [
+        moved(plan.GODWIT, "udp", udp={"untagged ipv4": {**counts, "to_guest": 0}}),
+        moved(plan.QEMU, "udp", udp={"untagged ipv4": counts}),
+    ]
+    found = stats.lost(rows)["UDP to guest untagged ipv4"]
+    assert found == {"godwit": 0, "qemu": 5, "each": {"godwit": [0], "qemu": [5]}}
+
+
+def test_a_disturbed_sample_counts_only_where_there_is_no_better() -> None:
+    rows: list[dict[str, Any]] = []
+    for vmm, at in ((plan.GODWIT, 100.0), (plan.GODWIT, 200.0), (plan.QEMU, 300.0)):
+        rows += [row(vmm, "hot", state="began", at=at), moved(vmm, "hot", at=at + 10)]
+    shares = [(105.0, 0.4), (106.0, 0.6), (205.0, 0.1), (305.0, 0.9)]
+    samples = stats.with_others([*rows, {"state": "others", "seen": shares}])
+    assert [sample["others"] for sample in samples] == [0.5, 0.1, 0.9]
+    assert stats.undisturbed(samples) == samples[1:]
+
+
+def test_failures_are_counted_by_vmm() -> None:
+    rows = [
+        row(plan.QEMU, "hot", state="began"),
+        row(plan.QEMU, "hot", state="failed", error="frozen"),
+        row(plan.GODWIT, "hot", state="began"),
+        row(plan.GODWIT, "hot"),
+        {"state": "lab died", "error": "int3"},
+    ]
+    found = stats.failures(rows)
+    assert found == {"samples": {"qemu hot": 1}, "labs_died": 1, "said": ["frozen", "int3"]}
+
+
+def test_a_result_without_samples_has_marks_that_do_not_hold() -> None:
+    judged = result.judge([], {"quick": True})
+    assert judged["ratios"] == {}
+    assert not any(mark["holds"] for mark in judged["marks"].values())
+
+
+def test_what_the_time_cut_off_has_not_failed() -> None:
+    rows = [row(plan.QEMU, "hot", state="began"), {"state": "time is up"}]
+    assert stats.failures(rows)["samples"] == {}
+    planned = [plan.Job("hot", plan.QEMU, 0, ("hot",))]
+    assert plan.left(planned, rows * plan.ATTEMPTS) == planned
