@@ -34,7 +34,7 @@ def move(qmp: str, uri: str, insecure: bool) -> int:
             ram = info.get("ram", {})
             progress.update(
                 task,
-                description=info["status"],
+                description=_doing(info),
                 completed=ram.get("transferred", 0),
                 total=ram.get("transferred", 0) + ram.get("remaining", 0) or None,
             )
@@ -47,6 +47,17 @@ def move(qmp: str, uri: str, insecure: bool) -> int:
     return 0
 
 
+def _doing(info: dict[str, Any]) -> str:
+    """The status, and while RAM is copied what stands in the way of the end."""
+    rate = info.get("ram", {}).get("dirty-pages-rate", 0)
+    if info["status"] != "active" or not rate:
+        return str(info["status"])
+    text = f"active, {rate} pages/s get dirty"
+    if "cpu-throttle-percentage" in info:
+        text += f", vCPUs throttled by {info['cpu-throttle-percentage']} %"
+    return text
+
+
 def _table(info: dict[str, Any]) -> Any:
     from rich.table import Table
 
@@ -57,6 +68,9 @@ def _table(info: dict[str, Any]) -> Any:
         table.add_row("downtime", f"{info['downtime']:.1f} ms")
     table.add_row("sent", f"{info['ram']['transferred'] / 1e6:.1f} MB")
     table.add_row("rounds (pages)", ", ".join(str(number["pages"]) for number in own["rounds"]))
+    throttles = [number.get("cpu-throttle-percentage", 0) for number in own["rounds"]]
+    if any(throttles):
+        table.add_row("vCPUs throttled", f"up to {max(throttles)} %")
     for side, key in (("stop, source", "stop-phases"), ("stop, destination", "destination-phases")):
         if own[key]:
             phases = ", ".join(f"{name} {ms:.1f}" for name, ms in own[key].items())

@@ -3,6 +3,9 @@
 Kick: ``immediate_exit`` in the shared page and a signal whose handler does nothing. KVM_RUN then
 first completes what was pending (the second half of an IN or an MMIO read) and returns EINTR, so a
 vCPU parks only with its architectural state complete (Documentation/virt/kvm/api.rst, KVM_RUN).
+
+A throttled vCPU parks after each slice of time in the guest, and goes on by itself: it rests. It is
+parked then as any other, so that a pause need not wait for it.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import signal
 import threading
+import time
 from collections.abc import Callable
 from enum import Enum
 
@@ -19,6 +23,13 @@ from .kvm import abi
 from .kvm.handles import Vcpu
 
 KICK_SIGNAL = signal.SIGUSR1
+#: How long a throttled vCPU stays in the guest between two rests, seconds. QEMU:
+#: softmmu/cpu-throttle.c, CPU_THROTTLE_TIMESLICE_NS.
+SLICE_S = 0.010
+#: Time in the guest for which a rest makes up at the most, seconds: a kick may come late on a busy
+#: host, and a rest is 99 times as long at the highest throttle. A guest's watchdog for soft lockups
+#: waits 20 s (kernel/watchdog.c, get_softlockup_thresh).
+_MOST_COUNTED_S = 0.050
 
 
 class Ending(Enum):
@@ -33,6 +44,11 @@ class Ending(Enum):
 def install_kick_handler() -> None:
     """Once, from the main thread, before the first vCPU runs."""
     signal.signal(KICK_SIGNAL, lambda number, frame: None)
+
+
+def rest_after(ran: float, percent: int) -> float:
+    """How long to keep out of the guest, seconds, after ``ran`` seconds in it."""
+    return min(ran, _MOST_COUNTED_S) * percent / (100 - percent)
 
 
 class VcpuThread:
@@ -54,6 +70,10 @@ class VcpuThread:
         self._run_wanted = False
         self._parked = True
         self._quit = False
+        #: Percent of the time to be kept out of the guest.
+        self._throttle = 0
+        #: Since when it may be in the guest, and until when it rests; time.monotonic().
+        self._entered = self._rests_until = 0.0
         #: Set by a device during an exit: the guest asked for its own end.
         self.ending: tuple[Ending, str] | None = None
         self._thread = threading.Thread(target=self._main, name=f"vcpu{vcpu.index}", daemon=True)
@@ -78,9 +98,13 @@ class VcpuThread:
         """Ask it to leave the guest; does not wait."""
         with self._changed:
             self._run_wanted = False
-            self._page[abi.RUN_IMMEDIATE_EXIT] = 1
-            if not self._parked and self._thread.ident is not None:
-                signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
+            self._kick()
+
+    def _kick(self) -> None:
+        """Have it leave the guest; the caller has the lock."""
+        self._page[abi.RUN_IMMEDIATE_EXIT] = 1
+        if not self._parked and self._thread.ident is not None:
+            signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
 
     def wait_paused(self, timeout: float = 10.0) -> None:
         """Wait until it is parked.
@@ -91,6 +115,31 @@ class VcpuThread:
         with self._changed:
             if not self._changed.wait_for(lambda: self._parked, timeout):
                 raise KvmError(f"vCPU {self.vcpu.index} did not leave the guest in {timeout} s")
+
+    def throttle(self, percent: int) -> None:
+        """Keep it out of the guest for so much of the time, 0 to 99: whoever sets this has
+        :meth:`end_slice` called. 0 lets a vCPU that rests go on at once."""
+        with self._changed:
+            if not self._throttle:
+                self._entered = time.monotonic()  # what it ran before is not held against it
+            self._throttle = percent
+            self._changed.notify_all()
+
+    def end_slice(self) -> float:
+        """Have it rest, if it is throttled and its slice is over; does not wait.
+
+        Returns:
+            After how many seconds to ask again.
+        """
+        with self._changed:
+            now = time.monotonic()
+            if self._parked or not self._throttle:
+                return max(0.0, self._rests_until - now) + SLICE_S
+            left = self._entered + SLICE_S - now
+            if left > 0:
+                return left
+            self._kick()
+            return SLICE_S
 
     def is_current(self) -> bool:
         """Whether this vCPU's thread is the one that asks."""
@@ -110,16 +159,34 @@ class VcpuThread:
             with self._changed:
                 self._parked = True
                 self._changed.notify_all()
+                self._rest()
                 self._changed.wait_for(lambda: self._run_wanted or self._quit)
                 if self._quit:
                     return
                 self._parked = False
+                # That kick is answered; a pause would have taken back that it is to run.
+                self._page[abi.RUN_IMMEDIATE_EXIT] = 0
+                self._entered = time.monotonic()
             try:
                 self._run()
             except OSError as error:
                 self.end(Ending.INTERNAL_ERROR, f"KVM_RUN: {error}")
             except Exception as error:  # a device's bug must not end in silence
                 self.end(Ending.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+
+    def _rest(self) -> None:
+        """Wait for what the throttle asks after a slice.
+
+        A pause does not even wake it: it is parked, and it only goes on if it is to run by then.
+        """
+        if self._throttle and self._run_wanted:
+            now = time.monotonic()
+            self._rests_until = now + rest_after(now - self._entered, self._throttle)
+            self._changed.wait_for(
+                lambda: not self._throttle or not self._run_wanted or self._quit,
+                self._rests_until - now,
+            )
+            self._rests_until = 0.0
 
     def _run(self) -> None:
         """Until it is kicked, or the guest ends."""

@@ -18,6 +18,7 @@ from .errors import ConfigError, GodwitError, MigrationError, StateError
 from .hw.console import Console
 from .loop import Loop
 from .machine import Machine
+from .move_parameters import ConvergenceParameters
 from .nic.filterview import FilterView
 from .qmp import commands, events
 from .qmp.server import Server
@@ -68,6 +69,7 @@ class Vmm:
         self.max_bandwidth = 0
         self.downtime_limit = 300
         self.handover = True
+        self.convergence = ConvergenceParameters()
         self.exit_code = 0
         self._closing = False
         self._source: Outgoing | None = None

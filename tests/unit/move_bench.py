@@ -21,6 +21,7 @@ from godwit.migration.arrival import Arrival
 from godwit.migration.channel import Address
 from godwit.migration.destination import Destination
 from godwit.migration.source import Source
+from godwit.move_parameters import ConvergenceParameters
 from godwit.runstate import RunState, RunStates
 from godwit.testing.clock import FakeClock
 
@@ -105,7 +106,12 @@ class Move:
         self.failed: list[GodwitError] = []
         #: The destination's process was ended from outside: what it does counts no more.
         self.dead = False
-        limits = SimpleNamespace(max_bandwidth=0, downtime_limit=300, handover=True)
+        limits = SimpleNamespace(
+            max_bandwidth=0,
+            downtime_limit=300,
+            handover=True,
+            convergence=ConvergenceParameters(),
+        )
         self.destination = Destination(
             cast(Machine, self.there),
             Address(f"unix:{self.far}", False),

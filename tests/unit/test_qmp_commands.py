@@ -7,6 +7,7 @@ import pytest
 
 from godwit.announce.schedule import AnnounceOptions, AnnounceParameters, Verify
 from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
+from godwit.move_parameters import ConvergenceParameters, OnNoConvergence
 from godwit.nic.filterview import FilterView
 from godwit.qmp import commands, events
 from godwit.qmp.commands import COMMANDS
@@ -29,6 +30,7 @@ class Vm:
         self.max_bandwidth = 0
         self.downtime_limit = 300
         self.handover = True
+        self.convergence = ConvergenceParameters()
         self.told: list[tuple[Any, ...]] = []
         self.info: dict[str, object] = {}
         self.error: GodwitError | None = None
@@ -95,6 +97,7 @@ ALLOWED = {
 NEEDED: dict[str, dict[str, object]] = {
     "migrate": {"uri": "unix:x"},
     "migrate-incoming": {"uri": "unix:x"},
+    "migrate-set-capabilities": {"capabilities": []},
 }
 
 
@@ -199,6 +202,27 @@ def test_query_migrate_shows_what_the_vm_says() -> None:
         ("migrate-set-parameters", {"announce-verify": "both"}, "'announce-verify': Invalid enum"),
         ("migrate-set-parameters", {"announce-verify": True}, "'announce-verify': Expected `str"),
         ("migrate-set-parameters", {"announce-refresh": 1}, "'announce-refresh': Expected `bool"),
+        ("migrate-set-parameters", {"cpu-throttle-initial": 0}, "'cpu-throttle-initial' is 0"),
+        ("migrate-set-parameters", {"cpu-throttle-increment": 100}, "from 1 to 99 percent"),
+        ("migrate-set-parameters", {"max-cpu-throttle": 19}, "'cpu-throttle-initial', which is 20"),
+        ("migrate-set-parameters", {"max-cpu-throttle": "50"}, "'max-cpu-throttle': Expected `int"),
+        ("migrate-set-parameters", {"on-no-convergence": "wait"}, "'on-no-convergence': Invalid"),
+        ("migrate-set-capabilities", {}, "Parameter 'capabilities' is missing"),
+        (
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": "xbzrle", "state": True}]},
+            "Capability 'xbzrle' is not available; there is 'auto-converge'",
+        ),
+        (
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": "auto-converge", "state": 1}]},
+            "'capabilities[0].state': Expected `bool`",
+        ),
+        (
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": "auto-converge"}]},
+            "'capabilities[0]': Object missing required field `state`",
+        ),
         ("query-rx-filter", {"name": 1}, "'name': Expected `str"),
         ("query-rx-filter", {"id": "nic0"}, "Parameter 'id' is unexpected"),
         ("query-rx-filter", {"name": "nic9"}, "there is no NIC 'nic9'"),
@@ -247,12 +271,17 @@ def test_parameters_are_set_and_shown() -> None:
         "max-bandwidth": 0,
         "downtime-limit": 300,
         "handover": True,
+        "cpu-throttle-initial": 20,
+        "cpu-throttle-increment": 10,
+        "max-cpu-throttle": 99,
+        "on-no-convergence": "abort",
     }
     others = {
         "announce-verify": "probe",
         "announce-refresh": True,
         "announce-rate": 50,
         "handover": False,
+        "on-no-convergence": "stop-and-copy",
     }
     for name in shown:
         before = run(vm, "query-migrate-parameters")
@@ -263,6 +292,24 @@ def test_parameters_are_set_and_shown() -> None:
     assert run(vm, "query-migrate-parameters") == {**dict.fromkeys(shown, 42), **others}
     assert vm.announce_parameters == AnnounceParameters(42, 42, 42, 42)
     assert vm.announce_options == AnnounceOptions(42, Verify.PROBE, True, 50)
+    assert vm.convergence == ConvergenceParameters(False, 42, 42, 42, OnNoConvergence.STOP_AND_COPY)
+
+
+def test_capabilities_are_set_and_shown() -> None:
+    vm = Vm()
+    for state in (True, False):
+        wanted = [{"capability": "auto-converge", "state": state}]
+        assert run(vm, "migrate-set-capabilities", capabilities=wanted) is None
+        assert run(vm, "query-migrate-capabilities") == wanted
+        assert vm.convergence == ConvergenceParameters(auto_converge=state)
+    run(vm, "migrate-set-capabilities", capabilities=[])
+    twice = [{"capability": "auto-converge", "state": state} for state in (False, True)]
+    run(vm, "migrate-set-capabilities", capabilities=twice)
+    assert run(vm, "query-migrate-capabilities") == twice[1:]
+    unknown = [*twice, {"capability": "multifd", "state": False}]
+    with pytest.raises(ConfigError):
+        run(vm, "migrate-set-capabilities", capabilities=[*reversed(twice), *unknown])
+    assert run(vm, "query-migrate-capabilities") == twice[1:], "all or none"
 
 
 @pytest.mark.parametrize("how", Verify)
@@ -326,6 +373,8 @@ def test_parameters_change_all_or_none() -> None:
     assert run(vm, "query-migrate-parameters") == before
     with pytest.raises(ConfigError):
         run(vm, "migrate-set-parameters", announce_rounds=3, announce_deadline=1)
+    with pytest.raises(ConfigError):
+        run(vm, "migrate-set-parameters", max_bandwidth=9, max_cpu_throttle=100)
     with pytest.raises(ConfigError):
         run(vm, "migrate-set-parameters", announce_deadline=500, announce_rounds=-1)
     assert run(vm, "query-migrate-parameters") == before

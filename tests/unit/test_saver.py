@@ -53,7 +53,7 @@ class Save:
         memory.view(0, 4 * PAGE)[:] = bytes(range(256)) * (4 * PAGE // 256)
         self.states = RunStates(S.RUNNING)
         self.told: list[str] = []
-        limits = SimpleNamespace(max_bandwidth=0, downtime_limit=300, handover=True)
+        limits = SimpleNamespace(max_bandwidth=0, downtime_limit=0, handover=True)
         machine = cast(Machine, self.machine)
         self.saver = Saver(machine, self.states, path, limits, self.told.append)
 

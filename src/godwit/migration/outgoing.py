@@ -16,18 +16,15 @@ from typing import Protocol
 from ..errors import GodwitError, LinkLost, MigrationError, PeerRefused, StateError
 from ..hw.memory import PAGE
 from ..machine import Machine
+from ..move_parameters import ConvergenceParameters
 from ..runstate import RunState, RunStates
 from . import codec, ram
 from .codec import Kind, Run
+from .convergence import Action, Convergence, why_not
 from .hello import describe
 from .line import Line
 from .report import Report, Round
-
-#: Passes over dirty RAM at the most; then the guest is stopped however much is left.
-_MAX_ROUNDS = 30
-#: What may be left for the stop, as sending time in ms, even if further rounds could shrink it. A
-#: round costs four times as much, and an idle guest always leaves some hundred pages.
-_GOOD_ENOUGH_MS = 5.0
+from .throttle import Throttle
 
 
 class Limits(Protocol):
@@ -36,6 +33,7 @@ class Limits(Protocol):
     max_bandwidth: int  # bytes per second; 0: none
     downtime_limit: int  # ms
     handover: bool  # whether frames are sent after the guest
+    convergence: ConvergenceParameters
 
 
 class Outgoing(ABC):
@@ -63,6 +61,7 @@ class Outgoing(ABC):
         self._mark = b""
         self._log = ram.DirtyLog(machine)
         self._left: list[Run] = []
+        self._throttle = Throttle(lambda: machine.vcpus)
         self._budget_start = time.monotonic()
         self.report = Report(ram_total=machine.memory.size)
         self._line: Line | None = None
@@ -83,6 +82,7 @@ class Outgoing(ABC):
             if self._committed:
                 return False
             self._cancelled.set()
+        self._unthrottle()  # at once: the thread may be waiting for the line
         if self._line is not None:
             # Only what waits for an answer is woken: the destination shall still be told why.
             self._line.stop_receiving()
@@ -159,35 +159,60 @@ class Outgoing(ABC):
         runs = self._left
         for part in _tables(runs):
             self._channel.send_parts([codec.frame(Kind.TOUCH, codec.encode_runs(part))])
-        previous = None
-        for _ in range(_MAX_ROUNDS):
-            before = time.monotonic()
-            first = previous is None
-            sent = zeros = 0
-            # In portions: while one is looked through here, the one before is on its way. (A thread
-            # that looks ahead was no quicker where it was measured: both CPUs are busy by then.)
-            for portion in ram.portions(runs):
-                data, zero = ram.split_zeros(self._machine, portion)
-                if zero and not first:  # at first, the destination's RAM is zeros anyway
-                    self._channel.send_parts([codec.frame(Kind.ZERO, codec.encode_runs(zero))])
-                self._send_pages(data)
-                sent += ram.pages_in(data)
-                zeros += ram.pages_in(zero)
-            self._channel.send(Kind.ROUND)
-            took = time.monotonic() - before
-            self.report.rounds.append(Round(sent, zeros, took * 1000))
-            runs = self._log.take()
-            pages = ram.pages_in(runs)
-            self.report.remaining = pages * PAGE
-            per_page_ms = took * 1000 / max(sent, 1)
-            expected = pages * per_page_ms if sent >= 64 else 0.0
-            if expected <= _GOOD_ENOUGH_MS:
+        judge = Convergence()
+        looked = time.monotonic()
+        while True:
+            runs, looked = self._round(runs, looked)
+            done = self.report.rounds[-1]
+            limit, parameters = self._limits.downtime_limit, self._convergence
+            verdict = judge.judge(done.pages, done.ms, done.dirty, limit, parameters)
+            self.report.expected_ms = verdict.expected_ms
+            if verdict.action is Action.ABORT:
+                reason = why_not(verdict, len(self.report.rounds), done, limit, parameters)
+                raise MigrationError(reason)
+            if verdict.action is Action.STOP:
                 break
-            shrinking = previous is None or pages < previous * 0.75
-            if not shrinking and expected <= self._limits.downtime_limit:
-                break
-            previous = pages
+            self._throttle.set(verdict.throttle)
+            self.report.throttle = self._throttle.percent
         self._left = runs
+
+    def _round(self, runs: list[Run], looked: float) -> tuple[list[Run], float]:
+        """Send these pages while the guest runs; which are dirty by then, and when that was seen.
+
+        ``looked`` is when the dirty log was looked at before, time.monotonic().
+        """
+        throttle, sent_before = self._throttle.percent, self._channel.sent
+        before = time.monotonic()
+        first = not self.report.rounds
+        sent = zeros = 0
+        # In portions: while one is looked through here, the one before is on its way. (A thread
+        # that looks ahead was no quicker where it was measured: both CPUs are busy by then.)
+        for portion in ram.portions(runs):
+            data, zero = ram.split_zeros(self._machine, portion)
+            if zero and not first:  # at first, the destination's RAM is zeros anyway
+                self._channel.send_parts([codec.frame(Kind.ZERO, codec.encode_runs(zero))])
+            self._send_pages(data)
+            sent += ram.pages_in(data)
+            zeros += ram.pages_in(zero)
+        self._channel.send(Kind.ROUND)
+        ms = (time.monotonic() - before) * 1000
+        left = self._log.take()
+        now = time.monotonic()
+        dirty, carried = ram.pages_in(left), self._channel.sent - sent_before
+        done = Round(sent, zeros, ms, carried, dirty, (now - looked) * 1000, throttle)
+        self.report.rounds.append(done)
+        self.report.remaining = dirty * PAGE
+        return left, now
+
+    @property
+    def _convergence(self) -> ConvergenceParameters:
+        """What to do about a guest that writes faster than the line takes."""
+        return self._limits.convergence
+
+    def _unthrottle(self) -> None:
+        """The guest runs as it likes, or not at all; from now on."""
+        self._throttle.end()
+        self.report.throttle = 0
 
     def _stop(self) -> None:
         """Stop the guest: vCPUs, then backends."""
@@ -197,6 +222,7 @@ class Outgoing(ABC):
             self._states.set(RunState.FINISH_MIGRATE)
             self.report.stopped = time.monotonic()  # until now it ran, and others were told
             self._machine.pause(self.report.mark)
+        self._unthrottle()
         if self._machine.ended is not None:
             raise StateError(f"the guest died before it could move: {self._machine.ended[1]}")
 
@@ -233,6 +259,7 @@ class Outgoing(ABC):
 
     def _fail(self, error: Exception) -> None:
         """The one way back: the guest goes on here, as it was."""
+        self._unthrottle()
         if not isinstance(error, PeerRefused):
             try:
                 reason = "cancelled" if self._cancelled.is_set() else str(error)

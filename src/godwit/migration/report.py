@@ -9,11 +9,35 @@ import msgspec
 
 
 class Round(msgspec.Struct, frozen=True):
-    """One pass over RAM."""
+    """One pass over RAM, and what the guest did meanwhile."""
 
     pages: int
     zero_pages: int
     ms: float
+    bytes: int = 0
+    #: Pages that were found dirty at its end.
+    dirty: int = 0
+    #: How long they had to become so, ms: from one look at the dirty log to the next.
+    dirty_ms: float = 0.0
+    #: The vCPUs' throttle during it, percent.
+    throttle: int = 0
+
+    @property
+    def dirty_rate(self) -> int:
+        """Pages that the guest made dirty, per second; a page counts once a round."""
+        return _per_second(self.dirty, self.dirty_ms)
+
+    def info(self) -> dict[str, Any]:
+        """As query-migrate shows it."""
+        info = {"pages": self.pages, "zero-pages": self.zero_pages, "ms": round(self.ms, 3)}
+        if self.dirty_ms:  # not the last: the guest stood still
+            info |= {"dirty-pages": self.dirty, "dirty-pages-rate": self.dirty_rate}
+            info |= {"cpu-throttle-percentage": self.throttle}
+        return info
+
+
+def _per_second(amount: float, ms: float) -> int:
+    return round(amount * 1000 / ms) if ms > 0 else 0
 
 
 class Report(msgspec.Struct):
@@ -31,6 +55,9 @@ class Report(msgspec.Struct):
     bytes_sent: int = 0
     ram_total: int = 0
     remaining: int = 0
+    #: The vCPUs' throttle now, percent.
+    throttle: int = 0
+    expected_ms: float | None = None
     downtime_ms: float | None = None
     #: Name of a phase -> ms since the command, at the phase's end.
     setup_phases: dict[str, float] = msgspec.field(default_factory=dict)
@@ -52,6 +79,8 @@ class Report(msgspec.Struct):
         """As query-migrate shows it: QEMU's MigrationInfo members, and our own under ``godwit``."""
         now = self.ended if self.ended is not None else time.monotonic()
         pages = sum(r.pages for r in self.rounds)
+        # What QEMU measures several times a second, we do once a round; the stop is none.
+        last = next((r for r in reversed(self.rounds) if r.dirty_ms), Round(0, 0, 0.0))
         info: dict[str, Any] = {
             "status": self.status,
             "total-time": round((now - self.started) * 1000, 3),
@@ -62,13 +91,13 @@ class Report(msgspec.Struct):
                 "normal": pages,
                 "duplicate": sum(r.zero_pages for r in self.rounds),
                 "dirty-sync-count": len(self.rounds),
+                "dirty-pages-rate": last.dirty_rate,
+                "pages-per-second": _per_second(last.pages, last.ms),
+                "mbps": round(_per_second(last.bytes * 8, last.ms) / 1e6, 3),
                 "page-size": 4096,
             },
             "godwit": {
-                "rounds": [
-                    {"pages": r.pages, "zero-pages": r.zero_pages, "ms": round(r.ms, 3)}
-                    for r in self.rounds
-                ],
+                "rounds": [r.info() for r in self.rounds],
                 "setup-phases": self.setup_phases,
                 "stop-phases": self.stop_phases,
                 "destination-phases": self.destination_phases,
@@ -77,8 +106,12 @@ class Report(msgspec.Struct):
         }
         if self.handover is not None:
             info["godwit"]["handover"] = self.handover
+        if self.throttle:
+            info["cpu-throttle-percentage"] = self.throttle
         if self.downtime_ms is not None:
             info["downtime"] = round(self.downtime_ms, 3)
+        elif self.expected_ms is not None and self.status != "completed":
+            info["expected-downtime"] = round(self.expected_ms, 3)
         if self.error is not None:
             info["error-desc"] = self.error
         return info

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, GodwitError, LinkLost, MigrationError, StreamError
 from ..machine import Machine
+from ..move_parameters import ConvergenceParameters, OnNoConvergence
 from ..runstate import RunState, RunStates
 from . import codec
 from .codec import Kind
@@ -123,6 +124,12 @@ class Saver(Outgoing):
             # Here, and not only in the thread: it may be in a long call, and the process ending.
             self._discard()
         return given_up
+
+    @property
+    def _convergence(self) -> ConvergenceParameters:
+        # The guest does not run when this is over: how long it is stopped for is nobody's downtime,
+        # and to throttle it, or give the save up, would be for nothing.
+        return ConvergenceParameters(on_no_convergence=OnNoConvergence.STOP_AND_COPY)
 
     def _phases(self) -> tuple[Callable[[], None], ...]:
         return self._open, self._precopy, self._settle, self._stop, self._final, self._publish

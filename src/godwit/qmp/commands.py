@@ -13,12 +13,13 @@ import msgspec
 
 from ..announce.schedule import AnnounceOptions, AnnounceParameters, Verify
 from ..errors import ConfigError, StateError
+from ..move_parameters import ConvergenceParameters, OnNoConvergence
 from ..runstate import LIVE, RunState
 from .controller import Controller
 from .protocol import CommandNotFound, short, version
 
 _S = RunState
-_Struct = TypeVar("_Struct", AnnounceParameters, AnnounceOptions)
+_Struct = TypeVar("_Struct", AnnounceParameters, AnnounceOptions, ConvergenceParameters)
 
 #: Why a state refuses most commands, in the words of the person who reads it.
 _WHY = {
@@ -35,6 +36,8 @@ _WHY = {
 #: QEMU: migration/options.c, MAX_MIGRATE_DOWNTIME_SECONDS, in ms.
 MAX_DOWNTIME_LIMIT = 2_000_000
 MAX_BANDWIDTH = 2**63 - 1
+#: The only MigrationCapability of QEMU's that Godwit has.
+AUTO_CONVERGE = "auto-converge"
 
 
 class Arguments(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, frozen=True):
@@ -76,6 +79,23 @@ class ParameterArguments(Arguments, frozen=True):
     max_bandwidth: int | None = None
     downtime_limit: int | None = None
     handover: bool | None = None
+    cpu_throttle_initial: int | None = None
+    cpu_throttle_increment: int | None = None
+    max_cpu_throttle: int | None = None
+    on_no_convergence: OnNoConvergence | None = None
+
+
+class CapabilityStatus(Arguments, frozen=True):
+    """One capability, on or off."""
+
+    capability: str
+    state: bool
+
+
+class CapabilityArguments(Arguments, frozen=True):
+    """Of migrate-set-capabilities: what is left out stays as it is."""
+
+    capabilities: list[CapabilityStatus]
 
 
 class FilterArguments(Arguments, frozen=True):
@@ -197,10 +217,18 @@ def _set_parameters(controller: Controller, new: ParameterArguments) -> None:
         refresh=new.announce_refresh,
         rate=new.announce_rate,
     )
+    convergence = _changed(
+        controller.convergence,
+        cpu_throttle_initial=new.cpu_throttle_initial,
+        cpu_throttle_increment=new.cpu_throttle_increment,
+        max_cpu_throttle=new.max_cpu_throttle,
+        on_no_convergence=new.on_no_convergence,
+    )
     _check_range("max-bandwidth", new.max_bandwidth, MAX_BANDWIDTH, "bytes per second")
     _check_range("downtime-limit", new.downtime_limit, MAX_DOWNTIME_LIMIT, "ms")
     controller.announce_parameters = schedule
     controller.announce_options = options
+    controller.convergence = convergence
     if new.max_bandwidth is not None:
         controller.max_bandwidth = new.max_bandwidth
     if new.downtime_limit is not None:
@@ -214,9 +242,27 @@ def _check_range(name: str, value: int | None, most: int, unit: str) -> None:
         raise ConfigError(f"Parameter '{name}' is {value}: choose a value from 0 to {most} {unit}")
 
 
+def _set_capabilities(controller: Controller, new: CapabilityArguments) -> None:
+    # QEMU refuses this while a move is under way; here it counts from the next round on.
+    convergence = controller.convergence
+    for status in new.capabilities:
+        if status.capability != AUTO_CONVERGE:
+            raise ConfigError(
+                f"Capability '{short(status.capability)}' is not available; "
+                f"there is '{AUTO_CONVERGE}'"
+            )
+        convergence = _changed(convergence, auto_converge=status.state)
+    controller.convergence = convergence
+
+
+def _query_capabilities(controller: Controller, _: Arguments) -> object:
+    return [{"capability": AUTO_CONVERGE, "state": controller.convergence.auto_converge}]
+
+
 def _query_parameters(controller: Controller, _: Arguments) -> object:
     schedule = controller.announce_parameters
     options = controller.announce_options
+    convergence = controller.convergence
     return {
         "announce-initial": schedule.initial,
         "announce-max": schedule.max,
@@ -229,6 +275,10 @@ def _query_parameters(controller: Controller, _: Arguments) -> object:
         "max-bandwidth": controller.max_bandwidth,
         "downtime-limit": controller.downtime_limit,
         "handover": controller.handover,
+        "cpu-throttle-initial": convergence.cpu_throttle_initial,
+        "cpu-throttle-increment": convergence.cpu_throttle_increment,
+        "max-cpu-throttle": convergence.max_cpu_throttle,
+        "on-no-convergence": convergence.on_no_convergence.value,
     }
 
 
@@ -282,6 +332,8 @@ COMMANDS: dict[str, Command] = {
     "migrate_cancel": Command(lambda vm, _: vm.migrate_cancel()),
     "migrate-set-parameters": Command(_set_parameters, ParameterArguments),
     "query-migrate-parameters": Command(_query_parameters),
+    "migrate-set-capabilities": Command(_set_capabilities, CapabilityArguments),
+    "query-migrate-capabilities": Command(_query_capabilities),
     "query-announce": Command(lambda vm, _: vm.announce_info()),
     "query-rx-filter": Command(_query_rx_filter, FilterArguments),
     "announce-self": Command(_announce_self, AnnounceArguments, _in(_S.RUNNING)),

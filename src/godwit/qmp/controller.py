@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ..announce.schedule import AnnounceOptions, AnnounceParameters
+from ..move_parameters import ConvergenceParameters
 from ..nic.filterview import FilterView
 from ..runstate import RunStates
 
@@ -29,6 +30,8 @@ class Controller(Protocol):
     downtime_limit: int
     #: Whether frames that reach the old host are sent after a guest, at either end of a move.
     handover: bool
+    #: What a move does about a guest that writes faster than the line takes; replaced as a whole.
+    convergence: ConvergenceParameters
 
     @property
     def states(self) -> RunStates:

@@ -1,0 +1,251 @@
+"""The sending half's rounds: measured, judged, throttled, and ended however it ends.
+
+The machine is a stand-in. Its guest makes pages dirty as time goes on, and time goes on as the line
+takes bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from godwit.errors import LinkLost
+from godwit.hw.memory import PAGE, GuestMemory
+from godwit.machine import Machine
+from godwit.migration.line import Line
+from godwit.migration.outgoing import Outgoing
+from godwit.move_parameters import ConvergenceParameters, OnNoConvergence
+from godwit.runstate import RunState, RunStates
+
+S = RunState
+#: Pages in all, and those that the guest writes to.
+ALL, HOT = 4096, 2048
+#: Pages per second that the line takes.
+LINE = 1000
+
+
+class Vcpu:
+    """A vCPU, as far as a throttle knows it."""
+
+    def __init__(self) -> None:
+        self.percents: list[int] = []
+
+    def throttle(self, percent: int) -> None:
+        self.percents.append(percent)
+
+    def end_slice(self) -> float:
+        return 60.0
+
+
+class Guest:
+    """A running guest that makes ``speed`` pages dirty in a second of its time."""
+
+    def __init__(self, memory: GuestMemory, speed: float) -> None:
+        self.memory = memory
+        self.now = 1000.0
+        self.speed = speed
+        self.vcpus = [Vcpu(), Vcpu()]
+        self.vm = SimpleNamespace(dirty_log=self._dirty_log)
+        self.nics: list[object] = []
+        self.lock = threading.RLock()
+        self.ended = None
+        self.running = True
+        self._looked = self.now
+
+    @property
+    def throttle(self) -> int:
+        """In force, percent."""
+        (one, other) = ((vcpu.percents or [0])[-1] for vcpu in self.vcpus)
+        assert one == other
+        return one
+
+    def set_dirty_log(self, on: bool) -> None:
+        self._looked = self.now
+
+    def pause(self, mark: Callable[[str], None]) -> None:
+        self.running = False
+
+    def resume(self) -> None:
+        self.running = True
+
+    def _dirty_log(self, slot: int, address: int) -> None:
+        share = (100 - self.throttle) / 100
+        pages = min(HOT, int((self.now - self._looked) * self.speed * share)) // 8 * 8
+        self._looked = self.now
+        ctypes.memset(address, 0, self.memory.size // PAGE // 8)
+        ctypes.memset(address, 0xFF, pages // 8)
+
+
+class Wire(Line):
+    """Takes ``LINE`` pages in a second; ``breaks`` after so many bytes."""
+
+    def __init__(self, guest: Guest) -> None:
+        super().__init__()
+        self._guest = guest
+        self.breaks = 1 << 60
+
+    def send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
+        size = sum(map(len, parts))
+        self.sent += size
+        self._guest.now += size / PAGE / LINE
+        if self.sent > self.breaks:
+            raise LinkLost("the line broke")
+
+    def read_into(self, views: Sequence[memoryview]) -> None:
+        raise NotImplementedError
+
+    def stop_receiving(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Move(Outgoing):
+    """Out of the machine, to nowhere."""
+
+    def __init__(self, guest: Guest, parameters: ConvergenceParameters) -> None:
+        self.states = RunStates(S.RUNNING)
+        self.told: list[tuple[str, int]] = []
+        limits = SimpleNamespace(max_bandwidth=0, downtime_limit=300, convergence=parameters)
+        machine = cast(Machine, guest)
+        super().__init__(machine, self.states, limits, self._tell)
+        self._guest = guest
+        self._line = self.wire = Wire(guest)
+        self.at_round: Callable[[int], object] = lambda number: None
+
+    def _tell(self, status: str) -> None:
+        self.told.append((status, self._guest.throttle))
+
+    def _phases(self) -> tuple[Callable[[], None], ...]:
+        return self._begin, self._precopy, self._stop, self._hand_over
+
+    def _begin(self) -> None:
+        self._log.start()
+        self._left = [(0, ALL)]
+
+    def _round(
+        self, runs: list[tuple[int, int]], looked: float
+    ) -> tuple[list[tuple[int, int]], float]:
+        self.at_round(len(self.report.rounds))
+        return super()._round(runs, looked)
+
+    def _hand_over(self) -> None:
+        self._states.set(S.POSTMIGRATE)
+
+    def run(self) -> None:
+        self.start()
+        self.join(60)
+        assert not self.active
+        assert self._guest.throttle == 0
+        assert self.report.throttle == 0
+
+
+@pytest.fixture
+def guest(memory: GuestMemory, monkeypatch: pytest.MonkeyPatch) -> Guest:
+    memory.view(0, ALL * PAGE)[::8] = b"\1" * (ALL * PAGE // 8)
+    guest = Guest(memory, speed=8000)
+    clock = SimpleNamespace(monotonic=lambda: guest.now)
+    for module in ("outgoing", "report"):
+        monkeypatch.setattr(f"godwit.migration.{module}.time", clock)
+    return guest
+
+
+def _throttles(move: Move) -> list[int]:
+    return [done.throttle for done in move.report.rounds]
+
+
+def test_an_idle_guest_costs_one_round(guest: Guest) -> None:
+    guest.speed = 1
+    move = Move(guest, ConvergenceParameters(auto_converge=True))
+    move.run()
+    assert [done.pages for done in move.report.rounds] == [ALL]
+    assert move.told == [("device", 0), ("completed", 0)]
+    assert guest.vcpus[0].percents == []
+
+
+def test_a_guest_is_slowed_down_until_it_can_move(guest: Guest) -> None:
+    move = Move(guest, ConvergenceParameters(auto_converge=True, cpu_throttle_initial=40))
+    move.run()
+    assert _throttles(move)[:8] == [0, 0, 40, 50, 60, 70, 80, 90]  # 8 to 1: needs 90.6
+    assert _throttles(move)[8] == 99
+    # Until it has stopped: else it would make good in the last moment what it could not write.
+    assert move.told == [("device", 99), ("completed", 0)]
+    assert guest.vcpus[0].percents == [40, 50, 60, 70, 80, 90, 99, 0]
+    assert not guest.running
+    (first, *_, last) = move.report.rounds
+    assert (first.pages, first.dirty) == (ALL, HOT)
+    assert first.ms == pytest.approx(ALL / LINE * 1000, rel=0.01)
+    assert first.bytes == pytest.approx(ALL * PAGE, rel=0.01)
+    assert last.dirty * 1000 / LINE <= 300
+
+
+def test_the_guest_goes_on_where_nothing_helps(guest: Guest) -> None:
+    move = Move(guest, ConvergenceParameters(auto_converge=True, max_cpu_throttle=30))
+    move.run()
+    assert _throttles(move) == [0, 0, 20, 30, 30]
+    assert move.told == [("failed", 0)]
+    assert move.states.history == [S.RUNNING]
+    assert guest.running
+    error = str(move.report.error)
+    assert "after 5 rounds and with its vCPUs throttled by 30 percent" in error
+    assert "8.4 MB are left" in error
+    info = move.report.info()
+    assert info["error-desc"] == error
+    assert info["expected-downtime"] == pytest.approx(2048, rel=0.01)
+    assert "cpu-throttle-percentage" not in info
+
+
+def test_the_guest_is_stopped_where_its_operator_says_so(guest: Guest) -> None:
+    anyway = ConvergenceParameters(on_no_convergence=OnNoConvergence.STOP_AND_COPY)
+    move = Move(guest, anyway)
+    move.run()
+    assert _throttles(move) == [0] * 30
+    assert move.told == [("device", 0), ("completed", 0)]
+
+
+def test_a_line_that_breaks_ends_the_throttle(guest: Guest) -> None:
+    move = Move(guest, ConvergenceParameters(auto_converge=True))
+    move.wire.breaks = (ALL + 3 * HOT) * PAGE
+    move.run()
+    assert guest.vcpus[0].percents[-2:] == [30, 0]
+    assert move.told == [("failed", 0)]
+    assert guest.running
+
+
+def test_cancelled_is_throttled_no_more_even_before_the_thread_knows(guest: Guest) -> None:
+    move = Move(guest, ConvergenceParameters(auto_converge=True))
+    seen = []
+
+    def cancel(number: int) -> None:
+        if number == 3:
+            seen.append((guest.throttle, move.report.throttle))
+            move.cancel()
+            seen.append((guest.throttle, move.report.throttle))
+
+    move.at_round = cancel
+    move.run()
+    assert seen == [(30, 30), (0, 0)]
+    assert move.told == [("cancelled", 0)]
+    assert guest.running
+
+
+def test_parameters_count_from_the_next_round_on(guest: Guest) -> None:
+    move = Move(guest, ConvergenceParameters())
+    limits = move._limits
+
+    def change(number: int) -> None:
+        if number == 4:
+            limits.convergence = ConvergenceParameters(auto_converge=True, cpu_throttle_initial=95)
+        if number == 6:
+            limits.downtime_limit = 10_000
+
+    move.at_round = change
+    move.run()
+    assert _throttles(move)[:6] == [0, 0, 0, 0, 0, 95]
+    assert move.report.status == "completed"
