@@ -312,8 +312,12 @@ class Vmm:
             self._say(f"the guest stays here; the move failed: {source.report.error}")
 
     def _take_over(
-        self, ran: bool, mark: Callable[[str], None], arrival: Arrival | None
-    ) -> list[str]:
+        self,
+        ran: bool,
+        mark: Callable[[str], None],
+        arrival: Arrival | None,
+        tell: Callable[[list[str]], None],
+    ) -> None:
         """The commit was received: from the destination's thread."""
         with self.machine.lock:
             if self._closing:
@@ -326,8 +330,11 @@ class Vmm:
                 if arrival is not None:
                     arrival.settle()
                     mark("frames-handed-over")
+                # The source first: it waits, and those who are told of the state take their time.
+                tell([*map(str, self.states.history), str(_S.RUNNING)])
                 self.states.set(_S.RUNNING)
-        return [str(state) for state in self.states.history]
+            else:
+                tell([*map(str, self.states.history)])
 
     def _arrival_failed(self, error: GodwitError) -> None:
         """No guest will come: from the destination's thread."""

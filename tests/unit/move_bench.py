@@ -126,7 +126,13 @@ class Move:
             self.told.append,
         )
 
-    def _arrive(self, ran: bool, mark: Callable[[str], None], arrival: Arrival | None) -> list[str]:
+    def _arrive(
+        self,
+        ran: bool,
+        mark: Callable[[str], None],
+        arrival: Arrival | None,
+        tell: Callable[[list[str]], None],
+    ) -> None:
         self.states_there.set(S.PRELAUNCH_MIGRATE)
         if arrival is not None:
             arrival.draw(mark)
@@ -134,7 +140,7 @@ class Move:
         if arrival is not None:
             arrival.settle()
         self.states_there.set(S.RUNNING)
-        return [str(state) for state in self.states_there.history]
+        tell([str(state) for state in self.states_there.history])
 
     def run(self) -> None:
         """To its end."""

@@ -194,3 +194,38 @@ def _pages(runs: list[Run]) -> list[int]:
 
 def test_the_page_map_is_readable_without_rights() -> None:
     assert os.access("/proc/self/pagemap", os.R_OK)
+
+
+# --- is the search worth it? ----------------------------------------------------------------------
+class Search(ram.ZeroSearch):
+    """One whose looks take ``look`` seconds."""
+
+    def __init__(self, look: float) -> None:
+        self.now, self.look, self.looks = 0.0, look, 0
+        super().__init__(self._clock_by_hand)
+
+    def _clock_by_hand(self) -> float:
+        self.looks += 1
+        self.now += self.look
+        return self.now
+
+
+def test_a_search_that_costs_more_than_it_saves_is_made_seldom(memory: GuestMemory) -> None:
+    search = Search(look=0.5)
+    found = []
+    for _ in range(17):
+        found.append(search.split(_machine(memory), [(0, 100)]))
+        search.sent(100, 0.001)
+    everything = ([(0, 100)], [])
+    # The first has no measure yet; the second is found wanting, as is every eighth after it.
+    assert [one != everything for one in found] == [True, True, *[False] * 7, True, *[False] * 7]
+    assert search.looks == 2 * 3
+
+
+def test_a_search_that_pays_is_made_each_time(memory: GuestMemory) -> None:
+    search = Search(look=0.5)
+    for _ in range(9):
+        assert search.split(_machine(memory), [(0, 100)]) == ([], [(0, 100)])
+        search.sent(100, 1.0)
+    search.sent(0, 5.0)  # nothing sent says nothing
+    assert search.looks == 2 * 9

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from ..errors import GodwitError, LinkLost, MigrationError, StreamError
 from ..machine import Machine
@@ -22,7 +23,7 @@ from .hello import check
 from .receiver import Receiver
 
 #: See :class:`Destination`.
-OnStart = Callable[[bool, Callable[[str], None], Arrival | None], list[str]]
+OnStart = Callable[[bool, Callable[[str], None], Arrival | None, Callable[[list[str]], None]], None]
 #: How long a guest that was loaded waits for its source to ask, seconds.
 PATIENCE = 30.0
 
@@ -30,9 +31,10 @@ PATIENCE = 30.0
 class Destination:
     """Waits for a guest at ``address``, in a thread of its own, where the callbacks are made.
 
-    ``on_start(running, mark, arrival) -> run states`` takes the guest over (``running``: it ran at
-    its source; ``mark`` is told of each phase's end; ``arrival`` is to draw its traffic here when
-    it starts, if its frames are handed over: see :mod:`.arrival`);
+    ``on_start(running, mark, arrival, tell)`` takes the guest over (``running``: it ran at its
+    source; ``mark`` is told of each phase's end; ``arrival`` is to draw its traffic here when it
+    starts, if its frames are handed over: see :mod:`.arrival`; ``tell`` gets the run states, and
+    tells the source);
     ``on_failed(error)`` says that this machine's RAM is spoilt, and that no guest will come;
     ``hands_over()`` says whether frames may be handed over.
 
@@ -172,12 +174,20 @@ class Destination:
             channel, handover = self._await_question(hello, lost)
         # The guest is ours.
         self._receiver.mark("commit")
-        states = self._on_start(handover.running, self._receiver.mark, arrival)
+        started: list[codec.Started] = []
+
+        def tell(states: list[str]) -> None:
+            started.append(codec.Started(dict(self._receiver.phases), states))
+            with suppress(LinkLost):  # then it asks, and is told again
+                (arrival or channel).send(Kind.STARTED, started[0])
+
+        self._on_start(handover.running, self._receiver.mark, arrival, tell)
         self._receiver.mark("running")
-        started = codec.Started(self._receiver.phases, states)
-        if arrival is not None and self._listens(arrival, started):
-            return
-        self._answer(channel, hello, started)
+        if arrival is not None:
+            arrival.listen()
+            if arrival.heard:
+                return
+        self._answer(channel, hello, started[0])
 
     def _expect_commit(self, channel: Channel) -> codec.Handover:
         while True:
@@ -187,16 +197,6 @@ class Destination:
             if self._arrival is None:
                 raise StreamError("frame FRAMES: no handover was agreed on")
             self._arrival.keep(payload)
-
-    @staticmethod
-    def _listens(arrival: Arrival, started: codec.Started) -> bool:
-        """Answer on the line that the guest's frames come by; whether the source has heard it."""
-        try:
-            arrival.send(Kind.STARTED, started)
-        except LinkLost:
-            return False
-        arrival.listen()
-        return arrival.heard
 
     def _await_question(self, hello: codec.Hello, lost: LinkLost) -> tuple[Channel, codec.Handover]:
         """The line broke between READY and COMMIT: did the source hand over, or resume?
@@ -220,14 +220,13 @@ class Destination:
             channel.close()
 
     def _answer(self, channel: Channel, hello: codec.Hello, started: codec.Started) -> None:
-        """Tell the source, on this line or on those where it asks, until it has heard.
+        """Have the source hear what it was told, here or where it asks, until it has.
 
         For as long as it takes: a source that finds nobody listening concludes that the guest is
         not here, and would let it run there too.
         """
         while True:
             try:
-                channel.send(Kind.STARTED, started)
                 channel.expect(Kind.HEARD)
                 return
             except GodwitError:
@@ -241,6 +240,8 @@ class Destination:
                     again.close()
                     again = None
             channel = again
+            with suppress(LinkLost):
+                channel.send(Kind.STARTED, started)
 
 
 def _question(channel: Channel, token: bytes) -> codec.Handover | None:

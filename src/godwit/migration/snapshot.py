@@ -277,4 +277,4 @@ class Restorer:
         if handover.token != hello.token:
             raise StreamError("COMMIT: the token of another move")
         self._receiver.mark("commit")
-        self._on_start(handover.running, self._receiver.mark, None)
+        self._on_start(handover.running, self._receiver.mark, None, lambda states: None)
