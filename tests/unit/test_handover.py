@@ -61,6 +61,7 @@ def _finish(handover: Handover, number: int = 0) -> None:
     handover.forwarder.serve(time.monotonic())  # takes what is there
     handover.far.send(Kind.STARTED, codec.Started({}, []))
     assert handover.forwarder.serve(_until())
+    handover.near.expect_struct(Kind.STARTED, codec.Started)
 
 
 def test_what_came_to_the_old_host_goes_before_what_came_to_the_new(handover: Handover) -> None:
@@ -220,7 +221,8 @@ def test_more_than_the_bound_is_left_behind_and_said(
     guest, source, _ = handover.source.nics[0].mac, *_taps(handover)
     for number in range(80):
         source.put(to(guest, number))
-    handover.forwarder.serve(time.monotonic())
+    for _ in range(4):  # a batch each time
+        handover.forwarder.serve(time.monotonic())
     info = handover.forwarder.info()
     assert (info["full"], info["frames"]) == (True, 64)  # whole batches
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..announce.frames import read_note, stack_of
@@ -122,15 +123,15 @@ class Forwarder:
         while True:
             wait = min([until, *self._times()]) - time.monotonic()
             ready = {fd for fd, _ in self._poll.poll(max(0.0, wait) * 1000)}
-            if ready and line not in ready and self._line.poll(_GATHER_MS):
-                ready.add(line)
-            for fd in ready - {line}:
-                self._take(fd)
+            # What the destination says comes first: the guest stands still until it is heard.
+            more = [self._take(self._roads[fd]) for fd in ready - {line} if line not in ready]
             self._end_roads()
             if line in ready:
                 return True
             if time.monotonic() >= until or self.over:
                 return False
+            if more and not any(more):
+                self._line.poll(_GATHER_MS)
 
     def drawn(self, marks: Sequence[int]) -> None:
         """The destination has drawn the traffic there, with so many marks for each NIC."""
@@ -176,36 +177,32 @@ class Forwarder:
 
     def _end_roads(self) -> None:
         now = time.monotonic()
-        for fd, road in self._roads.items():
+        for road in self._roads.values():
             due = road.due(self._drawn_at)
             if road.ended_at is None and now >= (self._began + PATIENCE_S if due is None else due):
-                self._take(fd)  # what is here by now was on the old road
+                while self._take(road):
+                    pass  # what is here by now was on the old road
                 road.ended_at = now
                 self._channel.send(Kind.ROAD_ENDS, codec.RoadEnds(road.index))
 
-    def _take(self, fd: int) -> None:
-        road = self._roads[fd]
-        while not self._full:
-            try:
-                frames = road.nic.take(_BATCH)
-            except GodwitError:
-                frames = []
-            if not frames:
-                return
-            # One by one: what a mark says counts for what comes after it.
-            self._send(
-                road,
-                [f for f in frames if not self._is_mark(road, f) and not road.is_theirs(f)],
-            )
-        # The bound is reached: what is left waits in the tap, and is lost.
+    def _take(self, road: _Road) -> bool:
+        """Send a batch of what the tap has; whether there may be more."""
+        if self._full:
+            # What is left waits in the tap, and is lost.
+            with suppress(KeyError):
+                self._poll.unregister(road.nic.tap_fd)
+            return False
         try:
-            self._poll.unregister(fd)
-        except KeyError:
-            pass
+            frames = road.nic.take(_BATCH)
+        except GodwitError:
+            frames = []
+        # One by one: what a mark says counts for what comes after it.
+        kept = [f for f in frames if not self._is_mark(road, f) and not road.is_theirs(f)]
+        if kept:
+            self._send(road, kept)
+        return len(frames) == _BATCH
 
     def _send(self, road: _Road, frames: list[bytes]) -> None:
-        if not frames:
-            return
         if self._keep:
             road.kept += frames
         if road.ended_at is None:
