@@ -47,7 +47,7 @@ class Nic(Announced):
 
     def drain(self) -> int:
         self.drained += 1
-        return self.tap.drain()
+        return self.ahead.drain()
 
     def given(self) -> list[bytes]:
         """What its guest would get now, without the tap's header."""

@@ -104,6 +104,7 @@ class Move:
         self.states, self.states_there = RunStates(S.RUNNING), RunStates(S.INMIGRATE)
         self.told: list[str] = []
         self.failed: list[GodwitError] = []
+        self._failed = threading.Event()
         #: The destination's process was ended from outside: what it does counts no more.
         self.dead = False
         limits = SimpleNamespace(
@@ -116,7 +117,7 @@ class Move:
             cast(Machine, self.there),
             Address(f"unix:{self.far}", False),
             self._arrive,
-            self.failed.append,
+            self._fail,
         )
         self.source = Source(
             cast(Machine, self.here),
@@ -133,14 +134,24 @@ class Move:
         arrival: Arrival | None,
         tell: Callable[[list[str]], None],
     ) -> None:
-        self.states_there.set(S.PRELAUNCH_MIGRATE)
-        if arrival is not None:
-            arrival.draw(mark)
-        self.there.resume(mark)
-        if arrival is not None:
-            arrival.settle()
-        self.states_there.set(S.RUNNING)
-        tell([str(state) for state in self.states_there.history])
+        """As godwit.vmm does it."""
+        with self.there.lock:
+            self.states_there.set(S.PRELAUNCH_MIGRATE)
+            if arrival is not None:
+                arrival.draw(mark)
+            self.there.resume(mark)
+            if arrival is not None:
+                arrival.settle()
+            tell([*map(str, self.states_there.history), str(S.RUNNING)])
+            self.states_there.set(S.RUNNING)
+
+    def _fail(self, error: GodwitError) -> None:
+        self.failed.append(error)
+        self._failed.set()
+
+    def wait_failed(self) -> None:
+        """The destination has said that no guest will come."""
+        assert self._failed.wait(30)
 
     def run(self) -> None:
         """To its end."""

@@ -138,6 +138,16 @@ def test_it_is_cancelled(tmp_path: Path, kind: Kind) -> None:
         assert move.told[-1] in ("cancelled", "completed")  # the commit may have been on its way
 
 
+def test_a_question_is_answered_on_the_line_where_it_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """COMMIT is lost: nobody waits for what the old line cannot bring."""
+    for module in (channel, destination, arrival, source):
+        monkeypatch.setattr(module, "SILENCE", 120.0)
+    move = _run(tmp_path, Kind.COMMIT, False, "cut")
+    assert move.told[-1] == "completed"
+
+
 def test_the_state_is_bad(tmp_path: Path) -> None:
     move = Move(tmp_path)
     move.there.bad_state = True
@@ -145,6 +155,7 @@ def test_the_state_is_bad(tmp_path: Path) -> None:
     _judge(move)
     assert move.told[-1] == "failed"
     assert "not as they should be" in (move.source.report.error or "")
+    move.wait_failed()
     move.close()
     assert "not as they should be" in str(move.failed[0])
 

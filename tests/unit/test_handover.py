@@ -77,8 +77,8 @@ def test_what_came_to_the_old_host_goes_before_what_came_to_the_new(handover: Ha
     assert handover.target.nics[0].given() == [to(guest, number) for number in (1, 2, 3, 4)]
     assert handover.arrival.info()["frames"] == 2
     assert handover.forwarder.info() == {
-        "frames": 2, "bytes": 2 * (HEADER + 60), "late": 0,
-        "marks-seen": 1, "marks-sent": 1, "full": False,
+        "frames": 2, "bytes": 2 * (HEADER + 60), "late": 0, "left-behind": 0,
+        "marks-seen": 1, "marks-sent": 1,
     }  # fmt: skip
 
 
@@ -116,6 +116,29 @@ def test_broadcasts_on_the_way_during_the_draw_come_once(handover: Handover) -> 
     assert handover.arrival.info()["repeated"] == 1
 
 
+def test_the_same_broadcast_sent_twice_comes_twice(handover: Handover) -> None:
+    """Once before the draw, to both taps; once after the mark, which the new tap alone gives."""
+    source, target = _taps(handover)
+    for tap in (source, target):
+        tap.put(to(BROADCAST, 1))
+    handover.forwarder.serve(time.monotonic())
+    handover.arrival.keep(bytearray(_frames_on(handover)))
+    _draw(handover)
+    _word(handover)
+    _finish(handover)
+    for tap in (source, target):
+        tap.put(to(BROADCAST, 1))
+    handover.arrival.abandon()
+    assert handover.target.nics[0].given() == [to(BROADCAST, 1)] * 2
+
+
+def _frames_on(handover: Handover) -> bytes:
+    """The payload of the FRAMES that wait at the destination."""
+    kind, length = handover.far.receive()
+    assert kind is Kind.FRAMES
+    return bytes(handover.far.read(length))
+
+
 def test_each_network_has_its_own_mark(handover: Handover) -> None:
     guest = handover.source.nics[0].mac
     tags = ((TPID_8021Q, 100),)
@@ -128,8 +151,8 @@ def test_each_network_has_its_own_mark(handover: Handover) -> None:
     _word(handover)
     sent = [frame for _, frame in handover.target.nics[0].sent]
     assert sent == [
-        layer2_update(guest, (), MARK + b"\0\0"),
-        layer2_update(guest, tags, MARK + b"\0\1"),
+        layer2_update(guest, (), MARK + b"\0\0\0\0"),
+        layer2_update(guest, tags, MARK + b"\0\0\0\1"),
     ]
     source.put(sent[0])
     source.put(to(BROADCAST, 1))  # the new tap has it: its network is drawn
@@ -224,7 +247,13 @@ def test_more_than_the_bound_is_left_behind_and_said(
     for _ in range(4):  # a batch each time
         handover.forwarder.serve(time.monotonic())
     info = handover.forwarder.info()
-    assert (info["full"], info["frames"]) == (True, 64)  # whole batches
+    assert (info["frames"], info["left-behind"]) == (64, 16)  # whole batches
+    # What ends the road is still heard.
+    _draw(handover)
+    _word(handover)
+    _finish(handover)
+    handover.arrival.settle()
+    assert handover.forwarder.info()["marks-seen"] == 1
 
 
 def test_a_draw_that_fails_is_no_failure(handover: Handover) -> None:
@@ -295,6 +324,40 @@ def test_only_the_moves_own_marks_are_marks(handover: Handover) -> None:
     handover.forwarder.serve(time.monotonic())
     assert handover.forwarder.info()["marks-seen"] == 0
     assert read_note(stranger) is not None
+
+
+def test_a_mark_of_one_nic_is_none_of_anothers() -> None:
+    """Two NICs in one network: each mark floods to both old taps."""
+    both = Handover(2)
+    try:
+        first, second = both.source.nics
+        _draw(both)
+        _word(both)
+        marks = [[frame for _, frame in nic.sent] for nic in both.target.nics]
+        for nic in (first, second):
+            nic.tap.put(marks[0][0])
+        second.tap.put(to(BROADCAST, 1))  # the second NIC's new tap did not get it: not drawn yet
+        second.tap.put(to(second.mac, 2))
+        for nic in (first, second):
+            nic.tap.put(marks[1][0])
+        for _ in range(3):
+            both.forwarder.serve(time.monotonic())
+        both.arrival.settle()
+        assert both.target.nics[1].given() == [to(BROADCAST, 1), to(second.mac, 2)]
+        assert both.forwarder.info()["marks-seen"] == 2
+        assert both.forwarder.info()["late"] == 0
+    finally:
+        both.close()
+
+
+def test_a_frame_that_does_not_end_holds_nothing(
+    handover: Handover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arrival_module, "HOLD_S", 0.0)
+    handover.near.send_parts([codec.header(Kind.FRAMES, 1 << 20), b"a little of it"])
+    _draw(handover)
+    handover.arrival.settle()
+    assert handover.target.nics[0].ahead.held is False
 
 
 def test_each_nic_has_its_own_road() -> None:

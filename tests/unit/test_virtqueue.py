@@ -165,6 +165,18 @@ def test_avail_event_asks_for_the_next_buffer_only_when_the_ring_is_empty(
     assert driver.must_kick()
 
 
+def test_a_ring_that_vhost_left_asks_for_notifications_again(memory: GuestMemory) -> None:
+    """Without EVENT_IDX vhost sets VRING_USED_F_NO_NOTIFY while it polls, and leaves it so."""
+    driver, queue = _pair(memory, 0)
+    memory.write_u16(driver.used, 1)
+    driver.add_out(b"x")
+    assert not driver.must_kick()
+    assert queue.pop() is not None
+    assert queue.pop() is None
+    driver.add_out(b"y")
+    assert driver.must_kick()
+
+
 def test_event_idx_ignores_the_flag(memory: GuestMemory) -> None:
     driver, queue = _pair(memory, F_EVENT_IDX)
     driver.set_flags(1)

@@ -25,11 +25,11 @@ MAX_MARKS = 64
 #: How long the tap waits for the old host's frames, s from the draw on: longer than the source
 #: waits for a mark.
 HOLD_S = 0.25
-#: A source that stops in the middle of a frame is gone, s: the tap waits meanwhile.
-_STALL_S = 1.0
 #: The source looks for late frames for less than this after its last word, s.
 _LISTEN_S = 40.0
 _SLICE_MS = 50
+#: Read at once, bytes.
+_SOME = 1 << 18
 
 
 class Arrival:
@@ -48,6 +48,7 @@ class Arrival:
         self._held: set[int] = set()
         self._release_at: float | None = None
         self._begun = False
+        self._read = bytearray()  # of a frame that is not whole yet
         #: The source knows that its guest is here.
         self.heard = False
         self._counts = {"frames": 0, "late": 0, "refused": 0, "repeated": 0, "marks-sent": 0}
@@ -59,7 +60,9 @@ class Arrival:
         for index, nic in enumerate(self._machine.nics):
             nic.hold()
             self._held.add(index)
-        self._marks = [self._marks_of(station) for station in self._machine.stations]
+        self._marks = [
+            self._marks_of(index, station) for index, station in enumerate(self._machine.stations)
+        ]
 
     def keep(self, payload: bytearray) -> None:
         """Frames came over the line. Raises StreamError."""
@@ -77,10 +80,12 @@ class Arrival:
             return
         self._begun = True
         if self._channel is not None:
-            self._channel.set_timeout(_STALL_S)
+            # What was flooded here so far, the old host has too, and sends. All taps first: one
+            # NIC's mark may reach another's.
+            for nic in self._machine.nics:
+                nic.drain()
         sent = []
         for nic, marks in zip(self._machine.nics, self._marks, strict=True):
-            nic.drain()  # what was flooded here so far, the old host has too
             count = 0
             for frame in marks:
                 try:
@@ -132,9 +137,10 @@ class Arrival:
         return dict(self._counts)
 
     # --- inside -----------------------------------------------------------------------------------
-    def _marks_of(self, station: Station) -> list[bytes]:
+    def _marks_of(self, index: int, station: Station) -> list[bytes]:
         return station.layer2_updates(
-            lambda number: self._mark + number.to_bytes(2, "big"), MAX_MARKS
+            lambda number: self._mark + index.to_bytes(2, "big") + number.to_bytes(2, "big"),
+            MAX_MARKS,
         )
 
     def _step(self) -> None:
@@ -143,8 +149,11 @@ class Arrival:
         if channel is None:
             return
         try:
+            # Never more than what is there: a frame that does not end must not hold the taps.
             if self._poll.poll(_SLICE_MS):
-                self._heed(channel)
+                self._read += channel.read_some(_SOME)
+                while self._heed():
+                    pass
         except (GodwitError, OSError, ValueError):
             self.abandon()
             return
@@ -152,9 +161,16 @@ class Arrival:
             for index in tuple(self._held):
                 self._release(index)
 
-    def _heed(self, channel: Channel) -> None:
-        kind, length = channel.receive()
-        payload = channel.read(length)
+    def _heed(self) -> bool:
+        """Take the next whole frame that was read; whether there was one."""
+        size = codec.HEADER.size
+        if len(self._read) < size:
+            return False
+        kind, length = codec.parse_header(self._read[:size])
+        if len(self._read) < size + length:
+            return False
+        payload = self._read[size : size + length]
+        del self._read[: size + length]
         if kind is Kind.FRAMES:
             self.keep(payload)
         elif kind is Kind.ROAD_ENDS:
@@ -163,6 +179,7 @@ class Arrival:
             self.heard = True
         else:
             raise StreamError(f"frame {kind.name} after the commit")
+        return True
 
     def _known(self, index: int) -> int:
         if index >= len(self._machine.nics):

@@ -145,6 +145,18 @@ class Channel(Line):
         except OSError as error:
             raise _lost(error) from error
 
+    def read_some(self, most: int) -> bytes:
+        """What is there, at most so many bytes, once poll says so. Raises LinkLost."""
+        try:
+            data = self._sock.recv(most, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return b""
+        except OSError as error:
+            raise _lost(error) from error
+        if not data:
+            raise LinkLost("the peer closed the line")
+        return data
+
     def as_seen(self, handover: bool = False) -> codec.Welcome:
         """How this end, the destination's, sees the line."""
         near, far = self._ends()

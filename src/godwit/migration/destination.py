@@ -172,6 +172,9 @@ class Destination:
             if arrival is not None:
                 arrival.abandon()
             channel, handover = self._await_question(hello, lost)
+            line: Arrival | Channel = channel
+        else:
+            line = arrival or channel
         # The guest is ours.
         self._receiver.mark("commit")
         started: list[codec.Started] = []
@@ -179,13 +182,13 @@ class Destination:
         def tell(states: list[str]) -> None:
             started.append(codec.Started(dict(self._receiver.phases), states))
             with suppress(LinkLost):  # then it asks, and is told again
-                (arrival or channel).send(Kind.STARTED, started[0])
+                line.send(Kind.STARTED, started[0])
 
         self._on_start(handover.running, self._receiver.mark, arrival, tell)
         self._receiver.mark("running")
-        if arrival is not None:
-            arrival.listen()
-            if arrival.heard:
+        if isinstance(line, Arrival):
+            line.listen()
+            if line.heard:
                 return
         self._answer(channel, hello, started[0])
 

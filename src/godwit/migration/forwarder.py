@@ -12,7 +12,6 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 from ..announce.frames import read_note, stack_of
@@ -56,6 +55,7 @@ class _Road:
         #: Tags of the networks whose frames come to the new tap.
         self.redirected: set[bytes] = set()
         self.ended_at: float | None = None
+        self.frames = self.late = self.bytes = self.left = 0
 
     def due(self, drawn_at: float | None) -> float | None:
         """When no further mark is waited for, if no further comes."""
@@ -99,8 +99,6 @@ class Forwarder:
             self._poll.register(fd, select.POLLIN)
         self._began = time.monotonic()
         self._drawn_at: float | None = None
-        self._bytes = self._frames = self._late = 0
-        self._full = False
         self._keep = True
 
     @property
@@ -155,12 +153,12 @@ class Forwarder:
         """For the report."""
         roads = self._roads.values()
         return {
-            "frames": self._frames,
-            "bytes": self._bytes,
-            "late": self._late,
+            "frames": sum(road.frames for road in roads),
+            "bytes": sum(road.bytes for road in roads),
+            "late": sum(road.late for road in roads),
+            "left-behind": sum(road.left for road in roads),
             "marks-seen": sum(len(road.seen) for road in roads),
             "marks-sent": sum(road.expected or 0 for road in roads),
-            "full": self._full,
         }
 
     # --- inside -----------------------------------------------------------------------------------
@@ -180,18 +178,15 @@ class Forwarder:
         for road in self._roads.values():
             due = road.due(self._drawn_at)
             if road.ended_at is None and now >= (self._began + PATIENCE_S if due is None else due):
-                while self._take(road):
-                    pass  # what is here by now was on the old road
+                # What is here by now was on the old road, up to a queue's worth.
+                for _ in range(MAX_FRAMES // _BATCH):
+                    if not self._take(road):
+                        break
                 road.ended_at = now
                 self._channel.send(Kind.ROAD_ENDS, codec.RoadEnds(road.index))
 
     def _take(self, road: _Road) -> bool:
         """Send a batch of what the tap has; whether there may be more."""
-        if self._full:
-            # What is left waits in the tap, and is lost.
-            with suppress(KeyError):
-                self._poll.unregister(road.nic.tap_fd)
-            return False
         try:
             frames = road.nic.take(_BATCH)
         except GodwitError:
@@ -203,14 +198,16 @@ class Forwarder:
         return len(frames) == _BATCH
 
     def _send(self, road: _Road, frames: list[bytes]) -> None:
+        if road.frames + road.late >= MAX_FRAMES or road.bytes >= MAX_BYTES:
+            road.left += len(frames)  # the bound: they are lost; its marks are still looked for
+            return
         if self._keep:
             road.kept += frames
         if road.ended_at is None:
-            self._frames += len(frames)
+            road.frames += len(frames)
         else:
-            self._late += len(frames)
-        self._bytes += sum(map(len, frames))
-        self._full = self._frames + self._late >= MAX_FRAMES or self._bytes >= MAX_BYTES
+            road.late += len(frames)
+        road.bytes += sum(map(len, frames))
         self._channel.send(Kind.FRAMES, codec.Frames(road.index, frames))
 
     def _is_mark(self, road: _Road, frame: bytes) -> bool:
@@ -219,9 +216,12 @@ class Forwarder:
         if note is None or not note.startswith(self._mark):
             return False
         at = len(self._mark)
-        road.seen.add(int.from_bytes(note[at : at + 2], "big"))
-        road.redirected.add(stack_of(view))
-        road.last_mark = time.monotonic()
+        nic, number = (int.from_bytes(note[at + n : at + n + 2], "big") for n in (0, 2))
+        # Another NIC's says nothing about this one's frames: its tap may not be emptied yet.
+        if nic == road.index:
+            road.seen.add(number)
+            road.redirected.add(stack_of(view))
+            road.last_mark = time.monotonic()
         return True
 
 

@@ -120,9 +120,10 @@ class Outgoing(ABC):
                     raise MigrationError("cancelled")
                 phase()
             self._finish("completed")
-            self._linger()
         except Exception as error:
             self._fail(error)
+        else:
+            self._linger()
         finally:
             self._over.set()  # whatever went wrong, another move may be tried
             if self._line is not None:
@@ -130,6 +131,10 @@ class Outgoing(ABC):
 
     def _linger(self) -> None:  # noqa: B027 - most ways out need none
         """The guest is gone, and its operator knows: what is left to do for it."""
+
+    def _reason(self, error: Exception) -> Exception:
+        """Why the move failed, if more is known than its error says."""
+        return error
 
     def _before_return(self) -> None:  # noqa: B027
         """The guest is about to go on here."""
@@ -262,6 +267,7 @@ class Outgoing(ABC):
 
     def _fail(self, error: Exception) -> None:
         """The one way back: the guest goes on here, as it was."""
+        error = self._reason(error)
         self._unthrottle()
         if not isinstance(error, PeerRefused):
             try:

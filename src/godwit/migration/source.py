@@ -26,6 +26,8 @@ for _answer in (codec.Welcome, codec.Drawn, codec.Started):
     codec.prepare(_answer)
 #: Between two attempts to ask the destination what became of the guest, seconds.
 _ASK_AGAIN = 0.5
+#: For what a destination said before it hung up, seconds: it is here, or was never sent.
+_LAST_WORD_S = 0.1
 #: Between two looks at whether the process ends, seconds.
 _SLICE_S = 0.05
 
@@ -129,11 +131,24 @@ class Source(Outgoing):
                 if forwarder.serve(time.monotonic() + _SLICE_S):
                     self._heed(forwarder)
                 self.report.handover = forwarder.info()
-        except GodwitError:
-            pass  # the destination hung up
+        except (GodwitError, OSError):
+            pass  # the destination hung up, or a tap is gone
+
+    def _reason(self, error: Exception) -> Exception:
+        """A destination that fails says why and hangs up; the line may break before it is read."""
+        if isinstance(error, LinkLost) and self._line is not None and not self._cancelled.is_set():
+            try:
+                self._socket.set_timeout(_LAST_WORD_S)
+                while True:
+                    self._socket.expect_one(*Kind)
+            except PeerRefused as refusal:
+                return refusal
+            except GodwitError:
+                pass  # it said nothing
+        return error
 
     def _before_return(self) -> None:
-        """The guest gets here what was sent after it; switches that saw it elsewhere are told."""
+        """What was sent after the guest it gets here; switches are told where it is."""
         if self._forwarder is not None:
             self._forwarder.give_back()
         if self._exposed:

@@ -60,7 +60,7 @@ class Ahead:
         """
         dropped = 0
         self.held = False
-        while self._groups and len(self.frames) < MAX_FRAMES:
+        while self._groups and len(self.frames) < MAX_FRAMES and self._bytes < MAX_BYTES:
             frame = self._read()
             if frame is None:
                 break
@@ -92,6 +92,18 @@ class Ahead:
                 break
             taken.append(frame)
         return taken
+
+    def drain(self) -> int:
+        """Throw away what waits in the tap; how many frames. What came here before it is not there
+        any more."""
+        self._groups.clear()
+        return self._tap.drain()
+
+    def clear(self) -> None:
+        """The device was reset: what waits here was for its last driver."""
+        self.frames.clear()
+        self._groups.clear()
+        self._bytes = 0
 
     def _append(self, frame: bytes) -> None:
         self.frames.append(frame)

@@ -50,6 +50,9 @@ class Backend(Protocol):
         """Throw away what waits in the tap; how many frames. Only while stopped."""
 
     # Around a move: see godwit.nic.model.Nic.
+    def clear(self) -> None:
+        """The device was reset: throw away what goes ahead. Only while stopped."""
+
     def hold(self) -> None:
         """From the next start on, give the guest nothing from the tap until :meth:`release`."""
 

@@ -94,6 +94,10 @@ class InProcessBackend:
         """Throw away what waits in the tap."""
         return self._reader.drain()
 
+    def clear(self) -> None:
+        """What goes ahead was for the last driver."""
+        self._reader.clear()
+
     def hold(self) -> None:
         """Take nothing from the tap."""
         self._reader.hold()

@@ -89,7 +89,11 @@ class TapReader:
 
     def drain(self) -> int:
         """Throw away what waits in the tap; how many frames."""
-        return self._tap.drain()
+        return self._ahead.drain()
+
+    def clear(self) -> None:
+        """What goes ahead was for the last driver."""
+        self._ahead.clear()
 
     def _go_on(self) -> None:
         if self._readable is not None and self.holds:

@@ -167,7 +167,11 @@ class VhostBackend:
 
     def drain(self) -> int:
         """Throw away what waits in the tap."""
-        return self._tap.drain()
+        return self._ahead.drain()
+
+    def clear(self) -> None:
+        """What goes ahead was for the last driver."""
+        self._ahead.clear()
 
     # --- what goes ahead --------------------------------------------------------------------------
     def hold(self) -> None:

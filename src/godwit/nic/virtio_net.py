@@ -157,6 +157,7 @@ class VirtioNet(VirtioDevice):
 
     def reset(self) -> None:
         """Forget what the driver set."""
+        self.backend.clear()
         self._announce_pending = False
         self._mac = self.configured_mac
         self.filter = RxFilter()

@@ -85,6 +85,10 @@ class FakeBackend:
         """Nothing ever waits."""
         return 0
 
+    def clear(self) -> None:
+        """Throw away :attr:`ahead`."""
+        self.ahead.clear()
+
     def hold(self) -> None:
         """Note it."""
         self.held = True

@@ -151,6 +151,12 @@ class Virtqueue:
                 self._memory.mark(self.used + 4 + 8 * self.size, 2)
                 with _fence:
                     pending = self._avail[1] - self.last_avail & 0xFFFF
+            elif self._used16[0]:
+                # vhost, which had the ring before, asked for no notifications (used.flags, 2.7.8).
+                self._used16[0] = 0
+                self._memory.mark(self.used, 2)
+                with _fence:
+                    pending = self._avail[1] - self.last_avail & 0xFFFF
             if not pending:
                 return None
         if pending > self.size:

@@ -131,6 +131,7 @@ class E1000:
         """Power-on."""
         with self._lock:
             self._mac.reset()
+            self._reader.clear()
             self.function.reset_config()
             self.function.reset_io()
             self.function.update_line(always=True)
