@@ -271,9 +271,13 @@ class Machine:
     # --- state ------------------------------------------------------------------------------------
     def save(self) -> MachineState:
         """The state of the machine, which is paused."""
+        vcpus = [cpustate.save_vcpu(thread.vcpu, self._msrs) for thread in self.vcpus]
+        platform = cpustate.save_platform(self.vm)
+        # All clocks as of one instant: the platform's reading.
+        now, hertz = time.monotonic(), self.vcpus[0].vcpu.tsc_khz() * 1000
         return MachineState(
-            vcpus=[cpustate.save_vcpu(thread.vcpu, self._msrs) for thread in self.vcpus],
-            platform=cpustate.save_platform(self.vm),
+            vcpus=[cpustate.later(state, int((now - at) * hertz)) for state, at in vcpus],
+            platform=platform,
             serial=self.serial.save(),
             power=self.pm1.save(),
             pci_address=self.pci.save(),
@@ -319,7 +323,11 @@ class Machine:
             raise StreamError("nics: not the ones that this machine has")
         missed = missed_seconds(state.platform, received)
         stood_still = time.monotonic() - missed
-        ticks = int(missed * self.vcpus[0].vcpu.tsc_khz() * 1000)
+        hertz = self.vcpus[0].vcpu.tsc_khz() * 1000
+
+        def ticks() -> int:
+            return int((time.monotonic() - stood_still) * hertz)
+
         fresh, self._fresh = self._fresh or [{} for _ in self.vcpus], []
         for thread, saved, msrs in zip(self.vcpus, state.vcpus, fresh, strict=True):
             cpustate.load_vcpu(thread.vcpu, saved, ticks, msrs)

@@ -143,7 +143,7 @@ def test_interpreter_and_kernel_agree(
 ) -> None:
     data = bytearray(bytes(12) + tags + kind + body)
     at = 14 + len(tags)
-    if len(body) > 40:
+    if len(data) > at + 40:
         data[at + 6], data[at + 40] = following, message
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     with near, far:

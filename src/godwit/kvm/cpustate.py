@@ -7,7 +7,8 @@ in that mode). GET: MP_STATE first, because reading it makes pending INIT/SIPI t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from ..errors import KvmError, StreamError
 from . import abi
 from .handles import Vcpu, Vm
 
+_WORD = 1 << 64
 _U64 = Annotated[int, msgspec.Meta(ge=0)]
 _U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
@@ -48,7 +50,7 @@ class PlatformState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bytes, msgspec.Meta(min_length=abi.PIT_STATE_SIZE, max_length=abi.PIT_STATE_SIZE)
     ]
     clock_ns: _U64
-    #: CLOCK_REALTIME of the source at ``clock_ns``; 0 when its kernel does not tell.
+    #: CLOCK_REALTIME of the source at ``clock_ns``; 0 in the streams of old.
     realtime_ns: _U64
 
 
@@ -63,18 +65,20 @@ def readable_msrs(vcpu: Vcpu, indices: list[int]) -> list[int]:
     return readable
 
 
-def save_vcpu(vcpu: Vcpu, msrs: list[int]) -> VcpuState:
-    """The state of a vCPU that is stopped."""
+def save_vcpu(vcpu: Vcpu, msrs: list[int]) -> tuple[VcpuState, float]:
+    """The state of a vCPU that is stopped, and when its TSC was read, time.monotonic."""
     mp_state = abi.MP_STATE.unpack(vcpu.get(abi.GET_MP_STATE, abi.MP_STATE_SIZE))[0]
     xsave = (
         vcpu.get(abi.GET_XSAVE2, vcpu.xsave_size)
         if vcpu.xsave_size > abi.XSAVE_SIZE
         else vcpu.get(abi.GET_XSAVE, abi.XSAVE_SIZE)
     )
+    before = time.monotonic()
     values = vcpu.get_msrs(msrs)
+    read_at = (before + time.monotonic()) / 2
     if len(values) != len(msrs):
         raise KvmError(f"vCPU {vcpu.index}: MSR {msrs[len(values)]:#x} could not be read")
-    return VcpuState(
+    state = VcpuState(
         mp_state=mp_state,
         regs=vcpu.get(abi.GET_REGS, abi.REGS_SIZE),
         sregs=vcpu.get(abi.GET_SREGS, abi.SREGS_SIZE),
@@ -85,15 +89,24 @@ def save_vcpu(vcpu: Vcpu, msrs: list[int]) -> VcpuState:
         debugregs=vcpu.get(abi.GET_DEBUGREGS, abi.DEBUGREGS_SIZE),
         lapic=vcpu.get(abi.GET_LAPIC, abi.LAPIC_SIZE),
     )
+    return state, read_at
+
+
+def later(state: VcpuState, ticks: int) -> VcpuState:
+    """The state with a TSC that went on for so many cycles."""
+    return msgspec.structs.replace(
+        state, msrs=[(i, (v + ticks) % _WORD if i == abi.MSR_TSC else v) for i, v in state.msrs]
+    )
 
 
 def load_vcpu(
     vcpu: Vcpu,
     state: VcpuState,
-    advance_tsc: int = 0,
+    advance_tsc: Callable[[], int] = lambda: 0,
     fresh: Mapping[int, int] = MappingProxyType({}),
 ) -> None:
-    """Give a stopped vCPU ``state``; its TSC is put ``advance_tsc`` cycles ahead.
+    """Give a stopped vCPU ``state``; its TSC is put ``advance_tsc()`` cycles ahead, asked at the
+    last moment.
 
     ``fresh`` are the MSRs of a vCPU that never ran: those that are so already are left alone. Most
     are (machine check banks, MTRRs, counters), and setting them takes several times as long as the
@@ -110,15 +123,17 @@ def load_vcpu(
     xsave = state.xsave.ljust(vcpu.xsave_size, b"\0")
     deadline = [(i, v) for i, v in state.msrs if i == abi.MSR_TSC_DEADLINE]
     others = [
-        (i, (v + advance_tsc) % (1 << 64) if i == abi.MSR_TSC else v)
+        (i, v)
         for i, v in state.msrs
-        if i == abi.MSR_TSC or (i != abi.MSR_TSC_DEADLINE and fresh.get(i) != v)
+        if i not in (abi.MSR_TSC, abi.MSR_TSC_DEADLINE) and fresh.get(i) != v
     ]
+    tsc = [(i, v) for i, v in state.msrs if i == abi.MSR_TSC]
     _put(vcpu, "sregs", abi.SET_SREGS, state.sregs)
     _put(vcpu, "regs", abi.SET_REGS, state.regs)
     _put(vcpu, "xsave", abi.SET_XSAVE, xsave)
     _put(vcpu, "xcrs", abi.SET_XCRS, state.xcrs)
     _put_msrs(vcpu, others)
+    _put_msrs(vcpu, [(i, (v + advance_tsc()) % _WORD) for i, v in tsc])
     _put(vcpu, "events", abi.SET_VCPU_EVENTS, state.events)
     _put(vcpu, "debugregs", abi.SET_DEBUGREGS, state.debugregs)
     _put(vcpu, "lapic", abi.SET_LAPIC, state.lapic)

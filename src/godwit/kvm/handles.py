@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
@@ -176,10 +177,14 @@ class Vm(_Handle):
         self.set(abi.KVM_IOEVENTFD, abi.IOEVENTFD.pack(0, address, length, fd, flags))
 
     def clock(self) -> tuple[int, int]:
-        """(guest clock ns, host realtime ns of the same instant; 0 when the kernel has none)."""
+        """(guest clock ns, host realtime ns of the same instant).
+
+        A kernel without a stable TSC does not tell the second: then it is read right after.
+        """
         raw = self.get(abi.GET_CLOCK, abi.CLOCK_DATA.size)
+        now = time.time_ns()
         clock, flags, _, realtime, _ = abi.CLOCK_DATA.unpack(raw)
-        return clock, realtime if flags & abi.CLOCK_REALTIME else 0
+        return clock, realtime if flags & abi.CLOCK_REALTIME else now
 
     def set_clock(self, clock: int) -> None:
         """Set the guest clock, ns."""

@@ -1,0 +1,118 @@
+"""``python -m benchmarks.soak``: many moves under load; does anything ever go wrong?
+
+Each move carries numbered packets (1,000 a second to each of three networks), a TCP stream, a hash
+chain that a thread of the guest writes through its memory, timers, and readings of its clocks. The
+emulated lab dies or breaks a guest now and then (docs/decisions/0010-the-labs-faults.md): another
+lab goes on, and what broke is shown, for a person to tell whose fault it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from godwit.errors import GodwitError
+from godwit.kvm.probe import why_unusable
+from godwit.lab import guest, host, kernels, traffic
+
+from .__main__ import note, read, say
+
+_LEAST_S = 60.0
+
+
+def main() -> int:
+    """As the module says; 0 if every move that ended was without fault."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser.add_argument("--moves", type=int, default=30, help="default %(default)s")
+    parser.add_argument("--cpus", type=int, default=2, help="the guest's; default %(default)s")
+    parser.add_argument("--rate", type=int, default=1000, help="packets a second and flow")
+    parser.add_argument("--nic", default="", help="more of the NIC's keys: vhost=off")
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds")
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    given = parser.parse_args()
+    out = given.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    rows_file = out / "soak-rows.jsonl"
+    rows_file.write_text("")
+    _moves(given, out, rows_file)
+    return _judge(read(rows_file), out)
+
+
+def _moves(given: argparse.Namespace, out: Path, rows_file: Path) -> None:
+    kernel = kernels.get("cloud-6.12")
+    emulated = why_unusable() is not None
+    traffic.sender()
+    plan: dict[str, Any] = {
+        "rows": str(rows_file),
+        "kernel": str(kernel.vmlinuz),
+        "initrd": str(guest.build(kernel)),
+        "cpus": given.cpus,
+        "rate": given.rate,
+        "nic": f",{given.nic}" if given.nic else "",
+        "all_flows": not emulated,
+    }
+    end = time.monotonic() + given.budget
+    while True:
+        done = [row for row in read(rows_file) if row["state"] == "moved"]
+        plan["moves"] = given.moves - len(done)
+        remaining = end - time.monotonic()
+        if plan["moves"] <= 0 or remaining < _LEAST_S:
+            return
+        path = out / "soak-plan.json"
+        path.write_text(json.dumps(plan))
+        argv = [sys.executable, "-m", "benchmarks.soak_inside", str(path)]
+        env = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        try:
+            host.run(argv, timeout_s=remaining, rw=[out], env=env, log=say)
+        except host.LabCrashed as error:
+            say(f"the lab died; another one goes on ({error})")
+            note(rows_file, state="lab died", error=str(error))
+        except host.LabTimeout:
+            say("the time is up")
+            return
+
+
+def _judge(rows: list[dict[str, Any]], out: Path) -> int:
+    moved = [row for row in rows if row["state"] == "moved"]
+    sums = {
+        key: sum(row[key] for row in moved) for key in ("sent", "lost", "duplicates", "reordered")
+    }
+    wrong = [
+        row
+        for row in moved
+        if row["lost"] or row["duplicates"] or row["reordered"] or row["log"]
+        or not (row["stream"] and row["memory"])
+        or max(map(abs, row["clock_ms"])) > row["clock_error_ms"] + 0.5
+    ]  # fmt: skip
+    result = {
+        "moves": len(moved),
+        **sums,
+        "moves_with_a_fault": len(wrong),
+        "downtime_ms": median([row["downtime_ms"] for row in moved]) if moved else None,
+        "forwarded": sum(row["handover"].get("frames", 0) for row in moved),
+        "clock_ms": max((max(map(abs, row["clock_ms"])) for row in moved), default=None),
+        "clock_error_ms": max((row["clock_error_ms"] for row in moved), default=None),
+        "labs_died": sum(row["state"] == "lab died" for row in rows),
+        "guests_broke": sum(row["state"] == "broke" for row in rows),
+    }
+    (out / "soak.json").write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+    for name, value in result.items():
+        say(f"{name:20} {value}")
+    for row in rows:
+        if row["state"] == "broke":
+            say(f"broke: {row['error']}")
+    return 0 if moved and not wrong else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except GodwitError as error:
+        print(f"soak: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,147 @@
+"""``python -m benchmarks.soak_inside GIVEN``: moves in a row under load, where KVM works.
+
+One guest moves to and fro between two hosts until it has moved often enough or the time is up. Each
+move's outcome is a row, on the disk before the next begins: the emulated host may die at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from godwit.errors import GodwitError
+from godwit.lab import clocks, guest
+from godwit.lab.agent import Agent
+from godwit.lab.network import Host, Network
+from godwit.lab.scenario import wait_for
+from godwit.lab.traffic import FLOWS, Flow, Sender, Stream
+from godwit.lab.vm import Vm
+
+from .inside import Rows, say
+from .machines import MAC, move
+
+_MEMORY = "256M"
+_HOT_MB, _PATTERN_MB = 8, 16
+#: A timer every two milliseconds beside the network's and the memory's load.
+_TIMERS = "(while :; do usleep 2000; done) </dev/null >/dev/null 2>&1 & echo"
+_LOG = "dmesg | grep -i -e unstable -e stall -e lockup -e 'clocksource.*skew' || true"
+#: Numbered packets before and after each move, s.
+_MARGIN_S = 0.5
+_ASKED = 15
+
+
+class Soak:
+    """A guest and its load."""
+
+    def __init__(self, given: dict[str, Any], net: Network, folder: Path, stack: ExitStack) -> None:
+        self._given, self._net, self._folder, self._stack = given, net, folder, stack
+        self._count = 0
+        self._host = net.a
+        # In the lab three flows are what its two CPUs bear.
+        self._flows: list[Flow] = list(FLOWS) if given["all_flows"] else list(FLOWS[::2])
+        self.vm = self._start(
+            net.a,
+            *("--kernel", given["kernel"], "--initrd", given["initrd"]),
+            *("--append", guest.CMDLINE),
+        )
+        self.vm.wait_ready(90)
+        self.agent = stack.enter_context(Agent("10.0.0.2", net.client.netns))
+        self.agent.ping(30)
+        self._checksum = self.agent.mem_start(_PATTERN_MB)
+        self.agent.hot_start(_HOT_MB)
+        self.agent.sh(_TIMERS)
+        self._stream = Stream(net.client.netns, FLOWS[2].guest)
+
+    def _start(self, host: Host, *arguments: str) -> Vm:
+        self._count += 1
+        # The old process has its tap until it has ended.
+        tap = (host.tap, host.other_tap)[self._count // 2 % 2]
+        argv = [*arguments, "--memory", _MEMORY, "--cpus", str(self._given["cpus"])]
+        argv += ["--nic", f"tap={tap},mac={MAC}{self._given['nic']}"]
+        vm = Vm(f"vm{self._count}", self._folder, argv, host.netns)
+        return self._stack.enter_context(vm)
+
+    def once(self) -> dict[str, Any]:
+        """One move; what came of it. Raises GodwitError where the guest or the move broke."""
+        host = self._net.b if self._host is self._net.a else self._net.a
+        uri = f"unix:{self._folder}/move{self._count}"
+        target = self._start(host, "--incoming", uri)
+        target.qmp.execute("query-status", deadline=60)
+        before = clocks.read(self.agent, _ASKED)
+        self.agent.reset_flows()
+        netns, rate = self._net.client.netns, self._given["rate"]
+        with Sender(netns, self._folder, rate, self._flows) as sender:
+            time.sleep(_MARGIN_S)
+            moved = move(self.vm, target, uri)
+            self.agent.ping(30)
+            time.sleep(_MARGIN_S)
+            sender.stop()
+        sent = sender.counts()
+        told = self.vm.qmp.execute("query-migrate")["godwit"].get("handover", {})
+        self.vm.quit()
+        self.vm.close()
+        self.vm, self._host = target, host
+        try:
+            wait_for(lambda: not self._lost(sent), 3)
+        except TimeoutError:
+            pass
+        counted = self.agent.flows()
+        after = clocks.read(self.agent, _ASKED)
+        return {
+            "total_ms": moved.info["total-time"],
+            "downtime_ms": moved.info["downtime"],
+            "sent": sum(sent.values()),
+            "lost": self._lost(sent),
+            "duplicates": sum(flow.duplicates for flow in counted.values()),
+            "reordered": sum(flow.reordered for flow in counted.values()),
+            "longest_gap_ms": max(flow.longest_gap_us for flow in counted.values()) / 1000,
+            "handover": told,
+            "clock_ms": [
+                (after.realtime - before.realtime) * 1000,
+                (after.monotonic - before.monotonic) * 1000,
+            ],
+            "clock_error_ms": (before.error + after.error) * 1000,
+            "hot_passes": self.agent.hot_check(),
+            "stream": self._stream.exchange(),
+            "memory": self.agent.mem_check() == self._checksum,
+            "log": self.agent.sh(_LOG),
+        }
+
+    def _lost(self, sent: dict[int, int]) -> int:
+        counted = self.agent.flows()
+        return sum(
+            counted[flow].lost(count) if flow in counted else count for flow, count in sent.items()
+        )
+
+
+def main() -> None:
+    """As the module says."""
+    given = json.loads(Path(sys.argv[1]).read_text())
+    rows = Rows(Path(given["rows"]))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="godwit-")))
+        net = stack.enter_context(Network())
+        rows.add(state="boots", cpus=given["cpus"])
+        soak = Soak(given, net, folder, stack)
+        for number in range(given["moves"]):
+            rows.add(state="began")
+            try:
+                row = soak.once()
+            except (GodwitError, OSError, KeyError, TimeoutError) as error:
+                text = f"{type(error).__name__}: {error}"
+                rows.add(state="broke", error=text[-600:], console=soak.vm.console[-1500:])
+                raise
+            rows.add(state="moved", cpus=given["cpus"], nic=given["nic"], **row)
+            say(
+                f"move {number + 1}: {row['downtime_ms']:.0f} ms, of {row['sent']} packets "
+                f"{row['lost']} lost, {row['duplicates']} twice, {row['reordered']} late"
+            )
+
+
+if __name__ == "__main__":
+    main()
