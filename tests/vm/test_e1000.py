@@ -162,11 +162,16 @@ def test_it_moves_to_another_host_and_back(bench: Bench, traveller: Guest, trip:
             assert min(f.at for f in told) > moved.loaded
             (record,) = records(target)
             assert (record["method"], record["host-sent"]) == ("host", len(told))
+            handover = moved.info["godwit"]["handover"]
+            assert handover["marks-seen"] == handover["marks-sent"] >= 3
             assert stream.exchange(), "the TCP connection did not survive"
             assert moved.source.wait() == 0
         sender.stop()
     last = {flow: count - 1 for flow, count in sender.counts().items()}
     wait_for(lambda: {f.id: f.max_seq for f in traveller.agent.flows().values()} == last, 30)
+    for flow in traveller.agent.flows().values():
+        lost = flow.lost(sender.counts()[flow.id])
+        assert (lost, flow.duplicates, flow.reordered) == (0, 0, 0), flow
     assert traveller.agent.mem_check() == checksum
     assert not [event for vm in trip.targets for event in vm.news("GUEST_OFFENCE")]
 
