@@ -37,12 +37,12 @@ def test_the_guest_runs_at_the_destination_alone(
 def test_a_destination_that_dies_before_the_commit_leaves_it_at_the_source(
     bench: Bench, guest: Guest
 ) -> None:
-    """It was ready and is gone when COMMIT comes: nobody listens there, so the source goes on."""
+    """It is gone when COMMIT comes: nobody listens there, so the source goes on."""
     source, target = guest.vm, bench.target(guest, another=True)
     checksum = guest.agent.mem_start(8)
     far = bench.listen(target).removeprefix("unix:")
     near = bench.folder / f"{target.name}.cut"
-    with LineCutter(near, Path(far), Kind.READY, True, before=target.kill) as cutter:
+    with LineCutter(near, Path(far), Kind.COMMIT, False, before=target.kill) as cutter:
         source.start_move(f"unix:{near}")
         info = source.end_of_move()
         assert cutter.cut.is_set()
