@@ -85,7 +85,11 @@ class LineCutter:
             except OSError:
                 return
             self.lines += 1
-            target = Address(f"unix:{self._far}", False).connect()
+            try:
+                target = Address(f"unix:{self._far}", False).connect()
+            except GodwitError:
+                source.close()  # the destination is dead: as its kernel would refuse
+                continue
             self._channels += [source, target]
             for one, other in ((source, target), (target, source)):
                 one.set_timeout(120)
