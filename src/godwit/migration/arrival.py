@@ -24,7 +24,7 @@ from .codec import Kind
 MAX_MARKS = 64
 #: How long the tap waits for the old host's frames, s from the draw on: longer than the source
 #: waits for a mark.
-HOLD_S = 0.25
+HOLD_S = 1.0
 #: The source looks for late frames for less than this after its last word, s.
 _LISTEN_S = 40.0
 _SLICE_MS = 50

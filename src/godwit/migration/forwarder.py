@@ -27,10 +27,10 @@ from .codec import Kind
 
 #: How long a mark is waited for once the destination has sent it, s: it need not come (a port that
 #: does not forward, a network that floods no broadcasts).
-MARKS_S = 0.1
+MARKS_S = 0.25
 #: The marks leave together. When one is here and no other follows for so long, none will, s: the
 #: network does not carry that VLAN.
-QUIET_S = 0.02
+QUIET_S = 0.05
 #: A guest that is not started at once: so long its frames are sent after it, s.
 PATIENCE_S = 30.0
 #: How long a tap is looked at after its last mark, for what took a longer way, s.
