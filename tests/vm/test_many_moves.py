@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 from vm_bench import Bench, Guest
 
-from godwit.lab.agent import Agent
+from godwit.lab import clocks
 
 _CLOCK_S = 0.2
 
@@ -20,7 +19,7 @@ def test_ten_moves_in_a_row_keep_memory_and_clock(bench: Bench, guest: Guest) ->
     agent.hot_start(8)
     source = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource"
     clocksource = agent.sh(source)
-    before = _clock_offset(agent)
+    before = clocks.read(agent).realtime
     for target in targets:
         moved = bench.move(guest, target)
         passes = agent.hot_check()  # its chain would have broken at a page of another time
@@ -28,21 +27,10 @@ def test_ten_moves_in_a_row_keep_memory_and_clock(bench: Bench, guest: Guest) ->
     assert passes > 0
     assert agent.hot_stop() > 0
     assert agent.mem_check() == checksum
-    assert abs(_clock_offset(agent) - before) < _CLOCK_S
+    assert abs(clocks.read(agent).realtime - before) < _CLOCK_S
     assert agent.sh(source) == clocksource
     assert agent.sh("dmesg | grep -i -e unstable -e stall -e lockup || true") == ""
     assert agent.cpus() == 2
-
-
-def _clock_offset(agent: Agent) -> float:
-    """The guest's clock minus ours, seconds, from the quickest of some answers."""
-    answers = []
-    for _ in range(10):
-        asked = time.time()
-        real, _ = agent.clock()
-        answered = time.time()
-        answers.append((answered - asked, real / 1e9 - (asked + answered) / 2))
-    return min(answers)[1]
 
 
 def test_the_command_line_moves_a_guest_and_reports(bench: Bench, guest: Guest) -> None:

@@ -86,10 +86,8 @@ class Forwarder:
         self._channel = channel
         self._mark = mark
         self._roads = {
-            station_nic.tap_fd: _Road(index, station_nic, _macs(station))
-            for index, (station_nic, station) in enumerate(
-                zip(machine.nics, machine.stations, strict=True)
-            )
+            nic.tap_fd: _Road(index, nic, _macs(station))
+            for index, (nic, station) in enumerate(zip(machine.nics, machine.stations, strict=True))
         }
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
@@ -227,6 +225,3 @@ class Forwarder:
 
 def _macs(station: Station) -> frozenset[bytes]:
     return frozenset([station.nic.mac, *(entry.mac for entry in station.entries())])
-
-
-__all__ = ["Forwarder"]
