@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from typing import Any
 
 from . import __version__
 from .errors import GodwitError
@@ -22,8 +24,27 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Help as wide as the terminal. argparse asks shutil for that, at each start and not only for
+    help, and shutil brings three compressors along: a twentieth of the way to a running guest."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS", "")) or os.get_terminal_size().columns
+        except (OSError, ValueError):
+            columns = 80
+        super().__init__(prog, width=max(columns - 2, 20))
+
+
+class _Parser(argparse.ArgumentParser):
+    """With that formatter; its subparsers are of this class as well."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(formatter_class=_Formatter, **given)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="godwit", description="A KVM VMM whose guests keep their network when they move."
     )
     parser.add_argument("--version", action="version", version=f"godwit {__version__}")
@@ -92,9 +113,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from . import lean  # before all that needs msgspec
-
-    del lean
     from .terminal import run
 
     return run(arguments)

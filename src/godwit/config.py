@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-
-import msgspec
+from typing import NamedTuple
 
 from .errors import ConfigError
 from .machine_types import DEFAULT, MachineType, machine_type
@@ -17,7 +16,7 @@ QUEUE_SIZE = 256
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-class NicConfig(msgspec.Struct, frozen=True):
+class NicConfig(NamedTuple):
     """One NIC."""
 
     id: str
@@ -35,25 +34,37 @@ class NicConfig(msgspec.Struct, frozen=True):
     announce_allow: str | None = None
 
 
-class VmConfig(msgspec.Struct, frozen=True):
-    """One VM."""
+class VmConfig:
+    """One VM: ``memory`` in bytes, ``kernel`` and ``initrd`` as paths.
 
-    memory: int = 256 << 20
-    cpus: int = 1
-    #: Paths.
-    kernel: str | None = None
-    initrd: str | None = None
-    command_line: str = "console=ttyS0"
-    nics: tuple[NicConfig, ...] = ()
-    machine: MachineType = msgspec.field(default_factory=lambda: machine_type(DEFAULT))
+    Raises:
+        ConfigError: there are too many of something, or two NICs share what is each one's own.
+    """
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.cpus <= MAX_CPUS:
-            raise ConfigError(f"{self.cpus} vCPUs; 1 to {MAX_CPUS} are supported")
-        if len(self.nics) > MAX_NICS:
-            raise ConfigError(f"{len(self.nics)} NICs; up to {MAX_NICS} are supported")
+    def __init__(
+        self,
+        *,
+        memory: int = 256 << 20,
+        cpus: int = 1,
+        kernel: str | None = None,
+        initrd: str | None = None,
+        command_line: str = "console=ttyS0",
+        nics: tuple[NicConfig, ...] = (),
+        machine: MachineType | None = None,
+    ) -> None:
+        self.memory = memory
+        self.cpus = cpus
+        self.kernel = kernel
+        self.initrd = initrd
+        self.command_line = command_line
+        self.nics = nics
+        self.machine = machine or machine_type(DEFAULT)
+        if not 1 <= cpus <= MAX_CPUS:
+            raise ConfigError(f"{cpus} vCPUs; 1 to {MAX_CPUS} are supported")
+        if len(nics) > MAX_NICS:
+            raise ConfigError(f"{len(nics)} NICs; up to {MAX_NICS} are supported")
         for what in ("id", "tap", "mac"):
-            values = [getattr(nic, what) for nic in self.nics]
+            values = [getattr(nic, what) for nic in nics]
             for value in values:
                 if values.count(value) > 1:
                     shown = format_mac(value) if isinstance(value, bytes) else value

@@ -1,4 +1,4 @@
-"""The machine: it owns RAM, vCPUs, devices and NICs, and starts and stops them in one order.
+"""The machine: a board with its devices and NICs, which it starts and stops in one order.
 
 Stop: vCPUs, then devices (backends, control queues, interrupts). Start: devices, then vCPUs.
 """
@@ -9,22 +9,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import cast
+from typing import NamedTuple, cast
 
 from .announce.policy import parse_policy
 from .announce.station import Station
-from .config import NicConfig, VmConfig
+from .board import Board
+from .config import NicConfig
 from .errors import ConfigError, KvmError, StreamError
-from .hw import acpi, linuxboot, power, serial
-from .hw.bus import MmioBus, PortBus
+from .hw import layout, power, serial
 from .hw.console import Console
 from .hw.foresight import Foresight
 from .hw.irq import IntxLines, Routes
-from .hw.memory import GuestMemory
 from .hw.pci import CONFIG_ADDRESS, PciBus
 from .kvm import abi, cpustate
-from .kvm.cpuid import guest_cpuid
-from .kvm.handles import System
 from .kvm.ioctl import ioctl
 from .loop import Loop
 from .machine_state import MachineState, NicSaved
@@ -47,54 +44,54 @@ def _unmarked(phase: str) -> None:
     """For those who do not ask."""
 
 
+class PowerOn(NamedTuple):
+    """vCPUs and platform as after power-on."""
+
+    vcpus: list[cpustate.VcpuState]
+    platform: cpustate.PlatformState
+
+
 class Machine:
-    """A machine, paused at first.
+    """A machine, paused at first; from now on it is the machine that closes ``board``.
 
     ``on_end(ending, detail)`` comes from a vCPU's thread, ``on_offence(nic, message)`` from any.
 
     Raises:
-        HostError: KVM, a tap or vhost-net is missing.
+        HostError: a tap or vhost-net is missing.
         ConfigError: the configuration asks for what cannot be.
     """
 
     def __init__(
         self,
-        config: VmConfig,
+        board: Board,
         loop: Loop,
         console: Console,
         on_end: Callable[[Ending, str], None],
         on_offence: Callable[[str, str], None],
     ) -> None:
-        self.config = config
+        self._board = board
+        self.config, self.memory, self.vm = board.config, board.memory, board.vm
+        self.vcpus = board.vcpus
         self._loop = loop
-        self._on_end = on_end
         self._on_offence = on_offence
         self.lock = threading.RLock()
         self.running = False
         with ExitStack() as undo:
-            system = undo.enter_context(System())
-            self.memory = GuestMemory(config.memory)
-            undo.callback(self.memory.close)
-            self.vm = undo.enter_context(system.create_vm())
-            self.set_dirty_log(False)
-            self.ports, self.mmio = PortBus(), MmioBus()
             self._routes = Routes(self.vm)
             self._intx = IntxLines(self.vm)
             self._make_platform(console)
             self.nics: list[Nic] = []
             #: Of each NIC what the announcer deals with.
             self.stations: list[Station] = []
-            for index, nic in enumerate(config.nics):
+            for index, nic in enumerate(self.config.nics):
                 self.nics.append(self._make_nic(index, nic))
                 undo.callback(self.nics[-1].close)
                 policy = None
                 if nic.announce_allow is not None:
                     policy = parse_policy(nic.announce_allow)
                 self.stations.append(Station(self.nics[-1], loop, policy))
-            self.vcpus: list[VcpuThread] = []
-            self._make_vcpus(system, undo)
             self._undo = undo.pop_all()
-        self._initial: MachineState | None = None
+        board.on_end = on_end
         #: The MSRs of each vCPU as KVM made it, on the way to a load.
         self._fresh: list[dict[int, int]] = []
         #: Guest clock, ns, and the time.monotonic of its reading: while time is to be made up.
@@ -105,19 +102,20 @@ class Machine:
         self.serial = serial.Serial(console, lambda level: self.vm.irq_line(serial.GSI, level))
         console.on_room = self.serial.room_again
         self.pm1 = power.Pm1(
-            lambda level: self.vm.irq_line(power.SCI_GSI, level),
+            lambda level: self.vm.irq_line(layout.SCI_GSI, level),
             lambda: self._guest_asked(Ending.POWER_OFF, "the guest powered off"),
         )
-        self.pci = PciBus(self.mmio, self.ports)
-        self.ports.map(serial.PORT, 8, self.serial)
-        self.ports.map(power.PM1_EVENT, 8, self.pm1)
-        self.ports.map(CONFIG_ADDRESS, 8, self.pci)
+        ports = self._board.ports
+        self.pci = PciBus(self._board.mmio, ports)
+        ports.map(serial.PORT, 8, self.serial)
+        ports.map(layout.PM1_EVENT, 8, self.pm1)
+        ports.map(CONFIG_ADDRESS, 8, self.pci)
 
         def reset() -> None:
             self._guest_asked(Ending.RESET, "the guest reset the machine")
 
-        for port in (power.RESET_PORT, power.KEYBOARD_COMMAND):
-            self.ports.map(port, 1, power.ResetPorts(port, reset))
+        for port in (layout.RESET_PORT, layout.KEYBOARD_COMMAND):
+            ports.map(port, 1, power.ResetPorts(port, reset))
 
     def _make_nic(self, index: int, config: NicConfig) -> Nic:
         parts = Parts(
@@ -135,53 +133,30 @@ class Machine:
         self.pci.add(index + 1, nic.function)
         return nic
 
-    def _make_vcpus(self, system: System, undo: ExitStack) -> None:
-        supported = system.supported_cpuid()
-        deadline = bool(system.check(abi.CAP_TSC_DEADLINE_TIMER))
-        count = self.config.cpus
-        for index in range(count):
-            vcpu = undo.enter_context(self.vm.create_vcpu(index))
-            vcpu.set_cpuid(guest_cpuid(supported, index, count, deadline))
-            self.vcpus.append(VcpuThread(vcpu, self.ports, self.mmio, self._on_end))
-        self._msrs = cpustate.readable_msrs(self.vcpus[0].vcpu, system.msr_indices())
-        for thread in self.vcpus:
-            thread.start()
-            undo.callback(thread.stop)
-
     # --- boot, start, stop ------------------------------------------------------------------------
-    def remember_power_on(self) -> None:
-        """Keep the power-on state of vCPUs and platform, so that a reboot can go back to it."""
-        self._initial = self.save()
+    def power_on_state(self) -> PowerOn:
+        """What KVM makes of a new VM like this one.
 
-    def boot(self) -> None:
-        """Load kernel, initrd and tables, and put the first vCPU at the kernel's entry.
+        A new one is made for it: by the time anybody could look, this one's guest had run.
 
         Raises:
-            ConfigError: no kernel was given, or it cannot be loaded.
+            ConfigError: this guest cannot boot here, as no kernel was given.
+            KvmError: the host does not give another VM.
         """
-        config = self.config
-        if config.kernel is None:
-            raise ConfigError("there is nothing to boot; give --kernel, or --incoming")
-        acpi.write_tables(self.memory, config.cpus)
-        boot = linuxboot.load(self.memory, config.kernel, config.initrd, config.command_line)
-        linuxboot.start_vcpu(self.vcpus[0].vcpu, boot)
-
-    def check_reboot(self) -> MachineState:
-        """The power-on state.
-
-        Raises:
-            ConfigError: there is none, so that this guest cannot boot here.
-        """
-        if self._initial is None:
+        if self.config.kernel is None:
             raise ConfigError(
                 "the guest asked for a reboot, but it was booted on another host, and no kernel "
                 "was given here; give --kernel and --initrd beside --incoming"
             )
-        return self._initial
+        with ExitStack() as undo:
+            vm = undo.enter_context(self._board.system.create_vm())
+            vcpus = self._board.make_vcpus(vm, undo)
+            states = [cpustate.save_vcpu(vcpu, self._board.msrs)[0] for vcpu in vcpus]
+            return PowerOn(states, cpustate.save_platform(vm))
 
-    def reboot(self) -> None:
-        """Reset everything to power-on and boot again; the machine is paused."""
-        initial = self.check_reboot()
+    def reboot(self, initial: PowerOn) -> None:
+        """Reset everything to power-on and boot again; the machine is paused. Raises ConfigError,
+        if the kernel cannot be loaded any more."""
         with self.lock:
             self.memory.clear()
             for nic in self.nics:
@@ -192,7 +167,7 @@ class Machine:
                 cpustate.load_vcpu(thread.vcpu, state)
                 thread.revive()
             cpustate.load_platform(self.vm, initial.platform)
-            self.boot()
+            self._board.boot()
 
     def resume(self, mark: Mark = _unmarked) -> None:
         """Let the guest run."""
@@ -209,7 +184,8 @@ class Machine:
                 nic.resume()
             mark("nics-started")
             for thread in self.vcpus:
-                self._tell_paused(thread)
+                if not thread.ahead:  # that one was never paused
+                    self._tell_paused(thread)
                 thread.resume()
             mark("vcpus-started")
 
@@ -254,7 +230,9 @@ class Machine:
     def close(self) -> None:
         """Stop everything and give everything back."""
         self.pause()
+        self._board.stop()
         self._undo.close()
+        self._board.close()
 
     def _guest_asked(self, ending: Ending, detail: str) -> None:
         """Called by a device within an exit: the vCPU at hand must not go on."""
@@ -265,13 +243,12 @@ class Machine:
     # --- dirty pages ------------------------------------------------------------------------------
     def set_dirty_log(self, on: bool) -> None:
         """Have KVM log the guest's writes, or not."""
-        for region in self.memory.regions:
-            self.vm.set_memory(region.slot, region.start, region.size, region.host, on)
+        self._board.set_dirty_log(on)
 
     # --- state ------------------------------------------------------------------------------------
     def save(self) -> MachineState:
         """The state of the machine, which is paused."""
-        vcpus = [cpustate.save_vcpu(thread.vcpu, self._msrs) for thread in self.vcpus]
+        vcpus = [cpustate.save_vcpu(thread.vcpu, self._board.msrs) for thread in self.vcpus]
         platform = cpustate.save_platform(self.vm)
         # All clocks as of one instant: the platform's reading.
         now, hertz = time.monotonic(), self.vcpus[0].vcpu.tsc_khz() * 1000
@@ -294,7 +271,7 @@ class Machine:
 
         What it says is a source's guess: :meth:`load` counts.
         """
-        self._fresh = [dict(thread.vcpu.get_msrs(self._msrs)) for thread in self.vcpus]
+        self._fresh = [dict(thread.vcpu.get_msrs(self._board.msrs)) for thread in self.vcpus]
         self._routes.hold()
         try:
             for nic, (negotiated, foresight) in zip(self.nics, nics, strict=True):

@@ -5,12 +5,12 @@ A stream of one type loads only in the same type. An older type switches off wha
 
 from __future__ import annotations
 
-import msgspec
+from typing import NamedTuple
 
 from .errors import ConfigError
 
 
-class MachineType(msgspec.Struct, frozen=True):
+class MachineType(NamedTuple):
     """A version of the machine, and the defaults that it pins."""
 
     name: str

@@ -1,4 +1,8 @@
-"""``godwit run``: a VM with its console at the terminal."""
+"""``godwit run``: a VM with its console at the terminal.
+
+In the order in which a guest needs things: the board first, and while its kernel unpacks itself,
+all the rest, imports included.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,18 @@ import termios
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from .board import Board
 from .config import VmConfig, parse_nic, parse_size
 from .errors import ConfigError
 from .hw.console import Console
 from .loop import Loop
 from .machine_types import DEFAULT, machine_type
-from .vmm import Vmm
+from .vcpu import install_kick_handler
+
+if TYPE_CHECKING:
+    from .vmm import Vmm
 
 _ESCAPE = 0x1D  # ctrl-]
 
@@ -40,6 +49,24 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "nothing to run; give --kernel to boot, or --incoming to wait for a guest"
         )
+    install_kick_handler()
+    # A vCPU's exit waits for the interpreter at most this long behind another Python thread.
+    sys.setswitchinterval(0.0002)
+    with Board(config) as board:
+        if arguments.incoming is None:
+            board.boot()
+            if not arguments.no_autostart:
+                board.head_start()
+        return _run(board, arguments)
+
+
+def _run(board: Board, arguments: argparse.Namespace) -> int:
+    """The rest of it, for a guest that may be on its way already."""
+    from . import lean  # before all that needs msgspec
+
+    del lean
+    from .vmm import Vmm
+
     # A writer of its own: a terminal that somebody stopped must not hold a vCPU that complains.
     messages = Console(sys.stderr.fileno())
 
@@ -47,12 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
         # The terminal may be raw: a bare line feed would leave the cursor where it is.
         messages.write(f"godwit: {text}\r\n".encode())
 
-    # A vCPU's exit waits for the interpreter at most this long behind another Python thread.
-    sys.setswitchinterval(0.0002)
     loop = Loop(lambda error: say(f"internal error: {type(error).__name__}: {error}"))
     with _console(arguments.console) as (console, interactive):
         vmm = Vmm(
-            config,
+            board,
             loop,
             console,
             qmp=arguments.qmp,
@@ -65,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             with _input(loop, vmm, interactive, say):
                 if arguments.incoming is None:
-                    vmm.boot()
+                    vmm.start()
                 else:
                     defer = arguments.incoming == "defer"
                     vmm.await_guest(None if defer else arguments.incoming, arguments.insecure)

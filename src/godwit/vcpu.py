@@ -70,6 +70,8 @@ class VcpuThread:
         self._run_wanted = False
         self._parked = True
         self._quit = False
+        #: The first exit waits: what would serve it is still being made.
+        self._held = False
         #: Percent of the time to be kept out of the guest.
         self._throttle = 0
         #: Since when it may be in the guest, and until when it rests; time.monotonic().
@@ -84,11 +86,26 @@ class VcpuThread:
 
     def resume(self) -> None:
         """Let the guest run; a vCPU that ended stays parked until :meth:`revive`."""
+        self._held = False
+        self._go()
+
+    @property
+    def ahead(self) -> bool:
+        """Whether it has its head start: then it may be in the guest, and KVM's calls for this
+        vCPU would wait until it leaves."""
+        return self._held
+
+    def _go(self) -> None:
         with self._changed:
             if self.ending is None:
                 self._page[abi.RUN_IMMEDIATE_EXIT] = 0
                 self._run_wanted = True
                 self._changed.notify_all()
+
+    def head_start(self) -> None:
+        """Let the guest run up to its first exit, which waits for :meth:`resume`."""
+        self._held = True
+        self._go()
 
     def revive(self) -> None:
         """Forget the ending: the VM was reset."""
@@ -203,6 +220,8 @@ class VcpuThread:
                     continue
                 except BlockingIOError:  # an AP that got its INIT
                     continue
+                if self._held and not self._let_go():
+                    return
                 reason = reason_at[0]
                 if reason == abi.EXIT_IO:
                     self._port_io(page)
@@ -215,6 +234,12 @@ class VcpuThread:
         finally:
             reason_at.release()
             page.release()
+
+    def _let_go(self) -> bool:
+        """Wait until the devices are there; False if they never will be."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._quit)
+            return not self._quit
 
     def _port_io(self, page: memoryview) -> None:
         out, size, port, count, at = abi.RUN_IO.unpack_from(page, abi.RUN_UNION)

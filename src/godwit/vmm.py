@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from .announce.announcer import Announcer
 from .announce.schedule import AnnounceOptions, AnnounceParameters
 from .announce.taps import Taps
-from .config import VmConfig
-from .errors import ConfigError, GodwitError, MigrationError, StateError
+from .board import Board
+from .errors import ConfigError, GodwitError, KvmError, MigrationError, StateError
 from .hw.console import Console
 from .loop import Loop
 from .machine import Machine
@@ -23,7 +23,7 @@ from .nic.filterview import FilterView
 from .qmp import commands, events
 from .qmp.server import Server
 from .runstate import RunState, RunStates
-from .vcpu import Ending, install_kick_handler
+from .vcpu import Ending
 
 if TYPE_CHECKING:
     from .migration.arrival import Arrival
@@ -40,7 +40,7 @@ EXIT_INTERNAL_ERROR = 5
 
 
 class Vmm:
-    """A VM from its making to its end.
+    """A VM from its board, which it closes, to its end.
 
     ``say(text)`` is told what an operator at the terminal should know.
 
@@ -51,7 +51,7 @@ class Vmm:
 
     def __init__(
         self,
-        config: VmConfig,
+        board: Board,
         loop: Loop,
         console: Console,
         *,
@@ -60,7 +60,6 @@ class Vmm:
         reboot: bool = True,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        install_kick_handler()
         self._loop = loop
         self._autostart = autostart
         self._reboot = reboot
@@ -74,7 +73,7 @@ class Vmm:
         self._closing = False
         self._source: Outgoing | None = None
         self._destination: Destination | Restorer | None = None
-        self.machine = Machine(config, loop, console, self._vcpu_ended, self._offence)
+        self.machine = Machine(board, loop, console, self._vcpu_ended, self._offence)
         self._server: Server | None = None
         self._taps: Taps | None = None
         self._filter_told: set[str] = set()
@@ -82,7 +81,9 @@ class Vmm:
             nics = self.machine.nics
             stations = self.machine.stations
             self._taps = Taps(
-                {nic.tap: one for nic, one in zip(config.nics, stations, strict=True)}, loop, say
+                {nic.tap: one for nic, one in zip(board.config.nics, stations, strict=True)},
+                loop,
+                say,
             )
             self.announcer = Announcer(
                 stations, loop, self._emit, make_verifier=self._taps.verifier
@@ -97,16 +98,13 @@ class Vmm:
             for nic in nics:
                 nic.on_ack = self._acked(nic.name)
                 nic.on_filter = self._filter_changed(nic.name)
-            if config.kernel is not None:
-                self.machine.remember_power_on()
         except BaseException:
             self.close()
             raise
 
     # --- beginnings -------------------------------------------------------------------------------
-    def boot(self) -> None:
-        """Load the kernel; with autostart, run. Raises ConfigError."""
-        self.machine.boot()
+    def start(self) -> None:
+        """The kernel was loaded: with autostart, run."""
         if self._autostart:
             self.cont()
         # The guest is on its way; what only a move needs is imported meanwhile.
@@ -363,7 +361,7 @@ class Vmm:
                 try:
                     self._restart()
                     return
-                except ConfigError as error:
+                except (ConfigError, KvmError) as error:
                     detail = str(error)
         if ending is Ending.POWER_OFF:
             self._end(_S.SHUTDOWN, events.Reason.GUEST_SHUTDOWN, 0)
@@ -378,9 +376,9 @@ class Vmm:
 
     def _restart(self) -> None:
         """The guest asked for a reboot."""
-        self.machine.check_reboot()
+        initial = self.machine.power_on_state()
         self.states.set(_S.PRELAUNCH)
-        self.machine.reboot()
+        self.machine.reboot(initial)
         self.machine.resume()
         self.states.set(_S.RUNNING)
 

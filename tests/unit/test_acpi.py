@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from godwit.hw import acpi, aml, irq, power
+from godwit.hw import acpi, aml, layout
 from godwit.hw.memory import GuestMemory
 
 
@@ -56,7 +56,7 @@ def test_the_fadt(tables: Tables) -> None:
     facs, dsdt = struct.unpack_from("<II", fadt, 36)
     assert struct.unpack_from("<QQ", fadt, 132) == (0, dsdt)
     assert facs % 64 == 0
-    assert struct.unpack_from("<H", fadt, 46)[0] == power.SCI_GSI
+    assert struct.unpack_from("<H", fadt, 46)[0] == layout.SCI_GSI
     assert struct.unpack_from("<I", fadt, 48)[0] == 0  # no SMI command: ACPI mode is on
     event, _, control = struct.unpack_from("<III", fadt, 56)
     assert (event, control, fadt[88], fadt[89]) == (0x600, 0x604, 4, 2)
@@ -123,7 +123,7 @@ def test_the_dsdt_routes_inta_of_every_slot(tables: Tables) -> None:
         entry = struct.pack("<BI", 0x0C, slot << 16 | 0xFFFF) + bytes((0, 0, 0x0A, 16 + slot % 8))
         assert body[at : at + 3] == bytes((0x12, len(entry) + 2, 4))
         assert body[at + 3 : at + 3 + len(entry)] == entry
-        assert irq.intx_gsi(slot) == 16 + slot % 8
+        assert layout.intx_gsi(slot) == 16 + slot % 8
         at += 3 + len(entry)
     assert at == end
 

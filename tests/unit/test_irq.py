@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from godwit.hw.irq import IntxLines, Msix, Routes, intx_gsi
+from godwit.hw.irq import IntxLines, Msix, Routes
+from godwit.hw.layout import intx_gsi
 from godwit.testing.kvm import FakeVm
 
 COUNT = 3

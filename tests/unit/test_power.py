@@ -2,7 +2,8 @@
 
 import pytest
 
-from godwit.hw.power import KEYBOARD_COMMAND, RESET_PORT, Pm1, ResetPorts
+from godwit.hw.layout import KEYBOARD_COMMAND, RESET_PORT
+from godwit.hw.power import Pm1, ResetPorts
 
 STATUS, ENABLE, CONTROL = 0, 2, 4
 BUTTON = 1 << 8

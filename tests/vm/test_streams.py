@@ -14,6 +14,7 @@ from msgspec import structs
 from recorded import STREAMS, Stream
 from vm_bench import Bench
 
+from godwit.board import Board
 from godwit.config import NicConfig, VmConfig, parse_size
 from godwit.hw.console import Console
 from godwit.kvm import abi
@@ -57,7 +58,7 @@ def _machine(bench: Bench, stream: Stream) -> Iterator[Machine]:
         thread = threading.Thread(target=loop.run)
         with inside(host.netns):
             machine = Machine(
-                config, loop, console, lambda *end: None, lambda *what: offences.append(what)
+                Board(config), loop, console, lambda *end: None, lambda *what: offences.append(what)
             )
         thread.start()
         try:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 from vm_bench import Bench
 
+from godwit.board import Board
 from godwit.config import NicConfig, VmConfig, parse_mac
 from godwit.hw.console import Console
 from godwit.hw.memory import PAGE
@@ -46,12 +47,13 @@ def machine(bench: Bench) -> Iterator[Machine]:
     thread = threading.Thread(target=loop.run)
     offences: list[str] = []
     with inside(host.netns):
+        board = Board(config)
         machine = Machine(
-            config, loop, console, lambda *end: None, lambda *what: offences.append(str(what))
+            board, loop, console, lambda *end: None, lambda *what: offences.append(str(what))
         )
     thread.start()
     try:
-        machine.boot()
+        board.boot()
         machine.resume()
         text = b""
         while guest_image.READY.encode() not in text:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from struct import pack
 
-from . import aml, power
-from .irq import intx_gsi
+from . import aml, layout
 from .memory import HOLE_START, GuestMemory
 
 RSDP_ADDRESS = 0xE0000
@@ -74,14 +73,14 @@ def _register(port: int, bits: int) -> bytes:
 
 
 def _fadt(facs: int, dsdt: int) -> bytes:
-    event, control = power.PM1_EVENT, power.PM1_CONTROL
-    body = pack("<IIBBHIBBBB", facs, dsdt, 0, 0, power.SCI_GSI, 0, 0, 0, 0, 0)
+    event, control = layout.PM1_EVENT, layout.PM1_CONTROL
+    body = pack("<IIBBHIBBBB", facs, dsdt, 0, 0, layout.SCI_GSI, 0, 0, 0, 0, 0)
     # PM1a/b event, PM1a/b control, PM2 control, PM timer, GPE0/1, and their lengths.
     body += pack("<IIIIIIII", event, 0, control, 0, 0, 0, 0, 0)
     body += pack("<BBBBBBBB", 4, 2, 0, 0, 0, 0, 0, 0)
     # C2/C3 latency beyond the limit (absent), flush, duty, RTC alarms.
     body += pack("<HHHHBBBBBHBI", 101, 1001, 0, 0, 0, 0, 0, 0, 0, _BOOT_FLAGS, 0, _FADT_FLAGS)
-    body += _register(power.RESET_PORT, 8) + pack("<BHB", 6, 0, 5)
+    body += _register(layout.RESET_PORT, 8) + pack("<BHB", 6, 0, 5)
     body += pack("<QQ", 0, dsdt)
     body += _register(event, 32) + _register(0, 0) + _register(control, 16) + _register(0, 0)
     body += _register(0, 0) * 6  # PM2, PM timer, GPE0, GPE1, sleep control, sleep status
@@ -94,14 +93,14 @@ def _madt(cpus: int) -> bytes:
         body += pack("<BBBBI", 0, 8, cpu, cpu, 1)
     body += pack("<BBBBII", 1, 12, 0, 0, _IO_APIC, 0)
     # The SCI is level-triggered, active high: flags 0xD (5.2.12.5).
-    return body + pack("<BBBBIH", 2, 10, 0, power.SCI_GSI, power.SCI_GSI, 0x0D)
+    return body + pack("<BBBBIH", 2, 10, 0, layout.SCI_GSI, layout.SCI_GSI, 0x0D)
 
 
 def _interrupt_route(slot: int) -> bytes:
     """INTA of a slot to a pin of the I/O APIC, without a link device (6.2.13)."""
     function = aml.integer(slot << 16 | 0xFFFF)
     pin, source = aml.integer(0), aml.integer(0)
-    return aml.package(function, pin, source, aml.integer(intx_gsi(slot)))
+    return aml.package(function, pin, source, aml.integer(layout.intx_gsi(slot)))
 
 
 def _dsdt() -> bytes:
@@ -128,6 +127,6 @@ def _dsdt() -> bytes:
         aml.name("_UID", aml.integer(1)),
         aml.name("_CRS", aml.resources(aml.io_port(0x3F8, 8), aml.irq(4))),
     )
-    sleep = aml.integer(power.SLEEP_TYPE_S5)
+    sleep = aml.integer(layout.SLEEP_TYPE_S5)
     s5 = aml.name("\\_S5", aml.package(sleep, sleep, aml.integer(0), aml.integer(0)))
     return aml.scope("\\_SB", host_bridge, uart) + s5

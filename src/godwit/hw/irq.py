@@ -16,19 +16,11 @@ from typing import Annotated
 import msgspec
 
 from ..kvm.handles import Vm
+from .layout import INTX_GSIS, intx_gsi
 
 _FIRST_GSI = 24
 _ENTRY = 16
 _MASKED = 1
-
-
-#: The I/O APIC's pins that PCI slots share: those that no PC of old has a use for.
-INTX_GSIS = range(16, 24)
-
-
-def intx_gsi(slot: int) -> int:
-    """The I/O APIC's pin of INTA of the device in ``slot``; the DSDT's _PRT says the same."""
-    return INTX_GSIS[slot % len(INTX_GSIS)]
 
 
 class IntxLines:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from struct import Struct, pack, pack_into, unpack_from
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from ..errors import ConfigError
 from ..kvm import abi
@@ -38,7 +40,14 @@ def load(memory: GuestMemory, kernel: str, initrd: str | None, command_line: str
     Raises:
         ConfigError: a file cannot be read, is no 64-bit bzImage, or does not fit.
     """
-    image = _read(kernel, "kernel")
+    with _File(kernel, "kernel") as file:
+        return _load(memory, kernel, file, initrd, command_line)
+
+
+def _load(
+    memory: GuestMemory, kernel: str, file: _File, initrd: str | None, command_line: str
+) -> Boot:
+    image = file.read(0, PAGE)
     if len(image) < 0x270 or image[0x202:0x206] != b"HdrS":
         raise ConfigError(f"kernel {kernel}: not a bzImage (no 'HdrS' at 0x202)")
     version, flags = unpack_from("<H", image, 0x206)[0], unpack_from("<H", image, 0x236)[0]
@@ -48,8 +57,8 @@ def load(memory: GuestMemory, kernel: str, initrd: str | None, command_line: str
             "entry; a 64-bit kernel, Linux 3.8 or later, is needed"
         )
     setup = (image[0x1F1] or 4) * 512 + 512
-    body = memoryview(image)[setup:]
-    if not body:
+    body = file.size - setup
+    if body <= 0:
         raise ConfigError(f"kernel {kernel}: ends within its setup code; the file is cut off")
     initrd_max, max_line = unpack_from("<I", image, 0x22C)[0], unpack_from("<I", image, 0x238)[0]
     init_size = unpack_from("<I", image, 0x260)[0]
@@ -60,24 +69,24 @@ def load(memory: GuestMemory, kernel: str, initrd: str | None, command_line: str
         raise ConfigError(f"command line has {len(line)} bytes; this kernel takes {max_line}")
 
     low = memory.regions[0].size
-    if max(init_end, _KERNEL + len(body)) > low:
+    if max(init_end, _KERNEL + body) > low:
         raise ConfigError(f"kernel {kernel} needs more than {low >> 20} MiB; give --memory more")
-    memory.write(_KERNEL, body)
+    file.into(memory.writable(_KERNEL, body), setup)
     memory.write(_COMMAND_LINE, line + b"\0")
 
     zero = bytearray(PAGE)
     end = 0x202 + image[0x201]
     zero[_HEADER_AT:end] = image[_HEADER_AT:end]
     if initrd is not None:
-        data = _read(initrd, "initrd")
-        at = (min(low, initrd_max + 1) - len(data)) // PAGE * PAGE
-        if at < max(init_end, _KERNEL + len(body)):
-            raise ConfigError(
-                f"initrd {initrd} ({len(data) >> 20} MiB) does not fit beside the kernel in "
-                f"{low >> 20} MiB; give --memory more"
-            )
-        memory.write(at, data)
-        pack_into("<II", zero, 0x218, at, len(data))
+        with _File(initrd, "initrd") as disk:
+            at = (min(low, initrd_max + 1) - disk.size) // PAGE * PAGE
+            if at < max(init_end, _KERNEL + body):
+                raise ConfigError(
+                    f"initrd {initrd} ({disk.size >> 20} MiB) does not fit beside the kernel in "
+                    f"{low >> 20} MiB; give --memory more"
+                )
+            disk.into(memory.writable(at, disk.size), 0)
+            pack_into("<II", zero, 0x218, at, disk.size)
     zero[0x210] = 0xFF  # type_of_loader: undefined
     zero[0x211] |= _LOADED_HIGH
     pack_into("<I", zero, 0x228, _COMMAND_LINE)
@@ -112,12 +121,59 @@ def start_vcpu(vcpu: Vcpu, boot: Boot) -> None:
     vcpu.set(abi.SET_REGS, pack("<18Q", *regs))
 
 
-def _read(path: str, what: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise ConfigError(f"{what} {path}: {error.strerror}") from error
+class _File:
+    """A file that goes into RAM; a regular one without a copy on the way.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+
+    def __init__(self, path: str, what: str) -> None:
+        self._name = f"{what} {path}"
+        self._whole: bytes | None = None
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+            try:
+                found = os.fstat(self._file.fileno())
+                if not stat.S_ISREG(found.st_mode):
+                    self._whole = self._file.read()
+            except BaseException:
+                self._file.close()
+                raise
+        except OSError as error:
+            raise self._unreadable(error) from error
+        #: Bytes.
+        self.size = found.st_size if self._whole is None else len(self._whole)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes. Raises ConfigError."""
+        data = bytearray(max(0, min(length, self.size - offset)))
+        self.into(memoryview(data), offset)
+        return bytes(data)
+
+    def into(self, target: memoryview, offset: int) -> None:
+        """Fill ``target``. Raises ConfigError, also where the file has become shorter."""
+        if self._whole is not None:
+            target[:] = self._whole[offset : offset + len(target)]
+            return
+        done = 0
+        try:
+            while done < len(target):
+                got = os.preadv(self._file.fileno(), [target[done:]], offset + done)
+                if not got:
+                    raise ConfigError(f"{self._name}: it became shorter while it was read")
+                done += got
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"{self._name}: {error.strerror}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
 
 def _e820(zero: bytearray, memory: GuestMemory) -> None:

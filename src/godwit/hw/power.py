@@ -1,7 +1,6 @@
 """Power off, power button and reset: ACPI's fixed registers, the reset port, the keyboard's.
 
-ACPI 6.5, 4.8.3 'PM1 Event / Control registers'; the reset control register at 0xCF9 is Intel's
-(ICH data sheets); 0xFE to port 0x64 pulses the reset line of an 8042.
+Their addresses, and the sources of all of it, are in layout.py.
 """
 
 from __future__ import annotations
@@ -12,16 +11,11 @@ from typing import Annotated
 
 import msgspec
 
-PM1_EVENT = 0x600
-PM1_CONTROL = 0x604
-RESET_PORT = 0xCF9
-KEYBOARD_COMMAND = 0x64
-SCI_GSI = 9
+from .layout import RESET_PORT, SLEEP_TYPE_S5
 
 _STS_PWRBTN = 1 << 8
 _CNT_SCI_EN = 1
 _CNT_SLP_EN = 1 << 13
-SLEEP_TYPE_S5 = 5
 
 _U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 
@@ -36,7 +30,7 @@ class PowerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Pm1:
-    """PM1a event and control blocks, eight ports from :data:`PM1_EVENT`."""
+    """PM1a event and control blocks, eight ports from :data:`.layout.PM1_EVENT`."""
 
     def __init__(self, set_sci: Callable[[bool], None], off: Callable[[], None]) -> None:
         self._set_sci = set_sci

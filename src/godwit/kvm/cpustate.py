@@ -54,17 +54,6 @@ class PlatformState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     realtime_ns: _U64
 
 
-def readable_msrs(vcpu: Vcpu, indices: list[int]) -> list[int]:
-    """Those of ``indices`` that KVM reads here: it lists some that the CPU at hand lacks."""
-    readable: list[int] = []
-    left = list(indices)
-    while left:
-        got = vcpu.get_msrs(left)
-        readable += [index for index, _ in got]
-        left = left[len(got) + 1 :]
-    return readable
-
-
 def save_vcpu(vcpu: Vcpu, msrs: list[int]) -> tuple[VcpuState, float]:
     """The state of a vCPU that is stopped, and when its TSC was read, time.monotonic."""
     mp_state = abi.MP_STATE.unpack(vcpu.get(abi.GET_MP_STATE, abi.MP_STATE_SIZE))[0]

@@ -224,6 +224,16 @@ class Vcpu(_Handle):
         values = abi.MSR_ENTRY.iter_unpack(bytes(buffer[abi.MSRS_HEADER.size :]))
         return [(index, value) for index, _, value in list(values)[:got]]
 
+    def readable_msrs(self, indices: list[int]) -> list[int]:
+        """Those of ``indices`` that KVM reads here: it lists some that the CPU at hand lacks."""
+        readable: list[int] = []
+        left = list(indices)
+        while left:
+            got = self.get_msrs(left)
+            readable += [index for index, _ in got]
+            left = left[len(got) + 1 :]
+        return readable
+
     def set_msrs(self, msrs: list[tuple[int, int]]) -> int:
         """Set them in order; how many KVM took."""
         entries = b"".join(abi.MSR_ENTRY.pack(index, 0, value) for index, value in msrs)
