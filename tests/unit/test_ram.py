@@ -213,13 +213,23 @@ class Search(ram.ZeroSearch):
 def test_a_search_that_costs_more_than_it_saves_is_made_seldom(memory: GuestMemory) -> None:
     search = Search(look=0.5)
     found = []
-    for _ in range(17):
+    for _ in range(66):
         found.append(search.split(_machine(memory), [(0, 100)]))
         search.sent(100, 0.001)
     everything = ([(0, 100)], [])
-    # The first has no measure yet; the second is found wanting, as is every eighth after it.
-    assert [one != everything for one in found] == [True, True, *[False] * 7, True, *[False] * 7]
-    assert search.looks == 2 * 3
+    # The first has no measure yet; the second is found wanting, as is one in 32 after it.
+    assert [one != everything for one in found] == [True, *([True, *[False] * 31] * 2), True]
+    assert search.looks == 2 * 4
+
+
+def test_a_search_that_does_not_pay_is_given_up_within_a_portion(memory: GuestMemory) -> None:
+    memory.write(0, b"\1" * SIZE)
+    search = Search(look=0.5)
+    search.sent(1, 0.001)
+    everything = [(0, SIZE // PAGE)]
+    assert SIZE // PAGE > 1024
+    assert search.split(_machine(memory), everything) == (everything, [])
+    assert search.looks == 2 * 2  # 64 pieces
 
 
 def test_a_search_that_pays_is_made_each_time(memory: GuestMemory) -> None:

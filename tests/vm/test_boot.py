@@ -16,6 +16,7 @@ def _boots(bench: Bench, kernel: str, cpus: int) -> Guest:
     with bench.capture("boot") as capture:
         guest = bench.boot(kernel=kernel, cpus=cpus)
         assert guest.agent.cpus() == cpus
+        _one_socket(guest, cpus)
         assert guest.vm.status() == "running"
         bench.answers()
         capture.stop()
@@ -24,6 +25,16 @@ def _boots(bench: Bench, kernel: str, cpus: int) -> Guest:
     assert rarps(capture.path) == []
     assert not guest.vm.news("ANNOUNCE_STARTED", "ANNOUNCE_HOST", "ANNOUNCE_ACKED")
     return guest
+
+
+def _one_socket(guest: Guest, cpus: int) -> None:
+    """As the guest's scheduler sees it: all vCPUs in one package, the last cache is theirs all."""
+    cpu0 = "/sys/devices/system/cpu/cpu0"
+    everyone = f"0-{cpus - 1}"
+    lists = guest.agent.sh(f"cat {cpu0}/topology/package_cpus_list {cpu0}/topology/core_cpus_list")
+    assert lists.split() == [everyone, "0"]
+    caches = guest.agent.sh(f"cat {cpu0}/cache/index*/shared_cpu_list").split()
+    assert not caches or caches[-1] == everyone
 
 
 def _ended(guest: Guest, code: int, reason: str) -> None:

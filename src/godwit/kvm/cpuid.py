@@ -15,11 +15,26 @@ _HTT = 1 << 28  # leaf 1 EDX
 _SVM = 1 << 2  # leaf 0x80000001 ECX
 _CMP_LEGACY = 1 << 1  # leaf 0x80000001 ECX
 
+#: 'V2 extended topology' and 'extended topology'; levels in ECX, bits 15 to 8.
+_TOPOLOGY = (0xB, 0x1F)
+_LEVEL_THREADS, _LEVEL_CORES = 1, 2
+_SIGNIFICANT_INDEX = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX (arch/x86/include/uapi/asm/kvm.h)
+
 _KVM_FEATURES = 0x40000001  # Documentation/virt/kvm/x86/cpuid.rst
 #: Asynchronous page faults: ASYNC_PF, ASYNC_PF_VMEXIT and ASYNC_PF_INT. A guest that waits for a
 #: 'page ready' that was lost sleeps for ever: it happens after a restore, on AMD above all, and to
 #: directly booted kernels (docs/decisions/0007-no-async-page-faults.md).
 _ASYNC_PF = 1 << 4 | 1 << 10 | 1 << 14
+
+
+def _topology(function: int, index: int, count: int, width: int) -> list[Entry]:
+    """Leaf 0xB or 0x1F: threads, cores, and the end of the list (Intel SDM, figure 'x2APIC ID')."""
+    flags = _SIGNIFICANT_INDEX
+    return [
+        (function, 0, flags, 0, 1, _LEVEL_THREADS << 8, index),
+        (function, 1, flags, width, count, _LEVEL_CORES << 8 | 1, index),
+        (function, 2, flags, 0, 0, 2, index),
+    ]
 
 
 def guest_cpuid(supported: list[Entry], index: int, count: int, deadline: bool) -> list[Entry]:
@@ -40,14 +55,12 @@ def guest_cpuid(supported: list[Entry], index: int, count: int, deadline: bool) 
             # Caches: level 3 is shared by all, the others belong to one core.
             shared = (1 << width) - 1 if eax >> 5 & 7 == 3 else 0
             eax = (eax & 0x3FFF) | shared << 14 | ((1 << width) - 1) << 26
-        elif function in (0xB, 0x1F):
-            edx = index
+        elif function in _TOPOLOGY:
+            # KVM lists the first level alone, and a guest that finds no second one takes each
+            # vCPU for a socket of its own, with caches that no other shares.
             if sub == 0:
-                eax, ebx, ecx = 0, 1, 1 << 8
-            elif sub == 1:
-                eax, ebx, ecx = width, count, 2 << 8 | 1
-            else:
-                eax, ebx, ecx = 0, 0, sub
+                entries += _topology(function, index, count, width)
+            continue
         elif function == _KVM_FEATURES:
             eax &= ~_ASYNC_PF
         elif function == 0x80000001:

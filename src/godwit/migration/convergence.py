@@ -21,13 +21,17 @@ MAX_ROUNDS = 30
 #: rounds, and may calm down; one that hardly runs should not be kept so.
 MAX_FAILURES = 2
 #: What may be left for the stop, as sending time in ms, even if further rounds could shrink it, and
-#: whatever the downtime limit. A round costs four times as much, and an idle guest always leaves
-#: some hundred pages.
-GOOD_ENOUGH_MS = 5.0
+#: whatever the downtime limit. A round costs as much again before it sends anything (the logs are
+#: read, the guest faults anew on each page that it writes), and an idle guest always leaves some
+#: hundred pages.
+GOOD_ENOUGH_MS = 10.0
 #: A round helps if it leaves less than this share of what it had to send.
 _SHRINKS = 0.75
-#: A round of fewer pages says little about the line.
-_MEASURABLE = 64
+#: A round of fewer pages says little about the line: what takes its time is the waking of both
+#: ends. Half a frame's.
+_MEASURABLE = 1024
+#: Fewer pages than this are no time to speak of, where nothing is known of the line.
+_FEW = 64
 
 
 class Action(enum.Enum):
@@ -97,10 +101,8 @@ class Convergence:
         """What is left, by the line's measured bandwidth."""
         if sent >= _MEASURABLE:
             self._per_page_ms = ms / sent
-        elif dirty < _MEASURABLE:
-            return 0.0
         elif self._per_page_ms is None:
-            return ms * dirty / max(sent, 1)
+            return ms * dirty / max(sent, 1) if dirty >= _FEW else 0.0
         return dirty * self._per_page_ms
 
     def _level(self, useless: bool, parameters: ConvergenceParameters) -> int:

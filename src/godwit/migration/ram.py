@@ -29,8 +29,11 @@ _SAMPLES = (0, 256)
 _WORD = 8
 #: Pages in a run from which on looking for zeros pays.
 _WORTH_A_LOOK = 16
-#: Portions that are not looked through after one that was not worth it.
-_PASS_OVER = 7
+#: Pages that are looked through at once, and how many such pieces are not after one that was not
+#: worth it. Pages of zeros come in hordes: one piece tells of the next, and a thirtieth of the
+#: looking finds where they begin.
+_PIECE = 256
+_PASS_OVER = 31
 #: Pages compared at once.
 _CHUNK = 64
 _ZERO = bytes(_CHUNK * PAGE)
@@ -195,15 +198,24 @@ class ZeroSearch:
         self._passed_over = 0
 
     def split(self, machine: Machine, runs: list[Run]) -> tuple[list[Run], list[Run]]:
-        """As :func:`split_zeros`; or all of ``runs``, and nothing."""
-        if self._passed_over:
-            self._passed_over -= 1
-            return runs, []
-        before = self._clock()
-        data, zero = split_zeros(machine, runs)
-        took = self._clock() - before
-        if self._per_page is not None and took > pages_in(zero) * self._per_page:
-            self._passed_over = _PASS_OVER
+        """As :func:`split_zeros`, but some of ``runs`` may not have been looked at."""
+        data: list[Run] = []
+        zero: list[Run] = []
+        for piece in portions(runs, _PIECE):
+            kept: list[Run] = piece
+            left_out: list[Run] = []
+            if self._passed_over:
+                self._passed_over -= 1
+            else:
+                before = self._clock()
+                kept, left_out = split_zeros(machine, piece)
+                took = self._clock() - before
+                if self._per_page is not None and took > pages_in(left_out) * self._per_page:
+                    self._passed_over = _PASS_OVER
+            for run in kept:
+                _add(data, *run)
+            for run in left_out:
+                _add(zero, *run)
         return data, zero
 
     def sent(self, pages: int, seconds: float) -> None:
