@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +22,7 @@ from godwit.errors import GodwitError
 from godwit.kvm.probe import why_unusable
 from godwit.lab import guest, host, kernels, traffic
 
+from . import plan
 from .__main__ import note, read, say
 
 _LEAST_S = 60.0
@@ -31,6 +33,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--moves", type=int, default=30, help="default %(default)s")
     parser.add_argument("--cpus", type=int, default=2, help="the guest's; default %(default)s")
+    parser.add_argument(
+        "--vmm", choices=[plan.GODWIT, plan.QEMU], default=plan.GODWIT, help="whose faults to count"
+    )
     parser.add_argument("--rate", type=int, default=1000, help="packets a second and flow")
     parser.add_argument("--nic", default="", help="more of the NIC's keys: vhost=off")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds")
@@ -48,7 +53,8 @@ def _moves(given: argparse.Namespace, out: Path, rows_file: Path) -> None:
     kernel = kernels.get("cloud-6.12")
     emulated = why_unusable() is not None
     traffic.sender()
-    plan: dict[str, Any] = {
+    told: dict[str, Any] = {
+        "vmm": given.vmm,
         "rows": str(rows_file),
         "kernel": str(kernel.vmlinuz),
         "initrd": str(guest.build(kernel)),
@@ -60,12 +66,12 @@ def _moves(given: argparse.Namespace, out: Path, rows_file: Path) -> None:
     end = time.monotonic() + given.budget
     while True:
         done = [row for row in read(rows_file) if row["state"] == "moved"]
-        plan["moves"] = given.moves - len(done)
+        told["moves"] = given.moves - len(done)
         remaining = end - time.monotonic()
-        if plan["moves"] <= 0 or remaining < _LEAST_S:
+        if told["moves"] <= 0 or remaining < _LEAST_S:
             return
         path = out / "soak-plan.json"
-        path.write_text(json.dumps(plan))
+        path.write_text(json.dumps(told))
         argv = [sys.executable, "-m", "benchmarks.soak_inside", str(path)]
         env = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
         try:
@@ -92,6 +98,7 @@ def _judge(rows: list[dict[str, Any]], out: Path) -> int:
     ]  # fmt: skip
     result = {
         "moves": len(moved),
+        "moves_of_each_flow": dict(Counter(flow for row in moved for flow in row["flows"])),
         **sums,
         "moves_with_a_fault": len(wrong),
         "downtime_ms": median([row["downtime_ms"] for row in moved]) if moved else None,

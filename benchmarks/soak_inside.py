@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from godwit.errors import GodwitError
-from godwit.lab import clocks, guest
+from godwit.lab import clocks, guest, qemu
 from godwit.lab.agent import Agent
 from godwit.lab.network import Host, Network
 from godwit.lab.scenario import wait_for
@@ -24,8 +24,9 @@ from godwit.lab.vm import Vm
 
 from .inside import Rows, say
 from .machines import MAC, move
+from .plan import QEMU
 
-_MEMORY = "256M"
+_MEMORY_MB = 256
 _HOT_MB, _PATTERN_MB = 8, 16
 #: A timer every two milliseconds beside the network's and the memory's load.
 _TIMERS = "(while :; do usleep 2000; done) </dev/null >/dev/null 2>&1 & echo"
@@ -42,13 +43,8 @@ class Soak:
         self._given, self._net, self._folder, self._stack = given, net, folder, stack
         self._count = 0
         self._host = net.a
-        # In the lab three flows are what its two CPUs bear.
-        self._flows: list[Flow] = list(FLOWS) if given["all_flows"] else list(FLOWS[::2])
-        self.vm = self._start(
-            net.a,
-            *("--kernel", given["kernel"], "--initrd", given["initrd"]),
-            *("--append", guest.CMDLINE),
-        )
+        self._moves = 0
+        self.vm = self._start(net.a)
         self.vm.wait_ready(90)
         self.agent = stack.enter_context(Agent("10.0.0.2", net.client.netns))
         self.agent.ping(30)
@@ -57,32 +53,50 @@ class Soak:
         self.agent.sh(_TIMERS)
         self._stream = Stream(net.client.netns, FLOWS[2].guest)
 
-    def _start(self, host: Host, *arguments: str) -> Vm:
+    def _start(self, host: Host, uri: str | None = None) -> Vm:
+        """A process that boots the guest, or waits for it at ``uri``."""
         self._count += 1
+        given, name = self._given, f"vm{self._count}"
         # The old process has its tap until it has ended.
         tap = (host.tap, host.other_tap)[self._count // 2 % 2]
-        argv = [*arguments, "--memory", _MEMORY, "--cpus", str(self._given["cpus"])]
-        argv += ["--nic", f"tap={tap},mac={MAC}{self._given['nic']}"]
-        vm = Vm(f"vm{self._count}", self._folder, argv, host.netns)
+        boot = given["kernel"], given["initrd"], guest.CMDLINE
+        if given["vmm"] == QEMU:
+            arguments = qemu.arguments(_MEMORY_MB, given["cpus"], tap, MAC, boot, uri)
+            vm: Vm = qemu.Qemu(name, self._folder, arguments, host.netns)
+        else:
+            argv = ["--memory", f"{_MEMORY_MB}M", "--cpus", str(given["cpus"])]
+            argv += ["--nic", f"tap={tap},mac={MAC}{given['nic']}"]
+            if uri is None:
+                argv += ["--kernel", boot[0], "--initrd", boot[1], "--append", boot[2]]
+            else:
+                argv += ["--incoming", uri]
+            vm = Vm(name, self._folder, argv, host.netns)
         return self._stack.enter_context(vm)
+
+    def _flows(self) -> list[Flow]:
+        """The packets of this move. In the lab three flows are what its two CPUs bear: IPv4 on each
+        network and IPv6 on each network take turns."""
+        return list(FLOWS) if self._given["all_flows"] else list(FLOWS[self._moves % 2 :: 2])
 
     def once(self) -> dict[str, Any]:
         """One move; what came of it. Raises GodwitError where the guest or the move broke."""
         host = self._net.b if self._host is self._net.a else self._net.a
         uri = f"unix:{self._folder}/move{self._count}"
-        target = self._start(host, "--incoming", uri)
+        target = self._start(host, uri)
         target.qmp.execute("query-status", deadline=60)
+        flows = self._flows()
+        self._moves += 1
         before = clocks.read(self.agent, _ASKED)
         self.agent.reset_flows()
         netns, rate = self._net.client.netns, self._given["rate"]
-        with Sender(netns, self._folder, rate, self._flows) as sender:
+        with Sender(netns, self._folder, rate, flows) as sender:
             time.sleep(_MARGIN_S)
             moved = move(self.vm, target, uri)
             self.agent.ping(30)
             time.sleep(_MARGIN_S)
             sender.stop()
         sent = sender.counts()
-        told = self.vm.qmp.execute("query-migrate")["godwit"].get("handover", {})
+        told = moved.info.get("godwit", {}).get("handover", {})
         self.vm.quit()
         self.vm.close()
         self.vm, self._host = target, host
@@ -93,6 +107,7 @@ class Soak:
         counted = self.agent.flows()
         after = clocks.read(self.agent, _ASKED)
         return {
+            "flows": [f"{flow.network} {flow.family}" for flow in flows],
             "total_ms": moved.info["total-time"],
             "downtime_ms": moved.info["downtime"],
             "sent": sum(sent.values()),
@@ -126,7 +141,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="godwit-")))
         net = stack.enter_context(Network())
-        rows.add(state="boots", cpus=given["cpus"])
+        rows.add(state="boots", vmm=given["vmm"], cpus=given["cpus"])
         soak = Soak(given, net, folder, stack)
         for number in range(given["moves"]):
             rows.add(state="began")

@@ -7,14 +7,13 @@ to the other (the ioctl takes each ring's mutex, drivers/vhost/vhost.c), then th
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterable
 
 from ..errors import GuestError, HostError
 from ..hw.memory import GuestMemory
-from ..kvm import vhost as abi
-from ..kvm.ioctl import address_of, ioctl, ioctl_in, ioctl_out
+from ..kvm.ioctl import address_of
+from ..kvm.vhost import DEVICE, F_LOG_ALL, LOG_PAGE, Vhost
 from ..loop import Loop
 from ..virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
 from . import offloads
@@ -23,7 +22,6 @@ from .backend import Ring
 from .rxring import clear, notify, place
 from .tap import Tap
 
-DEVICE = "/dev/vhost-net"
 _MRG_RXBUF = 1 << 15
 _VERSION_1 = 1 << 32
 _RING_FEATURES = F_EVENT_IDX | F_INDIRECT_DESC | _MRG_RXBUF | _VERSION_1
@@ -46,6 +44,7 @@ class VhostBackend:
         loop: Loop,
         lock: threading.RLock,
         offend: Callable[[str], None],
+        device: Callable[[], Vhost] = Vhost,
     ) -> None:
         self._tap = tap
         self._memory = memory
@@ -55,34 +54,18 @@ class VhostBackend:
         self._ahead = Ahead(tap)
         self._receiving = False  # vhost has the receive ring
         self._starved = False  # the guest is to say when the receive ring has room
+        self._device = device()
         try:
-            self._fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+            self._supported = self._device.features()
+            self._device.set_memory((r.start, r.size, r.host) for r in memory.regions)
         except OSError as error:
-            raise HostError(
-                f"{DEVICE}: {error.strerror}; load the module (modprobe vhost_net), or use the "
-                "in-process backend (vhost=off)"
-            ) from error
-        try:
-            ioctl(self._fd, abi.SET_OWNER)
-            raw = bytearray(8)
-            ioctl_out(self._fd, abi.GET_FEATURES, raw)
-            self._supported = int.from_bytes(raw, "little")
-            regions = [
-                abi.MEMORY_REGION.pack(region.start, region.size, region.host, 0)
-                for region in memory.regions
-            ]
-            ioctl_in(
-                self._fd,
-                abi.SET_MEM_TABLE,
-                abi.MEMORY_HEADER.pack(len(regions), 0) + b"".join(regions),
-            )
-        except OSError as error:
-            os.close(self._fd)
+            self._device.close()
             raise HostError(f"{DEVICE}: {error}; use the in-process backend (vhost=off)") from error
         self.features = offloads.offered(tap.offloads) | (self._supported & _MRG_RXBUF)
+        self._closed = False
         self._rings: tuple[Ring, ...] = ()
         self._negotiated = 0
-        pages = memory.regions[-1].end // abi.LOG_PAGE
+        pages = memory.regions[-1].end // LOG_PAGE
         self._log_size = -(-pages // 64) * 8
         self._logs: list[bytearray] = []
 
@@ -99,12 +82,12 @@ class VhostBackend:
             self._set_features()
             for index, ring in enumerate(self._rings):
                 queue = ring.queue
-                self._put(abi.SET_VRING_NUM, abi.VRING_STATE.pack(index, queue.size))
-                self._put(abi.SET_VRING_BASE, abi.VRING_STATE.pack(index, queue.last_avail))
+                self._device.set_size(index, queue.size)
+                self._device.set_base(index, queue.last_avail)
                 self._set_addresses(index)
-                self._put(abi.SET_VRING_CALL, abi.VRING_FILE.pack(index, ring.call))
-                self._put(abi.SET_VRING_KICK, abi.VRING_FILE.pack(index, ring.kick))
-            self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(1, self._tap.fd))
+                self._device.set_call(index, ring.call)
+                self._device.set_kick(index, ring.kick)
+            self._device.set_backend(1, self._tap.fd)
             if not self._ahead.held:  # else the guest runs first, and gets what goes ahead then
                 self._receive()
         except (OSError, GuestError) as error:
@@ -114,7 +97,7 @@ class VhostBackend:
             self._receiving = False
             for index in (0, 1):
                 try:
-                    self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(index, -1))
+                    self._device.set_backend(index, -1)
                 except OSError:
                     pass  # that ring was not set up far enough to have one
             raise GuestError(f"vhost-net refused a ring: {error}") from error
@@ -124,14 +107,14 @@ class VhostBackend:
         self._feed_no_more()
         rings, self._rings = self._rings, ()
         if rings:
-            self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(1, -1))
+            self._device.set_backend(1, -1)
             self._learn(1, rings[1].queue)
             self._take_back(rings[0])
 
     def set_call(self, index: int, fd: int) -> None:
         """Have ring ``index`` interrupt by another eventfd."""
         if self._rings:
-            self._put(abi.SET_VRING_CALL, abi.VRING_FILE.pack(index, fd))
+            self._device.set_call(index, fd)
             rings = list(self._rings)
             rings[index] = rings[index]._replace(call=fd)
             self._rings = tuple(rings)
@@ -215,8 +198,8 @@ class VhostBackend:
                 self._loop.watch(ring.kick, self._room)
         elif not self._ahead.held and not self._receiving:
             self._feed_no_more()
-            self._put(abi.SET_VRING_BASE, abi.VRING_STATE.pack(0, ring.queue.last_avail))
-            self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(0, self._tap.fd))
+            self._device.set_base(0, ring.queue.last_avail)
+            self._device.set_backend(0, self._tap.fd)
             self._receiving = True
 
     def _place(self, ring: Ring) -> None:
@@ -243,39 +226,32 @@ class VhostBackend:
     def _take_back(self, ring: Ring) -> None:
         if self._receiving:
             self._receiving = False
-            self._put(abi.NET_SET_BACKEND, abi.VRING_FILE.pack(0, -1))
+            self._device.set_backend(0, -1)
             self._learn(0, ring.queue)
 
     def _learn(self, index: int, queue: Virtqueue) -> None:
         """Where the kernel was in a ring."""
-        state = bytearray(abi.VRING_STATE.pack(index, 0))
-        ioctl_out(self._fd, abi.GET_VRING_BASE, state)
-        queue.last_avail = abi.VRING_STATE.unpack(state)[1] & 0xFFFF
+        queue.last_avail = self._device.base(index)
         queue.resync_used()
 
     def close(self) -> None:
         """Stop, and give vhost and the tap back."""
-        if self._fd >= 0:
+        if not self._closed:
+            self._closed = True
             self.stop()
-            os.close(self._fd)
-            self._fd = -1
+            self._device.close()
             self._tap.close()
 
     def _set_features(self) -> None:
-        logging = abi.F_LOG_ALL if self._logs else 0
-        self._put(abi.SET_FEATURES, (self._negotiated | logging).to_bytes(8, "little"))
+        self._device.set_features(self._negotiated | (F_LOG_ALL if self._logs else 0))
 
     def _set_log_base(self) -> None:
-        self._put(abi.SET_LOG_BASE, address_of(self._logs[0]).to_bytes(8, "little"))
+        self._device.set_log(address_of(self._logs[0]))
 
     def _set_addresses(self, index: int) -> None:
         queue = self._rings[index].queue
-        flags = abi.VRING_F_LOG if self._logs else 0
-        host = [
+        desc, used, avail = (
             address_of(self._memory.view(address, 1))
             for address in (queue.desc, queue.used, queue.avail)
-        ]
-        self._put(abi.SET_VRING_ADDR, abi.VRING_ADDR.pack(index, flags, *host, queue.used))
-
-    def _put(self, request: int, data: bytes) -> None:
-        ioctl_in(self._fd, request, data)
+        )
+        self._device.set_addresses(index, (desc, used, avail), bool(self._logs), queue.used)
