@@ -77,10 +77,10 @@ class Guest:
         self.vm = target
         self.host = self.net.a if self.host is self.net.b else self.net.b
 
-    def flows(self, families: int) -> list[Flow]:
-        """Those whose turn it is in this repetition."""
+    def flows(self, families: int, later: int = 0) -> list[Flow]:
+        """Those whose turn it is in this repetition, or so many turns later."""
         count = self.rates.networks_at_once
-        first = self.job.repetition * count
+        first = self.job.repetition * count + later
         chosen = [plan.NETWORKS[(first + n) % len(plan.NETWORKS)] for n in range(count)]
         found = [[flow for flow in FLOWS if flow.network == name] for name in chosen]
         # One family at a time: the other one the next time round.

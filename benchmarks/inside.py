@@ -43,6 +43,10 @@ class Rows:
             os.fsync(file.fileno())
 
 
+#: What is no name of a method.
+_METHODS = {"2g": "large", "idle-again": "idle_again"}
+
+
 def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
     """Measure the parts of one job. Raises GodwitError when it cannot go on."""
     with ExitStack() as stack:
@@ -59,7 +63,7 @@ def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
                     if guest is None:
                         net = stack.enter_context(Network())
                         guest = parts.Measured(job, rates, image, net, folder, stack)
-                    sample = getattr(guest, "large" if part == "2g" else part)()
+                    sample = getattr(guest, _METHODS.get(part, part))()
             except (GodwitError, OSError, KeyError) as error:
                 said = f"{type(error).__name__}: {error}"[-600:]
                 printed = guest.printed() if guest is not None else {}

@@ -13,18 +13,26 @@ GODWIT, QEMU = "godwit", "qemu"
 IN_PROCESS = "godwit-in-process"
 
 #: Guests by name -> RAM, MB.
-MEMORY_MB = {"small": 128, "hot": 512, "large": 2048, "in-process": 128, "socket": 0}
+MEMORY_MB = {"small": 128, "hot": 512, "large": 2048, "in-process": 128}
 #: Their parts, in order. All but boot, memory, network and limit are moves.
 PARTS = {
-    "small": ("boot", "memory", "network", "idle", "udp", "tcp"),
+    "small": ("boot", "memory", "network", "idle", "idle-again", "udp", "tcp"),
     "hot": ("hot",),
-    "large": ("2g",),
+    "large": ("2g", "limit"),
     "in-process": ("network",),
-    "socket": ("limit",),
 }
-MOVES = ("idle", "udp", "tcp", "hot", "2g")
+#: Moves by part -> the load. An idle guest moves twice, with pings in two networks one after the
+#: other, or each network's gap would have one sample or two.
+MOVES = {
+    "idle": "idle",
+    "idle-again": "idle",
+    "udp": "udp",
+    "tcp": "tcp",
+    "hot": "hot",
+    "2g": "2g",
+}
 #: How long a job may take in the emulated lab, seconds; twice what it usually does.
-DEADLINE_S = {"small": 130, "hot": 60, "large": 100, "in-process": 60, "socket": 40}
+DEADLINE_S = {"small": 140, "hot": 60, "large": 110, "in-process": 60}
 
 CPUS = 2
 HOT_MB = 64
@@ -82,9 +90,7 @@ def jobs(repetitions: int) -> list[Job]:
             if number >= len(NETWORKS):  # each network had its numbered flows by then
                 parts = tuple(part for part in parts if part != "udp")
             found += _pair(guest, number, parts)
-        if number % 2 == 0:  # QEMU has no counterpart to these two
-            found.append(Job("socket", GODWIT, number, PARTS["socket"]))
-        if number % 3 == 0:
+        if number % 3 == 0:  # QEMU has no counterpart to it
             found.append(Job("in-process", IN_PROCESS, number, PARTS["in-process"]))
     return found
 
@@ -92,13 +98,15 @@ def jobs(repetitions: int) -> list[Job]:
 def quick_jobs() -> list[Job]:
     """Once each: first what has a mark, then what there is time for."""
     found = _pair("small", 0, ("boot", "memory", "network", "idle"))
-    found += [*_pair("large", 0, PARTS["large"]), Job("socket", GODWIT, 0, PARTS["socket"])]
-    return [*found, *_pair("hot", 0, PARTS["hot"]), *_pair("small", 0, ("udp", "tcp"))]
+    found += [*_pair("large", 0, PARTS["large"]), *_pair("hot", 0, PARTS["hot"])]
+    return [*found, *_pair("small", 0, ("udp", "tcp"))]
 
 
 def _pair(guest: str, number: int, parts: tuple[str, ...]) -> list[Job]:
     vmms = (GODWIT, QEMU) if number % 2 == 0 else (QEMU, GODWIT)
-    return [Job(guest, vmm, number, parts) for vmm in vmms]
+    # The limit is measured beside Godwit's move: it is the line's, not a VMM's.
+    qemus = tuple(part for part in parts if part != "limit")
+    return [Job(guest, vmm, number, parts if vmm == GODWIT else qemus) for vmm in vmms]
 
 
 def left(planned: list[Job], rows: list[dict[str, Any]]) -> list[Job]:

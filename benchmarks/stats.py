@@ -98,7 +98,7 @@ def quantities(rows: Iterable[Row]) -> dict[str, Values]:
 
 
 def _of_move(row: Row) -> Iterable[tuple[str, float]]:
-    load = row["part"]
+    load = MOVES[row["part"]]
     yield f"total_{load}", row["total_ms"]
     yield f"downtime_{load}", row["downtime_ms"]
     if row["pause_ms"] is not None:
@@ -180,7 +180,7 @@ def lost(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for row in _done(rows):
         for flow, count in row.get("pings_lost", {}).items():
-            if row["part"] == "idle":
+            if MOVES[row["part"]] == "idle":
                 found[f"ping {flow}"][row["vmm"]].append(count)
         for flow, counts in row.get("udp", {}).items():
             found[f"UDP to guest {flow}"][row["vmm"]].append(counts["to_guest"])
@@ -204,12 +204,12 @@ def phases(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
         for kind in (name for name in report if name.endswith("-phases")):
             ends = sorted(report[kind].items(), key=lambda phase: phase[1])
             for (_, before), (phase, end) in pairwise([("", 0.0), *ends]):
-                found[row["part"]][kind][phase].append(end - before)
+                found[MOVES[row["part"]]][kind][phase].append(end - before)
         passes = report.get("rounds", [])
         if passes and passes[0]["ms"]:
             rate = passes[0]["pages"] * 4096 / passes[0]["ms"] / 1e3
-            found[row["part"]]["first-pass"]["MB/s"].append(rate)
-            found[row["part"]]["first-pass"]["ms"].append(passes[0]["ms"])
+            found[MOVES[row["part"]]]["first-pass"]["MB/s"].append(rate)
+            found[MOVES[row["part"]]]["first-pass"]["ms"].append(passes[0]["ms"])
     return {
         load: {
             kind: {phase: round(median(each), 2) for phase, each in by.items()}

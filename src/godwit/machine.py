@@ -152,7 +152,7 @@ class Machine:
             vm = undo.enter_context(self._board.system.create_vm())
             vcpus = self._board.make_vcpus(vm, undo)
             states = [cpustate.save_vcpu(vcpu, self._board.msrs)[0] for vcpu in vcpus]
-            return PowerOn(states, cpustate.save_platform(vm))
+            return PowerOn(states, cpustate.save_platform(vm)[0])
 
     def reboot(self, initial: PowerOn) -> None:
         """Reset everything to power-on and boot again; the machine is paused. Raises ConfigError,
@@ -178,7 +178,7 @@ class Machine:
             if self._clock_debt is not None:
                 clock, since = self._clock_debt
                 self._clock_debt = None
-                self.vm.set_clock(clock + int((time.monotonic() - since) * 1e9))
+                self.vm.set_clock(clock, since)
             mark("clock")
             for nic in self.nics:
                 nic.resume()
@@ -249,9 +249,9 @@ class Machine:
     def save(self) -> MachineState:
         """The state of the machine, which is paused."""
         vcpus = [cpustate.save_vcpu(thread.vcpu, self._board.msrs) for thread in self.vcpus]
-        platform = cpustate.save_platform(self.vm)
+        platform, now = cpustate.save_platform(self.vm)
         # All clocks as of one instant: the platform's reading.
-        now, hertz = time.monotonic(), self.vcpus[0].vcpu.tsc_khz() * 1000
+        hertz = self.vcpus[0].vcpu.tsc_khz() * 1000
         return MachineState(
             vcpus=[cpustate.later(state, int((now - at) * hertz)) for state, at in vcpus],
             platform=platform,

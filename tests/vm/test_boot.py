@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 from vm_bench import Bench, Guest, rarps
 
-from godwit.lab.guest import READY
+from godwit.lab import kernels
+from godwit.lab.guest import CMDLINE, READY
 from godwit.lab.judge import announcements
 from godwit.lab.scenario import MAC, wait_for
 
@@ -68,6 +71,16 @@ def test_6_12_cloud_with_eight_cpus_reboots_and_crashes(bench: Bench) -> None:
     guest.agent.crash()
     _ended(guest, 4, "guest-panic")
     assert vm.transitions()[-1] == ("running", "guest-panicked")
+
+
+def test_a_tap_that_is_none_ends_a_guest_that_has_its_head_start(bench: Bench) -> None:
+    kernel = kernels.get("cloud-6.12")
+    argv = [sys.executable, "-m", "godwit.cli", "run", "--kernel", str(kernel.vmlinuz)]
+    argv += ["--memory", "128M", "--append", CMDLINE, "--nic", "tap=lo"]  # which is no tap
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=90)
+    assert done.returncode == 1
+    assert b"tap 'lo'" in done.stderr
+    assert done.stdout == b""  # nothing of the guest was seen
 
 
 def test_6_12_full_obeys_the_power_button(bench: Bench) -> None:

@@ -7,7 +7,6 @@ in that mode). GET: MP_STATE first, because reading it makes pending INIT/SIPI t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Annotated
@@ -62,11 +61,11 @@ def save_vcpu(vcpu: Vcpu, msrs: list[int]) -> tuple[VcpuState, float]:
         if vcpu.xsave_size > abi.XSAVE_SIZE
         else vcpu.get(abi.GET_XSAVE, abi.XSAVE_SIZE)
     )
-    before = time.monotonic()
     values = vcpu.get_msrs(msrs)
-    read_at = (before + time.monotonic()) / 2
     if len(values) != len(msrs):
         raise KvmError(f"vCPU {vcpu.index}: MSR {msrs[len(values)]:#x} could not be read")
+    tsc, read_at = vcpu.tsc()  # by itself: the list takes its time
+    values = [(i, tsc if i == abi.MSR_TSC else v) for i, v in values]
     state = VcpuState(
         mp_state=mp_state,
         regs=vcpu.get(abi.GET_REGS, abi.REGS_SIZE),
@@ -145,18 +144,20 @@ def _put_msrs(vcpu: Vcpu, msrs: list[tuple[int, int]]) -> None:
         )
 
 
-def save_platform(vm: Vm) -> PlatformState:
-    """Interrupt controllers, PIT and clock of a VM that is stopped."""
-    clock, realtime = vm.clock()
-    return PlatformState(
+def save_platform(vm: Vm) -> tuple[PlatformState, float]:
+    """Interrupt controllers, PIT and clock of a VM that is stopped, and when the clock was read,
+    time.monotonic."""
+    clock = vm.clock()
+    state = PlatformState(
         irqchips=[
             vm.get(abi.GET_IRQCHIP, abi.IRQCHIP_SIZE, chip.to_bytes(4, "little"))
             for chip in range(3)
         ],
         pit=vm.get(abi.GET_PIT2, abi.PIT_STATE_SIZE),
-        clock_ns=clock,
-        realtime_ns=realtime,
+        clock_ns=clock.guest,
+        realtime_ns=clock.realtime,
     )
+    return state, clock.monotonic
 
 
 def load_platform(vm: Vm, state: PlatformState, advance_ns: int = 0) -> None:

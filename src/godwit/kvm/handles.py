@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from ..errors import HostError, KvmError
 from . import abi
@@ -28,6 +28,22 @@ _NEEDED = {
 #: I/O APIC, where no device is.
 _TSS_ADDRESS = 0xFFFBD000
 _IDENTITY_MAP_ADDRESS = 0xFFFBC000
+
+
+#: A reading of two clocks that took longer is made again, so often at the most; seconds.
+QUICK_S = 150e-6
+_READINGS = 4
+
+
+class Clock(NamedTuple):
+    """A guest's clock at one instant."""
+
+    guest: int
+    """ns since the VM was made."""
+    realtime: int
+    """The host's CLOCK_REALTIME, ns."""
+    monotonic: float
+    """The host's time.monotonic, s."""
 
 
 class _Handle:
@@ -176,19 +192,37 @@ class Vm(_Handle):
         flags = 0 if assign else abi.IOEVENTFD_FLAG_DEASSIGN
         self.set(abi.KVM_IOEVENTFD, abi.IOEVENTFD.pack(0, address, length, fd, flags))
 
-    def clock(self) -> tuple[int, int]:
-        """(guest clock ns, host realtime ns of the same instant).
+    def clock(self) -> Clock:
+        """The guest's clock, and the host's at the same instant.
 
-        A kernel without a stable TSC does not tell the second: then it is read right after.
+        A kernel without a stable TSC does not tell the host's: then both are read again until
+        nobody came between, or the best of some readings counts.
         """
-        raw = self.get(abi.GET_CLOCK, abi.CLOCK_DATA.size)
-        now = time.time_ns()
-        clock, flags, _, realtime, _ = abi.CLOCK_DATA.unpack(raw)
-        return clock, realtime if flags & abi.CLOCK_REALTIME else now
+        readings = []
+        for _ in range(_READINGS):
+            before, real = time.monotonic(), time.time_ns()
+            raw = self.get(abi.GET_CLOCK, abi.CLOCK_DATA.size)
+            took = time.monotonic() - before
+            clock, flags, _, exact, _ = abi.CLOCK_DATA.unpack(raw)
+            realtime = exact if flags & abi.CLOCK_REALTIME else real + int(took / 2 * 1e9)
+            readings.append((took, Clock(clock, realtime, before + took / 2)))
+            if took <= QUICK_S:
+                break
+        return min(readings)[1]
 
-    def set_clock(self, clock: int) -> None:
-        """Set the guest clock, ns."""
-        self.set(abi.SET_CLOCK, abi.CLOCK_DATA.pack(clock, 0, 0, 0, 0))
+    def set_clock(self, clock: int, since: float | None = None) -> None:
+        """Set the guest clock, ns; with ``since``, to what it is by now if it was ``clock`` at that
+        time.monotonic."""
+        if since is None:
+            self.set(abi.SET_CLOCK, abi.CLOCK_DATA.pack(clock, 0, 0, 0, 0))
+            return
+        for _ in range(_READINGS):
+            due = clock + int((time.monotonic() - since) * 1e9)
+            self.set(abi.SET_CLOCK, abi.CLOCK_DATA.pack(due, 0, 0, 0, 0))
+            # Between the question for the time and the setting anybody may have had the CPU.
+            read = self.clock()
+            if abs(read.guest - clock - int((read.monotonic - since) * 1e9)) <= QUICK_S * 1e9:
+                return
 
 
 class Vcpu(_Handle):
@@ -233,6 +267,25 @@ class Vcpu(_Handle):
             readable += [index for index, _ in got]
             left = left[len(got) + 1 :]
         return readable
+
+    def tsc(self) -> tuple[int, float]:
+        """The guest's TSC, and the time.monotonic of its reading; as exactly as :meth:`Vm.clock`.
+
+        Raises:
+            KvmError: KVM does not tell it.
+        """
+        readings = []
+        for _ in range(_READINGS):
+            before = time.monotonic()
+            got = self.get_msrs([abi.MSR_TSC])
+            took = time.monotonic() - before
+            if not got:
+                raise KvmError(f"vCPU {self.index}: its TSC could not be read")
+            readings.append((took, got[0][1], before + took / 2))
+            if took <= QUICK_S:
+                break
+        _, value, at = min(readings)
+        return value, at
 
     def set_msrs(self, msrs: list[tuple[int, int]]) -> int:
         """Set them in order; how many KVM took."""
