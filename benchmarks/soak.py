@@ -41,6 +41,8 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=600.0, help="seconds")
     parser.add_argument("--out", type=Path, default=Path("out"))
     given = parser.parse_args()
+    if given.vmm == plan.QEMU and given.nic:
+        parser.error("--nic is Godwit's: leave it out with --vmm qemu")
     out = given.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     rows_file = out / "soak-rows.jsonl"

@@ -96,7 +96,8 @@ class Soak:
             time.sleep(_MARGIN_S)
             sender.stop()
         sent = sender.counts()
-        told = moved.info.get("godwit", {}).get("handover", {})
+        # Late frames and those left behind are counted after the move's end.
+        told = self.vm.qmp.execute("query-migrate").get("godwit", {}).get("handover", {})
         self.vm.quit()
         self.vm.close()
         self.vm, self._host = target, host

@@ -1,7 +1,7 @@
 """The limit: what a plain socket loop in Python copies between two processes on this machine.
 
 Two processes, a Unix socket, 8 MB a call, from populated memory into populated memory, both with
-huge pages as a guest's RAM has. A migration does this and more, so it cannot be quicker.
+huge pages as a guest's RAM has. A migration does this and more.
 """
 
 from __future__ import annotations

@@ -59,8 +59,11 @@ def undisturbed(samples: Iterable[Row]) -> list[Row]:
     def quiet(row: Row) -> bool:
         return (row.get("others") or 0.0) <= DISTURBED
 
-    good = {(row["vmm"], row["part"]) for row in samples if quiet(row)}
-    return [row for row in samples if quiet(row) or (row["vmm"], row["part"]) not in good]
+    def kind(row: Row) -> tuple[Any, Any]:
+        return row["vmm"], MOVES.get(row["part"], row["part"])
+
+    good = {kind(row) for row in samples if quiet(row)}
+    return [row for row in samples if quiet(row) or kind(row) not in good]
 
 
 def ratio(over: Spread | None, under: Spread | None) -> float | None:

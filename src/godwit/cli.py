@@ -30,10 +30,10 @@ class _Formatter(argparse.HelpFormatter):
 
     def __init__(self, prog: str) -> None:
         try:
-            columns = int(os.environ.get("COLUMNS", "")) or os.get_terminal_size().columns
+            columns = int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size().columns
         except (OSError, ValueError):
             columns = 80
-        super().__init__(prog, width=max(columns - 2, 20))
+        super().__init__(prog, width=max((columns or 80) - 2, 20))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -22,6 +22,7 @@ from .hw.foresight import Foresight
 from .hw.irq import IntxLines, Routes
 from .hw.pci import CONFIG_ADDRESS, PciBus
 from .kvm import abi, cpustate
+from .kvm.handles import host_clocks
 from .kvm.ioctl import ioctl
 from .loop import Loop
 from .machine_state import MachineState, NicSaved
@@ -148,11 +149,14 @@ class Machine:
                 "the guest asked for a reboot, but it was booted on another host, and no kernel "
                 "was given here; give --kernel and --initrd beside --incoming"
             )
-        with ExitStack() as undo:
-            vm = undo.enter_context(self._board.system.create_vm())
-            vcpus = self._board.make_vcpus(vm, undo)
-            states = [cpustate.save_vcpu(vcpu, self._board.msrs)[0] for vcpu in vcpus]
-            return PowerOn(states, cpustate.save_platform(vm)[0])
+        try:
+            with ExitStack() as undo:
+                vm = undo.enter_context(self._board.system.create_vm())
+                vcpus = self._board.make_vcpus(vm, undo)
+                states = [cpustate.save_vcpu(vcpu, self._board.msrs)[0] for vcpu in vcpus]
+                return PowerOn(states, cpustate.save_platform(vm)[0])
+        except OSError as error:
+            raise KvmError(f"KVM does not tell what a new VM is like: {error}") from error
 
     def reboot(self, initial: PowerOn) -> None:
         """Reset everything to power-on and boot again; the machine is paused. Raises ConfigError,
@@ -248,6 +252,9 @@ class Machine:
     # --- state ------------------------------------------------------------------------------------
     def save(self) -> MachineState:
         """The state of the machine, which is paused."""
+        if self._clock_debt is not None:  # it came here, and never ran
+            self.vm.set_clock(*self._clock_debt)
+            self._clock_debt = None
         vcpus = [cpustate.save_vcpu(thread.vcpu, self._board.msrs) for thread in self.vcpus]
         platform, now = cpustate.save_platform(self.vm)
         # All clocks as of one instant: the platform's reading.
@@ -298,8 +305,7 @@ class Machine:
             raise StreamError(f"vcpus: {len(state.vcpus)} in the stream, {len(self.vcpus)} here")
         if [nic.id for nic in state.nics] != [nic.name for nic in self.nics]:
             raise StreamError("nics: not the ones that this machine has")
-        missed = missed_seconds(state.platform, received)
-        stood_still = time.monotonic() - missed
+        stood_still = clock_read_at(state.platform, received)
         hertz = self.vcpus[0].vcpu.tsc_khz() * 1000
 
         def ticks() -> int:
@@ -324,15 +330,16 @@ class Machine:
             self._routes.release()
 
 
-def missed_seconds(platform: cpustate.PlatformState, received: float) -> float:
-    """For how long the guest's clock has stood still, seconds.
+def clock_read_at(platform: cpustate.PlatformState, received: float) -> float:
+    """When the guest's clock was read at its source, as this host's time.monotonic.
 
     If both hosts' clocks agree, the source's reading says it exactly. They may not: what is known
     for sure is that the clock was read before the state came, and not long before.
     """
-    since = time.monotonic() - received
+    realtime, monotonic = host_clocks()
+    since = monotonic - received
     if platform.realtime_ns:
-        by_clock = (time.time_ns() - platform.realtime_ns) / 1e9
+        by_clock = (realtime - platform.realtime_ns) / 1e9
         if since <= by_clock <= since + _PLAUSIBLE_S:
-            return by_clock
-    return since
+            return monotonic - by_clock
+    return received

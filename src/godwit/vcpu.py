@@ -220,6 +220,10 @@ class VcpuThread:
                     continue
                 except BlockingIOError:  # an AP that got its INIT
                     continue
+                except OSError:
+                    if self._held and not self._let_go():
+                        return
+                    raise  # now there is somebody to be told
                 if self._held and not self._let_go():
                     return
                 reason = reason_at[0]

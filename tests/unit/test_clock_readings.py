@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from godwit.errors import KvmError
-from godwit.kvm import abi
+from godwit.kvm import abi, handles
 from godwit.kvm.handles import QUICK_S, Vcpu, Vm
 
 AHEAD_NS = 7_000_000_000
@@ -87,6 +87,20 @@ def test_the_quickest_of_slow_readings_counts(monkeypatch: pytest.MonkeyPatch) -
     read = FakeVm(host).clock()
     assert read.guest == pytest.approx((SLOW_S + SLOW_S / 8) * 1e9 + AHEAD_NS, abs=1000)
     assert host.calls == 3
+
+
+def test_the_hosts_own_clocks_are_read_at_one_instant(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(monkeypatch, [SLOW_S, SLOW_S / 2, 1e-5, 1e-5])
+    look = handles.time.time_ns
+
+    def time_ns() -> int:
+        host.call()
+        return look()
+
+    monkeypatch.setattr(handles.time, "time_ns", time_ns)
+    realtime, monotonic = handles.host_clocks()
+    assert host.calls == 3
+    assert realtime - REAL_NS == pytest.approx((monotonic - MONOTONIC_S) * 1e9, abs=1e4)
 
 
 def test_what_the_kernel_knows_is_not_estimated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,13 +228,15 @@ def test_without_auto_converge_the_rounds_are_those_of_the_plain_rule(
     limit: int, rounds: list[tuple[int, float]], ends_with: int
 ) -> None:
     """30 passes; fewer if 10 ms are left, or if what is left shrinks no more and is in the limit.
-    Passes of less than half a frame do not tell how quick the line is."""
+    Short passes of less than half a frame say only how slow the line is at the most."""
 
     def plain() -> int:
-        sent, previous, per_page = 10**5, None, 0.0
+        sent, previous, per_page = 10**5, None, float("inf")
         for number, (dirty, ms) in enumerate(played, 1):
-            if sent >= 1024:
+            if sent >= 1024 or (sent >= 64 and ms >= 100.0):
                 per_page = ms / sent
+            elif sent >= 64:
+                per_page = min(per_page, ms / sent)
             expected = dirty * per_page
             shrinking = previous is None or dirty < previous * 0.75
             if number == 30 or expected <= 10.0 or (not shrinking and expected <= limit):
@@ -252,6 +254,25 @@ def test_without_auto_converge_the_rounds_are_those_of_the_plain_rule(
 
     played = [*rounds, (ends_with, 1.0), (0, 0.1)]
     assert judged() == plain()
+
+
+def test_a_line_that_became_quicker_is_noticed_by_small_rounds() -> None:
+    judge = Convergence()
+    assert judge.judge(30_000, 120_000.0, 900, 300, ANYWAY).expected_ms == 3600.0
+    assert judge.judge(900, 8.0, 900, 300, ANYWAY) == (Action.STOP, 0, 8.0)
+
+
+def test_a_line_that_became_slower_is_noticed_by_small_rounds() -> None:
+    judge = Convergence()
+    assert judge.judge(100_000, 1000.0, 1100, 300, ANYWAY).action is Action.ROUND
+    verdict = judge.judge(900, 3600.0, 900, 300, ANYWAY)
+    assert (verdict.action, verdict.expected_ms) == (Action.ROUND, 3600.0)
+
+
+def test_a_small_round_does_not_make_the_line_slow() -> None:
+    judge = Convergence()
+    assert judge.judge(20_000, 600.0, 700, 300, ANYWAY).expected_ms == 21.0
+    assert judge.judge(700, 70.0, 330, 300, ANYWAY) == (Action.STOP, 0, 9.9)
 
 
 def test_the_reason_names_what_can_be_changed() -> None:

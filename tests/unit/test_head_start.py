@@ -5,6 +5,7 @@ KVM_RUN is a stand-in that leaves the guest for one OUT, and then runs until it 
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 from godwit.hw.bus import MmioBus, PortBus
 from godwit.kvm import abi
 from godwit.kvm.handles import Vcpu
-from godwit.vcpu import VcpuThread
+from godwit.vcpu import Ending, VcpuThread
 
 PORT, VALUE, DATA_AT = 0x80, 0x5A, 0x100
 
@@ -43,12 +44,15 @@ class Guest:
         self._kicked = threading.Event()
         self.left = threading.Event()
         self.runs = 0
+        self.fails = False
+        self.ended = threading.Event()
+        self.told: list[tuple[Ending, str]] = []
         monkeypatch.setattr("godwit.vcpu.fcntl", SimpleNamespace(ioctl=self._run))
         monkeypatch.setattr("godwit.vcpu.signal", SimpleNamespace(pthread_kill=self._kick))
         monkeypatch.setattr("godwit.vcpu.KICK_SIGNAL", 0, raising=False)
         vcpu = cast(Vcpu, SimpleNamespace(fd=-1, index=0, run_page=self._page))
         self.ports, self.device = PortBus(), Device()
-        self.thread = VcpuThread(vcpu, self.ports, MmioBus(), lambda ending, detail: None)
+        self.thread = VcpuThread(vcpu, self.ports, MmioBus(), self._tell)
         self.thread.start()
 
     def _run(self, fd: int, request: int, argument: int) -> int:
@@ -58,11 +62,18 @@ class Guest:
                 assert self._kicked.wait(60)
             self._kicked.clear()
             raise InterruptedError
+        if self.fails:
+            self.left.set()
+            raise OSError(errno.EFAULT, "Bad address")
         self._page[abi.RUN_EXIT_REASON] = abi.EXIT_IO
         abi.RUN_IO.pack_into(self._page, abi.RUN_UNION, 1, 1, PORT, 1, DATA_AT)
         self._page[DATA_AT] = VALUE
         self.left.set()
         return 0
+
+    def _tell(self, ending: Ending, detail: str) -> None:
+        self.told.append((ending, detail))
+        self.ended.set()
 
     def _kick(self, ident: int, number: int) -> None:
         self._kicked.set()
@@ -112,3 +123,13 @@ def test_a_guest_that_was_ahead_is_paused_as_any_other(guest: Guest) -> None:
     guest.thread.request_pause()
     guest.thread.wait_paused(60)
     assert guest.device.written == [VALUE]
+
+
+def test_an_error_of_kvms_waits_for_somebody_to_be_told(guest: Guest) -> None:
+    guest.fails = True
+    guest.thread.head_start()
+    assert guest.left.wait(60)
+    assert guest.thread.ending is None
+    guest.thread.resume()
+    assert guest.ended.wait(60)
+    assert guest.told == [(Ending.INTERNAL_ERROR, "KVM_RUN: [Errno 14] Bad address")]

@@ -47,6 +47,19 @@ class Clock(NamedTuple):
     """The host's time.monotonic, s."""
 
 
+def host_clocks() -> tuple[int, float]:
+    """The host's CLOCK_REALTIME, ns, and time.monotonic, s, of one instant."""
+    readings = []
+    for _ in range(_READINGS):
+        before = time.monotonic()
+        realtime = time.time_ns()
+        took = time.monotonic() - before
+        readings.append((took, realtime, before + took / 2))
+        if took <= QUICK_S:
+            break
+    return min(readings)[1:]
+
+
 class _Handle:
     """A descriptor that is closed once."""
 
@@ -134,8 +147,11 @@ class Vm(_Handle):
     """A VM: memory slots, interrupt routes, clock."""
 
     def __init__(self, system: System) -> None:
-        super().__init__(ioctl(system.fd, abi.CREATE_VM))
         self.system = system
+        try:
+            super().__init__(ioctl(system.fd, abi.CREATE_VM))
+        except OSError as error:
+            raise KvmError(f"KVM could not make a VM: {error}") from error
         try:
             ioctl(self.fd, abi.SET_TSS_ADDR, _TSS_ADDRESS)
             self.set(abi.SET_IDENTITY_MAP_ADDR, _IDENTITY_MAP_ADDRESS.to_bytes(8, "little"))

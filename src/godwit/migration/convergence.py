@@ -27,10 +27,11 @@ MAX_FAILURES = 2
 GOOD_ENOUGH_MS = 10.0
 #: A round helps if it leaves less than this share of what it had to send.
 _SHRINKS = 0.75
-#: A round of fewer pages says little about the line: what takes its time is the waking of both
-#: ends. Half a frame's.
+#: A round of fewer pages (half a frame's) that took less time, ms, says only how slow the line is
+#: at the most: what takes its time is the waking of both ends.
 _MEASURABLE = 1024
-#: Fewer pages than this are no time to speak of, where nothing is known of the line.
+_MEASURABLE_MS = 100.0
+#: Fewer pages than this, sent or left, say nothing of the line, and are no time to speak of.
 _FEW = 64
 
 
@@ -99,9 +100,12 @@ class Convergence:
 
     def _expected(self, sent: int, ms: float, dirty: int) -> float:
         """What is left, by the line's measured bandwidth."""
-        if sent >= _MEASURABLE:
+        known = self._per_page_ms
+        if sent >= _MEASURABLE or (sent >= _FEW and ms >= _MEASURABLE_MS):
             self._per_page_ms = ms / sent
-        elif self._per_page_ms is None:
+        elif sent >= _FEW and known is not None:
+            self._per_page_ms = min(known, ms / sent)
+        if self._per_page_ms is None:
             return ms * dirty / max(sent, 1) if dirty >= _FEW else 0.0
         return dirty * self._per_page_ms
 
