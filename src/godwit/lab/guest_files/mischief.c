@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -36,6 +37,25 @@ static void *spin(void *unused)
 	return NULL;
 }
 
+/* Since Linux 6.12 ordinary tasks get 50 ms of each second whatever the limit for real-time ones says
+ * (kernel/sched/deadline.c, fair_server): within them, a hung guest might answer. */
+static void no_fair_server(long cpus)
+{
+	mount("debug", "/sys/kernel/debug", "debugfs", 0, NULL); /* it may be there already */
+	for (long cpu = 0; cpu < cpus; cpu++) {
+		char path[80];
+		int fd;
+
+		snprintf(path, sizeof path, "/sys/kernel/debug/sched/fair_server/cpu%ld/runtime", cpu);
+		fd = open(path, O_WRONLY | O_CLOEXEC);
+		if (fd >= 0) {
+			if (write(fd, "0", 1) != 1)
+				perror(path);
+			close(fd);
+		}
+	}
+}
+
 /* hang SECONDS: nothing but interrupts is served on any CPU; the kernel's workers get no turn. */
 void hang(struct reply *reply, const char *arguments)
 {
@@ -48,6 +68,7 @@ void hang(struct reply *reply, const char *arguments)
 		return;
 	}
 	close(fd);
+	no_fair_server(cpus);
 	until = now() + 1 + atof(arguments);
 	for (long cpu = 0; cpu < cpus; cpu++) {
 		pthread_attr_t how;
