@@ -3,10 +3,15 @@
  * A packet is a big-endian u32 flow and u64 number, and 52 bytes of padding. At its end it prints
  * FLOW=COUNT for each flow. A packet that the kernel refuses (no route, no neighbour) counts as
  * sent: it is lost, and the network is to blame.
+ *
+ * It stays on one CPU: a veth has a queue for each (net/core/dev.c, enqueue_to_backlog), so that what a
+ * sender that changed its CPU sends may overtake what it sent before.
  */
+#define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <endian.h>
 #include <netinet/in.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -52,8 +57,12 @@ int main(int argc, char **argv)
 	int fds[FLOWS], ids[FLOWS], flows = argc - 3, i;
 	struct timespec due;
 	uint64_t count = 0;
+	cpu_set_t one;
 	long rate;
 
+	CPU_ZERO(&one);
+	CPU_SET((size_t)sched_getcpu(), &one);
+	sched_setaffinity(0, sizeof one, &one);
 	if (argc < 4 || flows > FLOWS || (rate = atol(argv[1])) < 1) {
 		fprintf(stderr, "usage: sender RATE PORT FLOW=ADDRESS...\n");
 		return 2;
