@@ -5,9 +5,9 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 from ..errors import HostError, KvmError
 from . import abi
@@ -30,6 +30,8 @@ _TSS_ADDRESS = 0xFFFBD000
 _IDENTITY_MAP_ADDRESS = 0xFFFBC000
 
 
+_T = TypeVar("_T")
+
 #: A reading of two clocks that took longer is made again, so often at the most; seconds. It takes
 #: microseconds on a real CPU, a few hundred on an emulated one, and the guest stands still.
 QUICK_S = 500e-6
@@ -47,17 +49,25 @@ class Clock(NamedTuple):
     """The host's time.monotonic, s."""
 
 
-def host_clocks() -> tuple[int, float]:
-    """The host's CLOCK_REALTIME, ns, and time.monotonic, s, of one instant."""
-    readings = []
+def _at_one_instant(look: Callable[[], _T]) -> tuple[_T, float, float]:
+    """What ``look`` gives, the time.monotonic of its middle, and how long it took, s.
+
+    Looks again until nobody came between, or takes the quickest of some looks.
+    """
+    looks: list[tuple[_T, float, float]] = []
     for _ in range(_READINGS):
         before = time.monotonic()
-        realtime = time.time_ns()
+        value = look()
         took = time.monotonic() - before
-        readings.append((took, realtime, before + took / 2))
+        looks.append((value, before + took / 2, took))
         if took <= QUICK_S:
             break
-    return min(readings)[1:]
+    return min(looks, key=lambda one: one[2])
+
+
+def host_clocks() -> tuple[int, float]:
+    """The host's CLOCK_REALTIME, ns, and time.monotonic, s, of one instant."""
+    return _at_one_instant(time.time_ns)[:2]
 
 
 class _Handle:
@@ -212,20 +222,16 @@ class Vm(_Handle):
     def clock(self) -> Clock:
         """The guest's clock, and the host's at the same instant.
 
-        A kernel without a stable TSC does not tell the host's: then both are read again until
-        nobody came between, or the best of some readings counts.
+        A kernel without a stable TSC does not tell the host's.
         """
-        readings = []
-        for _ in range(_READINGS):
-            before, real = time.monotonic(), time.time_ns()
-            raw = self.get(abi.GET_CLOCK, abi.CLOCK_DATA.size)
-            took = time.monotonic() - before
-            clock, flags, _, exact, _ = abi.CLOCK_DATA.unpack(raw)
-            realtime = exact if flags & abi.CLOCK_REALTIME else real + int(took / 2 * 1e9)
-            readings.append((took, Clock(clock, realtime, before + took / 2)))
-            if took <= QUICK_S:
-                break
-        return min(readings)[1]
+
+        def look() -> tuple[int, bytes]:
+            return time.time_ns(), self.get(abi.GET_CLOCK, abi.CLOCK_DATA.size)
+
+        (before, raw), monotonic, took = _at_one_instant(look)
+        clock, flags, _, exact, _ = abi.CLOCK_DATA.unpack(raw)
+        realtime = exact if flags & abi.CLOCK_REALTIME else before + int(took / 2 * 1e9)
+        return Clock(clock, realtime, monotonic)
 
     def set_clock(self, clock: int, since: float | None = None) -> None:
         """Set the guest clock, ns; with ``since``, to what it is by now if it was ``clock`` at that
@@ -291,18 +297,10 @@ class Vcpu(_Handle):
         Raises:
             KvmError: KVM does not tell it.
         """
-        readings = []
-        for _ in range(_READINGS):
-            before = time.monotonic()
-            got = self.get_msrs([abi.MSR_TSC])
-            took = time.monotonic() - before
-            if not got:
-                raise KvmError(f"vCPU {self.index}: its TSC could not be read")
-            readings.append((took, got[0][1], before + took / 2))
-            if took <= QUICK_S:
-                break
-        _, value, at = min(readings)
-        return value, at
+        got, at, _ = _at_one_instant(lambda: self.get_msrs([abi.MSR_TSC]))
+        if not got:
+            raise KvmError(f"vCPU {self.index}: its TSC could not be read")
+        return got[0][1], at
 
     def set_msrs(self, msrs: list[tuple[int, int]]) -> int:
         """Set them in order; how many KVM took."""
