@@ -60,7 +60,6 @@ class Outgoing(ABC):
         #: Not the token, which is a secret of the two ends: everybody sees the marks.
         self._mark = b""
         self._log = ram.DirtyLog(machine)
-        self._zeros = ram.ZeroSearch()
         self._left: list[Run] = []
         self._throttle = Throttle(lambda: machine.vcpus)
         self._budget_start = time.monotonic()
@@ -194,12 +193,10 @@ class Outgoing(ABC):
         # In portions: while one is looked through here, the one before is on its way. (A thread
         # that looks ahead was no quicker where it was measured: both CPUs are busy by then.)
         for portion in ram.portions(runs):
-            data, zero = self._zeros.split(self._machine, portion)
+            data, zero = ram.split_zeros(self._machine, portion)
             if zero and not first:  # at first, the destination's RAM is zeros anyway
                 self._channel.send_parts([codec.frame(Kind.ZERO, codec.encode_runs(zero))])
-            began = time.monotonic()
             self._send_pages(data)
-            self._zeros.sent(ram.pages_in(data), time.monotonic() - began)
             sent += ram.pages_in(data)
             zeros += ram.pages_in(zero)
         self._channel.send(Kind.ROUND)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from ..errors import HostError
 from ..hw.memory import PAGE, Region
@@ -21,19 +20,11 @@ _PAGEMAP_ENTRY = 8
 _BITS = [bytes(49 if byte >> bit & 1 else 48 for bit in range(8)) for byte in range(256)]
 _ONES = re.compile(rb"1+")
 _BUSY = re.compile(rb"[^\0]+")
-_ZEROS = re.compile(rb"\0+")
 #: Bit 63: present, bit 62: swapped (Documentation/admin-guide/mm/pagemap.rst); top byte of eight.
 _POPULATED = bytes(49 if byte & 0xC0 else 48 for byte in range(256))
-#: Which words of 8 bytes in a page are looked at before the whole page is compared with zeros.
-_SAMPLES = (0, 256)
-_WORD = 8
-#: Pages in a run from which on looking for zeros pays.
-_WORTH_A_LOOK = 16
-#: Pages that are looked through at once, and how many such pieces are not after one that was not
-#: worth it. Pages of zeros come in hordes: one piece tells of the next, and a thirtieth of the
-#: looking finds where they begin.
-_PIECE = 256
-_PASS_OVER = 31
+#: Pages of zeros come in hordes. Fewer together are sent: to find them would cost more.
+_HORDE = 8
+_QUIET = re.compile(rb"\0{%d,}" % _HORDE)
 #: Pages compared at once.
 _CHUNK = 64
 _ZERO = bytes(_CHUNK * PAGE)
@@ -156,26 +147,15 @@ def portions(runs: Iterable[Run], pages: int = MAX_PAGES) -> Iterator[list[Run]]
 def split_zeros(machine: Machine, runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
     """``runs`` as (those with something in them, those that are all zeros).
 
-    Two words of each page are gathered first, by one strided copy for each; only pages whose
-    samples are all zero are compared whole. Short runs are not looked at: pages that the guest
-    just wrote are seldom zeros, and looking costs more than sending.
+    The first byte of each page is gathered by one strided copy, and only where a horde of them is
+    zero are pages compared whole. Smaller hordes count as data.
     """
     data: list[Run] = []
     zero: list[Run] = []
     for address, pages in runs:
-        if pages < _WORTH_A_LOOK:
-            _add(data, address, pages)
-            continue
         view = machine.memory.view(address, pages * PAGE)
-        words = view.cast("Q")
-        seen = 0
-        for offset in _SAMPLES:
-            seen |= int.from_bytes(words[offset :: PAGE // _WORD].tobytes(), "little")
         at = 0
-        # Each word folded into its lowest byte: a search takes its time by the byte.
-        for shift in (32, 16, 8):
-            seen |= seen >> shift
-        for quiet in _ZEROS.finditer(seen.to_bytes(pages * _WORD, "little")[::_WORD]):
+        for quiet in _QUIET.finditer(view[::PAGE].tobytes()):
             for first, count in _empty(view, quiet.start(), quiet.end()):
                 if first > at:
                     _add(data, address + at * PAGE, first - at)
@@ -186,58 +166,21 @@ def split_zeros(machine: Machine, runs: Iterable[Run]) -> tuple[list[Run], list[
     return data, zero
 
 
-class ZeroSearch:
-    """Looks for pages of zeros as long as that takes less time than sending them would.
-
-    On a real CPU it nearly always does; on a slow one with a quick line, only where there are many.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._per_page: float | None = None
-        self._passed_over = 0
-
-    def split(self, machine: Machine, runs: list[Run]) -> tuple[list[Run], list[Run]]:
-        """As :func:`split_zeros`, but some of ``runs`` may not have been looked at."""
-        data: list[Run] = []
-        zero: list[Run] = []
-        for piece in portions(runs, _PIECE):
-            kept: list[Run] = piece
-            left_out: list[Run] = []
-            if self._passed_over:
-                self._passed_over -= 1
-            else:
-                before = self._clock()
-                kept, left_out = split_zeros(machine, piece)
-                took = self._clock() - before
-                if self._per_page is not None and took > pages_in(left_out) * self._per_page:
-                    self._passed_over = _PASS_OVER
-            for run in kept:
-                _add(data, *run)
-            for run in left_out:
-                _add(zero, *run)
-        return data, zero
-
-    def sent(self, pages: int, seconds: float) -> None:
-        """So many pages were sent within so long."""
-        if pages:
-            self._per_page = seconds / pages
-
-
 def _empty(view: memoryview, first: int, end: int) -> Iterator[Run]:
-    """(first, count) of the pages from ``first`` to ``end`` that are all zeros.
+    """(first, count) of hordes between the pages ``first`` and ``end`` that are all zeros.
 
     ``startswith`` compares with memcmp and copies nothing; memcmp itself through ctypes costs tens
     of times more a call, and gives the GIL away each time.
     """
     for start in range(first, end, _CHUNK):
-        stop = min(start + _CHUNK, end)
-        if _ZERO.startswith(view[start * PAGE : stop * PAGE]):
-            yield start, stop - start
-        elif stop - start > 1:
-            for page in range(start, stop):
-                if _ZERO.startswith(view[page * PAGE : page * PAGE + PAGE]):
-                    yield page, 1
+        todo = [(start, min(start + _CHUNK, end))]
+        while todo:
+            start, stop = todo.pop()
+            if _ZERO.startswith(view[start * PAGE : stop * PAGE]):
+                yield start, stop - start
+            elif stop - start >= 2 * _HORDE:
+                half = (start + stop) // 2
+                todo += [(half, stop), (start, half)]
 
 
 def _add(runs: list[Run], address: int, pages: int) -> None:
