@@ -17,11 +17,10 @@ from ..machine import Machine
 from .codec import MAX_PAGES, Run
 
 _PAGEMAP_ENTRY = 8
-_BITS = [bytes(49 if byte >> bit & 1 else 48 for bit in range(8)) for byte in range(256)]
-_ONES = re.compile(rb"1+")
-_BUSY = re.compile(rb"[^\0]+")
 #: Bit 63: present, bit 62: swapped (Documentation/admin-guide/mm/pagemap.rst); top byte of eight.
 _POPULATED = bytes(49 if byte & 0xC0 else 48 for byte in range(256))
+#: Bytes of a bitmap that are looked at as one number: pieces without a bit cost next to nothing.
+_BITMAP_PIECE = 4096
 #: Pages of zeros come in hordes. Fewer together are sent: to find them would cost more.
 _HORDE = 8
 _QUIET = re.compile(rb"\0{%d,}" % _HORDE)
@@ -100,16 +99,24 @@ def _merge(
 def bitmap_runs(bitmap: bytes | bytearray, start: int) -> list[Run]:
     """Runs of set bits; bit 0 is the page at guest address ``start``."""
     runs: list[Run] = []
-    for busy in _BUSY.finditer(bitmap):
-        text = b"".join([_BITS[byte] for byte in busy[0]])
-        base = start + busy.start() * 8 * PAGE
-        for ones in _ONES.finditer(text):
-            address, pages = base + ones.start() * PAGE, ones.end() - ones.start()
-            if runs and runs[-1][0] + runs[-1][1] * PAGE == address:
-                runs[-1] = runs[-1][0], runs[-1][1] + pages
-            else:
-                runs.append((address, pages))
+    for at in range(0, len(bitmap), _BITMAP_PIECE):
+        bits = int.from_bytes(bitmap[at : at + _BITMAP_PIECE], "little")
+        if bits:
+            base = start + at * 8 * PAGE
+            for first, pages in _spans(bin(bits)[:1:-1]):
+                _add(runs, base + first * PAGE, pages)
     return runs
+
+
+def _spans(text: str) -> Iterator[tuple[int, int]]:
+    """(first, count) of the ones in a text of zeros and ones: a search for a character is quick."""
+    first = text.find("1")
+    while first >= 0:
+        end = text.find("0", first)
+        if end < 0:
+            end = len(text)
+        yield first, end - first
+        first = text.find("1", end)
 
 
 def _populated(region: Region) -> Iterator[Run]:
@@ -122,8 +129,8 @@ def _populated(region: Region) -> Iterator[Run]:
             if not got:
                 raise HostError("/proc/self/pagemap ends before the guest's RAM does")
             entries += got
-    for ones in _ONES.finditer(bytes(entries[7::8]).translate(_POPULATED)):
-        yield region.start + ones.start() * PAGE, ones.end() - ones.start()
+    for first, pages in _spans(entries[7::8].translate(_POPULATED).decode("ascii")):
+        yield region.start + first * PAGE, pages
 
 
 def portions(runs: Iterable[Run], pages: int = MAX_PAGES) -> Iterator[list[Run]]:
