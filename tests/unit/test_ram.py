@@ -1,8 +1,7 @@
-"""Which pages to send: bitmaps to runs, zeros, what is populated, three sources of dirt."""
+"""Which pages to send: bitmaps to runs, zeros, three sources of dirt."""
 
 import ctypes
 import itertools
-import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,6 +14,7 @@ from godwit.hw.memory import HOLE_END, PAGE, GuestMemory
 from godwit.machine import Machine
 from godwit.migration import ram
 from godwit.migration.codec import Run
+from godwit.migration.runs import bitmap_runs, pages_in
 
 SIZE = 64 << 20
 
@@ -67,18 +67,18 @@ def _machine(memory: GuestMemory, *nics: Nic, kvm: dict[int, set[int]] | None = 
 @given(st.sets(st.integers(0, 511)), st.sampled_from([0, HOLE_END]))
 def test_bitmaps_become_the_shortest_runs(pages: set[int], start: int) -> None:
     bitmap = sum(1 << page for page in pages).to_bytes(64, "little")
-    runs = ram.bitmap_runs(bitmap, start)
+    runs = bitmap_runs(bitmap, start)
     covered = [(address - start) // PAGE + i for address, count in runs for i in range(count)]
     assert covered == sorted(pages)
     for (address, count), (following, _) in itertools.pairwise(runs):
         assert address + count * PAGE < following
-    assert ram.pages_in(runs) == len(pages)
+    assert pages_in(runs) == len(pages)
 
 
 def test_bitmaps_at_their_limits() -> None:
-    assert ram.bitmap_runs(bytes(1 << 17), 0) == []
-    assert ram.bitmap_runs(b"\xff" * (1 << 14), 0) == [(0, 1 << 17)]
-    assert ram.bitmap_runs(bytearray(b"\0\x80\x01\0\xff"), 0) == [(15 * PAGE, 2), (32 * PAGE, 8)]
+    assert bitmap_runs(bytes(1 << 17), 0) == []
+    assert bitmap_runs(b"\xff" * (1 << 14), 0) == [(0, 1 << 17)]
+    assert bitmap_runs(bytearray(b"\0\x80\x01\0\xff"), 0) == [(15 * PAGE, 2), (32 * PAGE, 8)]
 
 
 # --- zeros ----------------------------------------------------------------------------------------
@@ -132,33 +132,6 @@ def test_a_large_run_of_zeros_is_found_whole(memory: GuestMemory) -> None:
     assert ram.split_zeros(_machine(memory), [(0, SIZE // PAGE)]) == ([], [(0, SIZE // PAGE)])
 
 
-# --- what exists at all ---------------------------------------------------------------------------
-def test_only_what_was_touched_is_populated(memory: GuestMemory) -> None:
-    log = ram.DirtyLog(_machine(memory))
-    assert log.populated() == []
-    touched = [0, 5 << 20, 33 << 20, SIZE - 1]
-    for address in touched:
-        memory.write(address, b"x")
-    runs = log.populated()
-    pages = set(_pages(runs))
-    assert {address // PAGE for address in touched} <= pages
-    # Huge pages or not: nothing but the huge pages around what was touched.
-    huge = {address >> 21 for address in touched}
-    assert {page >> 9 for page in pages} == huge
-    assert runs == sorted(runs)
-
-
-def test_populated_above_the_hole() -> None:
-    memory = GuestMemory(4 << 30)
-    try:
-        memory.write(HOLE_END + 123, b"x")
-        runs = ram.DirtyLog(_machine(memory)).populated()
-        assert HOLE_END // PAGE in _pages(runs)
-        assert all(address >= HOLE_END for address, _ in runs)
-    finally:
-        memory.close()
-
-
 # --- the dirty log --------------------------------------------------------------------------------
 def _bits(pages: set[int], size: int) -> bytes:
     return sum(1 << page for page in pages).to_bytes(size, "little")
@@ -199,7 +172,3 @@ def test_each_region_gets_its_part() -> None:
 
 def _pages(runs: list[Run]) -> list[int]:
     return [address // PAGE + i for address, count in runs for i in range(count)]
-
-
-def test_the_page_map_is_readable_without_rights() -> None:
-    assert os.access("/proc/self/pagemap", os.R_OK)

@@ -24,6 +24,7 @@ from .convergence import Action, Convergence, why_not
 from .hello import describe
 from .line import Line
 from .report import Report, Round
+from .runs import pages_in, portions, union
 from .throttle import Throttle
 
 
@@ -192,18 +193,18 @@ class Outgoing(ABC):
         sent = zeros = 0
         # In portions: while one is looked through here, the one before is on its way. (A thread
         # that looks ahead was no quicker where it was measured: both CPUs are busy by then.)
-        for portion in ram.portions(runs):
+        for portion in portions(runs):
             data, zero = ram.split_zeros(self._machine, portion)
             if zero and not first:  # at first, the destination's RAM is zeros anyway
                 self._channel.send_parts([codec.frame(Kind.ZERO, codec.encode_runs(zero))])
             self._send_pages(data)
-            sent += ram.pages_in(data)
-            zeros += ram.pages_in(zero)
+            sent += pages_in(data)
+            zeros += pages_in(zero)
         self._channel.send(Kind.ROUND)
         ms = (time.monotonic() - before) * 1000
         left = self._log.take()
         now = time.monotonic()
-        dirty, carried = ram.pages_in(left), self._channel.sent - sent_before
+        dirty, carried = pages_in(left), self._channel.sent - sent_before
         done = Round(sent, zeros, ms, carried, dirty, (now - looked) * 1000, throttle)
         self.report.rounds.append(done)
         self.report.remaining = dirty * PAGE
@@ -245,7 +246,7 @@ class Outgoing(ABC):
         self.report.mark("dirty-log")
         self._send_pages(runs)
         self._channel.send(Kind.ROUND)
-        self.report.rounds.append(Round(ram.pages_in(runs), 0, 0.0))
+        self.report.rounds.append(Round(pages_in(runs), 0, 0.0))
         self.report.remaining = 0
         self.report.mark("send")
 
@@ -300,7 +301,7 @@ class Outgoing(ABC):
             if self._cancelled.is_set():
                 raise MigrationError("cancelled")
             table = codec.encode_runs(batch)
-            size = len(table) + ram.pages_in(batch) * PAGE
+            size = len(table) + pages_in(batch) * PAGE
             parts: list[bytes | memoryview] = [codec.header(Kind.RAM, size) + table]
             parts += [view(address, pages * PAGE) for address, pages in batch]
             self._channel.send_parts(parts)
@@ -321,15 +322,3 @@ class Outgoing(ABC):
 
 def _tables(runs: list[Run]) -> list[list[Run]]:
     return [runs[i : i + 4096] for i in range(0, len(runs), 4096)]
-
-
-def union(left: list[Run], right: list[Run]) -> list[Run]:
-    """Runs of pages in either."""
-    merged: list[Run] = []
-    for address, pages in sorted(left + right):
-        if merged and address <= merged[-1][0] + merged[-1][1] * PAGE:
-            start, count = merged[-1]
-            merged[-1] = start, max(count, (address - start) // PAGE + pages)
-        else:
-            merged.append((address, pages))
-    return merged

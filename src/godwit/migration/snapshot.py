@@ -25,8 +25,9 @@ from .codec import Kind
 from .destination import OnStart
 from .hello import check
 from .line import Line
-from .outgoing import Limits, Outgoing, union
+from .outgoing import Limits, Outgoing
 from .receiver import Receiver
+from .runs import union
 
 _MAX_PARTS = os.sysconf("SC_IOV_MAX")
 

@@ -1,0 +1,86 @@
+"""Which pages exist at all: as the kernel's scan has it, and as its page map."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from godwit.errors import HostError
+from godwit.hw.memory import HOLE_END, PAGE, GuestMemory
+from godwit.migration import pagemap
+from godwit.migration.codec import Run
+from godwit.migration.runs import pages_in
+
+SIZE = 64 << 20
+HUGE = 2 << 20
+
+
+def _no_scan(fd: int, request: int, argument: bytearray) -> int:
+    raise OSError(25, "Inappropriate ioctl for device")
+
+
+@pytest.fixture(params=["scan", "map"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "map":
+        monkeypatch.setattr(pagemap, "ioctl_out", _no_scan)
+    return str(request.param)
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    memory = GuestMemory(SIZE)
+    yield memory
+    memory.close()
+
+
+def _populated(memory: GuestMemory) -> list[Run]:
+    return [run for region in memory.regions for run in pagemap.populated(region)]
+
+
+def test_only_what_was_touched_is_populated(memory: GuestMemory, way: str) -> None:
+    assert _populated(memory) == []
+    touched = [0, 5 << 20, 33 << 20, SIZE - 1]
+    for address in touched:
+        memory.write(address, b"x")
+    runs = _populated(memory)
+    pages = {address // PAGE + i for address, count in runs for i in range(count)}
+    assert {address // PAGE for address in touched} <= pages
+    # Huge pages or not: nothing but the huge pages around what was touched.
+    assert {page * PAGE // HUGE for page in pages} == {address // HUGE for address in touched}
+    assert runs == sorted(runs)
+
+
+def test_populated_above_the_hole(way: str) -> None:
+    memory = GuestMemory(4 << 30)
+    try:
+        memory.write(HOLE_END + 123, b"x")
+        runs = _populated(memory)
+        assert any(a <= HOLE_END < a + pages * PAGE for a, pages in runs)
+        assert all(address >= HOLE_END for address, _ in runs)
+    finally:
+        memory.close()
+
+
+def test_more_ranges_than_one_answer_holds(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pagemap, "_RANGES", 3)
+    for address in range(0, SIZE, 2 * HUGE):
+        memory.write(address, b"x")
+    runs = _populated(memory)
+    assert len(runs) == SIZE // (2 * HUGE)
+    monkeypatch.setattr(pagemap, "ioctl_out", _no_scan)
+    assert _populated(memory) == runs
+    assert pages_in(runs) < SIZE // PAGE
+
+
+def test_a_scan_that_does_not_get_on_is_an_error(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pagemap, "ioctl_out", lambda *_: 0)
+    with pytest.raises(HostError, match="does not get on"):
+        _populated(memory)
+
+
+def test_the_page_map_is_readable_without_rights() -> None:
+    assert os.access("/proc/self/pagemap", os.R_OK)
