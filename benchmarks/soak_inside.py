@@ -96,8 +96,7 @@ class Soak:
             time.sleep(_MARGIN_S)
             sender.stop()
         sent = sender.counts()
-        # Late frames and those left behind are counted after the move's end.
-        told = self.vm.qmp.execute("query-migrate").get("godwit", {}).get("handover", {})
+        told = self._handover()
         self.vm.quit()
         self.vm.close()
         self.vm, self._host = target, host
@@ -127,6 +126,21 @@ class Soak:
             "memory": self.agent.mem_check() == self._checksum,
             "log": self.agent.sh(_LOG),
         }
+
+    def _handover(self) -> dict[str, Any]:
+        """What the source says of its frames, once it looks for late ones no more."""
+        told: dict[str, Any] = {}
+
+        def over() -> bool:
+            nonlocal told
+            told = self.vm.qmp.execute("query-migrate").get("godwit", {}).get("handover", {})
+            return bool(told.get("over") or not told)
+
+        try:
+            wait_for(over, 5)
+        except TimeoutError:
+            pass
+        return told
 
     def _lost(self, sent: dict[int, int]) -> int:
         counted = self.agent.flows()

@@ -51,7 +51,7 @@ class _Road:
         self.kept: list[bytes] = []
         self.expected: int | None = None
         self.seen: set[int] = set()
-        self.last_mark = 0.0
+        self.first_mark = self.last_mark = 0.0
         #: Tags of the networks whose frames come to the new tap.
         self.redirected: set[bytes] = set()
         self.ended_at: float | None = None
@@ -66,6 +66,13 @@ class _Road:
         if self.seen:
             return min(drawn_at + MARKS_S, max(drawn_at, self.last_mark) + QUIET_S)
         return drawn_at + MARKS_S
+
+    def times(self, drawn_at: float | None) -> dict[str, float]:
+        """When its first and its last mark came and it ended, ms after the draw was heard of."""
+        if drawn_at is None:
+            return {}
+        at = {"first-mark": self.first_mark, "last-mark": self.last_mark, "end": self.ended_at}
+        return {name: round((when - drawn_at) * 1000, 3) for name, when in at.items() if when}
 
     def is_theirs(self, frame: bytes) -> bool:
         """Whether the new tap has this frame as well, or it is none of the guest's."""
@@ -157,6 +164,7 @@ class Forwarder:
             "left-behind": sum(road.left for road in roads),
             "marks-seen": sum(len(road.seen) for road in roads),
             "marks-sent": sum(road.expected or 0 for road in roads),
+            "roads": [road.times(self._drawn_at) for road in roads],
         }
 
     # --- inside -----------------------------------------------------------------------------------
@@ -220,6 +228,7 @@ class Forwarder:
             road.seen.add(number)
             road.redirected.add(stack_of(view))
             road.last_mark = time.monotonic()
+            road.first_mark = road.first_mark or road.last_mark
         return True
 
 

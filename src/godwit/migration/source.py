@@ -133,6 +133,7 @@ class Source(Outgoing):
                 self.report.handover = forwarder.info()
         except (GodwitError, OSError):
             pass  # the destination hung up, or a tap is gone
+        self.report.handover = {**forwarder.info(), "over": True}
 
     def _reason(self, error: Exception) -> Exception:
         """A destination that fails says why and hangs up; the line may break before it is read."""
