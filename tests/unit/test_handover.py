@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from handover_bench import MARK, OTHER, Handover, to
@@ -14,7 +15,9 @@ from godwit.errors import LinkLost
 from godwit.migration import arrival as arrival_module
 from godwit.migration import codec
 from godwit.migration import forwarder as forwarder_module
+from godwit.migration.arrival import Hold
 from godwit.migration.codec import Kind
+from godwit.migration.forwarder import Road
 from godwit.nic import ahead
 from godwit.nic.tap import HEADER
 from godwit.testing.tap import FakeTap
@@ -33,9 +36,10 @@ def handover() -> Iterator[Handover]:
 @pytest.fixture(autouse=True)
 def _no_luck(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what a test waits for ends a wait; a test of a time-out sets it to nothing."""
-    for name in ("MARKS_S", "QUIET_S", "PATIENCE_S", "LATE_S"):
+    for name in ("MARKS_S", "LONGEST_S", "QUIET_S", "PATIENCE_S", "LATE_S"):
         monkeypatch.setattr(forwarder_module, name, MINUTE)
-    monkeypatch.setattr(arrival_module, "HOLD_S", MINUTE)
+    for name in ("HOLD_S", "LONGEST_S"):
+        monkeypatch.setattr(arrival_module, name, MINUTE)
 
 
 def _until() -> float:
@@ -197,6 +201,68 @@ def test_a_mark_that_does_not_come_is_waited_for_only_so_long(
     handover.arrival.settle()
     assert handover.target.nics[0].ahead.held is False
     assert handover.forwarder.info()["marks-seen"] == int(seen)
+
+
+def test_a_mark_is_waited_for_while_frames_to_the_guest_come(handover: Handover) -> None:
+    source, _ = _taps(handover)
+    source.put(to(BROADCAST, 1))
+    _draw(handover)
+    _word(handover)
+    handover.forwarder.serve(time.monotonic())
+    assert "last-frame" not in handover.forwarder.info()["roads"][0]
+    source.put(to(handover.source.nics[0].mac, 2))
+    handover.forwarder.serve(time.monotonic())
+    assert "last-frame" in handover.forwarder.info()["roads"][0]
+
+
+@pytest.mark.parametrize(
+    ("marks", "last_frame", "due"),
+    [
+        ((), 0.0, 10.25),  # none came: the network may carry none
+        ((), 9.0, 10.25),
+        ((), 10.2, 10.45),  # frames on the old road still come: they are late
+        ((), 11.99, 12.0),  # within reason
+        ((9.9,), 0.0, 10.05),  # one came before the source heard of the draw
+        ((10.1,), 0.0, 10.15),
+        ((10.1, 10.12), 0.0, 10.17),
+        ((10.1, 10.12), 10.16, 10.21),
+        ((10.4,), 10.64, 10.65),  # the other one's network is not waited for beyond that
+        ((10.4, 10.41, 10.42), 10.64, 10.0),  # all are here
+    ],
+)
+def test_until_when_a_mark_is_waited_for(
+    handover: Handover,
+    monkeypatch: pytest.MonkeyPatch,
+    marks: tuple[float, ...],
+    last_frame: float,
+    due: float,
+) -> None:
+    for name, seconds in (("MARKS_S", 0.25), ("LONGEST_S", 2.0), ("QUIET_S", 0.05)):
+        monkeypatch.setattr(forwarder_module, name, seconds)
+    road = Road(0, cast(Any, handover.source.nics[0]), frozenset())
+    assert road.due(10.0) is None  # the destination has not said how many
+    road.expected = 3
+    assert road.due(None) is None
+    for number, at in enumerate(marks):
+        road.marked(number, b"", at)
+    road.last_frame = last_frame
+    assert road.due(10.0) == pytest.approx(due)
+
+
+def test_the_tap_waits_longer_while_the_old_hosts_frames_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(arrival_module, "HOLD_S", 1.0)
+    monkeypatch.setattr(arrival_module, "LONGEST_S", 3.0)
+    hold = Hold()
+    hold.heard(99.0)  # before the draw they say nothing
+    assert not hold.over(200.0)
+    hold.begin(100.0)
+    assert [hold.over(now) for now in (100.9, 101.0)] == [False, True]
+    for now in (100.9, 101.8, 102.7):
+        hold.heard(now)
+        assert not hold.over(now + 0.2)
+    assert hold.over(103.0)
 
 
 def test_a_source_that_says_nothing_is_waited_for_only_so_long(

@@ -22,14 +22,38 @@ from .codec import Kind
 
 #: Networks of a NIC that are drawn, the most important first.
 MAX_MARKS = 64
-#: How long the tap waits for the old host's frames, s from the draw on: longer than the source
-#: waits for a mark.
+#: How long the tap waits for the old host's next frames, s: longer than the source waits for a mark
+#: while none comes.
 HOLD_S = 1.0
+#: How long it waits in all, s from the draw on: longer than the source does.
+LONGEST_S = 3.0
 #: The source looks for late frames for less than this after its last word, s.
 _LISTEN_S = 40.0
 _SLICE_MS = 50
 #: Read at once, bytes.
 _SOME = 1 << 18
+
+
+class Hold:
+    """How long the taps wait, from the draw on. Times are of ``time.monotonic``."""
+
+    def __init__(self) -> None:
+        self._until: float | None = None
+        self._longest = 0.0
+
+    def begin(self, now: float) -> None:
+        """The traffic is drawn."""
+        self._longest = now + LONGEST_S
+        self._until = min(now + HOLD_S, self._longest)
+
+    def heard(self, now: float) -> None:
+        """Frames of the old host's came."""
+        if self._until is not None:
+            self._until = min(now + HOLD_S, self._longest)
+
+    def over(self, now: float) -> bool:
+        """Whether the taps have waited long enough."""
+        return self._until is not None and now >= self._until
 
 
 class Arrival:
@@ -46,7 +70,7 @@ class Arrival:
         self._poll = select.poll()
         self._marks: list[list[bytes]] = []
         self._held: set[int] = set()
-        self._release_at: float | None = None
+        self._hold = Hold()
         self._begun = False
         self._read = bytearray()  # of a frame that is not whole yet
         #: The source knows that its guest is here.
@@ -70,6 +94,7 @@ class Arrival:
         nic = self._machine.nics[self._known(frames.nic)]
         self._counts["frames" if frames.nic in self._held else "late"] += len(frames.frames)
         self._counts["refused"] += nic.put_ahead(frames.frames)
+        self._hold.heard(time.monotonic())
 
     def draw(self, mark: Mark) -> None:
         """The guest is about to run: draw its traffic here. Under the machine's lock.
@@ -95,7 +120,7 @@ class Arrival:
                 count += 1
             sent.append(count)
         self._counts["marks-sent"] = sum(sent)
-        self._release_at = time.monotonic() + HOLD_S
+        self._hold.begin(time.monotonic())
         try:
             self.send(Kind.DRAWN, codec.Drawn(sent))
         except LinkLost:
@@ -157,7 +182,7 @@ class Arrival:
         except (GodwitError, OSError, ValueError):
             self.abandon()
             return
-        if self._release_at is not None and time.monotonic() >= self._release_at:
+        if self._hold.over(time.monotonic()):
             for index in tuple(self._held):
                 self._release(index)
 

@@ -26,8 +26,11 @@ from .channel import Channel
 from .codec import Kind
 
 #: How long a mark is waited for once the destination has sent it, s: it need not come (a port that
-#: does not forward, a network that floods no broadcasts).
+#: does not forward, a network that floods no broadcasts). While the guest's frames still come it
+#: may just be late, as on a host whose CPUs are overloaded: so long after the last one, then.
 MARKS_S = 0.25
+#: But never longer than this, s.
+LONGEST_S = 2.0
 #: The marks leave together. When one is here and no other follows for so long, none will, s: the
 #: network does not carry that VLAN.
 QUIET_S = 0.05
@@ -40,8 +43,8 @@ _BATCH = 32
 _GATHER_MS = 2
 
 
-class _Road:
-    """From one NIC's tap here to the guest there."""
+class Road:
+    """From one NIC's tap here to the guest there. Times are of ``time.monotonic``."""
 
     def __init__(self, index: int, nic: Nic, macs: frozenset[bytes]) -> None:
         self.index = index
@@ -52,6 +55,8 @@ class _Road:
         self.expected: int | None = None
         self.seen: set[int] = set()
         self.first_mark = self.last_mark = 0.0
+        #: When a frame to one of the guest's addresses was here last.
+        self.last_frame = 0.0
         #: Tags of the networks whose frames come to the new tap.
         self.redirected: set[bytes] = set()
         self.ended_at: float | None = None
@@ -64,14 +69,27 @@ class _Road:
         if len(self.seen) >= self.expected:
             return drawn_at
         if self.seen:
-            return min(drawn_at + MARKS_S, max(drawn_at, self.last_mark) + QUIET_S)
-        return drawn_at + MARKS_S
+            longest = max(drawn_at, self.first_mark) + MARKS_S
+            return min(longest, max(drawn_at, self.last_mark, self.last_frame) + QUIET_S)
+        return min(drawn_at + LONGEST_S, max(drawn_at, self.last_frame) + MARKS_S)
+
+    def marked(self, number: int, tags: bytes, at: float) -> None:
+        """A mark came, in the network of these tags."""
+        self.seen.add(number)
+        self.redirected.add(tags)
+        self.first_mark = self.first_mark or at
+        self.last_mark = at
 
     def times(self, drawn_at: float | None) -> dict[str, float]:
-        """When its first and its last mark came and it ended, ms after the draw was heard of."""
+        """When what came, and when it ended, ms after the source heard of the draw."""
         if drawn_at is None:
             return {}
-        at = {"first-mark": self.first_mark, "last-mark": self.last_mark, "end": self.ended_at}
+        at = {
+            "last-frame": self.last_frame,
+            "first-mark": self.first_mark,
+            "last-mark": self.last_mark,
+            "end": self.ended_at,
+        }
         return {name: round((when - drawn_at) * 1000, 3) for name, when in at.items() if when}
 
     def is_theirs(self, frame: bytes) -> bool:
@@ -93,7 +111,7 @@ class Forwarder:
         self._channel = channel
         self._mark = mark
         self._roads = {
-            nic.tap_fd: _Road(index, nic, _macs(station))
+            nic.tap_fd: Road(index, nic, _macs(station))
             for index, (nic, station) in enumerate(zip(machine.nics, machine.stations, strict=True))
         }
         self._poll = select.poll()
@@ -191,7 +209,7 @@ class Forwarder:
                 road.ended_at = now
                 self._channel.send(Kind.ROAD_ENDS, codec.RoadEnds(road.index))
 
-    def _take(self, road: _Road) -> bool:
+    def _take(self, road: Road) -> bool:
         """Send a batch of what the tap has; whether there may be more."""
         try:
             frames = road.nic.take(_BATCH)
@@ -200,10 +218,12 @@ class Forwarder:
         # One by one: what a mark says counts for what comes after it.
         kept = [f for f in frames if not self._is_mark(road, f) and not road.is_theirs(f)]
         if kept:
+            if any(frame[HEADER : HEADER + 6] in road.macs for frame in kept):
+                road.last_frame = time.monotonic()
             self._send(road, kept)
         return len(frames) == _BATCH
 
-    def _send(self, road: _Road, frames: list[bytes]) -> None:
+    def _send(self, road: Road, frames: list[bytes]) -> None:
         if road.frames + road.late >= MAX_FRAMES or road.bytes >= MAX_BYTES:
             road.left += len(frames)  # the bound: they are lost; its marks are still looked for
             return
@@ -216,7 +236,7 @@ class Forwarder:
         road.bytes += sum(map(len, frames))
         self._channel.send(Kind.FRAMES, codec.Frames(road.index, frames))
 
-    def _is_mark(self, road: _Road, frame: bytes) -> bool:
+    def _is_mark(self, road: Road, frame: bytes) -> bool:
         view = memoryview(frame)[HEADER:]
         note = read_note(view)
         if note is None or not note.startswith(self._mark):
@@ -225,10 +245,7 @@ class Forwarder:
         nic, number = (int.from_bytes(note[at + n : at + n + 2], "big") for n in (0, 2))
         # Another NIC's says nothing about this one's frames: its tap may not be emptied yet.
         if nic == road.index:
-            road.seen.add(number)
-            road.redirected.add(stack_of(view))
-            road.last_mark = time.monotonic()
-            road.first_mark = road.first_mark or road.last_mark
+            road.marked(number, stack_of(view), time.monotonic())
         return True
 
 
