@@ -37,6 +37,7 @@ def main() -> int:
         "--vmm", choices=[plan.GODWIT, plan.QEMU], default=plan.GODWIT, help="whose faults to count"
     )
     parser.add_argument("--rate", type=int, default=1000, help="packets a second and flow")
+    parser.add_argument("--idle", action="store_true", help="no memory or timer load in the guest")
     parser.add_argument("--nic", default="", help="more of the NIC's keys: vhost=off")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds")
     parser.add_argument("--out", type=Path, default=Path("out"))
@@ -62,6 +63,7 @@ def _moves(given: argparse.Namespace, out: Path, rows_file: Path) -> None:
         "initrd": str(guest.build(kernel)),
         "cpus": given.cpus,
         "rate": given.rate,
+        "idle": given.idle,
         "nic": f",{given.nic}" if given.nic else "",
         "all_flows": not emulated,
     }

@@ -49,8 +49,9 @@ class Soak:
         self.agent = stack.enter_context(Agent("10.0.0.2", net.client.netns))
         self.agent.ping(30)
         self._checksum = self.agent.mem_start(_PATTERN_MB)
-        self.agent.hot_start(_HOT_MB)
-        self.agent.sh(_TIMERS)
+        if not given["idle"]:
+            self.agent.hot_start(_HOT_MB)
+            self.agent.sh(_TIMERS)
         self._stream = Stream(net.client.netns, FLOWS[2].guest)
 
     def _start(self, host: Host, uri: str | None = None) -> Vm:
@@ -121,7 +122,7 @@ class Soak:
                 (after.monotonic - before.monotonic) * 1000,
             ],
             "clock_error_ms": (before.error + after.error) * 1000,
-            "hot_passes": self.agent.hot_check(),
+            "hot_passes": 0 if self._given["idle"] else self.agent.hot_check(),
             "stream": self._stream.exchange(),
             "memory": self.agent.mem_check() == self._checksum,
             "log": self.agent.sh(_LOG),

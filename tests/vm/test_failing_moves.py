@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from vm_bench import Bench, Guest, Watched
+import pytest
+from vm_bench import Bench, Guest, Watched, resident
 
 from godwit.lab.scenario import wait_for
 from godwit.lab.traffic import FLOWS
+from godwit.migration.channel import Channel
+from godwit.migration.codec import Kind
 
 #: Bytes a second: what the guest holds takes twenty seconds and more.
 _SLOW = 2 << 20
@@ -83,5 +89,40 @@ def test_nobody_listens(bench: Bench, guest: Guest) -> None:
         assert uri in info["error-desc"]
         assert why in info["error-desc"]
     assert not vm.news("STOP", "RUN_STATE")
+    assert vm.status() == "running"
+    guest.agent.ping()
+
+
+def _broken_off(vm: Watched, path: Path, after: int | None) -> None:
+    """Move it to a peer that hangs up: at once, or once it has that many bytes of RAM."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        listener.settimeout(60)
+        vm.start_move(f"unix:{path}")
+        peer = Channel(listener.accept()[0])
+    path.unlink()
+    peer.expect(Kind.HELLO)
+    if after is not None:
+        peer.send(Kind.WELCOME, peer.as_seen())
+        peer.read(after)
+    peer.close()
+    assert vm.end_of_move()["status"] == "failed"
+
+
+def _held(pid: int) -> tuple[int, int]:
+    """A process's descriptors and threads."""
+    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+
+
+@pytest.mark.parametrize("after", [None, 1 << 20, 40 << 20], ids=["hello", "begun", "half"])
+def test_failed_moves_leave_nothing_behind(bench: Bench, guest: Guest, after: int | None) -> None:
+    vm, path = guest.vm, bench.folder / "hangs-up"
+    _broken_off(vm, path, after)  # the first one makes what is made once
+    held, memory = _held(vm.pid), resident(vm.pid)
+    for _ in range(8):
+        _broken_off(vm, path, after)
+    wait_for(lambda: _held(vm.pid) == held, 10)
+    assert resident(vm.pid) - memory < 1 << 20
     assert vm.status() == "running"
     guest.agent.ping()

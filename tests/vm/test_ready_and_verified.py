@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vm_bench import ONE_BACKEND, Bench, Guest, Watched, announce, announced, stamp
+from vm_bench import ONE_BACKEND, Bench, Guest, Watched, announce, announced, resident, stamp
 
 from godwit.lab.judge import announcements
 from godwit.lab.scenario import MAC, wait_for
@@ -17,7 +17,6 @@ from godwit.lab.traffic import Capture
 
 pytestmark = ONE_BACKEND
 _FLOOD = 20_000
-_RAM_KB = 64 << 10  # no other mapping of a VMM's is as big as its guest's RAM
 
 
 def _bridge(netns: str, *words: str) -> None:
@@ -156,7 +155,7 @@ def test_a_guest_that_floods_is_bounded_and_keeps_its_own_address(
     bench: Bench, guest: Guest
 ) -> None:
     vm = guest.vm
-    before, taken = _resident(vm.pid), _from_guest(vm)
+    before, taken = resident(vm.pid), _from_guest(vm)
     with bench.ping(0) as ping:
         ping.wait_answer(0.0)
         assert guest.agent.flood("eth0", _FLOOD) == _FLOOD
@@ -168,7 +167,7 @@ def test_a_guest_that_floods_is_bounded_and_keeps_its_own_address(
     assert record["addresses"][0]["mac"] == MAC
     own = {one["ip"] for one in record["addresses"] if one["mac"] == MAC}
     assert own >= {"10.0.0.2", "10.0.100.2", "10.0.200.2"}
-    assert _resident(vm.pid) - before < 16 << 20
+    assert resident(vm.pid) - before < 16 << 20
     assert vm.status() == "running"
     bench.answers()
     bench.drop_guest()  # it would be announced with all those addresses from now on
@@ -179,16 +178,3 @@ def _from_guest(vm: Watched) -> int:
     argv = ["ip", "-n", vm.host.netns, "-s", "-j", "link", "show", "dev", vm.tap]
     (link,) = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
     return int(link["stats64"]["rx"]["packets"])
-
-
-def _resident(pid: int) -> int:
-    """Bytes of a process that are in memory, but for its guest's RAM."""
-    total = size = 0
-    with open(f"/proc/{pid}/smaps") as text:
-        for line in text:
-            match line.split():
-                case ["Size:", kb, "kB"]:
-                    size = int(kb)
-                case ["Rss:", kb, "kB"] if size < _RAM_KB:
-                    total += int(kb)
-    return total * 1024

@@ -36,6 +36,7 @@ ENDS = ("completed", "failed", "cancelled")
 TAPS = tuple(f"tap{number}" for number in range(12))
 #: Taps of each host that are given to nobody: for further NICs of the one guest that has them.
 MORE_TAPS = tuple(f"more{number}" for number in range(3))
+_RAM_KB = 64 << 10  # no other mapping of a VMM's is as big as its guest's RAM
 Event = Mapping[str, Any]
 
 
@@ -384,3 +385,16 @@ def rarps(capture: Path) -> list[bytes]:
             assert meta.wirelen == len(raw)
             found.append(bytes(raw))
     return found
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process that are in memory, but for its guest's RAM."""
+    total = size = 0
+    with open(f"/proc/{pid}/smaps") as text:
+        for line in text:
+            match line.split():
+                case ["Size:", kb, "kB"]:
+                    size = int(kb)
+                case ["Rss:", kb, "kB"] if size < _RAM_KB:
+                    total += int(kb)
+    return total * 1024
