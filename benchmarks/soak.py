@@ -98,6 +98,7 @@ def _judge(rows: list[dict[str, Any]], out: Path) -> int:
         for row in moved
         if row["lost"] or row["duplicates"] or row["reordered"] or row["log"]
         or not (row["stream"] and row["memory"])
+        or not row["handover"].get("over", True)
         or max(map(abs, row["clock_ms"])) > row["clock_error_ms"] + 0.5
     ]  # fmt: skip
     result = {

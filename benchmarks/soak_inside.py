@@ -108,6 +108,7 @@ class Soak:
         counted = self.agent.flows()
         after = clocks.read(self.agent, _ASKED)
         return {
+            "idle": self._given["idle"],
             "flows": [f"{flow.network} {flow.family}" for flow in flows],
             "total_ms": moved.info["total-time"],
             "downtime_ms": moved.info["downtime"],

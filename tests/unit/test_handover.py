@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -203,7 +204,7 @@ def test_a_mark_that_does_not_come_is_waited_for_only_so_long(
     assert handover.forwarder.info()["marks-seen"] == int(seen)
 
 
-def test_a_mark_is_waited_for_while_frames_to_the_guest_come(handover: Handover) -> None:
+def test_only_frames_to_the_guest_tell_of_a_mark_that_is_late(handover: Handover) -> None:
     source, _ = _taps(handover)
     source.put(to(BROADCAST, 1))
     _draw(handover)
@@ -213,6 +214,79 @@ def test_a_mark_is_waited_for_while_frames_to_the_guest_come(handover: Handover)
     source.put(to(handover.source.nics[0].mac, 2))
     handover.forwarder.serve(time.monotonic())
     assert "last-frame" in handover.forwarder.info()["roads"][0]
+
+
+def test_a_mark_that_is_late_ends_the_road_and_nothing_is_late(
+    handover: Handover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(forwarder_module, "time", SimpleNamespace(monotonic=lambda: now))
+    for name, seconds in (("MARKS_S", 0.25), ("LONGEST_S", 2.0), ("QUIET_S", 0.05)):
+        monkeypatch.setattr(forwarder_module, name, seconds)
+    guest, source, target = handover.source.nics[0].mac, *_taps(handover)
+    _draw(handover)
+    _word(handover)
+    target.put(to(guest, 4))
+    for number, at in enumerate((100.2, 100.4, 100.47), 1):
+        now = at
+        source.put(to(guest, number))
+        handover.forwarder.serve(now)
+    now = 100.48
+    handover.flood()
+    handover.forwarder.serve(now)
+    handover.arrival.settle()
+    assert handover.target.nics[0].given() == [to(guest, number) for number in (1, 2, 3, 4)]
+    assert handover.forwarder.info()["late"] == 0
+    assert handover.forwarder.info()["roads"] == [
+        {"last-frame": 470.0, "first-mark": 480.0, "last-mark": 480.0, "end": 480.0}
+    ]
+
+
+class Polls:
+    """Counts how often it is asked."""
+
+    def __init__(self, poll: select.poll) -> None:
+        self._poll, self.count = poll, 0
+
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        self.count += 1
+        return self._poll.poll(timeout)
+
+
+def test_a_road_that_is_over_keeps_nobody_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwarder_module, "LATE_S", 0.0)
+    both = Handover(nics=2)
+    try:
+        both.arrival.draw(lambda phase: None)
+        _word(both)
+        both.flood(0)
+        assert not both.forwarder.serve(time.monotonic())
+        polls = Polls(both.forwarder._poll)
+        monkeypatch.setattr(both.forwarder, "_poll", polls)
+        assert not both.forwarder.serve(time.monotonic() + 0.1)
+        assert polls.count < 10
+    finally:
+        both.close()
+
+
+def test_a_second_draw_begins_nothing_anew(handover: Handover) -> None:
+    _draw(handover)
+    _word(handover)
+    handover.forwarder.drawn([])
+    assert handover.forwarder.info()["marks-sent"] == 1
+
+
+def test_a_nic_of_which_no_count_is_given_waits_for_none() -> None:
+    both = Handover(nics=2)
+    try:
+        both.arrival.draw(lambda phase: None)
+        both.forwarder.drawn([1])
+        both.forwarder.serve(time.monotonic())
+        first, second = both.forwarder.info()["roads"]
+        assert "end" not in first
+        assert "end" in second
+    finally:
+        both.close()
 
 
 @pytest.mark.parametrize(
@@ -226,6 +300,7 @@ def test_a_mark_is_waited_for_while_frames_to_the_guest_come(handover: Handover)
         ((10.1,), 0.0, 10.15),
         ((10.1, 10.12), 0.0, 10.17),
         ((10.1, 10.12), 10.16, 10.21),
+        ((11.9,), 11.99, 12.0),
         ((10.4,), 10.64, 10.65),  # the other one's network is not waited for beyond that
         ((10.4, 10.41, 10.42), 10.64, 10.0),  # all are here
     ],

@@ -1,12 +1,16 @@
 """Which pages exist at all: as the kernel's scan has it, and as its page map."""
 
+import ctypes
+import mmap
 import os
+import platform
+import re
 from collections.abc import Iterator
 
 import pytest
 
 from godwit.errors import HostError
-from godwit.hw.memory import HOLE_END, PAGE, GuestMemory
+from godwit.hw.memory import HOLE_END, PAGE, GuestMemory, Region
 from godwit.migration import pagemap
 from godwit.migration.codec import Run
 from godwit.migration.runs import pages_in
@@ -19,10 +23,23 @@ def _no_scan(fd: int, request: int, argument: bytearray) -> int:
     raise OSError(25, "Inappropriate ioctl for device")
 
 
+def _no_map(fd: int, region: Region) -> Iterator[Run]:
+    pytest.fail("the scan was refused")
+
+
+def _has_scan() -> bool:
+    release = platform.release().split(".")
+    return (int(release[0]), int(re.match(r"\d*", release[1])[0])) >= (6, 7)  # type: ignore[index]
+
+
 @pytest.fixture(params=["scan", "map"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "map":
         monkeypatch.setattr(pagemap, "ioctl_out", _no_scan)
+    elif _has_scan():
+        monkeypatch.setattr(pagemap, "_read", _no_map)
+    else:
+        pytest.skip("PAGEMAP_SCAN came with Linux 6.7")
     return str(request.param)
 
 
@@ -72,6 +89,23 @@ def test_more_ranges_than_one_answer_holds(
     monkeypatch.setattr(pagemap, "ioctl_out", _no_scan)
     assert _populated(memory) == runs
     assert pages_in(runs) < SIZE // PAGE
+
+
+@pytest.mark.parametrize("ranges", [3, pagemap._RANGES, 1024, 1 << 16])
+@pytest.mark.parametrize("count", [1, 511, 512, 513, 600, 1024, 1537, 3000])
+def test_holes_everywhere(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch, way: str, count: int, ranges: int
+) -> None:
+    monkeypatch.setattr(pagemap, "_RANGES", ranges)
+    (region,) = memory.regions
+    libc = ctypes.CDLL(None)
+    size = ctypes.c_size_t(region.size)
+    assert libc.madvise(ctypes.c_void_p(region.host), size, mmap.MADV_NOHUGEPAGE) == 0
+    addresses = [number * 3 * PAGE for number in range(count)]
+    for address in addresses:
+        memory.write(address, b"x")
+        memory.write(address + PAGE, b"x")
+    assert _populated(memory) == [(address, 2) for address in addresses]
 
 
 def test_a_scan_that_does_not_get_on_is_an_error(

@@ -29,7 +29,7 @@ from .codec import Kind
 #: does not forward, a network that floods no broadcasts). While the guest's frames still come it
 #: may just be late, as on a host whose CPUs are overloaded: so long after the last one, then.
 MARKS_S = 0.25
-#: But never longer than this, s.
+#: But never longer than this, whatever comes, s.
 LONGEST_S = 2.0
 #: The marks leave together. When one is here and no other follows for so long, none will, s: the
 #: network does not carry that VLAN.
@@ -68,10 +68,11 @@ class Road:
             return None
         if len(self.seen) >= self.expected:
             return drawn_at
+        longest = drawn_at + LONGEST_S
         if self.seen:
-            longest = max(drawn_at, self.first_mark) + MARKS_S
+            longest = min(longest, max(drawn_at, self.first_mark) + MARKS_S)
             return min(longest, max(drawn_at, self.last_mark, self.last_frame) + QUIET_S)
-        return min(drawn_at + LONGEST_S, max(drawn_at, self.last_frame) + MARKS_S)
+        return min(longest, max(drawn_at, self.last_frame) + MARKS_S)
 
     def marked(self, number: int, tags: bytes, at: float) -> None:
         """A mark came, in the network of these tags."""
@@ -156,9 +157,11 @@ class Forwarder:
 
     def drawn(self, marks: Sequence[int]) -> None:
         """The destination has drawn the traffic there, with so many marks for each NIC."""
+        if self._drawn_at is not None:
+            return
         self._drawn_at = time.monotonic()
-        for road, count in zip(self._roads.values(), marks, strict=False):
-            road.expected = count
+        for road in self._roads.values():
+            road.expected = marks[road.index] if road.index < len(marks) else 0
 
     def settled(self) -> None:
         """The guest is there for good: what was sent need not be given back."""
@@ -188,10 +191,12 @@ class Forwarder:
     # --- inside -----------------------------------------------------------------------------------
     def _times(self) -> list[float]:
         """When something is due."""
+        now = time.monotonic()
         times = []
         for road in self._roads.values():
             if road.ended_at is not None:
-                times.append(road.ended_at + LATE_S)
+                if now < road.ended_at + LATE_S:
+                    times.append(road.ended_at + LATE_S)
             else:
                 due = road.due(self._drawn_at)
                 times.append(self._began + PATIENCE_S if due is None else due)

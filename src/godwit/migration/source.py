@@ -124,16 +124,19 @@ class Source(Outgoing):
     def _linger(self) -> None:
         """The guest may be started later, and frames may take a longer way."""
         forwarder = self._forwarder
-        if forwarder is None or self._line is not self._socket:
+        if forwarder is None:
             return
         try:
-            while not forwarder.over and not self._abandoned.is_set():
+            while (
+                self._line is self._socket and not forwarder.over and not self._abandoned.is_set()
+            ):
                 if forwarder.serve(time.monotonic() + _SLICE_S):
                     self._heed(forwarder)
                 self.report.handover = forwarder.info()
         except (GodwitError, OSError):
             pass  # the destination hung up, or a tap is gone
-        self.report.handover = {**forwarder.info(), "over": True}
+        finally:
+            self.report.handover = {**forwarder.info(), "over": True}
 
     def _reason(self, error: Exception) -> Exception:
         """A destination that fails says why and hangs up; the line may break before it is read."""
