@@ -100,3 +100,25 @@ def test_bad_memory_and_refusals_raise(
 def test_a_failed_command_raises_with_its_output(serve: Callable[[Answer], Agent]) -> None:
     with pytest.raises(AgentError, match="ended with 2: oh"):
         serve(lambda *_: "oh\nexit 2").sh("x")
+
+
+def test_a_guest_hangs_once_it_is_silent(
+    serve: Callable[[Answer], Agent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "_SILENT_S", 0.05)
+    asked: list[str] = []
+
+    def answer(number: int, command: str) -> str | None:
+        asked.append(command)
+        return "ok" if number < 4 else None
+
+    serve(answer).hang(18)
+    assert asked[:5] == ["hang 18", "ping", "ping", "ping", "ping"]
+
+
+def test_a_guest_that_does_not_hang_is_told(
+    serve: Callable[[Answer], Agent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "_HANGS_S", 0.05)
+    with pytest.raises(AgentError, match="still answers"):
+        serve(lambda *_: "ok").hang(18)

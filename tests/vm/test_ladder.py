@@ -105,7 +105,7 @@ def test_a_guest_that_hangs_is_spoken_for_and_later_speaks_for_itself(
 ) -> None:
     guest, target = pair
     uri = bench.listen(target)
-    guest.agent.hang(15)
+    guest.agent.hang(18)
     with ExitStack() as stack:
         capture = stack.enter_context(bench.capture("hung"))
         moved = bench.move(guest, target, uri)

@@ -15,6 +15,9 @@ CONTROL, SINK, ECHO, DISCARD, SOURCE = 7000, 7001, 7002, 7003, 7004
 """The agent's ports: control (UDP), numbered packets (UDP); echo, discard and source (TCP)."""
 
 _REPEAT_S = 0.25
+#: A guest that is silent for so long, s, hangs; it is given up as one that does not after so long.
+_SILENT_S = 1.0
+_HANGS_S = 10.0
 
 
 class AgentError(GodwitError):
@@ -159,8 +162,19 @@ class Agent:
         return output
 
     def hang(self, seconds: float) -> None:
-        """From a second after the answer on, serve nothing but interrupts for so long."""
-        self.ask(f"hang {seconds}")
+        """Have the guest serve nothing but interrupts for so long; returns once it does.
+
+        Raises:
+            AgentError: it goes on answering.
+        """
+        self.ask(f"hang {seconds}")  # it begins a second after this answer
+        deadline = time.monotonic() + _HANGS_S
+        while time.monotonic() < deadline:
+            try:
+                self.ping(_SILENT_S)
+            except AgentError:
+                return
+        raise AgentError(f"the guest still answers {_HANGS_S:g} s after it was told to hang")
 
     def flood(self, interface: str, count: int) -> int:
         """Send so many gratuitous ARPs, each of another MAC, IP and VLAN; how many were taken."""
