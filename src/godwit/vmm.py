@@ -325,8 +325,7 @@ class Vmm:
                 if arrival is not None:
                     arrival.draw(mark)
                 self.machine.resume(mark)
-                if arrival is not None:
-                    arrival.settle()
+                if arrival is not None and arrival.settle():
                     mark("frames-handed-over")
                 # The source first: it waits, and those who are told of the state take their time.
                 tell([*map(str, self.states.history), str(_S.RUNNING)])

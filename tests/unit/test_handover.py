@@ -39,7 +39,7 @@ def _no_luck(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what a test waits for ends a wait; a test of a time-out sets it to nothing."""
     for name in ("MARKS_S", "LONGEST_S", "QUIET_S", "PATIENCE_S", "LATE_S"):
         monkeypatch.setattr(forwarder_module, name, MINUTE)
-    for name in ("HOLD_S", "LONGEST_S"):
+    for name in ("HOLD_S", "LONGEST_S", "SETTLE_S"):
         monkeypatch.setattr(arrival_module, name, MINUTE)
 
 
@@ -349,6 +349,23 @@ def test_a_source_that_says_nothing_is_waited_for_only_so_long(
     target.put(to(OTHER, 1))
     handover.arrival.settle()
     assert handover.target.nics[0].given() == [to(OTHER, 1)]
+
+
+def test_the_announcement_waits_only_so_long_and_the_tap_waits_on(
+    handover: Handover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest, (source, target) = handover.source.nics[0].mac, _taps(handover)
+    monkeypatch.setattr(arrival_module, "SETTLE_S", 0.0)
+    _draw(handover)
+    target.put(to(guest, 2))
+    assert not handover.arrival.settle()
+    assert handover.target.nics[0].given() == []
+    _word(handover)
+    source.put(to(guest, 1))
+    _finish(handover)
+    handover.near.close()
+    handover.arrival.listen()
+    assert handover.target.nics[0].given() == [to(guest, 1), to(guest, 2)]
 
 
 def test_a_lost_line_ends_the_wait(handover: Handover) -> None:

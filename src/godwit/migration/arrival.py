@@ -27,6 +27,9 @@ MAX_MARKS = 64
 HOLD_S = 1.0
 #: How long it waits in all, s from the draw on: longer than the source does.
 LONGEST_S = 3.0
+#: How long the announcement waits for them, s from the draw on. Where a mark is lost it is what
+#: draws the traffic, and the tap's frames wait on behind the old host's.
+SETTLE_S = 0.3
 #: The source looks for late frames for less than this after its last word, s.
 _LISTEN_S = 40.0
 _SLICE_MS = 50
@@ -40,16 +43,22 @@ class Hold:
     def __init__(self) -> None:
         self._until: float | None = None
         self._longest = 0.0
+        self._settled = 0.0
 
     def begin(self, now: float) -> None:
         """The traffic is drawn."""
         self._longest = now + LONGEST_S
+        self._settled = now + SETTLE_S
         self._until = min(now + HOLD_S, self._longest)
 
     def heard(self, now: float) -> None:
         """Frames of the old host's came."""
         if self._until is not None:
             self._until = min(now + HOLD_S, self._longest)
+
+    def settled(self, now: float) -> bool:
+        """Whether others have waited long enough for what the taps wait for."""
+        return self._until is not None and now >= self._settled
 
     def over(self, now: float) -> bool:
         """Whether the taps have waited long enough."""
@@ -127,10 +136,14 @@ class Arrival:
             pass  # the move's thread will find out
         mark("drawn")
 
-    def settle(self) -> None:
-        """The guest runs: until its old host's frames are all here, or the time is up."""
+    def settle(self) -> bool:
+        """The guest runs: until its old host's frames are all here, or it shall announce itself
+        without; whether they are here. :meth:`listen` goes on with those that are not."""
         while self._held and self._channel is not None:
+            if self._hold.settled(time.monotonic()):
+                return False
             self._step()
+        return True
 
     def listen(self) -> None:
         """Take what else the source has to say, until it hangs up; it was told that its guest is
