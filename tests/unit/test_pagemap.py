@@ -28,8 +28,7 @@ def _no_map(fd: int, region: Region) -> Iterator[Run]:
 
 
 def _has_scan() -> bool:
-    release = platform.release().split(".")
-    return (int(release[0]), int(re.match(r"\d*", release[1])[0])) >= (6, 7)  # type: ignore[index]
+    return [int(number) for number in re.findall(r"\d+", platform.release())[:2]] >= [6, 7]
 
 
 @pytest.fixture(params=["scan", "map"])

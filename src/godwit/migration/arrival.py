@@ -41,28 +41,25 @@ class Hold:
     """How long the taps wait, from the draw on. Times are of ``time.monotonic``."""
 
     def __init__(self) -> None:
-        self._until: float | None = None
-        self._longest = 0.0
-        self._settled = 0.0
+        self._drawn_at: float | None = None
+        self._heard_at = 0.0
 
     def begin(self, now: float) -> None:
         """The traffic is drawn."""
-        self._longest = now + LONGEST_S
-        self._settled = now + SETTLE_S
-        self._until = min(now + HOLD_S, self._longest)
+        self._drawn_at = self._heard_at = now
 
     def heard(self, now: float) -> None:
         """Frames of the old host's came."""
-        if self._until is not None:
-            self._until = min(now + HOLD_S, self._longest)
+        self._heard_at = now
 
     def settled(self, now: float) -> bool:
-        """Whether others have waited long enough for what the taps wait for."""
-        return self._until is not None and now >= self._settled
+        """Whether the announcement has waited long enough."""
+        return self._drawn_at is not None and now >= self._drawn_at + SETTLE_S
 
     def over(self, now: float) -> bool:
         """Whether the taps have waited long enough."""
-        return self._until is not None and now >= self._until
+        drawn_at = self._drawn_at
+        return drawn_at is not None and now >= min(self._heard_at + HOLD_S, drawn_at + LONGEST_S)
 
 
 class Arrival:

@@ -198,15 +198,18 @@ class Forwarder:
                 if now < road.ended_at + LATE_S:
                     times.append(road.ended_at + LATE_S)
             else:
-                due = road.due(self._drawn_at)
-                times.append(self._began + PATIENCE_S if due is None else due)
+                times.append(self._due(road))
         return times
+
+    def _due(self, road: Road) -> float:
+        """When it ends, if no further mark comes."""
+        due = road.due(self._drawn_at)
+        return self._began + PATIENCE_S if due is None else due
 
     def _end_roads(self) -> None:
         now = time.monotonic()
         for road in self._roads.values():
-            due = road.due(self._drawn_at)
-            if road.ended_at is None and now >= (self._began + PATIENCE_S if due is None else due):
+            if road.ended_at is None and now >= self._due(road):
                 # What is here by now was on the old road, up to a queue's worth.
                 for _ in range(MAX_FRAMES // _BATCH):
                     if not self._take(road):
