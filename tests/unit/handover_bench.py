@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import cast
 
+import pytest
 from announce_bench import Nic as Announced
 
 from godwit.announce.station import Station
 from godwit.machine import Machine
+from godwit.migration import arrival as arrival_module
+from godwit.migration import codec
+from godwit.migration import forwarder as forwarder_module
 from godwit.migration.arrival import Arrival
 from godwit.migration.channel import Channel
+from godwit.migration.codec import Kind
 from godwit.migration.forwarder import Forwarder
 from godwit.nic.ahead import Ahead
 from godwit.nic.tap import HEADER
@@ -21,6 +27,7 @@ from godwit.testing.tap import FakeTap
 
 MARK = bytes(range(16))
 OTHER = bytes.fromhex("020000000099")
+MINUTE = 60.0
 
 
 class Nic(Announced):
@@ -95,3 +102,42 @@ class Handover:
 def to(mac: bytes, number: int, tags: bytes = b"") -> bytes:
     """A frame from a peer."""
     return mac + OTHER + tags + b"\x08\0" + number.to_bytes(2, "big") + bytes(44)
+
+
+def no_luck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what a test waits for ends a wait; a test of a time-out sets it to nothing."""
+    for name in ("MARKS_S", "LONGEST_S", "QUIET_S", "PATIENCE_S", "LATE_S"):
+        monkeypatch.setattr(forwarder_module, name, MINUTE)
+    for name in ("HOLD_S", "LONGEST_S", "SETTLE_S"):
+        monkeypatch.setattr(arrival_module, name, MINUTE)
+
+
+def until() -> float:
+    return time.monotonic() + MINUTE
+
+
+def word(handover: Handover) -> Kind:
+    """Wait for the destination's next word, forwarding meanwhile."""
+    assert handover.forwarder.serve(until())
+    kind, payload = handover.near.expect_one(Kind.DRAWN, Kind.STARTED)
+    if kind is Kind.DRAWN:
+        handover.forwarder.drawn(codec.decode(payload, codec.Drawn).marks)
+    return kind
+
+
+def draw(handover: Handover) -> None:
+    handover.arrival.draw(lambda phase: None)
+
+
+def finish(handover: Handover, number: int = 0) -> None:
+    """The marks come back, and the road ends."""
+    handover.flood(number)
+    handover.forwarder.serve(time.monotonic())  # takes what is there
+    handover.far.send(Kind.STARTED, codec.Started({}, []))
+    assert handover.forwarder.serve(until())
+    handover.near.expect_struct(Kind.STARTED, codec.Started)
+
+
+def taps(handover: Handover) -> tuple[FakeTap, FakeTap]:
+    """The source's and the destination's."""
+    return handover.source.nics[0].tap, handover.target.nics[0].tap
