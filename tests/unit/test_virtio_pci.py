@@ -169,6 +169,9 @@ def test_a_bad_ring_stops_the_device_and_tells_the_driver(bench: Bench) -> None:
     assert not bench.backend.running
     assert guest.interrupts(0) == 1
     assert "0x4000000000000" in bench.offences[0]
+    bench.pci.pause()
+    bench.pci.resume()
+    assert guest.interrupts(0) == 1, "it may have been lost with the stop"
 
 
 def test_driver_ok_without_queues_is_an_offence(bench: Bench) -> None:

@@ -178,7 +178,7 @@ def test_pause_takes_the_rings_back_and_resume_wakes_both_sides(bench: Bench) ->
     bench.pci.pause()
     bench.pci.pause()
     assert not bench.backend.running
-    assert bench.vm.irqfds == {}
+    assert len(bench.vm.irqfds) == 4, "to take one away would cost a grace period in the stop"
     bench.pci.resume()
     bench.pci.resume()
     assert bench.backend.running

@@ -175,7 +175,7 @@ class Msix:
                 self._routes.set(gsi, address, int.from_bytes(entry[8:12], "little"))
 
     def save(self) -> MsixState:
-        """The state; detached."""
+        """The state; the device is paused."""
         return MsixState(bytes(self._table), self._enabled, self._masked, self._pending())
 
     def load(self, state: MsixState) -> None:

@@ -96,14 +96,17 @@ class VirtioPci(PciFunction):
 
     # --- the life of the VM -----------------------------------------------------------------------
     def pause(self) -> None:
-        """The vCPUs are stopped: stop serving, and let pending interrupts reach the APICs."""
+        """The vCPUs are stopped: stop serving.
+
+        The irqfds stay: to take one away costs the kernel a grace period. An interrupt that KVM
+        delivers by a work item may miss the APIC's state that way; :meth:`resume` raises it again.
+        """
         with self.device.lock:
             if self._paused:
                 return
             self._paused = True
             if self.driver_ok:
                 self.device.stop()
-            self.msix.detach()
 
     def resume(self) -> None:
         """The vCPUs are about to run: serve again."""
@@ -120,6 +123,8 @@ class VirtioPci(PciFunction):
                     if queue.enabled:
                         self._kicks.kick(index)
                         self.msix.signal(queue.vector)
+            elif self._common.status & v.NEEDS_RESET:
+                self.msix.signal(self._common.config_vector)
 
     def reset(self) -> None:
         """The VM is reset."""
