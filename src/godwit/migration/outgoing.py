@@ -257,7 +257,7 @@ class Outgoing(ABC):
             self.report.bytes_sent = self._line.sent
         self.report.error = error
         self.report.ended = time.monotonic()
-        # For a guest that is gone, later: to end the log keeps a CPU busy (15 ms in the lab) just as
+        # For a guest that is gone, later: to end the log keeps a CPU busy (15 ms in the lab) while
         # the guest starts, perhaps on this very host.
         if status != "completed":
             problem = self._end_log()
