@@ -115,7 +115,7 @@ def measure(
         "rates": asdict(rates),
         "in_all": len(planned),
     }
-    for program in (traffic.sender, traffic.pinger, load.receiver, load.bulk):
+    for program in (traffic.sender, load.receiver, load.bulk):
         program()  # compiled here, where there is a cache to keep them in
     memory_mb = LAB_MEMORY_MB if [job for job in planned if job.guest == "large"] else 4096
     end = time.monotonic() + budget

@@ -95,8 +95,6 @@ class Network:
                 for key, value in quiet.items():
                     for scope in ("default", "all"):
                         _sysctl(f"net/ipv6/conf/{scope}/{key}", value)
-                if name == self.client.netns:
-                    _sysctl("net/ipv4/ping_group_range", "0 0")  # for pings without raw sockets
         bridge = (
             "link add br0 type bridge vlan_filtering 1 stp_state 0 forward_delay 0 mcast_snooping 0"
         )

@@ -1,7 +1,7 @@
 """Traffic between the lab's client and its guest, by stock programs where there are any.
 
-The capture is ``tcpdump``'s. Pings come from ``host_files/pinger.c`` (which says why not from
-``ping``), numbered UDP packets from ``host_files/sender.c``, and the guest counts them.
+Pings are iputils' ``ping``; the capture is ``tcpdump``'s; numbered UDP packets come from
+``host_files/sender.c``, and the guest counts them.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ FLOWS = tuple(
     for family, guest, client in zip(("ipv4", "ipv6"), lan.guest, lan.client, strict=True)
 )
 
-_ANSWER = re.compile(rb"^(\d+\.\d+) (\d+)\n", re.MULTILINE)
-_SENT = re.compile(rb"^sent (\d+)$", re.MULTILINE)
+_REPLY = re.compile(rb"^\[(\d+\.\d+)\].* bytes from .*seq=(\d+) ", re.MULTILINE)
+_SUMMARY = re.compile(rb"(\d+) packets transmitted, (\d+) received")
+
 
 _ANNOUNCES = "arp or rarp or (ip6 and ip6[40] == 136)"
 #: tcpdump's filter for what may announce: ARP, RARP and neighbour advertisements, with up to two
@@ -54,11 +55,6 @@ ANNOUNCING = f"{_ANNOUNCES} or (vlan and ({_ANNOUNCES} or (vlan and ({_ANNOUNCES
 def sender() -> Path:
     """The program that sends numbered packets, compiled once."""
     return initramfs.program("sender", [initramfs.DATA / "host_files/sender.c"])
-
-
-def pinger() -> Path:
-    """The program that pings, compiled once."""
-    return initramfs.program("pinger", [initramfs.DATA / "host_files/pinger.c"])
 
 
 class Program:
@@ -118,25 +114,21 @@ class Answers:
         return max(gaps, default=0.0) * 1000
 
 
-def answers(text: bytes) -> Answers:
-    """What the pinger printed; before its end, the last answered request counts as the last."""
-    times = [(float(at), int(number)) for at, number in _ANSWER.findall(text)]
-    told = _SENT.search(text)
-    sent = int(told[1]) if told else (times[-1][1] + 1 if times else 0)
-    return Answers(sent, len(times), times)
-
-
 class Ping(Program):
-    """An echo request of one flow every ``interval`` seconds."""
+    """``ping`` of one flow, an echo request every ``interval`` seconds."""
 
     def __init__(self, netns: str, flow: Flow, folder: Path, interval: float = 0.01) -> None:
         self.flow = flow
-        argv = [str(pinger()), f"{interval * 1000:g}", flow.guest]
+        argv = ["ping", "-D", "-n", "-i", f"{interval:g}", flow.guest]
         super().__init__(netns, argv, folder / f"ping-{flow.id}.txt")
 
     def answers(self) -> Answers:
         """So far; complete after :meth:`stop`."""
-        return answers(self._output.read_bytes())
+        text = self._output.read_bytes()
+        times = [(float(at), int(number)) for at, number in _REPLY.findall(text)]
+        summary = _SUMMARY.search(text)
+        sent = int(summary[1]) if summary else (times[-1][1] if times else 0)
+        return Answers(sent, len(times), times)
 
     def wait_answer(self, since: float, deadline: float = 30.0) -> float:
         """Wait for an answer later than ``since`` (realtime, seconds); its time.
@@ -149,10 +141,10 @@ class Ping(Program):
             # The tail is enough, and it keeps a slow machine free for the guest.
             with self._output.open("rb") as stream:
                 stream.seek(max(0, self._output.stat().st_size - 4096))
-                found = _ANSWER.findall(stream.read())
+                found = _REPLY.findall(stream.read())
             if found and float(found[-1][0]) > since:
                 return float(found[-1][0])
-            time.sleep(0.02)  # it writes to a file: there is no event to wait for
+            time.sleep(0.02)  # ping writes to a file: there is no event to wait for
         raise HostError(f"{self.flow.network}, {self.flow.family}: no answer in {deadline:g} s")
 
 
