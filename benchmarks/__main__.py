@@ -52,6 +52,8 @@ def main() -> int:
         planned = plan.quick_jobs() if quick else plan.jobs(repetitions)
         if arguments.only:
             planned = [job for job in planned if job.guest in arguments.only]
+        if arguments.part:
+            planned = plan.only_parts(planned, arguments.part)
         if _free_mb() < LAB_MEMORY_MB + _SPARE_MB:
             say(f"the 2 GB guests are left out: they need {LAB_MEMORY_MB + _SPARE_MB} MB of memory")
             planned = [job for job in planned if job.guest != "large"]
@@ -90,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="once instead of five times")
     parser.add_argument("--repetitions", type=int, default=5, help="default %(default)s")
     parser.add_argument("--only", action="append", choices=list(plan.PARTS), help="these guests")
+    parts = sorted({part for parts in plan.PARTS.values() for part in parts})
+    parser.add_argument("--part", action="append", choices=parts, help="these parts")
     parser.add_argument("--budget", type=float, help="seconds that measuring may take")
     for name, default in asdict(plan.Rates()).items():
         option = f"--{name.replace('_', '-')}"

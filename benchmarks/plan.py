@@ -5,6 +5,7 @@ A **job** is one guest of one VMM; its **parts** are measured one after the othe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -107,6 +108,12 @@ def _pair(guest: str, number: int, parts: tuple[str, ...]) -> list[Job]:
     # The limit is measured beside Godwit's move: it is the line's, not a VMM's.
     qemus = tuple(part for part in parts if part != "limit")
     return [Job(guest, vmm, number, parts if vmm == GODWIT else qemus) for vmm in vmms]
+
+
+def only_parts(planned: list[Job], parts: Sequence[str]) -> list[Job]:
+    """Of each job these parts; jobs that have none of them are left out."""
+    chosen = [replace(job, parts=tuple(p for p in job.parts if p in parts)) for job in planned]
+    return [job for job in chosen if job.parts]
 
 
 def left(planned: list[Job], rows: list[dict[str, Any]]) -> list[Job]:

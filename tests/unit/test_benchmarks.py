@@ -44,6 +44,15 @@ def test_a_part_under_which_labs_died_is_given_up() -> None:
     assert plan.left(planned, [began, {"state": "lab died"}, began]) == []
 
 
+def test_some_parts_may_be_chosen() -> None:
+    planned = plan.only_parts(plan.jobs(1), ["idle", "limit"])
+    assert [(job.guest, job.vmm, job.parts) for job in planned] == [
+        ("small", plan.GODWIT, ("idle",)),
+        ("small", plan.QEMU, ("idle",)),
+        ("large", plan.GODWIT, ("limit",)),
+    ]
+
+
 def test_a_job_survives_json() -> None:
     job = plan.Job("small", plan.GODWIT, 3, ("boot", "memory"))
     assert plan.Job.from_json(job.to_json()) == job
