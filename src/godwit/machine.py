@@ -1,6 +1,6 @@
 """The machine: a board with its devices and NICs, which it starts and stops in one order.
 
-Stop: vCPUs, then devices (backends, control queues, interrupts). Start: devices, then vCPUs.
+Stop: vCPUs, then devices (backends, control queues). Start: devices, then vCPUs.
 """
 
 from __future__ import annotations

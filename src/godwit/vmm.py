@@ -216,7 +216,15 @@ class Vmm:
             from .migration.channel import Address
             from .migration.source import Source
 
-            source = Source(self.machine, self.states, Address(uri, insecure), self, tell)
+            arrival = self._destination.arrival if self._destination is not None else None
+            source = Source(
+                self.machine,
+                self.states,
+                Address(uri, insecure),
+                self,
+                tell,
+                lambda: arrival is not None and arrival.holding,
+            )
         self._source = source
         self._emit(*events.migration("setup"))
         self._source.start()

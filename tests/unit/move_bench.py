@@ -103,6 +103,12 @@ class Move:
         self.here.memory.view(0, 64 * PAGE)[:] = bytes(range(1, 251)) * 1048 + bytes(144)
         self.states, self.states_there = RunStates(S.RUNNING), RunStates(S.INMIGRATE)
         self.told: list[str] = []
+        #: Whether the dirty log was on as each of them was told.
+        self.logged: list[bool] = []
+        #: Called with each of them.
+        self.on_told: Callable[[str], None] = lambda status: None
+        #: Whether frames of the guest's last move are still awaited.
+        self.arriving: Callable[[], bool] = lambda: False
         self.failed: list[GodwitError] = []
         self._failed = threading.Event()
         #: The destination's process was ended from outside: what it does counts no more.
@@ -124,8 +130,14 @@ class Move:
             self.states,
             Address(f"unix:{through or self.far}", False),
             limits,
-            self.told.append,
+            self._tell,
+            lambda: self.arriving(),
         )
+
+    def _tell(self, status: str) -> None:
+        self.told.append(status)
+        self.logged.append(self.here.logging)
+        self.on_told(status)
 
     def _arrive(
         self,

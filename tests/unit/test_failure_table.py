@@ -160,12 +160,51 @@ def test_the_state_is_bad(tmp_path: Path) -> None:
     assert "not as they should be" in str(move.failed[0])
 
 
-def test_nothing_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["in time", "late"])
+def test_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    """Late: the old road ends when its guest runs already, and its source is told to quit."""
+    move = Move(tmp_path, tmp_path / "near")
+    if late:
+        monkeypatch.setattr(arrival, "SETTLE_S", 0.0)
+        monkeypatch.setattr(forwarder, "MARKS_S", 0.2)
+        move.on_told = lambda status: move.source.abandon() if status == "completed" else None
+    seen: list[Kind] = []
+    shown = lambda kind, payload: seen.append(kind)  # noqa: E731
+    with LineCutter(tmp_path / "near", move.far, None, True, None, shown):
+        move.run()
+        _judge(move)
+        assert move.told[-1] == "completed"
+        assert move.logged[-1], "to end the log takes a CPU that the guest has use for"
+        size = 64 * 4096
+        assert move.there.memory.view(0, size) == move.here.memory.view(0, size)
+        move.close()
+    assert (seen.index(Kind.STARTED) < seen.index(Kind.ROAD_ENDS)) is late
+    assert move.failed == []
+
+
+def test_a_guest_that_is_still_arriving_does_not_stop_yet(tmp_path: Path) -> None:
+    looks: list[bool] = []
+
+    def arriving() -> bool:
+        looks.append(move.here.running)
+        return len(looks) < 3
+
     move = Move(tmp_path)
+    move.arriving = arriving
     move.run()
     _judge(move)
-    assert move.told[-1] == "completed"
-    size = 64 * 4096
-    assert move.there.memory.view(0, size) == move.here.memory.view(0, size)
     move.close()
-    assert move.failed == []
+    assert looks == [True] * 3
+    assert move.told[-1] == "completed"
+
+
+def test_a_guest_that_is_still_arriving_may_stay(tmp_path: Path) -> None:
+    def arriving() -> bool:
+        return move.source.cancel()
+
+    move = Move(tmp_path)
+    move.arriving = arriving
+    move.run()
+    _judge(move)
+    move.close()
+    assert move.told[-1] == "cancelled"

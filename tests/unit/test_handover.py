@@ -136,13 +136,25 @@ def test_each_network_has_its_own_mark(handover: Handover) -> None:
     assert handover.target.nics[0].given() == [to(BROADCAST, 2, TAG_100)]
 
 
+def test_what_the_guest_sends_does_not_follow_it(handover: Handover) -> None:
+    """Where the marks are filtered, its announcement floods to the old tap."""
+    guest, source = handover.source.nics[0].mac, taps(handover)[0]
+    draw(handover)
+    word(handover)
+    source.put(gratuitous_arp(guest, bytes([192, 0, 2, 7]), ()))
+    source.put(to(guest, 1))
+    finish(handover)
+    handover.arrival.settle()
+    assert handover.target.nics[0].given() == [to(guest, 1)]
+
+
 def test_stragglers_come_though_late_and_those_for_others_do_not(handover: Handover) -> None:
     guest, source, target = handover.source.nics[0].mac, *taps(handover)
     draw(handover)
     word(handover)
     finish(handover)
     handover.arrival.settle()
-    for frame in (to(OTHER, 1), to(BROADCAST, 2), to(guest, 3)):
+    for frame in (to(OTHER, 1), to(BROADCAST, 2), to(BROADCAST, 4, TAG_100), to(guest, 3)):
         source.put(frame)
     handover.forwarder.serve(time.monotonic())
     handover.near.close()

@@ -193,6 +193,31 @@ def test_a_source_that_says_nothing_is_waited_for_only_so_long(
     assert handover.target.nics[0].given() == [to(OTHER, 1)]
 
 
+def test_what_is_there_is_taken_however_long_the_start_took(
+    handover: Handover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest, (source, target) = handover.source.nics[0].mac, taps(handover)
+    source.put(to(guest, 1))
+    draw(handover)
+    word(handover)
+    target.put(to(guest, 2))
+    finish(handover)
+    monkeypatch.setattr(arrival_module, "SETTLE_S", 0.0)
+    assert handover.arrival.holding
+    assert handover.arrival.settle()
+    assert not handover.arrival.holding
+    assert handover.target.nics[0].given() == [to(guest, 1), to(guest, 2)]
+
+
+def test_frames_are_expected_from_the_draw_to_the_roads_end(handover: Handover) -> None:
+    assert not handover.forwarder.expecting, "nobody knows when, or whether, the guest starts"
+    draw(handover)
+    word(handover)
+    assert handover.forwarder.expecting
+    finish(handover)
+    assert not handover.forwarder.expecting
+
+
 def test_the_announcement_waits_only_so_long_and_the_tap_waits_on(
     handover: Handover, monkeypatch: pytest.MonkeyPatch
 ) -> None:

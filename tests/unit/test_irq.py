@@ -172,7 +172,7 @@ def test_what_waits_moves_and_meets_its_route(device: Device) -> None:
     device.program(0, 0x50)
     device.program(1, 0x51, masked=True)
     device.msix.set_control(ENABLE)
-    device.msix.detach()
+    device.msix.detach()  # as the streams of old were saved
     device.msix.signal(0)
     device.msix.signal(1)
     state = device.msix.save()

@@ -293,6 +293,8 @@ class Bench:
     def moved(self, guest: Guest, target: Watched, info: Any, runs: bool = True) -> Moved:
         """The guest came to ``target``: the source ends, with code 0."""
         source = guest.vm
+        if runs and info["godwit"].get("handover"):
+            info = _handed_over(source)
         loaded = target.event("RUN_STATE", lambda data: data["to"] == "prelaunch-migrate")
         resumed = target.event("RESUME") if runs else loaded
         assert source.status() == "postmigrate"
@@ -300,6 +302,16 @@ class Bench:
         source.news()
         self.retire(source)
         return Moved(info, source, target, stamp(loaded), stamp(resumed))
+
+
+def _handed_over(source: Watched) -> Any:
+    """query-migrate's answer when the source looks for no frames any more."""
+
+    def info() -> Any:
+        return source.qmp.execute("query-migrate")
+
+    wait_for(lambda: info()["godwit"]["handover"].get("over", False), 60)
+    return info()
 
 
 @dataclass

@@ -46,7 +46,8 @@ class Hold:
 
     def begin(self, now: float) -> None:
         """The traffic is drawn."""
-        self._drawn_at = self._heard_at = now
+        self._heard_at = now  # first: who finds the other set, looks at this
+        self._drawn_at = now
 
     def heard(self, now: float) -> None:
         """Frames of the old host's came."""
@@ -82,6 +83,11 @@ class Arrival:
         #: The source knows that its guest is here.
         self.heard = False
         self._counts = {"frames": 0, "late": 0, "refused": 0, "repeated": 0, "marks-sent": 0}
+
+    @property
+    def holding(self) -> bool:
+        """Whether a tap waits for the old host's frames."""
+        return bool(self._held)
 
     def prepare(self) -> None:
         """The guest is loaded, its commit awaited: have the marks ready, and the taps wait."""
@@ -137,9 +143,9 @@ class Arrival:
         """The guest runs: until its old host's frames are all here, or it shall announce itself
         without; whether they are here. :meth:`listen` goes on with those that are not."""
         while self._held and self._channel is not None:
-            if self._hold.settled(time.monotonic()):
+            self._step()  # first: a start may have taken longer than this waits
+            if self._held and self._hold.settled(time.monotonic()):
                 return False
-            self._step()
         return True
 
     def listen(self) -> None:

@@ -95,7 +95,11 @@ class Road:
 
     def is_theirs(self, frame: bytes) -> bool:
         """Whether the new tap has this frame as well, or it is none of the guest's."""
+        if frame[HEADER + 6 : HEADER + 12] in self.macs:
+            return True  # its own, from where it is now
         if frame[HEADER] & 1:
+            if self.ended_at is not None:
+                return True
             return stack_of(memoryview(frame)[HEADER:]) in self.redirected
         # Before the mark any frame may be the guest's (its filter knows); afterwards a frame for
         # others was flooded, and to the new tap too.
@@ -124,6 +128,12 @@ class Forwarder:
         self._began = time.monotonic()
         self._drawn_at: float | None = None
         self._keep = True
+
+    @property
+    def expecting(self) -> bool:
+        """Whether the traffic is drawn to the guest, and some of it still on its way to here."""
+        roads = self._roads.values()
+        return self._drawn_at is not None and any(road.ended_at is None for road in roads)
 
     @property
     def over(self) -> bool:

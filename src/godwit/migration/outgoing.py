@@ -124,11 +124,11 @@ class Outgoing(ABC):
             self._fail(error)
         else:
             self._linger()
-            self._end_log()  # what is wrong with it harms nobody any more
         finally:
             self._over.set()  # whatever went wrong, another move may be tried
             if self._line is not None:
                 self._line.close()
+            self._end_log()  # if it has not ended; what is wrong with it harms nobody any more
 
     def _linger(self) -> None:  # noqa: B027 - most ways out need none
         """The guest is gone, and its operator knows: what is left to do for it."""

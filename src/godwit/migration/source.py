@@ -33,7 +33,11 @@ _SLICE_S = 0.05
 
 
 class Source(Outgoing):
-    """Moves ``machine`` to ``address``."""
+    """Moves ``machine`` to ``address``.
+
+    ``arriving()`` says whether frames of the host that it came from are still awaited here: the
+    guest does not stop before they are all there, or they would be sent on after younger ones.
+    """
 
     def __init__(
         self,
@@ -42,8 +46,10 @@ class Source(Outgoing):
         address: Address,
         limits: Limits,
         on_status: Callable[[str], None],
+        arriving: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(machine, states, limits, on_status)
+        self._arriving = arriving
         self._address = address
         self._exposed = False
         self._direct = False
@@ -56,7 +62,15 @@ class Source(Outgoing):
         return self._exposed
 
     def _phases(self) -> tuple[Callable[[], None], ...]:
-        return self._hello, self._precopy, self._stop, self._final, self._ready, self._commit
+        return (
+            self._hello,
+            self._precopy,
+            self._arrive,
+            self._stop,
+            self._final,
+            self._ready,
+            self._commit,
+        )
 
     def _hello(self) -> None:
         """Say what will come; the destination refuses what it could not run."""
@@ -71,6 +85,11 @@ class Source(Outgoing):
         self._hands_over = bool(self._mark) and welcome.handover
         self.report.mark("welcomed")
         self._status("active")
+
+    def _arrive(self) -> None:
+        """Wait for the end of its last move; that takes seconds at the most (see arrival.Hold)."""
+        while self._arriving() and not self._cancelled.wait(_SLICE_S):
+            pass
 
     def _ready(self) -> None:
         """Wait until all is loaded; what came for the guest since the stop is sent meanwhile."""
@@ -122,14 +141,15 @@ class Source(Outgoing):
         return None
 
     def _linger(self) -> None:
-        """The guest may be started later, and frames may take a longer way."""
+        """The guest may be started later, and frames may take a longer way. One that is to end
+        still sends what is known to be on its way."""
         forwarder = self._forwarder
         if forwarder is None:
             return
         try:
-            while (
-                self._line is self._socket and not forwarder.over and not self._abandoned.is_set()
-            ):
+            while self._line is self._socket and not forwarder.over:
+                if self._abandoned.is_set() and not forwarder.expecting:
+                    break
                 if forwarder.serve(time.monotonic() + _SLICE_S):
                     self._heed(forwarder)
                 self.report.handover = forwarder.info()

@@ -99,7 +99,8 @@ class VirtioPci(PciFunction):
         """The vCPUs are stopped: stop serving.
 
         The irqfds stay: to take one away costs the kernel a grace period. An interrupt that KVM
-        delivers by a work item may miss the APIC's state that way; :meth:`resume` raises it again.
+        delivers by a work item may miss the APIC's state that way; :meth:`resume` raises it again,
+        and the device its pending announcement: there is no other.
         """
         with self.device.lock:
             if self._paused:
