@@ -161,9 +161,9 @@ class Destination:
 
     def _await_commit(self, channel: Channel, hello: codec.Hello) -> None:
         arrival = self._arrival
-        if arrival is not None:
-            arrival.prepare()
         channel.send(Kind.READY)
+        if arrival is not None:
+            arrival.prepare()  # while the source is told, and answers
         try:
             handover = self._expect_commit(channel)
             if handover.token != hello.token:
