@@ -14,6 +14,7 @@ from . import codec
 from .codec import Kind, Run
 from .line import Line
 from .touch import Toucher
+from .urgency import Urgency
 
 
 class Receiver:
@@ -26,6 +27,7 @@ class Receiver:
         self._received_at = time.monotonic()
         #: Name of a phase -> ms since the state came, at the phase's end.
         self.phases: dict[str, float] = {}
+        self._urgency = Urgency()
         codec.prepare(MachineState)
 
     def start(self) -> None:
@@ -38,6 +40,8 @@ class Receiver:
 
     def mark(self, phase: str) -> None:
         """A phase ended."""
+        if phase == "vcpus-started":
+            self._urgency.end()
         self.phases[phase] = round((time.monotonic() - self._received_at) * 1000, 3)
 
     def receive(self, line: Line) -> None:
@@ -53,6 +57,7 @@ class Receiver:
             if kind is Kind.RAM:
                 self._receive_ram(line, length)
             elif kind is Kind.STATE:
+                self._urgency.begin()
                 payload = line.read(length)
                 self._received_at = time.monotonic()
                 if loaded:

@@ -20,6 +20,7 @@ from .channel import SILENCE, Address
 from .codec import Kind
 from .forwarder import Forwarder
 from .outgoing import Limits, Outgoing
+from .urgency import Urgency
 
 # What the destination answers, before it matters how long that takes.
 for _answer in (codec.Welcome, codec.Drawn, codec.Started):
@@ -55,6 +56,7 @@ class Source(Outgoing):
         self._direct = False
         self._hands_over = False
         self._forwarder: Forwarder | None = None
+        self._urgency = Urgency()
 
     @property
     def exposed(self) -> bool:
@@ -91,6 +93,10 @@ class Source(Outgoing):
         while self._arriving() and not self._cancelled.wait(_SLICE_S):
             pass
 
+    def _stop(self) -> None:
+        self._urgency.begin()
+        super()._stop()
+
     def _ready(self) -> None:
         """Wait until all is loaded; what came for the guest since the stop is sent meanwhile."""
         if self._hands_over:
@@ -109,6 +115,7 @@ class Source(Outgoing):
         handover = codec.Handover(self._token, self._before is RunState.RUNNING)
         try:
             self._channel.send(Kind.COMMIT, handover)
+            self._urgency.end()
             started = self._await_started()
         except GodwitError as error:
             started = self._resolve(error, handover)
@@ -173,6 +180,7 @@ class Source(Outgoing):
 
     def _before_return(self) -> None:
         """What was sent after the guest it gets here; switches are told where it is."""
+        self._urgency.end()
         if self._forwarder is not None:
             self._forwarder.give_back()
         if self._exposed:
