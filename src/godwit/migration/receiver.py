@@ -40,7 +40,7 @@ class Receiver:
 
     def mark(self, phase: str) -> None:
         """A phase ended."""
-        if phase == "vcpus-started":
+        if phase in ("vcpus-started", "running"):  # or will run when its operator says so
             self._urgency.end()
         self.phases[phase] = round((time.monotonic() - self._received_at) * 1000, 3)
 

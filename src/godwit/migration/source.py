@@ -113,9 +113,9 @@ class Source(Outgoing):
                 raise MigrationError("cancelled")
             self._committed = self._exposed = True
         handover = codec.Handover(self._token, self._before is RunState.RUNNING)
+        self._urgency.end()  # the rest is the destination's
         try:
             self._channel.send(Kind.COMMIT, handover)
-            self._urgency.end()
             started = self._await_started()
         except GodwitError as error:
             started = self._resolve(error, handover)
@@ -180,12 +180,15 @@ class Source(Outgoing):
 
     def _before_return(self) -> None:
         """What was sent after the guest it gets here; switches are told where it is."""
-        self._urgency.end()
         if self._forwarder is not None:
             self._forwarder.give_back()
         if self._exposed:
             for station in self._machine.stations:
                 station.draw_back()
+
+    def _finish(self, status: str, error: str | None = None) -> None:
+        self._urgency.end()
+        super()._finish(status, error)
 
     def _started(self, started: codec.Started) -> None:
         if self._forwarder is not None:

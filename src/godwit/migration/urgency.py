@@ -1,8 +1,8 @@
 """The two threads of a move go before all others of their hosts while the guest stands still.
 
-On a busy host a thread that wakes waits for milliseconds until it runs, and loses its CPU again in the
-middle; a move's stop has a dozen such moments. So both ends take real-time priority for the stop:
-some tens of milliseconds in which the guest's vCPUs, which the same host serves, do not run anyway.
+On a busy host a thread that wakes waits for milliseconds until it runs, and loses its CPU again in
+the middle; a move's stop has a dozen such moments. So both ends take real-time priority for it. See
+docs/decisions/0015-urgency.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class Urgency:
     def begin(self) -> None:
         """The guest is about to stop, or its state is here."""
         with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+            # What it starts meanwhile (threads, vhost's too) is ordinary.
+            os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
             self._on = True
 
     def end(self) -> None:
