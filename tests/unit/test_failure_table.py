@@ -182,11 +182,11 @@ def test_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bo
     assert move.failed == []
 
 
-def test_a_guest_that_is_still_arriving_does_not_stop_yet(tmp_path: Path) -> None:
+def test_a_guest_that_is_still_arriving_does_not_move_yet(tmp_path: Path) -> None:
     looks: list[bool] = []
 
     def arriving() -> bool:
-        looks.append(move.here.running)
+        looks.append(not move.source.report.rounds)
         return len(looks) < 3
 
     move = Move(tmp_path)

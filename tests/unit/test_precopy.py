@@ -169,6 +169,28 @@ def test_an_idle_guest_costs_one_round(guest: Guest) -> None:
     assert guest.vcpus[0].percents == []
 
 
+def test_what_is_left_is_sent_before_the_stop_and_after_it_was_found(guest: Guest) -> None:
+    guest.speed = 2
+    move = Move(guest, ConvergenceParameters())
+    done: list[tuple[str, object]] = []
+    take, send = move._log.take, move._send_pages
+
+    def taken() -> list[tuple[int, int]]:
+        runs = take()
+        done.append(("found", runs))
+        return runs
+
+    def sent(runs: list[tuple[int, int]]) -> None:
+        done.append(("sent", runs))
+        send(runs)
+
+    move._log.take, move._send_pages = taken, sent  # type: ignore[method-assign]
+    move.run()
+    assert done[-2:] == [("found", [(0, 8)]), ("sent", [(0, 8)])]
+    assert move._left == []
+    assert move._ahead == 8
+
+
 def test_a_guest_is_slowed_down_until_it_can_move(guest: Guest) -> None:
     move = Move(guest, ConvergenceParameters(auto_converge=True, cpu_throttle_initial=40))
     move.run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from move_bench import Move
@@ -12,7 +13,8 @@ from move_bench import Move
 from godwit.migration import urgency
 from godwit.migration.urgency import Urgency
 
-NORMAL, URGENT = os.SCHED_OTHER, os.SCHED_RR | os.SCHED_RESET_ON_FORK
+FLAG = os.SCHED_RESET_ON_FORK
+NORMAL, URGENT = os.SCHED_OTHER | FLAG, os.SCHED_RR | FLAG
 
 
 @pytest.fixture
@@ -22,6 +24,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     def ask(pid: int, policy: int, parameter: os.sched_param) -> None:
         assert pid == 0, "the calling thread"
+        assert policy & FLAG, "without a capability it cannot be taken back"
         assert parameter.sched_priority == (policy != NORMAL)
         found.append((threading.current_thread().name, policy))
 
@@ -51,9 +54,33 @@ def test_a_source_whose_guest_stays_is_ordinary_again(
     assert [policy for who, policy in asked if who == "migration"] == [URGENT, NORMAL]
 
 
+def test_a_peer_that_comes_to_no_end_is_not_urgent_for_long(
+    monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int]]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(urgency, "time", SimpleNamespace(monotonic=lambda: now))
+    one = Urgency()
+    one.begin()
+    for at in (100.9, 101.1, 101.2):
+        now = at
+        one.look()
+    assert [policy for _, policy in asked] == [URGENT, NORMAL]
+
+
+def test_a_stop_that_will_be_long_is_not_urgent(
+    tmp_path: Path, asked: list[tuple[str, int]]
+) -> None:
+    move = Move(tmp_path)
+    move.source.report.expected_ms = 301.0
+    move.source._precopy = lambda: None  # type: ignore[method-assign]
+    move.run()
+    move.close()
+    assert [who for who, _ in asked if who == "migration"] == []
+
+
 def test_who_may_not_goes_on_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(pid: int, policy: int, parameter: os.sched_param) -> None:
-        assert policy != NORMAL, "nothing is to be undone"
+        assert policy == URGENT, "nothing is to be undone"
         raise PermissionError
 
     monkeypatch.setattr(urgency.os, "sched_setscheduler", refuse)
@@ -62,17 +89,36 @@ def test_who_may_not_goes_on_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     one.end()
 
 
-def test_a_thread_that_is_started_meanwhile_is_ordinary() -> None:
+@pytest.mark.parametrize("policy", [os.SCHED_FIFO, os.SCHED_BATCH])
+def test_an_operators_policy_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int]], policy: int
+) -> None:
+    monkeypatch.setattr(urgency.os, "sched_getscheduler", lambda pid: policy)
     one = Urgency()
     one.begin()
-    if os.sched_getscheduler(0) == NORMAL:
-        pytest.skip("this user may not")
-    try:
-        policies: list[int] = []
-        thread = threading.Thread(target=lambda: policies.append(os.sched_getscheduler(0)))
+    one.end()
+    assert asked == []
+
+
+def test_a_thread_that_is_started_meanwhile_is_ordinary() -> None:
+    policies: list[int] = []
+
+    def look() -> None:
+        policies.append(os.sched_getscheduler(0) & ~FLAG)
+
+    def urgent() -> None:
+        one = Urgency()
+        one.begin()
+        look()
+        thread = threading.Thread(target=look)
         thread.start()
         thread.join()
-        assert policies == [NORMAL]
-    finally:
         one.end()
-    assert os.sched_getscheduler(0) == NORMAL
+        look()
+
+    thread = threading.Thread(target=urgent)
+    thread.start()
+    thread.join()
+    if policies[0] == os.SCHED_OTHER:
+        pytest.skip("this user may not")
+    assert policies == [os.SCHED_RR, os.SCHED_OTHER, os.SCHED_OTHER]

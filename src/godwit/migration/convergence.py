@@ -20,10 +20,10 @@ MAX_ROUNDS = 30
 #: Rounds at the highest level that may fail to help. An unthrottled guest loses nothing by further
 #: rounds, and may calm down; one that hardly runs should not be kept so.
 MAX_FAILURES = 2
-#: What may be left for the stop, as sending time in ms, even if further rounds could shrink it, and
-#: whatever the downtime limit. A round costs as much again before it sends anything (the logs are
-#: read, the guest faults anew on each page that it writes), and an idle guest always leaves some
-#: hundred pages.
+#: What may be left after the last round, as sending time in ms, even if further rounds could
+#: shrink it, and whatever the downtime limit. A round costs as much again before it sends anything
+#: (the logs are read, the guest faults anew on each page that it writes), and an idle guest always
+#: leaves some hundred pages.
 GOOD_ENOUGH_MS = 10.0
 #: A round helps if it leaves less than this share of what it had to send.
 _SHRINKS = 0.75

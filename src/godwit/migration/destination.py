@@ -169,6 +169,7 @@ class Destination:
             if handover.token != hello.token:
                 raise StreamError("COMMIT: the token of another move")
         except LinkLost as lost:
+            self._receiver.urgency.end()
             if arrival is not None:
                 arrival.abandon()
             channel, handover = self._await_question(hello, lost)
@@ -195,6 +196,7 @@ class Destination:
     def _expect_commit(self, channel: Channel) -> codec.Handover:
         while True:
             kind, payload = channel.expect_one(Kind.COMMIT, Kind.FRAMES)
+            self._receiver.urgency.look()
             if kind is Kind.COMMIT:
                 return codec.decode(payload, codec.Handover)
             if self._arrival is None:

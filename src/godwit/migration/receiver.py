@@ -27,7 +27,8 @@ class Receiver:
         self._received_at = time.monotonic()
         #: Name of a phase -> ms since the state came, at the phase's end.
         self.phases: dict[str, float] = {}
-        self._urgency = Urgency()
+        #: Of the thread that receives.
+        self.urgency = Urgency()
         codec.prepare(MachineState)
 
     def start(self) -> None:
@@ -41,7 +42,7 @@ class Receiver:
     def mark(self, phase: str) -> None:
         """A phase ended."""
         if phase in ("vcpus-started", "running"):  # or will run when its operator says so
-            self._urgency.end()
+            self.urgency.end()
         self.phases[phase] = round((time.monotonic() - self._received_at) * 1000, 3)
 
     def receive(self, line: Line) -> None:
@@ -54,10 +55,11 @@ class Receiver:
         loaded = False
         while True:
             kind, length = line.receive()
+            self.urgency.look()
             if kind is Kind.RAM:
                 self._receive_ram(line, length)
             elif kind is Kind.STATE:
-                self._urgency.begin()
+                self.urgency.begin()
                 payload = line.read(length)
                 self._received_at = time.monotonic()
                 if loaded:
@@ -116,6 +118,8 @@ class Receiver:
         self._toucher.want(self._views(runs))
 
     def _clear(self, runs: list[Run]) -> None:
+        if sum(pages for _, pages in runs) > self._machine.memory.size // PAGE:
+            raise StreamError("frame ZERO: more pages than there are")
         for view in self._views(runs):
             ctypes.memset(address_of(view), 0, len(view))
 

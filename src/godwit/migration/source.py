@@ -20,7 +20,7 @@ from .channel import SILENCE, Address
 from .codec import Kind
 from .forwarder import Forwarder
 from .outgoing import Limits, Outgoing
-from .urgency import Urgency
+from .urgency import LONGEST_S, Urgency
 
 # What the destination answers, before it matters how long that takes.
 for _answer in (codec.Welcome, codec.Drawn, codec.Started):
@@ -29,6 +29,8 @@ for _answer in (codec.Welcome, codec.Drawn, codec.Started):
 _ASK_AGAIN = 0.5
 #: For what a destination said before it hung up, seconds: it is here, or was never sent.
 _LAST_WORD_S = 0.1
+#: For all that it said, s: it may have no end of words.
+_LAST_WORDS_S = 1.0
 #: Between two looks at whether the process ends, seconds.
 _SLICE_S = 0.05
 
@@ -66,8 +68,8 @@ class Source(Outgoing):
     def _phases(self) -> tuple[Callable[[], None], ...]:
         return (
             self._hello,
-            self._precopy,
             self._arrive,
+            self._precopy,
             self._stop,
             self._final,
             self._ready,
@@ -89,20 +91,28 @@ class Source(Outgoing):
         self._status("active")
 
     def _arrive(self) -> None:
-        """Wait for the end of its last move; that takes seconds at the most (see arrival.Hold)."""
+        """Wait for the end of its last move; that takes seconds at the most (see arrival.Hold).
+
+        Not just before the stop: what the guest writes meanwhile has to be judged.
+        """
         while self._arriving() and not self._cancelled.wait(_SLICE_S):
             pass
 
     def _stop(self) -> None:
-        self._urgency.begin()
+        # A stop that is to be long (on-no-convergence) is no matter of milliseconds.
+        if (self.report.expected_ms or 0.0) <= min(self._limits.downtime_limit, LONGEST_S * 1000):
+            self._urgency.begin()
         super()._stop()
 
     def _ready(self) -> None:
         """Wait until all is loaded; what came for the guest since the stop is sent meanwhile."""
         if self._hands_over:
             self._forwarder = Forwarder(self._machine, self._socket, self._mark)
-            if not self._forwarder.serve(time.monotonic() + SILENCE):
-                raise LinkLost(f"the peer was silent for {SILENCE:.0f} s")
+            until = time.monotonic() + SILENCE
+            while not self._forwarder.serve(min(until, time.monotonic() + LONGEST_S)):
+                self._urgency.look()
+                if time.monotonic() >= until:
+                    raise LinkLost(f"the peer was silent for {SILENCE:.0f} s")
         self._channel.expect(Kind.READY)
         self.report.mark("ready")
 
@@ -113,11 +123,12 @@ class Source(Outgoing):
                 raise MigrationError("cancelled")
             self._committed = self._exposed = True
         handover = codec.Handover(self._token, self._before is RunState.RUNNING)
-        self._urgency.end()  # the rest is the destination's
         try:
             self._channel.send(Kind.COMMIT, handover)
+            self._urgency.end()  # the rest is the destination's
             started = self._await_started()
         except GodwitError as error:
+            self._urgency.end()
             started = self._resolve(error, handover)
         self.report.mark("started")
         self._started(started)
@@ -167,10 +178,12 @@ class Source(Outgoing):
 
     def _reason(self, error: Exception) -> Exception:
         """A destination that fails says why and hangs up; the line may break before it is read."""
+        self._urgency.end()
         if isinstance(error, LinkLost) and self._line is not None and not self._cancelled.is_set():
+            until = time.monotonic() + _LAST_WORDS_S
             try:
                 self._socket.set_timeout(_LAST_WORD_S)
-                while True:
+                while time.monotonic() < until:
                     self._socket.expect_one(*Kind)
             except PeerRefused as refusal:
                 return refusal

@@ -8,26 +8,45 @@ docs/decisions/0015-urgency.md.
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
+
+#: A stop that lasts longer, seconds, is no matter of milliseconds any more.
+LONGEST_S = 1.0
+
+
+_OWN = ~os.SCHED_RESET_ON_FORK
 
 
 class Urgency:
-    """Of the thread that calls. Where the process may not (sched(7): CAP_SYS_NICE, or a cgroup
-    without real-time share), nothing changes, and nobody is told: it only takes longer."""
+    """Of the thread that calls. Where the process may not (sched(7): CAP_SYS_NICE or RLIMIT_RTPRIO,
+    and cgroups), nothing changes, and nobody is told: it only takes longer. Nor does it where the
+    operator gave the process a policy of its own."""
 
     def __init__(self) -> None:
         self._on = False
+        self._since = 0.0
 
     def begin(self) -> None:
         """The guest is about to stop, or its state is here."""
         with suppress(OSError):
+            if os.sched_getscheduler(0) & _OWN != os.SCHED_OTHER:
+                return
             # What it starts meanwhile (threads, vhost's too) is ordinary.
             os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
             self._on = True
+            self._since = time.monotonic()
+
+    def look(self) -> None:
+        """End it if it has lasted too long: a peer may have no end of things to send."""
+        if self._on and time.monotonic() > self._since + LONGEST_S:
+            self.end()
 
     def end(self) -> None:
         """It runs, somewhere; harmless when it was not begun."""
         if self._on:
             self._on = False
             with suppress(OSError):
-                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+                # The flag stays: to take it back needs a capability that to set it does not.
+                policy = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK
+                os.sched_setscheduler(0, policy, os.sched_param(0))
