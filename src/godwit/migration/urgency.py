@@ -13,9 +13,8 @@ from contextlib import suppress
 
 #: A stop that lasts longer, seconds, is no matter of milliseconds any more.
 LONGEST_S = 1.0
-
-
-_OWN = ~os.SCHED_RESET_ON_FORK
+#: What of the kernel's answer is the policy.
+_POLICY = ~os.SCHED_RESET_ON_FORK
 
 
 class Urgency:
@@ -30,7 +29,7 @@ class Urgency:
     def begin(self) -> None:
         """The guest is about to stop, or its state is here."""
         with suppress(OSError):
-            if os.sched_getscheduler(0) & _OWN != os.SCHED_OTHER:
+            if os.sched_getscheduler(0) & _POLICY != os.SCHED_OTHER:
                 return
             # What it starts meanwhile (threads, vhost's too) is ordinary.
             os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
