@@ -166,10 +166,22 @@ def test_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bo
     move = Move(tmp_path, tmp_path / "near")
     if late:
         monkeypatch.setattr(arrival, "SETTLE_S", 0.0)
-        monkeypatch.setattr(forwarder, "MARKS_S", 0.2)
-        move.on_told = lambda status: move.source.abandon() if status == "completed" else None
+        for name in ("MARKS_S", "LONGEST_S"):
+            monkeypatch.setattr(forwarder, name, 60.0)
     seen: list[Kind] = []
-    shown = lambda kind, payload: seen.append(kind)  # noqa: E731
+    road_ends = threading.Event()
+
+    def told(status: str) -> None:
+        if late and status == "completed":
+            move.source.abandon()
+            monkeypatch.setattr(forwarder, "MARKS_S", 0.0)
+
+    def shown(kind: Kind, payload: object) -> None:
+        seen.append(kind)
+        if kind is Kind.ROAD_ENDS:
+            road_ends.set()
+
+    move.on_told = told
     with LineCutter(tmp_path / "near", move.far, None, True, None, shown):
         move.run()
         _judge(move)
@@ -177,6 +189,7 @@ def test_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bo
         assert move.logged[-1], "to end the log takes a CPU that the guest has use for"
         size = 64 * 4096
         assert move.there.memory.view(0, size) == move.here.memory.view(0, size)
+        assert road_ends.wait(30)  # it may be on its way yet
         move.close()
     assert (seen.index(Kind.STARTED) < seen.index(Kind.ROAD_ENDS)) is late
     assert move.failed == []

@@ -13,6 +13,7 @@ from ..machine_state import MachineState
 from . import codec
 from .codec import Kind, Run
 from .line import Line
+from .runs import pages_in
 from .touch import Toucher
 from .urgency import Urgency
 
@@ -96,7 +97,7 @@ class Receiver:
         first = line.read(4)
         count = codec.decode_count(first, length)
         runs = codec.decode_runs(line.read(codec.table_size(count) - 4), count)
-        if codec.table_size(count) + sum(pages for _, pages in runs) * PAGE != length:
+        if codec.table_size(count) + pages_in(runs) * PAGE != length:
             raise StreamError(f"frame RAM: {length} bytes, but its runs say otherwise")
         views = self._views(runs)
         if not self._toucher.finished:
@@ -112,13 +113,13 @@ class Receiver:
 
     def _touch(self, runs: list[Run]) -> None:
         """The first pass will bring these pages."""
-        self._touched_pages += sum(pages for _, pages in runs)
+        self._touched_pages += pages_in(runs)
         if self._touched_pages > self._machine.memory.size // PAGE:
             raise StreamError("frame TOUCH: more pages than there are")
         self._toucher.want(self._views(runs))
 
     def _clear(self, runs: list[Run]) -> None:
-        if sum(pages for _, pages in runs) > self._machine.memory.size // PAGE:
+        if pages_in(runs) > self._machine.memory.size // PAGE:
             raise StreamError("frame ZERO: more pages than there are")
         for view in self._views(runs):
             ctypes.memset(address_of(view), 0, len(view))

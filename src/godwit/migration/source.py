@@ -67,8 +67,8 @@ class Source(Outgoing):
 
     def _phases(self) -> tuple[Callable[[], None], ...]:
         return (
-            self._hello,
             self._arrive,
+            self._hello,
             self._precopy,
             self._stop,
             self._final,
@@ -93,7 +93,7 @@ class Source(Outgoing):
     def _arrive(self) -> None:
         """Wait for the end of its last move; that takes seconds at the most (see arrival.Hold).
 
-        Not just before the stop: what the guest writes meanwhile has to be judged.
+        First of all: no log is on meanwhile, and what the guest writes is still to be judged.
         """
         while self._arriving() and not self._cancelled.wait(_SLICE_S):
             pass
@@ -198,10 +198,6 @@ class Source(Outgoing):
         if self._exposed:
             for station in self._machine.stations:
                 station.draw_back()
-
-    def _finish(self, status: str, error: str | None = None) -> None:
-        self._urgency.end()
-        super()._finish(status, error)
 
     def _started(self, started: codec.Started) -> None:
         if self._forwarder is not None:

@@ -23,8 +23,7 @@ class Urgency:
     operator gave the process a policy of its own."""
 
     def __init__(self) -> None:
-        self._on = False
-        self._since = 0.0
+        self._since: float | None = None
 
     def begin(self) -> None:
         """The guest is about to stop, or its state is here."""
@@ -33,18 +32,17 @@ class Urgency:
                 return
             # What it starts meanwhile (threads, vhost's too) is ordinary.
             os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-            self._on = True
             self._since = time.monotonic()
 
     def look(self) -> None:
         """End it if it has lasted too long: a peer may have no end of things to send."""
-        if self._on and time.monotonic() > self._since + LONGEST_S:
+        if self._since is not None and time.monotonic() > self._since + LONGEST_S:
             self.end()
 
     def end(self) -> None:
         """It runs, somewhere; harmless when it was not begun."""
-        if self._on:
-            self._on = False
+        if self._since is not None:
+            self._since = None
             with suppress(OSError):
                 # The flag stays: to take it back needs a capability that to set it does not.
                 policy = os.SCHED_OTHER | os.SCHED_RESET_ON_FORK
