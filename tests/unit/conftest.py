@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from handover_bench import Handover, set_no_luck
 
 from godwit.hw.memory import GuestMemory
 
@@ -15,3 +16,17 @@ def memory() -> Iterator[GuestMemory]:
     memory = GuestMemory(32 << 20)
     yield memory
     memory.close()
+
+
+@pytest.fixture
+def handover() -> Iterator[Handover]:
+    """Both hosts of a move at the moment of its commit."""
+    handover = Handover()
+    yield handover
+    handover.close()
+
+
+@pytest.fixture
+def no_luck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handover's waits end only with what is waited for."""
+    set_no_luck(monkeypatch)

@@ -104,7 +104,7 @@ def to(mac: bytes, number: int, tags: bytes = b"") -> bytes:
     return mac + OTHER + tags + b"\x08\0" + number.to_bytes(2, "big") + bytes(44)
 
 
-def no_luck(monkeypatch: pytest.MonkeyPatch) -> None:
+def set_no_luck(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what a test waits for ends a wait; a test of a time-out sets it to nothing."""
     for name in ("MARKS_S", "LONGEST_S", "QUIET_S", "PATIENCE_S", "LATE_S"):
         monkeypatch.setattr(forwarder_module, name, MINUTE)

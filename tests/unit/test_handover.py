@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-from handover_bench import MARK, OTHER, Handover, draw, finish, no_luck, taps, to, word
+from handover_bench import MARK, OTHER, Handover, draw, finish, taps, to, word
 
 from godwit.announce.frames import BROADCAST, TPID_8021Q, gratuitous_arp, layer2_update, read_note
 from godwit.errors import LinkLost
@@ -20,17 +19,7 @@ from godwit.nic.tap import HEADER
 
 TAG_100 = b"\x81\0\0\x64"
 
-
-@pytest.fixture
-def handover() -> Iterator[Handover]:
-    handover = Handover()
-    yield handover
-    handover.close()
-
-
-@pytest.fixture(autouse=True)
-def _no_luck(monkeypatch: pytest.MonkeyPatch) -> None:
-    no_luck(monkeypatch)
+pytestmark = pytest.mark.usefixtures("no_luck")
 
 
 def test_what_came_to_the_old_host_goes_before_what_came_to_the_new(handover: Handover) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from handover_bench import OTHER, Handover, draw, finish, no_luck, taps, to, word
+from handover_bench import OTHER, Handover, draw, finish, taps, to, word
 
 from godwit.announce.frames import BROADCAST
 from godwit.migration import arrival as arrival_module
@@ -17,17 +16,7 @@ from godwit.migration import forwarder as forwarder_module
 from godwit.migration.arrival import Hold
 from godwit.migration.forwarder import Road
 
-
-@pytest.fixture
-def handover() -> Iterator[Handover]:
-    handover = Handover()
-    yield handover
-    handover.close()
-
-
-@pytest.fixture(autouse=True)
-def _no_luck(monkeypatch: pytest.MonkeyPatch) -> None:
-    no_luck(monkeypatch)
+pytestmark = pytest.mark.usefixtures("no_luck")
 
 
 @pytest.mark.parametrize("seen", [False, True])
