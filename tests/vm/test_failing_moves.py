@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from vm_bench import Bench, Guest, Watched, resident
+from vm_bench import Bench, Guest, Watched, held, resident
 
 from godwit.lab.scenario import wait_for
 from godwit.lab.traffic import FLOWS
@@ -110,21 +109,16 @@ def _broken_off(vm: Watched, path: Path, after: int | None) -> None:
     assert vm.end_of_move()["status"] == "failed"
 
 
-def _held(pid: int) -> tuple[int, int]:
-    """A process's descriptors and threads."""
-    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
-
-
 @pytest.mark.parametrize("after", [None, 1 << 20, 40 << 20], ids=["hello", "begun", "half"])
 def test_failed_moves_leave_nothing_behind(bench: Bench, guest: Guest, after: int | None) -> None:
     vm, path = guest.vm, bench.folder / "hangs-up"
-    before = _held(vm.pid)
+    before = held(vm.pid)
     for _ in range(2):  # what is made once is made by then
         _broken_off(vm, path, after)
     memory = resident(vm.pid)
     for _ in range(8):
         _broken_off(vm, path, after)
-    wait_for(lambda: _held(vm.pid) == before, 10)  # the move's thread ends after the event
+    wait_for(lambda: held(vm.pid) == before, 10)  # the move's thread ends after the event
     assert resident(vm.pid) - memory < 4 << 20
     assert vm.status() == "running"
     guest.agent.ping()

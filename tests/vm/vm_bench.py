@@ -7,6 +7,7 @@ A guest costs ten seconds and a process three on an emulated CPU. So one guest s
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -397,6 +398,11 @@ def rarps(capture: Path) -> list[bytes]:
             assert meta.wirelen == len(raw)
             found.append(bytes(raw))
     return found
+
+
+def held(pid: int) -> tuple[int, int]:
+    """A process's descriptors and threads."""
+    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
 
 
 def resident(pid: int) -> int:

@@ -224,6 +224,7 @@ class Source(Outgoing):
         Raises:
             MigrationError: the guest is not there and never will be: it may run here.
         """
+        self.report.error = f"{cause}; asking the destination what became of the guest"
         while True:
             try:
                 channel = self._address.connect(2.0)
@@ -235,7 +236,6 @@ class Source(Outgoing):
                     raise MigrationError(
                         f"the destination is gone ({cause}); it did not take the guest"
                     ) from cause
-                self.report.error = f"{cause}; asking the destination what became of the guest"
                 if self._abandoned.wait(_ASK_AGAIN):
                     raise
                 continue

@@ -1,0 +1,186 @@
+"""Every phase of a move x every fault, with real guests: exactly one side runs, its peers are
+answered, and whoever has no guest any more gives all back.
+
+tests/unit/test_failure_table.py has the same table with stand-ins, in seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from vm_bench import ONE_BACKEND, Bench, Guest, Watched, held, resident
+
+from godwit.errors import GodwitError
+from godwit.lab.scenario import wait_for
+from godwit.migration.codec import Kind
+from godwit.testing.line_cutter import LineCutter
+
+pytestmark = ONE_BACKEND
+
+#: From here on the guest may be at its destination; before, it is not.
+_COMMITTED = (Kind.COMMIT, Kind.DRAWN, Kind.ROAD_ENDS, Kind.STARTED, Kind.HEARD)
+#: The frame at which the fault strikes.
+_PHASES = (
+    Kind.HELLO, Kind.WELCOME, Kind.TOUCH, Kind.RAM, Kind.ROUND, Kind.STATE, Kind.READY, *_COMMITTED
+)  # fmt: skip
+#: Bytes that a source may keep of moves that failed: what it imported for the first one.
+_KEPT = 8 << 20
+
+
+class Move:
+    """A move of the guest over a line that tells of each frame before it passes it on."""
+
+    def __init__(self, bench: Bench, guest: Guest, stays: bool) -> None:
+        self.bench = bench
+        self.guest = guest
+        self.source = guest.vm
+        self.target = bench.target(guest, another=stays)
+        self.far = bench.listen(self.target)
+        self.near = bench.folder / f"{self.target.name}.cut"
+        self._checksum = guest.agent.mem_start(8)
+        self._held = held(self.source.pid)
+        self._resident = resident(self.source.pid)
+
+    def line(
+        self,
+        kind: Kind | None = None,
+        before: Callable[[], None] | None = None,
+        on_frame: Callable[[Kind, bytes | bytearray], None] = lambda kind, payload: None,
+    ) -> LineCutter:
+        """The line; see LineCutter."""
+        far = Path(self.far.removeprefix("unix:"))
+        return LineCutter(self.near, far, kind, False, before, on_frame)
+
+    def start(self) -> None:
+        """Over that line."""
+        self.source.start_move(f"unix:{self.near}")
+
+    def judge(self, completed: bool) -> None:
+        """The guest is where it should be, and only there."""
+        if completed:
+            self._has_moved()
+        else:
+            self._has_stayed()
+        self.bench.answers()
+        assert self.guest.agent.mem_check() == self._checksum
+
+    def _has_moved(self) -> None:
+        source, target = self.source, self.target
+        wait_for(lambda: target.status() == "running", 60)
+        assert len(target.news("RESUME")) == 1
+        assert not source.news("RESUME")
+        self.bench.moved(self.guest, target, source.qmp.execute("query-migrate"))
+        assert source.wait(60) == 0
+        wait_for(lambda: held(target.pid) == self._held, 60)
+
+    def _has_stayed(self) -> None:
+        source, target = self.source, self.target
+        assert source.status() == "running"
+        # By itself with 1, or as it was told; so its tap is free, which the next move takes.
+        assert target.wait(60) in (1, -signal.SIGKILL)
+        wait_for(lambda: held(source.pid) == self._held, 60)
+        assert resident(source.pid) - self._resident < _KEPT
+
+
+@pytest.mark.parametrize("kind", _PHASES, ids=lambda kind: kind.name)
+def test_the_line_breaks(bench: Bench, guest: Guest, kind: Kind) -> None:
+    completes = kind in _COMMITTED
+    move = Move(bench, guest, stays=not completes)
+    with move.line(kind) as line:
+        move.start()
+        info = move.source.end_of_move()
+        assert line.cut.wait(60)  # the last one comes after the end
+    assert info["status"] == ("completed" if completes else "failed")
+    move.judge(completes)
+
+
+@pytest.mark.parametrize("kind", _PHASES[:-1], ids=lambda kind: kind.name)
+def test_the_destination_is_killed(bench: Bench, guest: Guest, kind: Kind) -> None:
+    """Up to the last word before the source is content; after it, its guest dies with it."""
+    move = Move(bench, guest, stays=True)
+
+    def kill() -> None:
+        os.kill(move.target.pid, signal.SIGKILL)
+
+    with move.line(kind, before=kill) as line:
+        move.start()
+        info = move.source.end_of_move()
+        assert line.cut.is_set()
+    assert info["status"] == "failed"
+    move.judge(completed=False)
+
+
+@pytest.mark.parametrize("kind", _PHASES, ids=lambda kind: kind.name)
+def test_the_destination_hangs(bench: Bench, guest: Guest, kind: Kind) -> None:
+    """Nothing is heard of it for longer than the source waits; then it wakes up again."""
+    completes = kind is Kind.READY or kind in _COMMITTED  # READY comes, and is answered by COMMIT
+    move = Move(bench, guest, stays=not completes)
+    hung = threading.Event()
+
+    def hang(seen: Kind, payload: bytes | bytearray) -> None:
+        if seen is kind and not hung.is_set():
+            os.kill(move.target.pid, signal.SIGSTOP)
+            hung.set()
+
+    with move.line(on_frame=hang):
+        try:
+            move.start()
+            assert hung.wait(60)
+            wait_for(lambda: _given_up(move.source), 60)
+        finally:
+            os.kill(move.target.pid, signal.SIGCONT)
+        info = move.source.end_of_move()
+    assert info["status"] == ("completed" if completes else "failed")
+    move.judge(completes)
+
+
+def _given_up(source: Watched) -> bool:
+    info = source.qmp.execute("query-migrate")
+    return info["status"] in ("completed", "failed") or "asking" in info.get("error-desc", "")
+
+
+@pytest.mark.parametrize("kind", _PHASES, ids=lambda kind: kind.name)
+def test_it_is_cancelled(bench: Bench, guest: Guest, kind: Kind) -> None:
+    completes = kind in _COMMITTED
+    move = Move(bench, guest, stays=not completes)
+    reached, on = threading.Event(), threading.Event()
+
+    def hold(seen: Kind, payload: bytes | bytearray) -> None:
+        if seen is kind and not reached.is_set():
+            reached.set()
+            on.wait(60)
+
+    with move.line(on_frame=hold):
+        try:
+            move.start()
+            assert reached.wait(60)
+            if completes:
+                with pytest.raises(GodwitError):
+                    move.source.qmp.execute("migrate_cancel")
+            else:
+                move.source.qmp.execute("migrate_cancel")
+        finally:
+            on.set()
+        info = move.source.end_of_move()
+    assert info["status"] == ("completed" if completes else "cancelled")
+    move.judge(completes)
+
+
+def test_the_state_is_bad(bench: Bench, guest: Guest) -> None:
+    move = Move(bench, guest, stays=True)
+
+    def spoil(seen: Kind, payload: bytes | bytearray) -> None:
+        if seen is Kind.STATE and isinstance(payload, bytearray):
+            payload[len(payload) // 2 :] = bytes(len(payload) - len(payload) // 2)
+
+    with move.line(on_frame=spoil):
+        move.start()
+        info = move.source.end_of_move()
+    assert info["status"] == "failed"
+    assert "refused" in info["error-desc"] or "state" in info["error-desc"], info
+    move.judge(completed=False)
