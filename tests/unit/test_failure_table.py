@@ -148,6 +148,15 @@ def test_a_question_is_answered_on_the_line_where_it_was_asked(
     assert move.told[-1] == "completed"
 
 
+def test_a_line_that_is_only_silent_is_left_by_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """STARTED is lost, and nobody hangs up: the destination has to hear the question."""
+    monkeypatch.setattr(arrival, "SILENCE", 120.0)
+    move = _run(tmp_path, Kind.STARTED, False, "stopped")
+    assert move.told[-1] == "completed"
+
+
 def test_the_state_is_bad(tmp_path: Path) -> None:
     move = Move(tmp_path)
     move.there.bad_state = True

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,8 @@ pytestmark = ONE_BACKEND
 
 #: From here on the guest may be at its destination; before, it is not.
 _COMMITTED = (Kind.COMMIT, Kind.DRAWN, Kind.ROAD_ENDS, Kind.STARTED, Kind.HEARD)
-#: The frame at which the fault strikes.
-_PHASES = (
-    Kind.HELLO, Kind.WELCOME, Kind.TOUCH, Kind.RAM, Kind.ROUND, Kind.STATE, Kind.READY, *_COMMITTED
-)  # fmt: skip
+#: The frame at which the fault strikes. (TOUCH and ROUND come while RAM does.)
+_PHASES = (Kind.HELLO, Kind.WELCOME, Kind.RAM, Kind.STATE, Kind.READY, *_COMMITTED)
 #: Bytes that a source may keep of moves that failed: what it imported for the first one.
 _KEPT = 8 << 20
 
@@ -44,6 +43,8 @@ class Move:
         self.near = bench.folder / f"{self.target.name}.cut"
         self._checksum = guest.agent.mem_start(8)
         self._held = held(self.source.pid)
+        #: A destination that does not know that its source knows listens on.
+        self.unheard = False
         self._resident = resident(self.source.pid)
 
     def line(
@@ -60,12 +61,13 @@ class Move:
         """Over that line."""
         self.source.start_move(f"unix:{self.near}")
 
-    def judge(self, completed: bool) -> None:
-        """The guest is where it should be, and only there."""
+    def judge(self, completed: bool, code: int = 1) -> None:
+        """The guest is where it should be, and only there; ``code``: how a destination ends that
+        was left without."""
         if completed:
             self._has_moved()
         else:
-            self._has_stayed()
+            self._has_stayed(code)
         self.bench.answers()
         assert self.guest.agent.mem_check() == self._checksum
 
@@ -76,13 +78,13 @@ class Move:
         assert not source.news("RESUME")
         self.bench.moved(self.guest, target, source.qmp.execute("query-migrate"))
         assert source.wait(60) == 0
-        wait_for(lambda: held(target.pid) == self._held, 60)
+        if not self.unheard:
+            wait_for(lambda: held(target.pid) == self._held, 60)
 
-    def _has_stayed(self) -> None:
+    def _has_stayed(self, code: int) -> None:
         source, target = self.source, self.target
         assert source.status() == "running"
-        # By itself with 1, or as it was told; so its tap is free, which the next move takes.
-        assert target.wait(60) in (1, -signal.SIGKILL)
+        assert target.wait(60) == code  # so its tap is free, which the next move takes
         wait_for(lambda: held(source.pid) == self._held, 60)
         assert resident(source.pid) - self._resident < _KEPT
 
@@ -91,12 +93,16 @@ class Move:
 def test_the_line_breaks(bench: Bench, guest: Guest, kind: Kind) -> None:
     completes = kind in _COMMITTED
     move = Move(bench, guest, stays=not completes)
+    move.unheard = kind is Kind.HEARD
     with move.line(kind) as line:
         move.start()
         info = move.source.end_of_move()
         assert line.cut.wait(60)  # the last one comes after the end
     assert info["status"] == ("completed" if completes else "failed")
-    move.judge(completes)
+    if kind is Kind.HELLO:  # nothing arrived, so it waits for another source
+        assert move.target.status() == "inmigrate"
+        bench.retire(move.target)
+    move.judge(completes, code=0 if kind is Kind.HELLO else 1)
 
 
 @pytest.mark.parametrize("kind", _PHASES[:-1], ids=lambda kind: kind.name)
@@ -112,7 +118,7 @@ def test_the_destination_is_killed(bench: Bench, guest: Guest, kind: Kind) -> No
         info = move.source.end_of_move()
         assert line.cut.is_set()
     assert info["status"] == "failed"
-    move.judge(completed=False)
+    move.judge(completed=False, code=-signal.SIGKILL)
 
 
 @pytest.mark.parametrize("kind", _PHASES, ids=lambda kind: kind.name)
@@ -159,11 +165,10 @@ def test_it_is_cancelled(bench: Bench, guest: Guest, kind: Kind) -> None:
         try:
             move.start()
             assert reached.wait(60)
-            if completes:
-                with pytest.raises(GodwitError):
-                    move.source.qmp.execute("migrate_cancel")
-            else:
+            with suppress(GodwitError):  # too late
                 move.source.qmp.execute("migrate_cancel")
+            if kind is Kind.READY:  # else its passing meets a closed end, and takes FAILED along
+                move.source.end_of_move()
         finally:
             on.set()
         info = move.source.end_of_move()
@@ -182,5 +187,5 @@ def test_the_state_is_bad(bench: Bench, guest: Guest) -> None:
         move.start()
         info = move.source.end_of_move()
     assert info["status"] == "failed"
-    assert "refused" in info["error-desc"] or "state" in info["error-desc"], info
+    assert "MachineState" in info["error-desc"]
     move.judge(completed=False)

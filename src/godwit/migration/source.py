@@ -225,6 +225,7 @@ class Source(Outgoing):
             MigrationError: the guest is not there and never will be: it may run here.
         """
         self.report.error = f"{cause}; asking the destination what became of the guest"
+        self._socket.interrupt()  # if it is only silent: the other end is to listen elsewhere
         while True:
             try:
                 channel = self._address.connect(2.0)
