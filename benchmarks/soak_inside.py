@@ -60,7 +60,7 @@ class Soak:
         given, name = self._given, f"vm{self._count}"
         # The old process has its tap until it has ended.
         tap = (host.tap, host.other_tap)[self._count // 2 % 2]
-        boot = given["kernel"], given["initrd"], guest.CMDLINE
+        boot = given["kernel"], given["initrd"], guest.WATCHFUL_CMDLINE
         if given["vmm"] == QEMU:
             arguments = qemu.arguments(_MEMORY_MB, given["cpus"], tap, MAC, boot, uri)
             vm: Vm = qemu.Qemu(name, self._folder, arguments, host.netns)

@@ -19,12 +19,15 @@ LISTS = {
 #: There for tests, by `modprobe` through the agent's `sh`.
 EXTRA = ("bonding", "bridge", "dummy", "macvlan", "macvtap", "tun", "veth", "vrf", "virtio_mmio")
 
-CMDLINE = (
-    "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check nowatchdog "
+WATCHFUL_CMDLINE = (
+    "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check "
     "random.trust_cpu=on cryptomgr.notests"
 )
-"""A kernel command line that boots fast in the lab. ``godwit.net=off`` leaves the network alone,
-``godwit.shell`` starts a shell on ttyS0."""
+"""A kernel command line with the kernel's watchdogs: of lockups, and of its clocks."""
+
+CMDLINE = f"{WATCHFUL_CMDLINE} tsc=reliable nowatchdog"
+"""One that boots fast in the lab. ``godwit.net=off`` leaves the network alone, ``godwit.shell``
+starts a shell on ttyS0."""
 
 READY = "GODWIT-GUEST-READY"
 """Begins the line the guest prints, followed by `` cpus=N``, once its agent listens."""
