@@ -127,7 +127,7 @@ def machine() -> dict[str, Any]:
     )
     return {
         "cpu": models[0] if models else platform.machine(),
-        "cpus": len(models),
+        "cpus": len(os.sched_getaffinity(0)),
         "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
         "kernel": platform.release(),
         "python": platform.python_version(),

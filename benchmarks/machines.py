@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -137,5 +138,9 @@ def settle(limit: int = 8) -> float:
 
 
 def _cpu_times() -> list[int]:
+    """Of the CPUs that may be used: the lab has one that stands aside."""
+    ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     with open("/proc/stat") as file:
-        return [int(word) for word in file.readline().split()[1:9]]
+        lines = [line.split() for line in file]
+    times = [map(int, words[1:9]) for words in lines if words[0] in ours]
+    return [sum(column) for column in zip(*times, strict=True)]
