@@ -42,8 +42,9 @@ class Board:
             self.set_dirty_log(False)
             self.ports, self.mmio = PortBus(), MmioBus()
             vcpus = self.make_vcpus(self.vm, undo)
-            #: Indices of the MSRs that make up a vCPU's state here.
-            self.msrs = vcpus[0].readable_msrs(self.system.msr_indices())
+            #: Indices of the MSRs that make up a vCPU's state here; the TSC is a clock.
+            listed = [index for index in self.system.msr_indices() if index != abi.MSR_TSC]
+            self.msrs = vcpus[0].readable_msrs(listed)
             self.vcpus = [
                 VcpuThread(vcpu, self.ports, self.mmio, self._vcpu_ended) for vcpu in vcpus
             ]

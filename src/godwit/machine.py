@@ -21,8 +21,8 @@ from .hw.console import Console
 from .hw.foresight import Foresight
 from .hw.irq import IntxLines, Routes
 from .hw.pci import CONFIG_ADDRESS, PciBus
-from .kvm import abi, cpustate
-from .kvm.handles import host_clocks
+from .kvm import abi, clocks, cpustate
+from .kvm.handles import Vcpu, host_clocks
 from .kvm.ioctl import ioctl
 from .loop import Loop
 from .machine_state import MachineState, NicSaved
@@ -93,10 +93,12 @@ class Machine:
                 self.stations.append(Station(self.nics[-1], loop, policy))
             self._undo = undo.pop_all()
         board.on_end = on_end
-        #: The MSRs of each vCPU as KVM made it, on the way to a load.
-        self._fresh: list[dict[int, int]] = []
-        #: Guest clock, ns, and the time.monotonic of its reading: while time is to be made up.
-        self._clock_debt: tuple[int, float] | None = None
+        #: Of each vCPU as KVM made it, on the way to a load.
+        self._fresh: list[cpustate.Fresh] = []
+
+    @property
+    def _vcpus(self) -> list[Vcpu]:
+        return [thread.vcpu for thread in self.vcpus]
 
     # --- making it --------------------------------------------------------------------------------
     def _make_platform(self, console: Console) -> None:
@@ -153,8 +155,12 @@ class Machine:
             with ExitStack() as undo:
                 vm = undo.enter_context(self._board.system.create_vm())
                 vcpus = self._board.make_vcpus(vm, undo)
-                states = [cpustate.save_vcpu(vcpu, self._board.msrs)[0] for vcpu in vcpus]
-                return PowerOn(states, cpustate.save_platform(vm)[0])
+                clock, tscs = clocks.read(vm, vcpus)
+                states = [
+                    cpustate.save_vcpu(vcpu, self._board.msrs, tsc)
+                    for vcpu, tsc in zip(vcpus, tscs, strict=True)
+                ]
+                return PowerOn(states, cpustate.save_platform(vm, clock))
         except OSError as error:
             raise KvmError(f"KVM does not tell what a new VM is like: {error}") from error
 
@@ -171,6 +177,7 @@ class Machine:
                 cpustate.load_vcpu(thread.vcpu, state)
                 thread.revive()
             cpustate.load_platform(self.vm, initial.platform)
+            self._load_clocks(initial.vcpus, initial.platform, time.monotonic())
             self._board.boot()
 
     def resume(self, mark: Mark = _unmarked) -> None:
@@ -179,11 +186,6 @@ class Machine:
             if self.running:
                 return
             self.running = True
-            if self._clock_debt is not None:
-                clock, since = self._clock_debt
-                self._clock_debt = None
-                self.vm.set_clock(clock, since)
-            mark("clock")
             for nic in self.nics:
                 nic.resume()
             mark("nics-started")
@@ -252,16 +254,13 @@ class Machine:
     # --- state ------------------------------------------------------------------------------------
     def save(self) -> MachineState:
         """The state of the machine, which is paused."""
-        if self._clock_debt is not None:  # it came here, and never ran
-            self.vm.set_clock(*self._clock_debt)
-            self._clock_debt = None
-        vcpus = [cpustate.save_vcpu(thread.vcpu, self._board.msrs) for thread in self.vcpus]
-        platform, now = cpustate.save_platform(self.vm)
-        # All clocks as of one instant: the platform's reading.
-        hertz = self.vcpus[0].vcpu.tsc_khz() * 1000
+        clock, tscs = clocks.read(self.vm, self._vcpus)
         return MachineState(
-            vcpus=[cpustate.later(state, int((now - at) * hertz)) for state, at in vcpus],
-            platform=platform,
+            vcpus=[
+                cpustate.save_vcpu(vcpu, self._board.msrs, tsc)
+                for vcpu, tsc in zip(self._vcpus, tscs, strict=True)
+            ],
+            platform=cpustate.save_platform(self.vm, clock),
             serial=self.serial.save(),
             power=self.pm1.save(),
             pci_address=self.pci.save(),
@@ -278,7 +277,7 @@ class Machine:
 
         What it says is a source's guess: :meth:`load` counts.
         """
-        self._fresh = [dict(thread.vcpu.get_msrs(self._board.msrs)) for thread in self.vcpus]
+        self._fresh = [frozenset(vcpu.get_msrs(self._board.msrs)) for vcpu in self._vcpus]
         self._routes.hold()
         try:
             for nic, (negotiated, foresight) in zip(self.nics, nics, strict=True):
@@ -306,18 +305,14 @@ class Machine:
         if [nic.id for nic in state.nics] != [nic.name for nic in self.nics]:
             raise StreamError("nics: not the ones that this machine has")
         stood_still = clock_read_at(state.platform, received)
-        hertz = self.vcpus[0].vcpu.tsc_khz() * 1000
-
-        def ticks() -> int:
-            return int((time.monotonic() - stood_still) * hertz)
-
-        fresh, self._fresh = self._fresh or [{} for _ in self.vcpus], []
-        for thread, saved, msrs in zip(self.vcpus, state.vcpus, fresh, strict=True):
-            cpustate.load_vcpu(thread.vcpu, saved, ticks, msrs)
+        fresh, self._fresh = self._fresh or [cpustate.NOT_FRESH] * len(self.vcpus), []
+        for vcpu, saved, was in zip(self._vcpus, state.vcpus, fresh, strict=True):
+            cpustate.load_vcpu(vcpu, saved, was)
         mark("vcpus")
         cpustate.load_platform(self.vm, state.platform)
-        self._clock_debt = (state.platform.clock_ns, stood_still)
         mark("platform")
+        self._load_clocks(state.vcpus, state.platform, stood_still)
+        mark("clocks")
         self.serial.load(state.serial)
         self.pm1.load(state.power)
         self.pci.load(state.pci_address)
@@ -328,6 +323,22 @@ class Machine:
                 station.observer.load(saved_nic.addresses, self._loop.now())
         finally:
             self._routes.release()
+
+    def _load_clocks(
+        self,
+        vcpus: list[cpustate.VcpuState],
+        platform: cpustate.PlatformState,
+        since: float,
+    ) -> None:
+        """Have the guest's clocks be what they are by now, and its timers wait for that; ``since``
+        is the time.monotonic at which they were what the states say. Raises StreamError."""
+        tscs = [cpustate.tsc_of(state) for state in vcpus]
+        try:
+            clocks.restore(self.vm, self._vcpus, platform.clock_ns, since, tscs)
+        except OSError as error:
+            raise StreamError(f"KVM refused the guest's clocks: {error}") from error
+        for vcpu, state in zip(self._vcpus, vcpus, strict=True):
+            cpustate.load_deadline(vcpu, state)
 
 
 def clock_read_at(platform: cpustate.PlatformState, received: float) -> float:

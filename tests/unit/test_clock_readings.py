@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from godwit.errors import KvmError
-from godwit.kvm import abi, handles
+from godwit.kvm import abi, clocks, handles
 from godwit.kvm.handles import QUICK_S, Vcpu, Vm
 
 AHEAD_NS = 7_000_000_000
@@ -28,7 +27,8 @@ class Host:
         clock = SimpleNamespace(
             monotonic=lambda: self.now, time_ns=lambda: REAL_NS + self.ns() - AHEAD_NS
         )
-        monkeypatch.setattr("godwit.kvm.handles.time", clock)
+        for module in ("handles", "clocks"):
+            monkeypatch.setattr(f"godwit.kvm.{module}.time", clock)
 
     def ns(self) -> int:
         """What a clock that started with the host's, but AHEAD_NS ahead, shows."""
@@ -63,15 +63,29 @@ class FakeVm(Vm):
 
 
 class FakeVcpu(Vcpu):
-    """A vCPU that has only a TSC, of a GHz."""
+    """A vCPU that has only a TSC, of a GHz, and a quick kernel."""
 
-    def __init__(self, host: Host, tells: bool = True) -> None:
+    def __init__(self, host: Host, offset: int = 0, tells: bool = True) -> None:
         self.fd, self.index = -1, 0
-        self.host, self.tells = host, tells
+        self.host, self.offset, self.tells = host, offset, tells
+        self.written: list[tuple[int, int]] = []
 
-    def get_msrs(self, indices: list[int]) -> list[tuple[int, int]]:
-        assert indices == [abi.MSR_TSC]
-        return [(abi.MSR_TSC, self.host.call())] if self.tells else []
+    def tsc(self) -> int:
+        return (self.host.ns() + self.offset) % (1 << 64)
+
+    def tsc_khz(self) -> int:
+        return 1_000_000
+
+    def tsc_offset(self) -> int | None:
+        return self.offset if self.tells else None
+
+    def set_tsc_offset(self, offset: int) -> None:
+        assert 0 <= offset < 1 << 64
+        self.offset = offset
+
+    def set_msrs(self, msrs: list[tuple[int, int]]) -> int:
+        self.written += msrs
+        return len(msrs)
 
 
 def test_a_quick_reading_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,32 +121,70 @@ def test_what_the_kernel_knows_is_not_estimated(monkeypatch: pytest.MonkeyPatch)
     assert FakeVm(Host(monkeypatch, [SLOW_S] * 4), exact=True).clock().realtime == 42
 
 
+def test_tscs_and_clock_are_read_at_one_instant(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(monkeypatch, [SLOW_S, SLOW_S, SLOW_S, 1e-5])
+    vm, vcpus = FakeVm(host), [FakeVcpu(host, 5000), FakeVcpu(host, 5000 - 7_000_000)]
+    clock, tscs = clocks.read(vm, vcpus)
+    assert host.calls == 4  # three looks at the clock took long, and so a fourth was had
+    assert tscs[0] - clock.guest == pytest.approx(5000, abs=1e4)
+    assert tscs[1] - tscs[0] == -7_000_000
+
+
+def test_a_busy_host_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(monkeypatch, [SLOW_S] * 40)
+    clocks.read(FakeVm(host), [FakeVcpu(host)])
+    assert host.calls == 3 * 3
+
+
+SINCE = MONOTONIC_S - 0.25
+"""A guest's clocks were read a quarter of a second ago."""
+
+
+def _due(host: Host, value: int) -> int:
+    """What it is by now."""
+    return value + int((host.now - SINCE) * 1e9)
+
+
+@pytest.mark.parametrize("delay", [1e-5, 3e-4])
+def test_clocks_go_on_as_if_nothing_had_been(monkeypatch: pytest.MonkeyPatch, delay: float) -> None:
+    host = Host(monkeypatch, [delay] * 40)
+    vm, vcpus = FakeVm(host), [FakeVcpu(host, 5), FakeVcpu(host, 6)]
+    tsc = 900_000_000_000
+    clocks.restore(vm, vcpus, 5_000_000, SINCE, [tsc, tsc + 40_000])
+    clock = host.ns() + vm.off
+    assert clock == pytest.approx(_due(host, 5_000_000), abs=QUICK_S * 1e9)
+    # However well the clock was set: a TSC is as far ahead of it as it was.
+    assert vcpus[0].tsc() - clock == pytest.approx(tsc - 5_000_000, abs=1000)
+    # They were read one after the other, as it seems.
+    assert vcpus[1].offset == vcpus[0].offset
+
+
+def test_tscs_that_a_guest_took_apart_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(monkeypatch, [1e-5] * 40)
+    vcpus = [FakeVcpu(host), FakeVcpu(host)]
+    clocks.restore(FakeVm(host), vcpus, 0, SINCE, [9_000_000_000, 3_000_000_000])
+    assert vcpus[0].tsc() - vcpus[1].tsc() == 6_000_000_000
+
+
+def test_a_kernel_without_offsets_is_told_the_tsc(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(monkeypatch, [1e-5] * 40)
+    vcpu = FakeVcpu(host, tells=False)
+    clocks.restore(FakeVm(host), [vcpu], 0, SINCE, [9_000_000_000])
+    ((index, value),) = vcpu.written
+    assert index == abi.MSR_TSC
+    assert value == pytest.approx(_due(host, 9_000_000_000), abs=1e5)
+
+
 def test_a_clock_that_was_set_too_late_is_set_again(monkeypatch: pytest.MonkeyPatch) -> None:
     # Setting it takes 4 ms: when it takes effect, the time that was asked for is past.
     host = Host(monkeypatch, [SLOW_S, 1e-5, 1e-5, 1e-5])
     vm = FakeVm(host)
-    vm.set_clock(5_000_000, since=MONOTONIC_S)
+    clocks.restore(vm, [FakeVcpu(host)], 5_000_000, SINCE, [0])
     assert host.calls == 4  # set, read, set, read
-    due = 5_000_000 + int((host.now - MONOTONIC_S) * 1e9)
-    assert host.ns() + vm.off == pytest.approx(due, abs=QUICK_S * 1e9)
+    assert host.ns() + vm.off == pytest.approx(_due(host, 5_000_000), abs=QUICK_S * 1e9)
 
 
 def test_a_host_that_is_always_slow_is_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = Host(monkeypatch, [SLOW_S] * 40)
-    FakeVm(host).set_clock(0, since=MONOTONIC_S)
-    assert host.calls == 3 * (1 + 3)
-
-
-def test_a_plain_setting_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = Host(monkeypatch, [1e-5])
-    vm = FakeVm(host)
-    vm.set_clock(9)
-    assert host.calls == 1
-
-
-def test_the_tsc_is_read_as_the_clock_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    host = Host(monkeypatch, [SLOW_S, 1e-5])
-    value, at = FakeVcpu(host).tsc()
-    assert value == pytest.approx((at - MONOTONIC_S) * 1e9 + AHEAD_NS, abs=1000)
-    with pytest.raises(KvmError, match="vCPU 0: its TSC"):
-        FakeVcpu(host, tells=False).tsc()
+    host = Host(monkeypatch, [SLOW_S] * 80)
+    clocks.restore(FakeVm(host), [FakeVcpu(host)], 0, SINCE, [0])
+    assert host.calls == 3 * (1 + 3 * 3)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..errors import ConfigError, GuestError
@@ -90,6 +91,16 @@ class GuestMemory:
                     break
                 return region.view[offset : offset + length]
         raise GuestError(f"guest address {address:#x}+{length:#x} is not in its RAM")
+
+    def views(self, runs: Iterable[tuple[int, int]]) -> list[memoryview]:
+        """The bytes of runs of pages, (guest address, pages). Raises GuestError as :meth:`view`."""
+        found = []
+        low, end = self._low.view, self._low.size  # from 0 on, and nearly always all there is
+        for address, pages in runs:
+            stop = address + pages * PAGE
+            whole = 0 <= address < stop <= end
+            found.append(low[address:stop] if whole else self.view(address, pages * PAGE))
+        return found
 
     def writable(self, address: int, length: int) -> memoryview:
         """The bytes themselves, for writing; marked dirty now, so write before the next pass."""

@@ -27,6 +27,7 @@ MSR_ENTRY = Struct("=IIQ")  # index, reserved, data
 SEGMENT = Struct("=QIHBBBBBBBBBB")  # base, limit, selector, type, present, dpl, db, s, l, g, avl..
 DTABLE = Struct("=QH6x")  # base, limit
 MP_STATE = Struct("=I")
+DEVICE_ATTR = Struct("=IIQQ")  # flags, group, attribute, pointer to its value
 
 IRQCHIP_SIZE = 520
 PIT_STATE_SIZE = 112
@@ -89,6 +90,10 @@ GET_XCRS = ior(_KVM, 0xA6, XCRS_SIZE)
 SET_XCRS = iow(_KVM, 0xA7, XCRS_SIZE)
 KVMCLOCK_CTRL = io(_KVM, 0xAD)
 GET_XSAVE2 = ior(_KVM, 0xCF, XSAVE_SIZE)
+SET_DEVICE_ATTR = iow(_KVM, 0xE1, DEVICE_ATTR.size)
+GET_DEVICE_ATTR = iow(_KVM, 0xE2, DEVICE_ATTR.size)
+#: (group, attribute) of a vCPU's TSC offset (Documentation/virt/kvm/devices/vcpu.rst, 4.1).
+VCPU_TSC_OFFSET = 0, 0
 
 # --- capabilities --------------------------------------------------------------------------------
 CAP_IRQCHIP = 0

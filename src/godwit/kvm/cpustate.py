@@ -2,22 +2,22 @@
 
 The order of the SETs is one that works with stock kernels: what the local APIC depends on comes
 before it, and the TSC-deadline MSR after it (KVM drops the deadline while the APIC's timer is not
-in that mode). GET: MP_STATE first, because reading it makes pending INIT/SIPI take effect.
+in that mode) and after the TSC (KVM computes once how long it is until then). GET: MP_STATE first,
+because reading it makes pending INIT/SIPI take effect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Annotated
 
 import msgspec
 
 from ..errors import KvmError, StreamError
 from . import abi
-from .handles import Vcpu, Vm
+from .handles import Clock, Vcpu, Vm
 
-_WORD = 1 << 64
+#: What goes on while a guest stands still, and what waits for it.
+_OF_TIME = abi.MSR_TSC, abi.MSR_TSC_DEADLINE
 _U64 = Annotated[int, msgspec.Meta(ge=0)]
 _U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
@@ -53,8 +53,13 @@ class PlatformState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     realtime_ns: _U64
 
 
-def save_vcpu(vcpu: Vcpu, msrs: list[int]) -> tuple[VcpuState, float]:
-    """The state of a vCPU that is stopped, and when its TSC was read, time.monotonic."""
+#: MSRs that are so already in a vCPU that never ran: (index, value).
+Fresh = frozenset[tuple[int, int]]
+NOT_FRESH: Fresh = frozenset()
+
+
+def save_vcpu(vcpu: Vcpu, msrs: list[int], tsc: int) -> VcpuState:
+    """The state of a vCPU that is stopped, when its TSC was ``tsc``."""
     mp_state = abi.MP_STATE.unpack(vcpu.get(abi.GET_MP_STATE, abi.MP_STATE_SIZE))[0]
     xsave = (
         vcpu.get(abi.GET_XSAVE2, vcpu.xsave_size)
@@ -64,41 +69,37 @@ def save_vcpu(vcpu: Vcpu, msrs: list[int]) -> tuple[VcpuState, float]:
     values = vcpu.get_msrs(msrs)
     if len(values) != len(msrs):
         raise KvmError(f"vCPU {vcpu.index}: MSR {msrs[len(values)]:#x} could not be read")
-    tsc, read_at = vcpu.tsc()  # by itself: the list takes its time
-    values = [(i, tsc if i == abi.MSR_TSC else v) for i, v in values]
-    state = VcpuState(
+    return VcpuState(
         mp_state=mp_state,
         regs=vcpu.get(abi.GET_REGS, abi.REGS_SIZE),
         sregs=vcpu.get(abi.GET_SREGS, abi.SREGS_SIZE),
         xsave=xsave,
         xcrs=vcpu.get(abi.GET_XCRS, abi.XCRS_SIZE),
-        msrs=values,
+        msrs=[*values, (abi.MSR_TSC, tsc)],
         events=vcpu.get(abi.GET_VCPU_EVENTS, abi.EVENTS_SIZE),
         debugregs=vcpu.get(abi.GET_DEBUGREGS, abi.DEBUGREGS_SIZE),
         lapic=vcpu.get(abi.GET_LAPIC, abi.LAPIC_SIZE),
     )
-    return state, read_at
 
 
-def later(state: VcpuState, ticks: int) -> VcpuState:
-    """The state with a TSC that went on for so many cycles."""
-    return msgspec.structs.replace(
-        state, msrs=[(i, (v + ticks) % _WORD if i == abi.MSR_TSC else v) for i, v in state.msrs]
-    )
+def tsc_of(state: VcpuState) -> int:
+    """Its TSC.
+
+    Raises:
+        StreamError: it has none.
+    """
+    for index, value in reversed(state.msrs):
+        if index == abi.MSR_TSC:
+            return value
+    raise StreamError("vcpus: msrs: the TSC is not among them")
 
 
-def load_vcpu(
-    vcpu: Vcpu,
-    state: VcpuState,
-    advance_tsc: Callable[[], int] = lambda: 0,
-    fresh: Mapping[int, int] = MappingProxyType({}),
-) -> None:
-    """Give a stopped vCPU ``state``; its TSC is put ``advance_tsc()`` cycles ahead, asked at the
-    last moment.
+def load_vcpu(vcpu: Vcpu, state: VcpuState, fresh: Fresh = NOT_FRESH) -> None:
+    """Give a stopped vCPU ``state``, but for its TSC, and the timer that waits for that:
+    :func:`.clocks.restore` and :func:`load_deadline` follow.
 
-    ``fresh`` are the MSRs of a vCPU that never ran: those that are so already are left alone. Most
-    are (machine check banks, MTRRs, counters), and setting them takes several times as long as the
-    others.
+    ``fresh``: MSRs that are so already are left alone. Most are (machine check banks, MTRRs,
+    counters), and setting them takes several times as long as the others.
 
     Raises:
         StreamError: KVM does not take a part; the message names it.
@@ -108,25 +109,21 @@ def load_vcpu(
             f"vCPU {vcpu.index}: xsave has {len(state.xsave)} bytes, this host's KVM takes "
             f"{vcpu.xsave_size}: the source's CPU has state that this one lacks"
         )
-    xsave = state.xsave.ljust(vcpu.xsave_size, b"\0")
-    deadline = [(i, v) for i, v in state.msrs if i == abi.MSR_TSC_DEADLINE]
-    others = [
-        (i, v)
-        for i, v in state.msrs
-        if i not in (abi.MSR_TSC, abi.MSR_TSC_DEADLINE) and fresh.get(i) != v
-    ]
-    tsc = [(i, v) for i, v in state.msrs if i == abi.MSR_TSC]
+    differing = [pair for pair in state.msrs if pair not in fresh]
     _put(vcpu, "sregs", abi.SET_SREGS, state.sregs)
     _put(vcpu, "regs", abi.SET_REGS, state.regs)
-    _put(vcpu, "xsave", abi.SET_XSAVE, xsave)
+    _put(vcpu, "xsave", abi.SET_XSAVE, state.xsave.ljust(vcpu.xsave_size, b"\0"))
     _put(vcpu, "xcrs", abi.SET_XCRS, state.xcrs)
-    _put_msrs(vcpu, others)
-    _put_msrs(vcpu, [(i, (v + advance_tsc()) % _WORD) for i, v in tsc])
+    _put_msrs(vcpu, [(i, v) for i, v in differing if i not in _OF_TIME])
     _put(vcpu, "events", abi.SET_VCPU_EVENTS, state.events)
     _put(vcpu, "debugregs", abi.SET_DEBUGREGS, state.debugregs)
     _put(vcpu, "lapic", abi.SET_LAPIC, state.lapic)
     _put(vcpu, "mp_state", abi.SET_MP_STATE, abi.MP_STATE.pack(state.mp_state))
-    _put_msrs(vcpu, deadline)
+
+
+def load_deadline(vcpu: Vcpu, state: VcpuState) -> None:
+    """Set its timer's deadline, once its TSC is right. Raises as :func:`load_vcpu`."""
+    _put_msrs(vcpu, [(i, v) for i, v in state.msrs if i == abi.MSR_TSC_DEADLINE])
 
 
 def _put(vcpu: Vcpu, name: str, request: int, data: bytes) -> None:
@@ -144,11 +141,9 @@ def _put_msrs(vcpu: Vcpu, msrs: list[tuple[int, int]]) -> None:
         )
 
 
-def save_platform(vm: Vm) -> tuple[PlatformState, float]:
-    """Interrupt controllers, PIT and clock of a VM that is stopped, and when the clock was read,
-    time.monotonic."""
-    clock = vm.clock()
-    state = PlatformState(
+def save_platform(vm: Vm, clock: Clock) -> PlatformState:
+    """Interrupt controllers and PIT of a VM that is stopped, and its clock as it was read."""
+    return PlatformState(
         irqchips=[
             vm.get(abi.GET_IRQCHIP, abi.IRQCHIP_SIZE, chip.to_bytes(4, "little"))
             for chip in range(3)
@@ -157,11 +152,10 @@ def save_platform(vm: Vm) -> tuple[PlatformState, float]:
         clock_ns=clock.guest,
         realtime_ns=clock.realtime,
     )
-    return state, clock.monotonic
 
 
-def load_platform(vm: Vm, state: PlatformState, advance_ns: int = 0) -> None:
-    """Give a stopped VM ``state``; its clock is put ``advance_ns`` ahead.
+def load_platform(vm: Vm, state: PlatformState) -> None:
+    """Give a stopped VM ``state``, but for its clock: :func:`.clocks.restore`.
 
     Raises:
         StreamError: KVM does not take a part; the message names it.
@@ -173,6 +167,5 @@ def load_platform(vm: Vm, state: PlatformState, advance_ns: int = 0) -> None:
         for data in state.irqchips:
             vm.set(abi.SET_IRQCHIP, data)
         vm.set(abi.SET_PIT2, state.pit)
-        vm.set_clock(state.clock_ns + advance_ns)
     except OSError as error:
         raise StreamError(f"platform: KVM refused the state: {error}") from error

@@ -11,7 +11,7 @@ from typing import NamedTuple, Self, TypeVar
 
 from ..errors import HostError, KvmError
 from . import abi
-from .ioctl import ioctl, ioctl_in, ioctl_out
+from .ioctl import address_of, ioctl, ioctl_in, ioctl_out
 from .probe import why_unusable
 
 _NEEDED = {
@@ -36,6 +36,13 @@ _T = TypeVar("_T")
 #: microseconds on a real CPU, a few hundred on an emulated one, and the guest stands still.
 QUICK_S = 500e-6
 _READINGS = 3
+
+
+_TSC_QUERY = abi.MSRS_HEADER.pack(1, 0) + abi.MSR_ENTRY.pack(abi.MSR_TSC, 0, 0)
+
+
+def _tsc_attribute(value: bytearray) -> bytes:
+    return abi.DEVICE_ATTR.pack(0, *abi.VCPU_TSC_OFFSET, address_of(value))
 
 
 class Clock(NamedTuple):
@@ -233,19 +240,9 @@ class Vm(_Handle):
         realtime = exact if flags & abi.CLOCK_REALTIME else before + int(took / 2 * 1e9)
         return Clock(clock, realtime, monotonic)
 
-    def set_clock(self, clock: int, since: float | None = None) -> None:
-        """Set the guest clock, ns; with ``since``, to what it is by now if it was ``clock`` at that
-        time.monotonic."""
-        if since is None:
-            self.set(abi.SET_CLOCK, abi.CLOCK_DATA.pack(clock, 0, 0, 0, 0))
-            return
-        for _ in range(_READINGS):
-            due = clock + int((time.monotonic() - since) * 1e9)
-            self.set(abi.SET_CLOCK, abi.CLOCK_DATA.pack(due, 0, 0, 0, 0))
-            # Between the question for the time and the setting anybody may have had the CPU.
-            read = self.clock()
-            if abs(read.guest - clock - int((read.monotonic - since) * 1e9)) <= QUICK_S * 1e9:
-                return
+    def set_clock(self, clock: int) -> None:
+        """Set the guest's clock, ns. It goes on from there, whether vCPUs run or not."""
+        self.set(abi.SET_CLOCK, abi.CLOCK_DATA.pack(clock, 0, 0, 0, 0))
 
 
 class Vcpu(_Handle):
@@ -291,16 +288,31 @@ class Vcpu(_Handle):
             left = left[len(got) + 1 :]
         return readable
 
-    def tsc(self) -> tuple[int, float]:
-        """The guest's TSC, and the time.monotonic of its reading; as exactly as :meth:`Vm.clock`.
+    def tsc(self) -> int:
+        """The guest's TSC, now.
 
         Raises:
             KvmError: KVM does not tell it.
         """
-        got, at, _ = _at_one_instant(lambda: self.get_msrs([abi.MSR_TSC]))
-        if not got:
+        buffer = bytearray(_TSC_QUERY)
+        if ioctl_out(self.fd, abi.GET_MSRS, buffer) != 1:
             raise KvmError(f"vCPU {self.index}: its TSC could not be read")
-        return got[0][1], at
+        return int.from_bytes(buffer[-8:], "little")
+
+    def tsc_offset(self) -> int | None:
+        """How far the guest's TSC is ahead of the host's, modulo 2**64; None: KVM does not tell
+        (before Linux 5.16)."""
+        value = bytearray(8)
+        try:
+            self.set(abi.GET_DEVICE_ATTR, _tsc_attribute(value))
+        except OSError:
+            return None
+        return int.from_bytes(value, "little")
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """Set it: unlike a TSC that is written, it is exact however long that takes."""
+        value = bytearray(offset.to_bytes(8, "little"))
+        self.set(abi.SET_DEVICE_ATTR, _tsc_attribute(value))
 
     def set_msrs(self, msrs: list[tuple[int, int]]) -> int:
         """Set them in order; how many KVM took."""

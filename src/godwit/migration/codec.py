@@ -256,7 +256,7 @@ def decode_runs(table: bytes | bytearray | memoryview, count: int) -> list[Run]:
     """
     if len(table) < count * _RUN.size:
         raise StreamError(f"{count} runs in {len(table)} bytes")
-    runs = [_RUN.unpack_from(table, i * _RUN.size) for i in range(count)]
+    runs = list(_RUN.iter_unpack(memoryview(table)[: count * _RUN.size]))
     for address, pages in runs:
         if address % PAGE or not pages:
             raise StreamError(f"run of {pages} pages at {address:#x}")

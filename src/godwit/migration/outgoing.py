@@ -309,7 +309,6 @@ class Outgoing(ABC):
         self._on_status(status)
 
     def _send_pages(self, runs: list[Run]) -> None:
-        view = self._machine.memory.view
         limit = self._limits.max_bandwidth
         # A slow line gets small frames: the peer takes long silence for a lost line.
         most = max(1, min(codec.MAX_PAGES, limit // 4 // PAGE)) if limit else codec.MAX_PAGES
@@ -319,7 +318,7 @@ class Outgoing(ABC):
             table = codec.encode_runs(batch)
             size = len(table) + pages_in(batch) * PAGE
             parts: list[bytes | memoryview] = [codec.header(Kind.RAM, size) + table]
-            parts += [view(address, pages * PAGE) for address, pages in batch]
+            parts += self._machine.memory.views(batch)
             self._channel.send_parts(parts)
             self.report.bytes_sent = self._channel.sent
             self._pace(size)

@@ -107,7 +107,7 @@ class Receiver:
 
     def _views(self, runs: list[Run]) -> list[memoryview]:
         try:
-            return [self._machine.memory.view(address, pages * PAGE) for address, pages in runs]
+            return self._machine.memory.views(runs)
         except GuestError as error:
             raise StreamError(str(error)) from error
 
