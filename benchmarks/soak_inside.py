@@ -87,6 +87,7 @@ class Soak:
         target.qmp.execute("query-status", deadline=60)
         flows = self._flows()
         self._moves += 1
+        dropped = self._net.dropped()
         before = clocks.read(self.agent, _ASKED)
         self.agent.reset_flows()
         netns, rate = self._net.client.netns, self._given["rate"]
@@ -118,6 +119,12 @@ class Soak:
             "reordered": sum(flow.reordered for flow in counted.values()),
             "longest_gap_ms": max(flow.longest_gap_us for flow in counted.values()) / 1000,
             "handover": told,
+            # Where lost packets were lost, if it was on the way.
+            "dropped": {
+                place: count - dropped.get(place, 0)
+                for place, count in self._net.dropped().items()
+                if count != dropped.get(place, 0)
+            },
             "clock_ms": [
                 (after.realtime - before.realtime) * 1000,
                 (after.monotonic - before.monotonic) * 1000,

@@ -155,7 +155,7 @@ class Machine:
             with ExitStack() as undo:
                 vm = undo.enter_context(self._board.system.create_vm())
                 vcpus = self._board.make_vcpus(vm, undo)
-                clock, tscs = clocks.read(vm, vcpus)
+                clock, tscs, _ = clocks.read(vm, vcpus)
                 states = [
                     cpustate.save_vcpu(vcpu, self._board.msrs, tsc)
                     for vcpu, tsc in zip(vcpus, tscs, strict=True)
@@ -165,8 +165,12 @@ class Machine:
             raise KvmError(f"KVM does not tell what a new VM is like: {error}") from error
 
     def reboot(self, initial: PowerOn) -> None:
-        """Reset everything to power-on and boot again; the machine is paused. Raises ConfigError,
-        if the kernel cannot be loaded any more."""
+        """Reset everything to power-on and boot again; the machine is paused.
+
+        Raises:
+            ConfigError: the kernel cannot be loaded any more.
+            StreamError, KvmError: KVM does not take what it told of a new VM.
+        """
         with self.lock:
             self.memory.clear()
             for nic in self.nics:
@@ -254,7 +258,7 @@ class Machine:
     # --- state ------------------------------------------------------------------------------------
     def save(self) -> MachineState:
         """The state of the machine, which is paused."""
-        clock, tscs = clocks.read(self.vm, self._vcpus)
+        clock, tscs, _ = clocks.read(self.vm, self._vcpus)
         return MachineState(
             vcpus=[
                 cpustate.save_vcpu(vcpu, self._board.msrs, tsc)
@@ -331,7 +335,8 @@ class Machine:
         since: float,
     ) -> None:
         """Have the guest's clocks be what they are by now, and its timers wait for that; ``since``
-        is the time.monotonic at which they were what the states say. Raises StreamError."""
+        is the time.monotonic at which they were what the states say. Raises StreamError, KvmError.
+        """
         tscs = [cpustate.tsc_of(state) for state in vcpus]
         try:
             clocks.restore(self.vm, self._vcpus, platform.clock_ns, since, tscs)

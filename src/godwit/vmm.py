@@ -14,7 +14,7 @@ from .announce.announcer import Announcer
 from .announce.schedule import AnnounceOptions, AnnounceParameters
 from .announce.taps import Taps
 from .board import Board
-from .errors import ConfigError, GodwitError, KvmError, MigrationError, StateError
+from .errors import ConfigError, GodwitError, MigrationError, StateError
 from .hw.console import Console
 from .loop import Loop
 from .machine import Machine
@@ -368,7 +368,7 @@ class Vmm:
                 try:
                     self._restart()
                     return
-                except (ConfigError, KvmError) as error:
+                except GodwitError as error:
                     detail = str(error)
         if ending is Ending.POWER_OFF:
             self._end(_S.SHUTDOWN, events.Reason.GUEST_SHUTDOWN, 0)

@@ -21,6 +21,8 @@ from godwit.announce.addresses import AddressBook, Source
 from godwit.config import NicConfig, VmConfig, parse_size
 from godwit.errors import StreamError
 from godwit.hw.memory import GuestMemory
+from godwit.kvm import abi
+from godwit.kvm.cpustate import tsc_of
 from godwit.machine import Machine
 from godwit.machine_state import MachineState
 from godwit.machine_types import machine_type
@@ -265,6 +267,29 @@ def test_a_missing_and_an_unknown_field_are_named(stream: Stream, index: int, ki
                 codec.decode(payload, kind)
             fields += 1
     assert fields > (12 if kind is codec.Hello else 80)
+
+
+@pytest.mark.parametrize(
+    ("clock", "fits"),
+    [(0, True), ((1 << 63) - 1, True), (1 << 63, False), ((1 << 64) - 1, False)],
+)
+def test_a_clock_leaves_room_for_the_time_to_come(clock: int, fits: bool) -> None:
+    plain = msgspec.msgpack.decode(STREAMS[0].read()[1])
+    plain["platform"]["clock_ns"] = clock
+    payload = msgspec.msgpack.encode(plain)
+    if fits:
+        assert codec.decode(payload, MachineState).platform.clock_ns == clock
+    else:
+        with pytest.raises(StreamError, match="clock_ns"):
+            codec.decode(payload, MachineState)
+
+
+def test_a_vcpu_without_a_tsc_is_refused() -> None:
+    vcpu = codec.decode(STREAMS[0].read()[1], MachineState).vcpus[0]
+    assert tsc_of(vcpu) > 0
+    without = [pair for pair in vcpu.msrs if pair[0] != abi.MSR_TSC]
+    with pytest.raises(StreamError, match="the TSC is not among them"):
+        tsc_of(structs.replace(vcpu, msrs=without))
 
 
 @each

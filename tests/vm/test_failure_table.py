@@ -79,13 +79,19 @@ class Move:
         self.bench.moved(self.guest, target, source.qmp.execute("query-migrate"))
         assert source.wait(60) == 0
         if not self.unheard:
-            wait_for(lambda: held(target.pid) == self._held, 60)
+            self._gives_back(target)
+
+    def _gives_back(self, vm: Watched) -> None:
+        """It holds what the source held before."""
+        with suppress(TimeoutError):
+            wait_for(lambda: held(vm.pid) == self._held, 60)
+        assert held(vm.pid) == self._held
 
     def _has_stayed(self, code: int) -> None:
         source, target = self.source, self.target
         assert source.status() == "running"
         assert target.wait(60) == code  # so its tap is free, which the next move takes
-        wait_for(lambda: held(source.pid) == self._held, 60)
+        self._gives_back(source)
         assert resident(source.pid) - self._resident < _KEPT
 
 
@@ -103,6 +109,8 @@ def test_the_line_breaks(bench: Bench, guest: Guest, kind: Kind) -> None:
         assert move.target.status() == "inmigrate"
         bench.retire(move.target)
     move.judge(completes, code=0 if kind is Kind.HELLO else 1)
+    if move.unheard:  # that process listens on, and others are measured by the guest's process
+        bench.move(guest, bench.target(guest))
 
 
 @pytest.mark.parametrize("kind", _PHASES[:-1], ids=lambda kind: kind.name)

@@ -18,7 +18,7 @@ from godwit.board import Board
 from godwit.config import NicConfig, VmConfig, parse_size
 from godwit.hw.console import Console
 from godwit.kvm import abi
-from godwit.kvm.cpustate import PlatformState, VcpuState
+from godwit.kvm.cpustate import PlatformState, VcpuState, tsc_of
 from godwit.lab.netns import inside
 from godwit.loop import Loop
 from godwit.machine import Machine
@@ -35,6 +35,8 @@ _PPR, _IRR, _LVT_TIMER, _CURRENT_COUNT = 0xA0, 0x200, 0x320, 0x390
 #: reference counter and TSC frequency, are the host's to say (arch/x86/kvm/hyperv.c,
 #: kvm_hv_set_msr_pw and kvm_hv_set_msr ignore what they are given).
 _CLOCK_MSRS = (abi.MSR_TSC, abi.MSR_TSC_DEADLINE, 0x40000010, 0x40000020, 0x40000022)
+#: What a guest's watchdog allows its TSC, s (kernel/time/clocksource.c: 250 us for each clock).
+_ALLOWED_S = 0.0005
 #: SYSENTER_ESP and _EIP. On AMD, whose SYSENTER has 32 bits, KVM keeps no more of what it is given,
 #: but reads all of what the guest wrote (arch/x86/kvm/svm/svm.c, svm_set_msr and svm_get_msr).
 _SYSENTER_MSRS = (0x175, 0x176)
@@ -95,11 +97,24 @@ def test_a_machine_loads_the_stream_and_has_the_same_state(
             assert not changed, f"vCPU {index}"
             assert len(before) == len(after)
         assert _platform(saved.platform) == _platform(state.platform)
-        assert saved.platform.clock_ns >= state.platform.clock_ns
+        _clocks_went_on(machine, state, saved)
         assert saved.serial == state.serial
         assert saved.power == state.power
         assert saved.pci_address == state.pci_address
         assert [_nic(nic) for nic in saved.nics] == [_nic(nic) for nic in state.nics]
+
+
+def _clocks_went_on(machine: Machine, then: MachineState, now: MachineState) -> None:
+    """All TSCs and the clock, by the same time; TSCs read one after the other are one."""
+    offsets = {thread.vcpu.tsc_offset() for thread in machine.vcpus}
+    assert len(offsets) == 1
+    assert None not in offsets
+    passed = (now.platform.clock_ns - then.platform.clock_ns) / 1e9
+    assert 0 <= passed < 60
+    hertz = machine.vcpus[0].vcpu.tsc_khz() * 1000
+    for vcpu in now.vcpus:
+        ticks = (tsc_of(vcpu) - tsc_of(then.vcpus[0])) % (1 << 64)
+        assert abs(ticks / hertz - passed) < _ALLOWED_S
 
 
 def _still(vcpu: VcpuState) -> dict[str, object]:

@@ -57,7 +57,6 @@ class GuestMemory:
         self._maps: list[mmap.mmap] = []
         for slot, (start, length) in enumerate(layout(size)):
             self.regions.append(self._allocate(slot, start, length))
-        self._low = self.regions[0]
         self._dirty: set[int] | None = None
         self._dirty_lock = threading.Lock()
 
@@ -95,11 +94,13 @@ class GuestMemory:
     def views(self, runs: Iterable[tuple[int, int]]) -> list[memoryview]:
         """The bytes of runs of pages, (guest address, pages). Raises GuestError as :meth:`view`."""
         found = []
-        low, end = self._low.view, self._low.size  # from 0 on, and nearly always all there is
-        for address, pages in runs:
-            stop = address + pages * PAGE
-            whole = 0 <= address < stop <= end
-            found.append(low[address:stop] if whole else self.view(address, pages * PAGE))
+        # Low RAM is nearly always all there is. None of it is left once it was closed.
+        for region in self.regions[:1]:
+            view, end = region.view, region.end
+            for address, pages in runs:
+                stop = address + pages * PAGE
+                inside = region.start <= address < stop <= end
+                found.append(view[address:stop] if inside else self.view(address, pages * PAGE))
         return found
 
     def writable(self, address: int, length: int) -> memoryview:

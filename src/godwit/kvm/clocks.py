@@ -13,12 +13,13 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ..errors import KvmError
 from . import abi
-from .handles import QUICK_S, Clock, Vcpu, Vm
+from .handles import QUICK_S, Clock, Vcpu, Vm, at_one_instant
 
 _WORD = 1 << 64
-#: A reading is made again until nobody came between, so often at the most.
-_READINGS = 3
+#: A clock that was set too late is set again, so often at the most.
+_SETTINGS = 3
 
 
 class Reading(NamedTuple):
@@ -27,43 +28,44 @@ class Reading(NamedTuple):
     clock: Clock
     tscs: list[int]
     """The guest's TSC on each vCPU."""
+    offsets: list[int | None]
+    """How far each is ahead of the host's; None: KVM does not tell."""
 
 
 def read(vm: Vm, vcpus: Sequence[Vcpu]) -> Reading:
-    """The guest's clock between two readings of the first vCPU's TSC; the others' by their offsets.
-    A kernel that does not tell these keeps all TSCs together, if its guest does.
+    """The guest's clock between two readings of the first vCPU's TSC. The others' follow from their
+    offsets; without these, each is read by itself, and a little later.
 
     Raises:
         KvmError: KVM does not tell a TSC.
     """
     first = vcpus[0]
-    quick = first.tsc_khz() * 1000 * QUICK_S
-    looks: list[tuple[int, int, Clock]] = []
-    for _ in range(_READINGS):
-        before = first.tsc()
-        clock = vm.clock()
-        took = (first.tsc() - before) % _WORD
-        looks.append((took, before + took // 2, clock))
-        if took <= quick:
-            break
-    _, tsc, clock = min(looks, key=lambda look: look[0])
-    offsets = [vcpu.tsc_offset() or 0 for vcpu in vcpus]
-    return Reading(clock, [(tsc + offset - offsets[0]) % _WORD for offset in offsets])
+    (before, clock, after), _, _ = at_one_instant(lambda: (first.tsc(), vm.clock(), first.tsc()))
+    tsc = before + (after - before) % _WORD // 2
+    base = first.tsc_offset()
+    tscs, offsets = [tsc % _WORD], [base]
+    for vcpu in vcpus[1:]:
+        offset = vcpu.tsc_offset()
+        if base is None or offset is None:
+            tscs.append(vcpu.tsc())
+        else:
+            tscs.append((tsc + offset - base) % _WORD)
+        offsets.append(offset)
+    return Reading(clock, tscs, offsets)
 
 
 def restore(vm: Vm, vcpus: Sequence[Vcpu], clock: int, since: float, tscs: Sequence[int]) -> None:
     """Set the guest's clock to what it is by now if it was ``clock``, ns, at that time.monotonic,
     and the TSCs to what they are if they were ``tscs`` at the same instant.
 
-    TSCs less than a second apart are one, as KVM has it where they are written
-    (arch/x86/kvm/x86.c, kvm_synchronize_tsc): they may have been read one after the other.
+    TSCs a few milliseconds apart are one: they were read one after the other. KVM itself makes one
+    of all that are written within a second (arch/x86/kvm/x86.c, kvm_synchronize_tsc).
 
     Raises:
         OSError, KvmError: KVM refuses.
     """
-    first = vcpus[0]
-    hertz = first.tsc_khz() * 1000
-    for _ in range(_READINGS):
+    hertz = vcpus[0].tsc_khz() * 1000
+    for _ in range(_SETTINGS):
         vm.set_clock(clock + int((time.monotonic() - since) * 1e9))
         now = read(vm, vcpus[:1])
         # Between the question for the time and the setting anybody may have had the CPU.
@@ -71,12 +73,13 @@ def restore(vm: Vm, vcpus: Sequence[Vcpu], clock: int, since: float, tscs: Seque
         if abs(off) <= QUICK_S * 1e9:
             break
     passed = (now.clock.guest - clock) * hertz // 10**9
-    offset = first.tsc_offset()
+    offset = now.offsets[0]
     for vcpu, tsc in zip(vcpus, tscs, strict=True):
-        apart = tsc - tscs[0] if abs(tsc - tscs[0]) >= hertz else 0
-        due = tscs[0] + apart + passed
-        if offset is None:
-            late = int((time.monotonic() - now.clock.monotonic) * hertz)
-            vcpu.set_msrs([(abi.MSR_TSC, (due + late) % _WORD)])
-        else:
+        apart = (tsc - tscs[0] + _WORD // 2) % _WORD - _WORD // 2
+        due = tscs[0] + passed + (apart if abs(apart) >= hertz // 100 else 0)
+        if offset is not None:
             vcpu.set_tsc_offset((offset + due - now.tscs[0]) % _WORD)
+            continue
+        late = int((time.monotonic() - now.clock.monotonic) * hertz)
+        if vcpu.set_msrs([(abi.MSR_TSC, (due + late) % _WORD)]) != 1:
+            raise KvmError(f"vCPU {vcpu.index}: KVM refused its TSC")

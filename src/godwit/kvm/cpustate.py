@@ -48,7 +48,8 @@ class PlatformState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pit: Annotated[
         bytes, msgspec.Meta(min_length=abi.PIT_STATE_SIZE, max_length=abi.PIT_STATE_SIZE)
     ]
-    clock_ns: _U64
+    #: Below what is left of a u64 for the time to come.
+    clock_ns: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     #: CLOCK_REALTIME of the source at ``clock_ns``; 0 in the streams of old.
     realtime_ns: _U64
 
@@ -134,7 +135,10 @@ def _put(vcpu: Vcpu, name: str, request: int, data: bytes) -> None:
 
 
 def _put_msrs(vcpu: Vcpu, msrs: list[tuple[int, int]]) -> None:
-    taken = vcpu.set_msrs(msrs) if msrs else 0
+    try:
+        taken = vcpu.set_msrs(msrs) if msrs else 0
+    except OSError as error:
+        raise StreamError(f"vCPU {vcpu.index}: KVM refused {len(msrs)} MSRs: {error}") from error
     if taken != len(msrs):
         raise StreamError(
             f"vCPU {vcpu.index}: KVM refused MSR {msrs[taken][0]:#x} = {msrs[taken][1]:#x}"

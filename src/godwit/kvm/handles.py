@@ -56,7 +56,7 @@ class Clock(NamedTuple):
     """The host's time.monotonic, s."""
 
 
-def _at_one_instant(look: Callable[[], _T]) -> tuple[_T, float, float]:
+def at_one_instant(look: Callable[[], _T]) -> tuple[_T, float, float]:
     """What ``look`` gives, the time.monotonic of its middle, and how long it took, s.
 
     Looks again until nobody came between, or takes the quickest of some looks.
@@ -74,7 +74,7 @@ def _at_one_instant(look: Callable[[], _T]) -> tuple[_T, float, float]:
 
 def host_clocks() -> tuple[int, float]:
     """The host's CLOCK_REALTIME, ns, and time.monotonic, s, of one instant."""
-    return _at_one_instant(time.time_ns)[:2]
+    return at_one_instant(time.time_ns)[:2]
 
 
 class _Handle:
@@ -227,18 +227,17 @@ class Vm(_Handle):
         self.set(abi.KVM_IOEVENTFD, abi.IOEVENTFD.pack(0, address, length, fd, flags))
 
     def clock(self) -> Clock:
-        """The guest's clock, and the host's at the same instant.
+        """The guest's clock, and the host's at the same instant. Whoever needs it exactly looks
+        again: :func:`at_one_instant`.
 
         A kernel without a stable TSC does not tell the host's.
         """
-
-        def look() -> tuple[int, bytes]:
-            return time.time_ns(), self.get(abi.GET_CLOCK, abi.CLOCK_DATA.size)
-
-        (before, raw), monotonic, took = _at_one_instant(look)
+        before, monotonic = time.time_ns(), time.monotonic()
+        raw = self.get(abi.GET_CLOCK, abi.CLOCK_DATA.size)
+        half = (time.monotonic() - monotonic) / 2
         clock, flags, _, exact, _ = abi.CLOCK_DATA.unpack(raw)
-        realtime = exact if flags & abi.CLOCK_REALTIME else before + int(took / 2 * 1e9)
-        return Clock(clock, realtime, monotonic)
+        realtime = exact if flags & abi.CLOCK_REALTIME else before + int(half * 1e9)
+        return Clock(clock, realtime, monotonic + half)
 
     def set_clock(self, clock: int) -> None:
         """Set the guest's clock, ns. It goes on from there, whether vCPUs run or not."""
@@ -310,7 +309,8 @@ class Vcpu(_Handle):
         return int.from_bytes(value, "little")
 
     def set_tsc_offset(self, offset: int) -> None:
-        """Set it: unlike a TSC that is written, it is exact however long that takes."""
+        """Set it: unlike a TSC that is written, it is exact however long that takes (but where KVM
+        calls the host's own TSC unstable, and makes up for it)."""
         value = bytearray(offset.to_bytes(8, "little"))
         self.set(abi.SET_DEVICE_ATTR, _tsc_attribute(value))
 

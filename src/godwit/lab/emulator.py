@@ -1,4 +1,4 @@
-"""The emulated host: QEMU's two-CPU AMD machine with SVM, and how it is started.
+"""The emulated host: QEMU's AMD machine with SVM, and how it is started.
 
 It boots Debian's full kernel with this machine's own files as its root: read only over 9p, with a
 scratch layer on top that is gone afterwards. A job directory carries what to run in and the exit
@@ -28,7 +28,7 @@ MARKER = "GODWIT_LAB"
 
 _QBOOT = Path("/usr/share/qemu/qboot.rom")
 # rcu_expedited: tearing down bridges and namespaces waits for grace periods, which are slow here.
-# isolcpus: nothing runs on the first CPU (see qemu_argv).
+# isolcpus: no task runs on the first CPU (see qemu_argv).
 # oops=panic, panic=-1 and -no-reboot: a kernel that breaks ends QEMU at once, without a result.
 _CMDLINE = (
     "console=ttyS0 quiet loglevel=4 mitigations=off nokaslr tsc=reliable no_timer_check "

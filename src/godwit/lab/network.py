@@ -150,6 +150,21 @@ class Network:
         _batch("ip", host.netns, commands)
         self._allow(host.netns, taps, [lan.vlan for lan in LANS if lan.vlan])
 
+    def dropped(self) -> dict[str, int]:
+        """Packets that the kernel threw away on the way, since its start: by each tap's queue, and
+        by the CPUs' (Documentation/networking/scaling.rst, softnet_stat)."""
+        found: dict[str, int] = {}
+        for host in (self.a, self.b):
+            with inside(host.netns):
+                lines = Path("/proc/thread-self/net/dev").read_text().splitlines()[2:]
+            for line in lines:
+                name, _, counts = line.partition(":")
+                if name.strip() in (host.tap, host.other_tap):
+                    found[f"{host.netns} {name.strip()}"] = int(counts.split()[11])
+        softnet = Path("/proc/net/softnet_stat").read_text().splitlines()
+        found["softnet"] = sum(int(line.split()[1], 16) for line in softnet)
+        return found
+
     def _allow(self, netns: str, ports: Sequence[str], tagged: Sequence[int]) -> None:
         _batch("bridge", netns, [f"vlan add dev {p} vid {vid}" for p in ports for vid in tagged])
 

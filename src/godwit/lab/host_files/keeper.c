@@ -8,9 +8,10 @@
  * one user that never leaves, no key changes while VMs come and go.
  *
  * Watches the CPUs, because the emulated SVM has a fault (docs/decisions/0010-the-labs-faults.md):
- * a CPU that runs a guest may come to do so with its global interrupt flag clear, and then takes no
+ * the first CPU may come to run a guest with its global interrupt flag clear, and then takes no
  * interrupt until the guest leaves by itself. A guest that computes never does, and all that waits
- * for that CPU waits for ever. Such a lab is ended, as one whose kernel broke.
+ * for that CPU waits for ever. No guest runs on that CPU any more; if one of them falls silent all
+ * the same, the lab is ended, as one whose kernel broke.
  *
  * Returns (exit status 0) when all is set up; a forked child stays behind and does it.
  */
