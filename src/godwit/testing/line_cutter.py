@@ -115,7 +115,12 @@ class LineCutter:
                         self._before()
                         self._hang_up()
                 if not cutting or self._delivered:
-                    other.send_parts([codec.header(kind, len(payload)), memoryview(payload)])
+                    try:
+                        other.send_parts([codec.header(kind, len(payload)), memoryview(payload)])
+                    except GodwitError:
+                        # It hung up: what it said before is passed the other way first.
+                        if not cutting:
+                            return
                 if cutting and not self._stalls:
                     break
         except GodwitError:
