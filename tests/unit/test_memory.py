@@ -61,6 +61,31 @@ def test_what_is_written_is_read(large: GuestMemory) -> None:
     assert large.read(3 * G - 4, 4) == bytes(4)
 
 
+def test_runs_of_pages_are_seen_wherever_they_are(large: GuestMemory) -> None:
+    runs = [(0, 1), (3 * G - 2 * PAGE, 2), (4 * G, 3), (5 * G - PAGE, 1)]
+    views = large.views(runs)
+    assert [len(view) for view in views] == [pages * PAGE for _, pages in runs]
+    for (address, _), view in zip(runs, views, strict=True):
+        large.write(address, b"here")
+        assert bytes(view[:4]) == b"here"
+        view.release()
+
+
+@pytest.mark.parametrize(
+    "run", [(3 * G - PAGE, 2), (3 * G, 1), (5 * G - PAGE, 2), (1 << 63, 1), (0, (1 << 32) - 1)]
+)
+def test_runs_beyond_the_ram_are_an_error(large: GuestMemory, run: tuple[int, int]) -> None:
+    with pytest.raises(GuestError, match="not in its RAM"):
+        large.views([(0, 1), run])
+
+
+def test_memory_that_was_closed_has_no_runs() -> None:
+    memory = GuestMemory(32 << 20)
+    memory.close()
+    with pytest.raises(GuestError, match="not in its RAM"):
+        memory.views([(0, 1)])
+
+
 @pytest.mark.parametrize(
     ("address", "length"),
     [

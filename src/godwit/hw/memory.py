@@ -94,13 +94,13 @@ class GuestMemory:
     def views(self, runs: Iterable[tuple[int, int]]) -> list[memoryview]:
         """The bytes of runs of pages, (guest address, pages). Raises GuestError as :meth:`view`."""
         found = []
-        # Low RAM is nearly always all there is. None of it is left once it was closed.
-        for region in self.regions[:1]:
-            view, end = region.view, region.end
-            for address, pages in runs:
-                stop = address + pages * PAGE
-                inside = region.start <= address < stop <= end
-                found.append(view[address:stop] if inside else self.view(address, pages * PAGE))
+        # From 0 on, and nearly always all there is; none of it is left once it was closed.
+        low = self.regions[0].view if self.regions else memoryview(b"")
+        size = len(low)
+        for address, pages in runs:
+            stop = address + pages * PAGE
+            inside = 0 <= address < stop <= size
+            found.append(low[address:stop] if inside else self.view(address, pages * PAGE))
         return found
 
     def writable(self, address: int, length: int) -> memoryview:
