@@ -22,7 +22,8 @@ from .hw.foresight import Foresight
 from .hw.irq import IntxLines, Routes
 from .hw.pci import CONFIG_ADDRESS, PciBus
 from .kvm import abi, clocks, cpustate
-from .kvm.handles import Vcpu, host_clocks
+from .kvm.clocks import host_clocks
+from .kvm.handles import Vcpu
 from .kvm.ioctl import ioctl
 from .loop import Loop
 from .machine_state import MachineState, NicSaved
@@ -196,6 +197,8 @@ class Machine:
             for thread in self.vcpus:
                 if not thread.ahead:  # that one was never paused
                     self._tell_paused(thread)
+            # In one go: each that is let go wants the interpreter, and may lose its CPU with it.
+            for thread in self.vcpus:
                 thread.resume()
             mark("vcpus-started")
 

@@ -7,6 +7,7 @@ all the rest, imports included.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -52,12 +53,16 @@ def run(arguments: argparse.Namespace) -> int:
     install_kick_handler()
     # A vCPU's exit waits for the interpreter at most this long behind another Python thread.
     sys.setswitchinterval(0.0002)
-    with Board(config) as board:
-        if arguments.incoming is None:
-            board.boot()
-            if not arguments.no_autostart:
-                board.head_start()
-        return _run(board, arguments)
+    gc.disable()  # until all is made: what a start makes, it keeps
+    try:
+        with Board(config) as board:
+            if arguments.incoming is None:
+                board.boot()
+                if not arguments.no_autostart:
+                    board.head_start()
+            return _run(board, arguments)
+    finally:
+        gc.enable()
 
 
 def _run(board: Board, arguments: argparse.Namespace) -> int:
@@ -94,6 +99,9 @@ def _run(board: Board, arguments: argparse.Namespace) -> int:
                 else:
                     defer = arguments.incoming == "defer"
                     vmm.await_guest(None if defer else arguments.incoming, arguments.insecure)
+                # What is here now stays, and need not be looked through any more.
+                gc.freeze()
+                gc.enable()
                 loop.run()
         finally:
             vmm.close()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from godwit.errors import KvmError
 from godwit.kvm import abi, clocks, handles
-from godwit.kvm.handles import QUICK_S, Vcpu, Vm
+from godwit.kvm.clocks import QUICK_S, Clock
+from godwit.kvm.handles import System, Vcpu, Vm
 
 AHEAD_NS = 7_000_000_000
 REAL_NS = 1_700_000_000_000_000_000
@@ -20,17 +25,37 @@ MONOTONIC_S = 100.0
 
 class Host:
     """Time that passes only within calls; each takes the next of ``delays``, s, a half before KVM
-    looks and a half after it."""
+    looks and a half after it. A descriptor is its VM's or vCPU's."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, delays: Iterable[float]) -> None:
         self.now = MONOTONIC_S
         self._delays = iter(delays)
         self.calls = 0
+        self._owners: dict[int, FakeVm | FakeVcpu] = {}
         clock = SimpleNamespace(
             monotonic=lambda: self.now, time_ns=lambda: REAL_NS + self.ns() - AHEAD_NS
         )
-        for module in ("handles", "clocks"):
-            monkeypatch.setattr(f"godwit.kvm.{module}.time", clock)
+        monkeypatch.setattr(clocks, "time", clock)
+        monkeypatch.setattr(clocks, "ioctl", self._ioctl)
+
+    def add(self, owner: FakeVm | FakeVcpu) -> int:
+        """Its descriptor."""
+        fd = 1000 + len(self._owners)
+        self._owners[fd] = owner
+        return fd
+
+    def _ioctl(self, fd: int, request: int, address: int) -> int:
+        owner = self._owners[fd]
+        if isinstance(owner, FakeVm):
+            assert request == abi.GET_CLOCK
+            data = (ctypes.c_char * abi.CLOCK_DATA.size).from_address(address)
+            data[:] = owner.told()
+            return 0
+        assert request == abi.GET_MSRS
+        data = (ctypes.c_char * 24).from_address(address)
+        assert struct.unpack("<IxxxxIxxxx", data[:16]) == (1, 0x10)
+        data[16:] = owner.tsc().to_bytes(8, "little")
+        return 1
 
     def ns(self) -> int:
         """What a clock that started with the host's, but AHEAD_NS ahead, shows."""
@@ -49,11 +74,11 @@ class FakeVm(Vm):
     """A VM that has only a clock."""
 
     def __init__(self, host: Host, exact: bool = False) -> None:
-        self.fd = -1
+        self.fd = host.add(self)
         self.host, self.exact, self.off = host, exact, 0
 
-    def get(self, request: int, size: int, first: bytes = b"") -> bytes:
-        assert request == abi.GET_CLOCK
+    def told(self) -> bytes:
+        """What KVM_GET_CLOCK says."""
         clock = self.host.call() + self.off
         flags = abi.CLOCK_REALTIME if self.exact else 0
         return abi.CLOCK_DATA.pack(clock, flags, 0, 42, 0)
@@ -68,7 +93,7 @@ class FakeVcpu(Vcpu):
     """A vCPU that has only a TSC, of a GHz, and a quick kernel."""
 
     def __init__(self, host: Host, offset: int = 0, tells: bool = True) -> None:
-        self.fd, self.index = -1, 0
+        self.fd, self.index = host.add(self), 0
         self.host, self.offset, self.tells = host, offset, tells
         self.written: list[tuple[int, int]] = []
 
@@ -90,9 +115,13 @@ class FakeVcpu(Vcpu):
         return len(msrs)
 
 
+def _read(host: Host, exact: bool = False) -> Clock:
+    return clocks.read(FakeVm(host, exact), [FakeVcpu(host)]).clock
+
+
 def test_a_quick_reading_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(monkeypatch, [QUICK_S / 2])
-    read = handles.at_one_instant(FakeVm(host).clock)[0]
+    read = _read(host)
     assert read.guest - (read.realtime - REAL_NS) == pytest.approx(AHEAD_NS, abs=1000)
     assert read.guest == pytest.approx((read.monotonic - MONOTONIC_S) * 1e9 + AHEAD_NS, abs=1000)
     assert host.calls == 1
@@ -100,27 +129,27 @@ def test_a_quick_reading_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_quickest_of_slow_readings_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(monkeypatch, [SLOW_S, SLOW_S / 4, SLOW_S / 2])
-    read = handles.at_one_instant(FakeVm(host).clock)[0]
+    read = _read(host)
     assert read.guest == pytest.approx((SLOW_S + SLOW_S / 8) * 1e9 + AHEAD_NS, abs=1000)
     assert host.calls == 3
 
 
 def test_the_hosts_own_clocks_are_read_at_one_instant(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(monkeypatch, [SLOW_S, SLOW_S / 2, 1e-5, 1e-5])
-    look = handles.time.time_ns
+    look = clocks.time.time_ns
 
     def time_ns() -> int:
         host.call()
         return look()
 
-    monkeypatch.setattr(handles.time, "time_ns", time_ns)
-    realtime, monotonic = handles.host_clocks()
+    monkeypatch.setattr(clocks.time, "time_ns", time_ns)
+    realtime, monotonic = clocks.host_clocks()
     assert host.calls == 3
     assert realtime - REAL_NS == pytest.approx((monotonic - MONOTONIC_S) * 1e9, abs=1e4)
 
 
 def test_what_the_kernel_knows_is_not_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert FakeVm(Host(monkeypatch, [SLOW_S]), exact=True).clock().realtime == 42
+    assert _read(Host(monkeypatch, [QUICK_S]), exact=True).realtime == 42
 
 
 def test_tscs_and_clock_are_read_at_one_instant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,15 +178,27 @@ def test_without_offsets_each_tsc_is_read(monkeypatch: pytest.MonkeyPatch) -> No
     assert tscs[1] - tscs[0] == pytest.approx(AHEAD_NS, abs=1e5)
 
 
-def test_a_tsc_that_cannot_be_read_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def vcpu() -> Iterator[Vcpu]:
+    """One whose descriptor is only a page."""
+    fd = os.memfd_create("kvm_run")
+    os.ftruncate(fd, mmap.PAGESIZE)
+    system = SimpleNamespace(vcpu_mmap_size=mmap.PAGESIZE, check=lambda capability: 0)
+    with Vcpu(fd, 3, cast(System, system)) as vcpu:
+        yield vcpu
+
+
+def test_a_tsc_that_cannot_be_read_is_an_error(monkeypatch: pytest.MonkeyPatch, vcpu: Vcpu) -> None:
     monkeypatch.setattr(handles, "ioctl_out", lambda fd, request, data: 0)
-    vcpu = object.__new__(Vcpu)
-    vcpu.fd, vcpu.index = -1, 3
     with pytest.raises(KvmError, match="vCPU 3: its TSC"):
         vcpu.tsc()
+    vm = FakeVm(Host(monkeypatch, []))
+    monkeypatch.setattr(clocks, "ioctl", lambda fd, request, address: 0)
+    with pytest.raises(KvmError, match="vCPU 3: its TSC"):
+        clocks.read(vm, [vcpu])
 
 
-def test_the_tsc_is_what_kvm_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tsc_is_what_kvm_wrote(monkeypatch: pytest.MonkeyPatch, vcpu: Vcpu) -> None:
     def get(fd: int, request: int, data: bytearray) -> int:
         assert request == abi.GET_MSRS
         count, index, value = struct.unpack("<IxxxxIxxxxQ", data)
@@ -166,9 +207,38 @@ def test_the_tsc_is_what_kvm_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1
 
     monkeypatch.setattr(handles, "ioctl_out", get)
-    vcpu = object.__new__(Vcpu)
-    vcpu.fd = -1
-    assert vcpu.tsc() == 1 << 63 | 5
+    for _ in range(2):
+        assert vcpu.tsc() == 1 << 63 | 5
+
+
+def test_the_msrs_are_those_that_kvm_read(monkeypatch: pytest.MonkeyPatch, vcpu: Vcpu) -> None:
+    def get(fd: int, request: int, address: int) -> int:
+        data = (ctypes.c_char * (8 + 3 * 16)).from_address(address)
+        assert struct.unpack("<I4x" + 3 * "IxxxxQ", data[:]) == (3, 7, 0, 8, 0, 9, 0)
+        data[16:24] = bytes(range(8))
+        data[32:40] = (70).to_bytes(8, "little")
+        return 2  # the third, it does not know
+
+    monkeypatch.setattr(handles, "ioctl", get)
+    monkeypatch.setattr("godwit.kvm.ioctl.ioctl", get)
+    for _ in range(2):
+        assert vcpu.get_msrs([7, 8, 9]) == [(7, 0x0706050403020100), (8, 70)]
+
+
+def test_an_answer_has_nothing_of_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, vcpu: Vcpu
+) -> None:
+    def get(fd: int, request: int, address: int) -> int:
+        data = (ctypes.c_char * 8).from_address(address)
+        seen.append(data[:])
+        data[4] = seen[-1][0] + 1  # and leaves the rest as it is
+        return 0
+
+    seen: list[bytes] = []
+    monkeypatch.setattr(handles, "ioctl", get)
+    first, second = vcpu.get(1, 8, b"\x05\0\0\0"), vcpu.get(1, 8, b"\x07\0\0\0")
+    assert seen == [b"\x05" + bytes(7), b"\x07" + bytes(7)]
+    assert (first[4], second[4]) == (6, 8)  # the first is a copy
 
 
 SINCE = MONOTONIC_S - 0.25
@@ -228,6 +298,17 @@ def test_a_clock_that_was_set_too_late_is_set_again(monkeypatch: pytest.MonkeyPa
     clocks.restore(vm, [FakeVcpu(host)], 5_000_000, SINCE, [0])
     assert host.calls == 4  # set, read, set, read
     assert host.ns() + vm.off == pytest.approx(_due(host, 5_000_000), abs=QUICK_S * 1e9)
+
+
+def test_a_clock_is_set_by_as_much_earlier_as_setting_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # 0.2 ms until it takes effect, each time: not much, but a guest may move often.
+    host = Host(monkeypatch, [4e-4, 1e-5] * 2)
+    vm = FakeVm(host)
+    clocks.restore(vm, [FakeVcpu(host)], 5_000_000, SINCE, [0])
+    assert host.calls == 4
+    assert host.ns() + vm.off == pytest.approx(_due(host, 5_000_000), abs=5000)
 
 
 def test_a_host_that_is_always_slow_is_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

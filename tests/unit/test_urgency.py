@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from pathlib import Path
@@ -65,6 +66,24 @@ def test_a_peer_that_comes_to_no_end_is_not_urgent_for_long(
         now = at
         one.look()
     assert [policy for _, policy in asked] == [URGENT, NORMAL]
+
+
+def test_nobody_looks_for_garbage_meanwhile() -> None:
+    one = Urgency()
+    assert gc.isenabled()
+    one.begin()
+    one.begin()
+    assert not gc.isenabled()
+    one.end()
+    one.end()
+    assert gc.isenabled()
+    gc.disable()  # an operator's choice
+    try:
+        one.begin()
+        one.end()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_a_stop_that_will_be_long_is_not_urgent(

@@ -10,16 +10,35 @@ delay.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 from ..errors import KvmError
 from . import abi
-from .handles import QUICK_S, Clock, Vcpu, Vm, at_one_instant
+from .handles import Vcpu, Vm, msr_query
+from .ioctl import address_of, ioctl
 
+_T = TypeVar("_T")
 _WORD = 1 << 64
+#: A reading of two clocks that took longer is made again, so often at the most; seconds. It takes
+#: microseconds on a real CPU, a few hundred on an emulated one, and the guest stands still.
+QUICK_S = 500e-6
+_READINGS = 3
 #: A clock that was set too late is set again, so often at the most.
 _SETTINGS = 3
+#: A clock that is this close is not set again, ns: an emulated CPU takes as long for a call.
+_EXACT_NS = 100_000
+
+
+class Clock(NamedTuple):
+    """A guest's clock at one instant."""
+
+    guest: int
+    """ns since the VM was made."""
+    realtime: int
+    """The host's CLOCK_REALTIME, ns."""
+    monotonic: float
+    """The host's time.monotonic, s."""
 
 
 class Reading(NamedTuple):
@@ -32,6 +51,64 @@ class Reading(NamedTuple):
     """How far each is ahead of the host's; None: KVM does not tell."""
 
 
+def at_one_instant(look: Callable[[], _T]) -> tuple[_T, float, float]:
+    """What ``look`` gives, the time.monotonic of its middle, and how long it took, s.
+
+    Looks again until nobody came between, or takes the quickest of some looks.
+    """
+    looks: list[tuple[_T, float, float]] = []
+    for _ in range(_READINGS):
+        before = time.monotonic()
+        value = look()
+        took = time.monotonic() - before
+        looks.append((value, before + took / 2, took))
+        if took <= QUICK_S:
+            break
+    return min(looks, key=lambda one: one[2])
+
+
+def host_clocks() -> tuple[int, float]:
+    """The host's CLOCK_REALTIME, ns, and time.monotonic, s, of one instant."""
+    return at_one_instant(time.time_ns)[:2]
+
+
+class _Looker:
+    """Looks at a VM's clock between two looks at a vCPU's TSC: three calls, back to back. All that
+    can be done before and afterwards is: where CPUs are emulated, that takes as long as the calls.
+    """
+
+    def __init__(self, vm: Vm, vcpu: Vcpu) -> None:
+        query = msr_query((abi.MSR_TSC,))
+        self._buffers = bytearray(query), bytearray(abi.CLOCK_DATA.size), bytearray(query)
+        self._addresses = tuple(map(address_of, self._buffers))
+        self._vm, self._vcpu = vm, vcpu
+
+    def look(self) -> tuple[int, int, list[bytes]]:
+        """The host's time.time_ns, how many TSCs were told (two are due), and the answers."""
+        first, second, third = self._addresses
+        realtime = time.time_ns()
+        told = ioctl(self._vcpu.fd, abi.GET_MSRS, first)
+        ioctl(self._vm.fd, abi.GET_CLOCK, second)
+        told += ioctl(self._vcpu.fd, abi.GET_MSRS, third)
+        return realtime, told, list(map(bytes, self._buffers))
+
+    def at_one_instant(self) -> tuple[int, Clock]:
+        """TSC and clock.
+
+        Raises:
+            KvmError: KVM does not tell the TSC.
+        """
+        (realtime, told, answers), monotonic, took = at_one_instant(self.look)
+        if told != 2:
+            raise KvmError(f"vCPU {self._vcpu.index}: its TSC could not be read")
+        before, after = (int.from_bytes(answers[at][-8:], "little") for at in (0, 2))
+        guest, flags, _, exact, _ = abi.CLOCK_DATA.unpack(answers[1])
+        # A kernel without a stable TSC does not tell the host's time.
+        realtime = exact if flags & abi.CLOCK_REALTIME else realtime + int(took * 5e8)
+        tsc = (before + (after - before) % _WORD // 2) % _WORD
+        return tsc, Clock(guest, realtime, monotonic)
+
+
 def read(vm: Vm, vcpus: Sequence[Vcpu]) -> Reading:
     """The guest's clock between two readings of the first vCPU's TSC. The others' follow from their
     offsets; without these, each is read by itself, and a little later.
@@ -39,11 +116,9 @@ def read(vm: Vm, vcpus: Sequence[Vcpu]) -> Reading:
     Raises:
         KvmError: KVM does not tell a TSC.
     """
-    first = vcpus[0]
-    (before, clock, after), _, _ = at_one_instant(lambda: (first.tsc(), vm.clock(), first.tsc()))
-    tsc = before + (after - before) % _WORD // 2
-    base = first.tsc_offset()
-    tscs, offsets = [tsc % _WORD], [base]
+    tsc, clock = _Looker(vm, vcpus[0]).at_one_instant()
+    base = vcpus[0].tsc_offset()
+    tscs, offsets = [tsc], [base]
     for vcpu in vcpus[1:]:
         offset = vcpu.tsc_offset()
         if base is None or offset is None:
@@ -65,21 +140,25 @@ def restore(vm: Vm, vcpus: Sequence[Vcpu], clock: int, since: float, tscs: Seque
         OSError, KvmError: KVM refuses.
     """
     hertz = vcpus[0].tsc_khz() * 1000
+    looker, late = _Looker(vm, vcpus[0]), 0
     for _ in range(_SETTINGS):
-        vm.set_clock(clock + int((time.monotonic() - since) * 1e9))
-        now = read(vm, vcpus[:1])
+        vm.set_clock(clock + int((time.monotonic() - since) * 1e9) + late)
+        own, now = looker.at_one_instant()
         # Between the question for the time and the setting anybody may have had the CPU.
-        off = now.clock.guest - clock - int((now.clock.monotonic - since) * 1e9)
-        if abs(off) <= QUICK_S * 1e9:
+        off = now.guest - clock - int((now.monotonic - since) * 1e9)
+        if abs(off) <= _EXACT_NS:
             break
-    passed = (now.clock.guest - clock) * hertz // 10**9
-    offset = now.offsets[0]
+        # What the call itself takes, it takes each time; what others took, they may not.
+        if abs(off) <= QUICK_S * 1e9:
+            late -= off
+    passed = (now.guest - clock) * hertz // 10**9
+    offset = vcpus[0].tsc_offset()
     for vcpu, tsc in zip(vcpus, tscs, strict=True):
         apart = (tsc - tscs[0] + _WORD // 2) % _WORD - _WORD // 2
         due = tscs[0] + passed + (apart if abs(apart) >= hertz // 100 else 0)
         if offset is not None:
-            vcpu.set_tsc_offset((offset + due - now.tscs[0]) % _WORD)
+            vcpu.set_tsc_offset((offset + due - own) % _WORD)
             continue
-        late = int((time.monotonic() - now.clock.monotonic) * hertz)
-        if vcpu.set_msrs([(abi.MSR_TSC, (due + late) % _WORD)]) != 1:
+        behind = int((time.monotonic() - now.monotonic) * hertz)
+        if vcpu.set_msrs([(abi.MSR_TSC, (due + behind) % _WORD)]) != 1:
             raise KvmError(f"vCPU {vcpu.index}: KVM refused its TSC")

@@ -14,7 +14,8 @@ import msgspec
 
 from ..errors import KvmError, StreamError
 from . import abi
-from .handles import Clock, Vcpu, Vm
+from .clocks import Clock
+from .handles import Vcpu, Vm
 
 #: What goes on while a guest stands still, and what waits for it.
 _OF_TIME = abi.MSR_TSC, abi.MSR_TSC_DEADLINE

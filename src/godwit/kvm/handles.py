@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import lru_cache
 from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import Self
 
 from ..errors import HostError, KvmError
 from . import abi
@@ -30,51 +30,15 @@ _TSS_ADDRESS = 0xFFFBD000
 _IDENTITY_MAP_ADDRESS = 0xFFFBC000
 
 
-_T = TypeVar("_T")
-
-#: A reading of two clocks that took longer is made again, so often at the most; seconds. It takes
-#: microseconds on a real CPU, a few hundred on an emulated one, and the guest stands still.
-QUICK_S = 500e-6
-_READINGS = 3
-
-
-_TSC_QUERY = abi.MSRS_HEADER.pack(1, 0) + abi.MSR_ENTRY.pack(abi.MSR_TSC, 0, 0)
+@lru_cache(maxsize=8)
+def msr_query(indices: tuple[int, ...]) -> bytes:
+    """What KVM_GET_MSRS is asked with, and puts its answer into."""
+    entries = [abi.MSR_ENTRY.pack(index, 0, 0) for index in indices]
+    return abi.MSRS_HEADER.pack(len(indices), 0) + b"".join(entries)
 
 
 def _tsc_attribute(value: bytearray) -> bytes:
     return abi.DEVICE_ATTR.pack(0, *abi.VCPU_TSC_OFFSET, address_of(value))
-
-
-class Clock(NamedTuple):
-    """A guest's clock at one instant."""
-
-    guest: int
-    """ns since the VM was made."""
-    realtime: int
-    """The host's CLOCK_REALTIME, ns."""
-    monotonic: float
-    """The host's time.monotonic, s."""
-
-
-def at_one_instant(look: Callable[[], _T]) -> tuple[_T, float, float]:
-    """What ``look`` gives, the time.monotonic of its middle, and how long it took, s.
-
-    Looks again until nobody came between, or takes the quickest of some looks.
-    """
-    looks: list[tuple[_T, float, float]] = []
-    for _ in range(_READINGS):
-        before = time.monotonic()
-        value = look()
-        took = time.monotonic() - before
-        looks.append((value, before + took / 2, took))
-        if took <= QUICK_S:
-            break
-    return min(looks, key=lambda one: one[2])
-
-
-def host_clocks() -> tuple[int, float]:
-    """The host's CLOCK_REALTIME, ns, and time.monotonic, s, of one instant."""
-    return at_one_instant(time.time_ns)[:2]
 
 
 class _Handle:
@@ -82,6 +46,9 @@ class _Handle:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        #: By request and size: what the kernel writes into, and its address. To make them anew
+        #: takes as long as the call, and a state is saved while its guest stands still.
+        self._answers: dict[tuple[int, int], tuple[bytearray, int]] = {}
 
     def close(self) -> None:
         """Close the descriptor; harmless the second time."""
@@ -101,10 +68,18 @@ class _Handle:
         self.close()
 
     def get(self, request: int, size: int, first: bytes = b"") -> bytes:
-        """Read a struct of ``size`` bytes; ``first`` fills its beginning (an id, say)."""
-        buffer = bytearray(size)
-        buffer[: len(first)] = first
-        ioctl_out(self.fd, request, buffer)
+        """Read a struct of ``size`` bytes; ``first`` fills its beginning (an id, say).
+
+        For one thread at a time.
+        """
+        answer = self._answers.get((request, size))
+        if answer is None:
+            buffer = bytearray(size)
+            answer = self._answers[request, size] = buffer, address_of(buffer)
+        buffer, address = answer
+        if first:
+            buffer[:] = first.ljust(size, b"\0")  # nothing of what another id left
+        ioctl(self.fd, request, address)
         return bytes(buffer)
 
     def set(self, request: int, data: bytes) -> int:
@@ -226,19 +201,6 @@ class Vm(_Handle):
         flags = 0 if assign else abi.IOEVENTFD_FLAG_DEASSIGN
         self.set(abi.KVM_IOEVENTFD, abi.IOEVENTFD.pack(0, address, length, fd, flags))
 
-    def clock(self) -> Clock:
-        """The guest's clock, and the host's at the same instant. Whoever needs it exactly looks
-        again: :func:`at_one_instant`.
-
-        A kernel without a stable TSC does not tell the host's.
-        """
-        before, monotonic = time.time_ns(), time.monotonic()
-        raw = self.get(abi.GET_CLOCK, abi.CLOCK_DATA.size)
-        half = (time.monotonic() - monotonic) / 2
-        clock, flags, _, exact, _ = abi.CLOCK_DATA.unpack(raw)
-        realtime = exact if flags & abi.CLOCK_REALTIME else before + int(half * 1e9)
-        return Clock(clock, realtime, monotonic + half)
-
     def set_clock(self, clock: int) -> None:
         """Set the guest's clock, ns. It goes on from there, whether vCPUs run or not."""
         self.set(abi.SET_CLOCK, abi.CLOCK_DATA.pack(clock, 0, 0, 0, 0))
@@ -271,11 +233,11 @@ class Vcpu(_Handle):
 
     def get_msrs(self, indices: list[int]) -> list[tuple[int, int]]:
         """(index, value) for the leading MSRs that KVM could read."""
-        entries = b"".join(abi.MSR_ENTRY.pack(index, 0, 0) for index in indices)
-        buffer = bytearray(abi.MSRS_HEADER.pack(len(indices), 0) + entries)
+        buffer = bytearray(msr_query(tuple(indices)))
         got = ioctl_out(self.fd, abi.GET_MSRS, buffer)
-        values = abi.MSR_ENTRY.iter_unpack(bytes(buffer[abi.MSRS_HEADER.size :]))
-        return [(index, value) for index, _, value in list(values)[:got]]
+        start, size = abi.MSRS_HEADER.size, abi.MSR_ENTRY.size
+        entries = abi.MSR_ENTRY.iter_unpack(memoryview(buffer)[start : start + got * size])
+        return [(index, value) for index, _, value in entries]
 
     def readable_msrs(self, indices: list[int]) -> list[int]:
         """Those of ``indices`` that KVM reads here: it lists some that the CPU at hand lacks."""
@@ -293,10 +255,10 @@ class Vcpu(_Handle):
         Raises:
             KvmError: KVM does not tell it.
         """
-        buffer = bytearray(_TSC_QUERY)
-        if ioctl_out(self.fd, abi.GET_MSRS, buffer) != 1:
+        msrs = self.get_msrs([abi.MSR_TSC])
+        if not msrs:
             raise KvmError(f"vCPU {self.index}: its TSC could not be read")
-        return int.from_bytes(buffer[-8:], "little")
+        return msrs[0][1]
 
     def tsc_offset(self) -> int | None:
         """How far the guest's TSC is ahead of the host's, modulo 2**64; None: KVM does not tell
