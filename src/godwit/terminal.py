@@ -94,14 +94,14 @@ def _run(board: Board, arguments: argparse.Namespace) -> int:
             signal.signal(number, lambda *_: vmm.end_by_signal())
         try:
             with _input(loop, vmm, interactive, say):
+                # What is here by now stays, and need not be looked through ever again.
+                gc.freeze()
+                gc.enable()
                 if arguments.incoming is None:
                     vmm.start()
                 else:
                     defer = arguments.incoming == "defer"
                     vmm.await_guest(None if defer else arguments.incoming, arguments.insecure)
-                # What is here now stays, and need not be looked through any more.
-                gc.freeze()
-                gc.enable()
                 loop.run()
         finally:
             vmm.close()

@@ -225,22 +225,6 @@ def test_the_msrs_are_those_that_kvm_read(monkeypatch: pytest.MonkeyPatch, vcpu:
         assert vcpu.get_msrs([7, 8, 9]) == [(7, 0x0706050403020100), (8, 70)]
 
 
-def test_an_answer_has_nothing_of_the_one_before(
-    monkeypatch: pytest.MonkeyPatch, vcpu: Vcpu
-) -> None:
-    def get(fd: int, request: int, address: int) -> int:
-        data = (ctypes.c_char * 8).from_address(address)
-        seen.append(data[:])
-        data[4] = seen[-1][0] + 1  # and leaves the rest as it is
-        return 0
-
-    seen: list[bytes] = []
-    monkeypatch.setattr(handles, "ioctl", get)
-    first, second = vcpu.get(1, 8, b"\x05\0\0\0"), vcpu.get(1, 8, b"\x07\0\0\0")
-    assert seen == [b"\x05" + bytes(7), b"\x07" + bytes(7)]
-    assert (first[4], second[4]) == (6, 8)  # the first is a copy
-
-
 SINCE = MONOTONIC_S - 0.25
 """A guest's clocks were read a quarter of a second ago."""
 
@@ -309,6 +293,25 @@ def test_a_clock_is_set_by_as_much_earlier_as_setting_it_takes(
     clocks.restore(vm, [FakeVcpu(host)], 5_000_000, SINCE, [0])
     assert host.calls == 4
     assert host.ns() + vm.off == pytest.approx(_due(host, 5_000_000), abs=5000)
+
+
+def test_a_clock_that_was_set_well_enough_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 0.2 ms late, then 0.15: there may be somebody who takes milliseconds the next time.
+    host = Host(monkeypatch, [4e-4, 1e-5, 7e-4, 1e-5, SLOW_S, 1e-5])
+    vm = FakeVm(host)
+    clocks.restore(vm, [FakeVcpu(host)], 5_000_000, SINCE, [0])
+    assert host.calls == 4
+    assert host.ns() + vm.off - _due(host, 5_000_000) == pytest.approx(-150_000, abs=10_000)
+
+
+def test_a_clock_is_never_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The second setting takes no time, but was made earlier by what the first one took.
+    host = Host(monkeypatch, [9.8e-4, 1e-5, 0.0, 1e-5])
+    vm = FakeVm(host)
+    clocks.restore(vm, [FakeVcpu(host)], 5_000_000, SINCE, [0])
+    assert host.calls == 4
+    assert host.ns() + vm.off - _due(host, 5_000_000) == pytest.approx(490_000, abs=10_000)
+    assert QUICK_S * 1e9 > 490_000
 
 
 def test_a_host_that_is_always_slow_is_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

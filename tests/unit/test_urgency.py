@@ -5,13 +5,20 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
-from move_bench import Move
+from move_bench import Move, Standin
+from recorded import STREAMS
 
-from godwit.migration import urgency
+from godwit.machine import Machine
+from godwit.migration import codec, urgency
+from godwit.migration.codec import Kind
+from godwit.migration.hello import describe
+from godwit.migration.snapshot import Restorer
 from godwit.migration.urgency import Urgency
 
 FLAG = os.SCHED_RESET_ON_FORK
@@ -55,6 +62,36 @@ def test_a_source_whose_guest_stays_is_ordinary_again(
     assert [policy for who, policy in asked if who == "migration"] == [URGENT, NORMAL]
 
 
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_guest_from_a_file_is_not_urgent_for_ever(
+    tmp_path: Path, asked: list[tuple[str, int]], starts: bool
+) -> None:
+    machine, path, ran = Standin(), tmp_path / "guest", list[bool]()
+    token = bytes(16)
+    frames = (
+        (Kind.HELLO, codec.encode(describe(cast(Machine, machine), token))),
+        (Kind.STATE, STREAMS[1].read()[1]),
+        (Kind.ROUND, b""),
+        (Kind.COMMIT, codec.encode(codec.Handover(token, starts))),
+    )
+    path.write_bytes(b"".join(codec.frame(kind, payload) for kind, payload in frames))
+
+    def start(running: bool, mark: Callable[[str], None], *others: object) -> None:
+        ran.append(running)
+        assert not gc.isenabled()
+        if running:
+            mark("vcpus-started")
+
+    restorer = Restorer(cast(Machine, machine), path, start, lambda error: pytest.fail(str(error)))
+    restorer.start()
+    restorer._thread.join(30)
+    restorer.close()
+    machine.close()
+    assert ran == [starts]
+    assert gc.isenabled()
+    assert [policy for _, policy in asked] == [URGENT, NORMAL]
+
+
 def test_a_peer_that_comes_to_no_end_is_not_urgent_for_long(
     monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int]]
 ) -> None:
@@ -68,7 +105,11 @@ def test_a_peer_that_comes_to_no_end_is_not_urgent_for_long(
     assert [policy for _, policy in asked] == [URGENT, NORMAL]
 
 
-def test_nobody_looks_for_garbage_meanwhile() -> None:
+@pytest.mark.parametrize("policy", [os.SCHED_OTHER, os.SCHED_FIFO])
+def test_nobody_looks_for_garbage_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int]], policy: int
+) -> None:
+    monkeypatch.setattr(urgency.os, "sched_getscheduler", lambda pid: policy)
     one = Urgency()
     assert gc.isenabled()
     one.begin()
@@ -105,7 +146,9 @@ def test_who_may_not_goes_on_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urgency.os, "sched_setscheduler", refuse)
     one = Urgency()
     one.begin()
+    assert not gc.isenabled()
     one.end()
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("policy", [os.SCHED_FIFO, os.SCHED_BATCH])

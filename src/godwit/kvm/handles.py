@@ -46,9 +46,6 @@ class _Handle:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        #: By request and size: what the kernel writes into, and its address. To make them anew
-        #: takes as long as the call, and a state is saved while its guest stands still.
-        self._answers: dict[tuple[int, int], tuple[bytearray, int]] = {}
 
     def close(self) -> None:
         """Close the descriptor; harmless the second time."""
@@ -68,18 +65,10 @@ class _Handle:
         self.close()
 
     def get(self, request: int, size: int, first: bytes = b"") -> bytes:
-        """Read a struct of ``size`` bytes; ``first`` fills its beginning (an id, say).
-
-        For one thread at a time.
-        """
-        answer = self._answers.get((request, size))
-        if answer is None:
-            buffer = bytearray(size)
-            answer = self._answers[request, size] = buffer, address_of(buffer)
-        buffer, address = answer
-        if first:
-            buffer[:] = first.ljust(size, b"\0")  # nothing of what another id left
-        ioctl(self.fd, request, address)
+        """Read a struct of ``size`` bytes; ``first`` fills its beginning (an id, say)."""
+        buffer = bytearray(size)
+        buffer[: len(first)] = first
+        ioctl_out(self.fd, request, buffer)
         return bytes(buffer)
 
     def set(self, request: int, data: bytes) -> int:

@@ -107,6 +107,7 @@ class Destination:
         except Exception as error:
             self._on_failed(MigrationError(f"{type(error).__name__}: {error}"))
         finally:
+            self._receiver.urgency.end()
             # Nobody is awaited any more: whoever connects shall be refused, not left waiting.
             self._listener.close()
 

@@ -268,6 +268,7 @@ class Restorer:
         except Exception as error:
             self._on_failed(MigrationError(f"{type(error).__name__}: {error}"))
         finally:
+            self._receiver.urgency.end()  # it was one, if the guest does not start at once
             self._line.close()
 
     def _load(self) -> None:

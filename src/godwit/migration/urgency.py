@@ -22,8 +22,9 @@ _POLICY = ~os.SCHED_RESET_ON_FORK
 
 class Urgency:
     """Of the thread that calls. Where the process may not (sched(7): CAP_SYS_NICE or RLIMIT_RTPRIO,
-    and cgroups), nothing changes, and nobody is told: it only takes longer. Nor does it where the
-    operator gave the process a policy of its own."""
+    and cgroups), its priority stays, and nobody is told: it only takes longer. So it does where the
+    operator gave the process a policy of its own. The collector is the whole process's, and pauses
+    in each case."""
 
     def __init__(self) -> None:
         self._since: float | None = None
