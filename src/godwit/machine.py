@@ -22,7 +22,6 @@ from .hw.foresight import Foresight
 from .hw.irq import IntxLines, Routes
 from .hw.pci import CONFIG_ADDRESS, PciBus
 from .kvm import abi, clocks, cpustate
-from .kvm.clocks import host_clocks
 from .kvm.handles import Vcpu
 from .kvm.ioctl import ioctl
 from .loop import Loop
@@ -355,7 +354,7 @@ def clock_read_at(platform: cpustate.PlatformState, received: float) -> float:
     If both hosts' clocks agree, the source's reading says it exactly. They may not: what is known
     for sure is that the clock was read before the state came, and not long before.
     """
-    realtime, monotonic = host_clocks()
+    realtime, monotonic = clocks.host_clocks()
     since = monotonic - received
     if platform.realtime_ns:
         by_clock = (realtime - platform.realtime_ns) / 1e9

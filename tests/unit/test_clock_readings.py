@@ -310,8 +310,7 @@ def test_a_clock_is_never_far_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     vm = FakeVm(host)
     clocks.restore(vm, [FakeVcpu(host)], 5_000_000, SINCE, [0])
     assert host.calls == 4
-    assert host.ns() + vm.off - _due(host, 5_000_000) == pytest.approx(490_000, abs=10_000)
-    assert QUICK_S * 1e9 > 490_000
+    assert 0 < host.ns() + vm.off - _due(host, 5_000_000) <= QUICK_S * 1e9
 
 
 def test_a_host_that_is_always_slow_is_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
