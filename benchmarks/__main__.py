@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from godwit.errors import GodwitError
-from godwit.kvm.probe import why_unusable
-from godwit.lab import guest, host, kernels, load, traffic
+from godwit.host.kvm.probe import why_unusable
+from lab import guest, host, kernels, load, traffic
 
 from . import plan, result, show
 from .others import Others

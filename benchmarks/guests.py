@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from godwit.lab.addresses import LANS
-from godwit.lab.agent import Agent
-from godwit.lab.network import Network
-from godwit.lab.traffic import FLOWS, Flow
-from godwit.lab.vm import Vm
+from godwit.client.vm import Vm
+from lab.addresses import LANS
+from lab.agent import Agent
+from lab.network import Network
+from lab.traffic import FLOWS, Flow
 
 from . import machines, plan
 from .machines import Image

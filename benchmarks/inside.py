@@ -23,7 +23,7 @@ from typing import Any
 import qemu.qmp  # noqa: F401
 
 from godwit.errors import GodwitError
-from godwit.lab.network import Network
+from lab.network import Network
 
 from . import machines, parts, plan
 from .machines import Image

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from godwit.client.vm import Vm
 from godwit.errors import HostError
-from godwit.lab import guest, qemu
-from godwit.lab.network import Host
-from godwit.lab.vm import Vm
+from lab import guest, qemu
+from lab.network import Host
 
 from .plan import CPUS, IN_PROCESS, QEMU
 

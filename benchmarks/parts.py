@@ -9,18 +9,9 @@ from statistics import median
 from typing import Any
 
 from godwit.errors import HostError
-from godwit.lab.addresses import LANS
-from godwit.lab.load import (
-    BOTH_WAYS,
-    FROM_GUEST,
-    PORT,
-    TO_GUEST,
-    Bulk,
-    Receiver,
-    round_trips,
-    throughput,
-)
-from godwit.lab.traffic import Flow, Ping, Sender
+from lab.addresses import LANS
+from lab.load import BOTH_WAYS, FROM_GUEST, PORT, TO_GUEST, Bulk, Receiver, round_trips, throughput
+from lab.traffic import Flow, Ping, Sender
 
 from . import machines, memory, plan, socketloop
 from .guests import Guest

@@ -19,8 +19,8 @@ from statistics import median
 from typing import Any
 
 from godwit.errors import GodwitError
-from godwit.kvm.probe import why_unusable
-from godwit.lab import guest, host, kernels, traffic
+from godwit.host.kvm.probe import why_unusable
+from lab import guest, host, kernels, traffic
 
 from . import plan
 from .__main__ import note, read, say

@@ -14,13 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from godwit.client.vm import Vm
 from godwit.errors import GodwitError
-from godwit.lab import clocks, guest, qemu
-from godwit.lab.agent import Agent
-from godwit.lab.network import Host, Network
-from godwit.lab.scenario import wait_for
-from godwit.lab.traffic import FLOWS, Flow, Sender, Stream
-from godwit.lab.vm import Vm
+from lab import clocks, guest, qemu
+from lab.agent import Agent
+from lab.network import Host, Network
+from lab.scenario import wait_for
+from lab.traffic import FLOWS, Flow, Sender, Stream
 
 from .inside import Rows, say
 from .machines import MAC, move

@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from recorded import STREAMS, Stream
 from vm_bench import Bench
 
-from godwit.lab.network import Network
-from godwit.migration.codec import Kind
-from godwit.testing.line_cutter import LineCutter
+from godwit.migration.wire.messages import Kind
+from lab.network import Network
+from recorded import STREAMS, Stream
+from tests.fakes.line_cutter import LineCutter
 
 
 def record(bench: Bench, stream: Stream, folder: Path) -> None:

@@ -6,8 +6,8 @@ import lzma
 from dataclasses import dataclass
 from pathlib import Path
 
-from godwit.migration import codec
-from godwit.migration.codec import Kind
+from godwit.migration.wire import messages as codec
+from godwit.migration.wire.messages import Kind
 
 _FOLDER = Path(__file__).parent
 

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 from godwit.announce.announcer import Announcer, no_verifier
+from godwit.announce.attempts import Verifier
 from godwit.announce.frames import TPID_8021Q, gratuitous_arp
-from godwit.announce.ladder import Verifier
 from godwit.announce.schedule import AnnounceOptions
-from godwit.announce.station import Station
-from godwit.nic.filterview import FilterView
-from godwit.nic.rxfilter import RxFilter
-from godwit.runstate import RunState, RunStates
-from godwit.testing.clock import FakeClock
+from godwit.announce.uplink import Station
+from godwit.hw.nic.rx_filter_info import FilterView
+from godwit.hw.virtio.net.rxfilter import RxFilter
+from godwit.spec.runstate import RunState, RunStates
+from tests.fakes.clock import FakeClock
 
 S = RunState
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from handover_bench import Handover, set_no_luck
 
 from godwit.hw.memory import GuestMemory
+from handover_bench import Handover, set_no_luck
 
 
 @pytest.fixture(scope="module")

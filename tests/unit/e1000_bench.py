@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import zlib
 
-from godwit.config import NicConfig
+from godwit.host.loop import Loop
 from godwit.hw.bus import MmioBus, PortBus
 from godwit.hw.irq import IntxLines, Routes
 from godwit.hw.memory import GuestMemory
+from godwit.hw.nic.e1000 import nic as e1000_nic
+from godwit.hw.nic.e1000 import regs
+from godwit.hw.nic.e1000.nic import E1000
+from godwit.hw.nic.nic import Parts
 from godwit.hw.pci import PciBus
-from godwit.loop import Loop
-from godwit.nic.e1000 import nic as e1000_nic
-from godwit.nic.e1000 import regs
-from godwit.nic.e1000.nic import E1000
-from godwit.nic.model import Parts
-from godwit.testing.e1000 import Driver
-from godwit.testing.kvm import FakeVm
-from godwit.testing.tap import FakeTap
+from godwit.spec.config import NicConfig
+from tests.fakes.e1000 import Driver
+from tests.fakes.kvm import FakeVm
+from tests.fakes.tap import FakeTap
 
 MAC = bytes.fromhex("525400123456")
 PEER = bytes.fromhex("525400abcdef")

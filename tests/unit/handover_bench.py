@@ -9,21 +9,21 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from announce_bench import Nic as Announced
 
-from godwit.announce.station import Station
-from godwit.machine import Machine
-from godwit.migration import arrival as arrival_module
-from godwit.migration import codec
-from godwit.migration import forwarder as forwarder_module
-from godwit.migration.arrival import Arrival
-from godwit.migration.channel import Channel
-from godwit.migration.codec import Kind
-from godwit.migration.forwarder import Forwarder
-from godwit.nic.ahead import Ahead
-from godwit.nic.tap import HEADER
-from godwit.testing.clock import FakeClock
-from godwit.testing.tap import FakeTap
+from announce_bench import Nic as Announced
+from godwit.announce.uplink import Station
+from godwit.host.net.tap import HEADER
+from godwit.hw.nic.rx_backlog import Ahead
+from godwit.machine.machine import Machine
+from godwit.migration.packets import destination as arrival_module
+from godwit.migration.packets import source as forwarder_module
+from godwit.migration.packets.destination import Arrival
+from godwit.migration.packets.source import Forwarder
+from godwit.migration.wire import messages as codec
+from godwit.migration.wire.messages import Kind
+from godwit.migration.wire.sockets import Channel
+from tests.fakes.clock import FakeClock
+from tests.fakes.tap import FakeTap
 
 MARK = bytes(range(16))
 OTHER = bytes.fromhex("020000000099")

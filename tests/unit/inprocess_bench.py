@@ -3,13 +3,13 @@
 import os
 import threading
 
+from godwit.host.loop import Loop
 from godwit.hw.memory import GuestMemory
-from godwit.loop import Loop
-from godwit.nic.backend import Ring
-from godwit.nic.inprocess import InProcessBackend
-from godwit.testing.driver import Driver, Part
-from godwit.testing.tap import FakeTap
-from godwit.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
+from godwit.hw.virtio.net.backend import Ring
+from godwit.hw.virtio.net.userspace import InProcessBackend
+from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
+from tests.fakes.driver import Driver, Part
+from tests.fakes.tap import FakeTap
 
 MERGE = 1 << 15
 ALL = MERGE | F_EVENT_IDX | F_INDIRECT_DESC

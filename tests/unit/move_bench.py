@@ -8,22 +8,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from handover_bench import Nic as HandoverNic
-from recorded import STREAMS
-
-from godwit.announce.station import Station
+from godwit.announce.uplink import Station
 from godwit.errors import GodwitError, StreamError
 from godwit.hw.memory import PAGE, GuestMemory
-from godwit.machine import Machine, Mark
-from godwit.machine_state import MachineState
-from godwit.migration import codec
-from godwit.migration.arrival import Arrival
-from godwit.migration.channel import Address
+from godwit.machine.machine import Machine, Mark
+from godwit.machine.state import MachineState
 from godwit.migration.destination import Destination
+from godwit.migration.packets.destination import Arrival
 from godwit.migration.source import Source
-from godwit.move_parameters import ConvergenceParameters
-from godwit.runstate import RunState, RunStates
-from godwit.testing.clock import FakeClock
+from godwit.migration.wire import messages as codec
+from godwit.migration.wire.sockets import Address
+from godwit.spec.parameters import ConvergenceParameters
+from godwit.spec.runstate import RunState, RunStates
+from handover_bench import Nic as HandoverNic
+from recorded import STREAMS
+from tests.fakes.clock import FakeClock
 
 S = RunState
 _STATE = codec.decode(STREAMS[1].read()[1], MachineState)
@@ -146,7 +145,7 @@ class Move:
         arrival: Arrival | None,
         tell: Callable[[list[str]], None],
     ) -> None:
-        """As godwit.vmm does it."""
+        """As godwit.vm.vm does it."""
         with self.there.lock:
             self.states_there.set(S.PRELAUNCH_MIGRATE)
             if arrival is not None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from godwit.errors import ConfigError
-from godwit.loop import Loop
+from godwit.host.loop import Loop
 from godwit.qmp.server import Server
-from godwit.runstate import RunState, RunStates
+from godwit.spec.runstate import RunState, RunStates
 
 DEADLINE = 20.0
 

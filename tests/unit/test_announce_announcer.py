@@ -1,13 +1,13 @@
 """The announcer: when it starts and when not, whom it asks, and what it does when that fails."""
 
 import pytest
-from announce_bench import ROUNDS, Bench, S
 
+from announce_bench import ROUNDS, Bench, S
 from godwit.announce import announcer as module
 from godwit.announce.frames import rarp
 from godwit.announce.schedule import AnnounceParameters
 from godwit.errors import KvmError
-from godwit.runstate import RunState
+from godwit.spec.runstate import RunState
 
 
 def test_a_move_is_announced_at_once_and_then_by_the_schedule() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from announce_bench import ACK_S, IP4, IP6, ROUNDS, Bench, Port, Questions, S, hung
 from hypothesis import given
 from hypothesis import strategies as st
 
+from announce_bench import ACK_S, IP4, IP6, ROUNDS, Bench, Port, Questions, S, hung
 from godwit.announce import announcer as module
 from godwit.announce.addresses import announcements
+from godwit.announce.attempts import EXTRA_S, SHOW_S, VERIFY_S
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
-from godwit.announce.ladder import EXTRA_S, SHOW_S, VERIFY_S
 from godwit.announce.schedule import AnnounceOptions, AnnounceParameters
 from godwit.errors import KvmError
 

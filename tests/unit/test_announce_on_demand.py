@@ -3,12 +3,12 @@
 import threading
 
 import pytest
-from announce_bench import ROUNDS, Bench, S
 
+from announce_bench import ROUNDS, Bench, S
 from godwit.announce import announcer as module
 from godwit.announce.schedule import AnnounceParameters
 from godwit.errors import ConfigError, StateError
-from godwit.runstate import RunStates
+from godwit.spec.runstate import RunStates
 
 
 class TestOnDemand:

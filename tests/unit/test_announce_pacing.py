@@ -3,8 +3,8 @@
 import math
 
 import pytest
-from announce_bench import Bench, S
 
+from announce_bench import Bench, S
 from godwit.announce.pacing import BURST_S, RATE, Pacer
 from godwit.announce.schedule import AnnounceOptions, AnnounceParameters
 from godwit.errors import ConfigError

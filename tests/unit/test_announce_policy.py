@@ -80,7 +80,7 @@ def test_any_text_is_a_policy_or_a_config_error(text: str) -> None:
 def test_ipaddress_is_loaded_for_a_list_only() -> None:
     script = (
         "import sys; from godwit.announce import addresses, observer, policy; "
-        "from godwit.nic import watch; "
+        "from godwit.host.net import tap_watch; "
         "policy.Policy().permits(bytes(6), bytes(4)); assert 'ipaddress' not in sys.modules; "
         "policy.parse_policy('192.0.2.0/24'); assert 'ipaddress' in sys.modules"
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from announce_bench import ROUNDS, Bench, Port, S, hung
 
+from announce_bench import ROUNDS, Bench, Port, S, hung
 from godwit.announce import announcer as module
 from godwit.announce.schedule import AnnounceParameters
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from godwit.announce.schedule import RANGES, AnnounceParameters, delays
 from godwit.errors import ConfigError
-from godwit.testing.clock import FakeClock
+from tests.fakes.clock import FakeClock
 
 valid = st.builds(
     AnnounceParameters,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from announce_bench import IP4, IP6, VLAN, Bench, Nic, Port, S
 
+from announce_bench import IP4, IP6, VLAN, Bench, Nic, Port, S
 from godwit.announce import announcer as module
 from godwit.announce.addresses import Source
 from godwit.announce.dissect import Kind, Sighting
 from godwit.announce.frames import TPID_8021Q, gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.policy import parse_policy
 from godwit.announce.schedule import AnnounceParameters
-from godwit.announce.station import Station
-from godwit.testing.clock import FakeClock
+from godwit.announce.uplink import Station
+from tests.fakes.clock import FakeClock
 
 OTHER = bytes.fromhex("5254000000aa")
 

@@ -10,16 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from announce_bench import GATEWAY, IP4, Nic, Port
 
-from godwit.announce import taps as module
+from announce_bench import GATEWAY, IP4, Nic, Port
+from godwit.announce import monitors as module
 from godwit.announce.dissect import Sighting
 from godwit.announce.frames import Tag, arp_request, gratuitous_arp
+from godwit.announce.monitors import Taps
 from godwit.announce.schedule import AnnounceOptions, Verify
-from godwit.announce.station import Station, Wired
-from godwit.announce.taps import Taps
+from godwit.announce.uplink import Station, Wired
 from godwit.errors import HostError
-from godwit.testing.clock import FakeClock
+from tests.fakes.clock import FakeClock
 
 PEER = bytes.fromhex("5254000000bb")
 REPLY = (

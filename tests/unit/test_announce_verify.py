@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from announce_bench import GATEWAY, IP4, IP6, VLAN, Nic, Port
 from hypothesis import given
 from hypothesis import strategies as st
 
+from announce_bench import GATEWAY, IP4, IP6, VLAN, Nic, Port
 from godwit.announce import frames
 from godwit.announce.frames import TPID_8021Q, Tag, arp_request, gratuitous_arp, solicitation
 from godwit.announce.policy import parse_policy
 from godwit.announce.schedule import Verify
-from godwit.announce.station import Station
+from godwit.announce.uplink import Station
 from godwit.announce.verify import PEERS, Verification
-from godwit.nic import rtnetlink
-from godwit.nic.rtnetlink import Forwarding
-from godwit.testing.clock import FakeClock
+from godwit.host.net import rtnetlink
+from godwit.host.net.rtnetlink import Forwarding
+from tests.fakes.clock import FakeClock
 
 OTHER, PEER = bytes.fromhex("5254000000aa"), bytes.fromhex("5254000000bb")
 GATEWAY6 = bytes.fromhex("20010db8" + "00" * 11 + "01")

@@ -13,9 +13,9 @@ from scapy.layers.inet6 import ICMPv6EchoRequest, ICMPv6ND_NA, ICMPv6ND_NS, ICMP
 from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
 from scapy.packet import Raw
 
-from godwit.kvm.packet import PACKET_OUTGOING
-from godwit.nic import bpf
-from godwit.nic.bpf import Instruction, Op, addresses_filter, assemble, attach
+from godwit.host.net import bpf
+from godwit.host.net.bpf import Instruction, Op, addresses_filter, assemble, attach
+from godwit.host.net.packet import PACKET_OUTGOING
 
 MAC = "52:54:00:12:34:56"
 

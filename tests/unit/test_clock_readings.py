@@ -13,9 +13,9 @@ from typing import cast
 import pytest
 
 from godwit.errors import KvmError
-from godwit.kvm import abi, clocks, handles
-from godwit.kvm.clocks import QUICK_S, Clock
-from godwit.kvm.handles import System, Vcpu, Vm
+from godwit.host.kvm import abi, clocks, handles
+from godwit.host.kvm.clocks import QUICK_S, Clock
+from godwit.host.kvm.handles import System, Vcpu, Vm
 
 AHEAD_NS = 7_000_000_000
 REAL_NS = 1_700_000_000_000_000_000
@@ -220,7 +220,7 @@ def test_the_msrs_are_those_that_kvm_read(monkeypatch: pytest.MonkeyPatch, vcpu:
         return 2  # the third, it does not know
 
     monkeypatch.setattr(handles, "ioctl", get)
-    monkeypatch.setattr("godwit.kvm.ioctl.ioctl", get)
+    monkeypatch.setattr("godwit.host.ioctl.ioctl", get)
     for _ in range(2):
         assert vcpu.get_msrs([7, 8, 9]) == [(7, 0x0706050403020100), (8, 70)]
 

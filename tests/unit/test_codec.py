@@ -12,8 +12,8 @@ from godwit.errors import StreamError
 from godwit.hw.memory import PAGE
 from godwit.hw.power import PowerState
 from godwit.hw.serial import SerialState
-from godwit.migration import codec
-from godwit.migration.codec import Handover, Hello, Kind, NicHello, Run, Started, Text
+from godwit.migration.wire import messages as codec
+from godwit.migration.wire.messages import Handover, Hello, Kind, NicHello, Run, Started, Text
 
 NIC = NicHello("nic0", "virtio-net", 1, b"\x52\x54\0\0\0\1", None, 256, 1 << 63)
 HELLO = Hello("godwit-0.2", bytes(16), 2, [(0, 1 << 28)], [NIC], {"vcpu": 1})

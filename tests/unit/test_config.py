@@ -3,7 +3,8 @@
 import pytest
 
 from godwit.announce.policy import parse_policy
-from godwit.config import (
+from godwit.errors import ConfigError
+from godwit.spec.config import (
     NicConfig,
     VmConfig,
     default_mac,
@@ -12,8 +13,7 @@ from godwit.config import (
     parse_nic,
     parse_size,
 )
-from godwit.errors import ConfigError
-from godwit.machine_types import DEFAULT, machine_type
+from godwit.spec.machine_types import DEFAULT, machine_type
 
 MAC = bytes.fromhex("525400123456")
 

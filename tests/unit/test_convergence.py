@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from godwit.errors import ConfigError
-from godwit.migration.convergence import (
+from godwit.migration.ram.convergence import (
     GOOD_ENOUGH_MS,
     MAX_FAILURES,
     MAX_ROUNDS,
@@ -20,7 +20,7 @@ from godwit.migration.convergence import (
     why_not,
 )
 from godwit.migration.report import Report, Round
-from godwit.move_parameters import ConvergenceParameters, OnNoConvergence
+from godwit.spec.parameters import ConvergenceParameters, OnNoConvergence
 
 LIMIT = 300.0
 PATIENT = ConvergenceParameters()

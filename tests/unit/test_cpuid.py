@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from godwit.kvm.cpuid import Entry, guest_cpuid
+from godwit.host.kvm.cpuid import Entry, guest_cpuid
 
 HOST: list[Entry] = [
     (1, 0, 0, 0x800F12, 7 << 24 | 16 << 16 | 0x0800, 1 << 5, 0),

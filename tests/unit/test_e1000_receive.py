@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
+
 from e1000_bench import (
     BROADCAST,
     IO,
@@ -16,10 +17,9 @@ from e1000_bench import (
     tagged,
     with_fcs,
 )
-
 from godwit.hw.memory import GuestMemory
-from godwit.nic.e1000 import regs
-from godwit.nic.e1000.rxfilter import hash_of
+from godwit.hw.nic.e1000 import regs
+from godwit.hw.nic.e1000.rxfilter import hash_of
 
 RAM = 32 << 20
 DD, EOP, IXSM, VP = 1, 2, 4, 8

@@ -5,17 +5,17 @@ from typing import Any
 
 import msgspec
 import pytest
-from e1000_bench import BAR, IO, MAC, MASTER, MEMORY, PORT, Bench, make_frame, set_vlan, with_fcs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from e1000_bench import BAR, IO, MAC, MASTER, MEMORY, PORT, Bench, make_frame, set_vlan, with_fcs
 from godwit.errors import StreamError
 from godwit.hw.memory import GuestMemory
-from godwit.nic.e1000 import regs
-from godwit.nic.e1000.state import E1000State
-from godwit.nic.models import NicState
-from godwit.nic.virtio_nic import VirtioNicState
-from godwit.testing.e1000 import EOP
+from godwit.hw.nic.e1000 import regs
+from godwit.hw.nic.e1000.state import E1000State
+from godwit.hw.nic.models import NicState
+from godwit.hw.virtio.net.nic import VirtioNicState
+from tests.fakes.e1000 import EOP
 
 DECODER = msgspec.msgpack.Decoder(NicState)
 

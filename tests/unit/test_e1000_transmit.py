@@ -4,14 +4,14 @@ import struct
 from collections.abc import Callable, Iterator
 
 import pytest
-from e1000_bench import HEADER, IO, MASTER, MEMORY, Bench, make_frame
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from e1000_bench import HEADER, IO, MASTER, MEMORY, Bench, make_frame
 from godwit.hw.memory import GuestMemory
-from godwit.nic.e1000 import regs
-from godwit.nic.e1000.offload import ones_sum
-from godwit.testing.e1000 import DEXT, EOP, IC, IFCS, RS, TSE, VLE
+from godwit.hw.nic.e1000 import regs
+from godwit.hw.nic.e1000.offload import ones_sum
+from tests.fakes.e1000 import DEXT, EOP, IC, IFCS, RS, TSE, VLE
 
 RAM = 32 << 20
 IXSM, TXSM = 1, 2

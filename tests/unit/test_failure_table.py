@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from move_bench import Move, S
 
-from godwit.migration import arrival, channel, destination, forwarder, source
-from godwit.migration.codec import Kind
-from godwit.testing.line_cutter import LineCutter
+from godwit.migration import destination, source
+from godwit.migration.packets import destination as arrival
+from godwit.migration.packets import source as forwarder
+from godwit.migration.wire import sockets as channel
+from godwit.migration.wire.messages import Kind
+from move_bench import Move, S
+from tests.fakes.line_cutter import LineCutter
 
 #: The frame at which the fault strikes: each step of the conversation.
 PHASES = (

@@ -6,16 +6,16 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from handover_bench import MARK, OTHER, Handover, draw, finish, taps, to, word
 
 from godwit.announce.frames import BROADCAST, TPID_8021Q, gratuitous_arp, layer2_update, read_note
 from godwit.errors import LinkLost
-from godwit.migration import arrival as arrival_module
-from godwit.migration import codec
-from godwit.migration import forwarder as forwarder_module
-from godwit.migration.codec import Kind
-from godwit.nic import ahead
-from godwit.nic.tap import HEADER
+from godwit.host.net.tap import HEADER
+from godwit.hw.nic import rx_backlog as ahead
+from godwit.migration.packets import destination as arrival_module
+from godwit.migration.packets import source as forwarder_module
+from godwit.migration.wire import messages as codec
+from godwit.migration.wire.messages import Kind
+from handover_bench import MARK, OTHER, Handover, draw, finish, taps, to, word
 
 TAG_100 = b"\x81\0\0\x64"
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from handover_bench import OTHER, Handover, draw, finish, taps, to, word
 
 from godwit.announce.frames import BROADCAST
-from godwit.migration import arrival as arrival_module
-from godwit.migration import forwarder as forwarder_module
-from godwit.migration.arrival import Hold
-from godwit.migration.forwarder import Road
+from godwit.migration.packets import destination as arrival_module
+from godwit.migration.packets import source as forwarder_module
+from godwit.migration.packets.destination import Hold
+from godwit.migration.packets.source import Road
+from handover_bench import OTHER, Handover, draw, finish, taps, to, word
 
 pytestmark = pytest.mark.usefixtures("no_luck")
 

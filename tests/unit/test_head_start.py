@@ -13,10 +13,10 @@ from typing import cast
 
 import pytest
 
+from godwit.host.kvm import abi
+from godwit.host.kvm.handles import Vcpu
 from godwit.hw.bus import MmioBus, PortBus
-from godwit.kvm import abi
-from godwit.kvm.handles import Vcpu
-from godwit.vcpu import Ending, VcpuThread
+from godwit.machine.vcpu import Ending, VcpuThread
 
 PORT, VALUE, DATA_AT = 0x80, 0x5A, 0x100
 
@@ -47,9 +47,9 @@ class Guest:
         self.fails = False
         self.ended = threading.Event()
         self.told: list[tuple[Ending, str]] = []
-        monkeypatch.setattr("godwit.vcpu.fcntl", SimpleNamespace(ioctl=self._run))
-        monkeypatch.setattr("godwit.vcpu.signal", SimpleNamespace(pthread_kill=self._kick))
-        monkeypatch.setattr("godwit.vcpu.KICK_SIGNAL", 0, raising=False)
+        monkeypatch.setattr("godwit.machine.vcpu.fcntl", SimpleNamespace(ioctl=self._run))
+        monkeypatch.setattr("godwit.machine.vcpu.signal", SimpleNamespace(pthread_kill=self._kick))
+        monkeypatch.setattr("godwit.machine.vcpu.KICK_SIGNAL", 0, raising=False)
         vcpu = cast(Vcpu, SimpleNamespace(fd=-1, index=0, run_page=self._page))
         self.ports, self.device = PortBus(), Device()
         self.thread = VcpuThread(vcpu, self.ports, MmioBus(), self._tell)

@@ -4,11 +4,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from inprocess_bench import ALL, HEADER, MERGE, Bench, make_frame
 
 from godwit.hw.memory import GuestMemory
-from godwit.testing.driver import Part
-from godwit.virtio.queue import F_EVENT_IDX
+from godwit.hw.virtio.queue import F_EVENT_IDX
+from inprocess_bench import ALL, HEADER, MERGE, Bench, make_frame
+from tests.fakes.driver import Part
 
 
 @pytest.fixture

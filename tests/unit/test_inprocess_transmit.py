@@ -4,12 +4,12 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from inprocess_bench import ALL, HEADER, MERGE, Bench, make_frame
 
 from godwit.hw.memory import GuestMemory
-from godwit.nic import offloads
-from godwit.testing.driver import Part
-from godwit.virtio.queue import F_INDIRECT_DESC
+from godwit.hw.virtio.net import offloads
+from godwit.hw.virtio.queue import F_INDIRECT_DESC
+from inprocess_bench import ALL, HEADER, MERGE, Bench, make_frame
+from tests.fakes.driver import Part
 
 
 @pytest.fixture

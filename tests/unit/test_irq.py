@@ -7,7 +7,7 @@ import pytest
 
 from godwit.hw.irq import IntxLines, Msix, Routes
 from godwit.hw.layout import intx_gsi
-from godwit.testing.kvm import FakeVm
+from tests.fakes.kvm import FakeVm
 
 COUNT = 3
 ENABLE, MASK_ALL = 1 << 15, 1 << 14

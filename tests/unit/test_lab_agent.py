@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from godwit.lab import agent
-from godwit.lab.agent import Agent, AgentError, Flow
+from lab import agent
+from lab.agent import Agent, AgentError, Flow
 
 Answer = Callable[[int, str], str | None]
 

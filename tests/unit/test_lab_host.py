@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from godwit.kvm.probe import why_unusable
-from godwit.lab import emulator, host, kernels
+from godwit.host.kvm.probe import why_unusable
+from lab import emulator, host, kernels
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from godwit.errors import ConfigError
-from godwit.lab import initramfs, kernels
-from godwit.lab.addresses import LANS
+from lab import initramfs, kernels
+from lab.addresses import LANS
 
 
 def entries(archive: bytes) -> dict[str, tuple[int, bytes]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from godwit.lab import load, qemu
+from lab import load, qemu
 
 
 def test_rates_are_bytes_by_the_time_each_direction_took() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from godwit.errors import ConfigError
-from godwit.hw import linuxboot
+from godwit.hw import boot as linuxboot
 from godwit.hw.memory import GuestMemory
 
 M = 1 << 20

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from godwit.loop import Loop
+from godwit.host.loop import Loop
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from godwit.errors import ConfigError, LinkLost, PeerRefused, StreamError
-from godwit.migration import codec
-from godwit.migration.channel import Address, Channel
-from godwit.migration.codec import Kind, Text
+from godwit.migration.wire import messages as codec
+from godwit.migration.wire.messages import Kind, Text
+from godwit.migration.wire.sockets import Address, Channel
 
 
 @pytest.fixture(params=["unix", "tcp"])

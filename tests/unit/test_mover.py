@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from godwit.cli.migrate import _doing, _table
 from godwit.migration.report import Report, Round
-from godwit.mover import _doing, _table
 
 
 def _report() -> Report:

@@ -11,9 +11,9 @@ import pytest
 
 from godwit.errors import HostError
 from godwit.hw.memory import HOLE_END, PAGE, GuestMemory, Region
-from godwit.migration import pagemap
-from godwit.migration.codec import Run
-from godwit.migration.runs import pages_in
+from godwit.migration.ram import pagemap
+from godwit.migration.ram.page_runs import pages_in
+from godwit.migration.wire.messages import Run
 
 SIZE = 64 << 20
 HUGE = 2 << 20

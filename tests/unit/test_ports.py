@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from godwit.errors import HostError
-from godwit.nic import ports, rtnetlink
-from godwit.nic.ports import Port, Ports
-from godwit.nic.rtnetlink import FORWARDING, Link
+from godwit.host.net import links as ports
+from godwit.host.net import rtnetlink
+from godwit.host.net.links import Port, Ports
+from godwit.host.net.rtnetlink import FORWARDING, Link
 
 READY = Link(5, "tap0", True, 3, FORWARDING)
 

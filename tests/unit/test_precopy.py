@@ -16,11 +16,11 @@ import pytest
 
 from godwit.errors import LinkLost
 from godwit.hw.memory import PAGE, GuestMemory
-from godwit.machine import Machine
-from godwit.migration.line import Line
+from godwit.machine.machine import Machine
 from godwit.migration.outgoing import Outgoing
-from godwit.move_parameters import ConvergenceParameters, OnNoConvergence
-from godwit.runstate import RunState, RunStates
+from godwit.migration.wire.stream import Line
+from godwit.spec.parameters import ConvergenceParameters, OnNoConvergence
+from godwit.spec.runstate import RunState, RunStates
 
 S = RunState
 #: Pages in all, and those that the guest writes to.

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from qmp_bench import DEADLINE, Vm
 
+from godwit.client.qmp import Client, CommandRefused, VmGone
 from godwit.qmp import server as module
-from godwit.qmp.client import Client, CommandRefused, VmGone
+from qmp_bench import DEADLINE, Vm
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_an_event_that_does_not_come(vm: Vm) -> None:
 
 def test_imports_stay_light() -> None:
     script = (
-        "import sys, godwit.qmp.server, godwit.qmp.commands, godwit.qmp.client\n"
+        "import sys, godwit.qmp.server, godwit.qmp.commands, godwit.client.qmp\n"
         "import godwit.announce.announcer\n"
         "print([name for name in ('asyncio', 'rich', 'qemu', 'ssl') if name in sys.modules])"
     )

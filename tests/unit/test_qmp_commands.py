@@ -7,13 +7,13 @@ import pytest
 
 from godwit.announce.schedule import AnnounceOptions, AnnounceParameters, Verify
 from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
-from godwit.move_parameters import ConvergenceParameters, OnNoConvergence
-from godwit.nic.filterview import FilterView
+from godwit.hw.nic.rx_filter_info import FilterView
 from godwit.qmp import commands, events
 from godwit.qmp.commands import COMMANDS
 from godwit.qmp.controller import Controller
 from godwit.qmp.protocol import CommandNotFound
-from godwit.runstate import RunState, RunStates
+from godwit.spec.parameters import ConvergenceParameters, OnNoConvergence
+from godwit.spec.runstate import RunState, RunStates
 
 S = RunState
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from qmp_bench import DEADLINE, Raw, Vm
 
+from godwit.client.qmp import Client
 from godwit.errors import ConfigError, HostError
-from godwit.loop import Loop
+from godwit.host.loop import Loop
 from godwit.qmp import server as module
-from godwit.qmp.client import Client
 from godwit.qmp.server import Server
+from qmp_bench import DEADLINE, Raw, Vm
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from godwit.hw.memory import HOLE_END, PAGE, GuestMemory
-from godwit.machine import Machine
-from godwit.migration import ram
-from godwit.migration.codec import Run
-from godwit.migration.runs import bitmap_runs, pages_in
+from godwit.machine.machine import Machine
+from godwit.migration.ram import dirty_log as ram
+from godwit.migration.ram.page_runs import bitmap_runs, pages_in
+from godwit.migration.wire.messages import Run
 
 SIZE = 64 << 20
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from godwit.nic import rtnetlink
-from godwit.nic.rtnetlink import Forwarding, Link, LinkEvents
+from godwit.host.net import rtnetlink
+from godwit.host.net.rtnetlink import Forwarding, Link, LinkEvents
 
 MAC, OTHER = bytes.fromhex("525400123456"), bytes.fromhex("5254000000aa")
 NEWLINK, NEWNEIGH, ERROR, DONE = 16, 28, 2, 3

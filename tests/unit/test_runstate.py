@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from godwit.errors import StateError
-from godwit.runstate import TRANSITIONS, RunState, RunStates
+from godwit.spec.runstate import TRANSITIONS, RunState, RunStates
 
 #: Written out a second time, as a person would: a slip in the table must not pass unseen.
 EXPECTED = {

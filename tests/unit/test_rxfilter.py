@@ -3,10 +3,10 @@
 import msgspec
 import pytest
 
-from godwit.kvm import tun
-from godwit.nic import offloads
-from godwit.nic.rxfilter import TABLE_LIMIT, RxFilter, RxFilterState
-from godwit.testing.tap import FakeTap
+from godwit.host.net import tun
+from godwit.hw.virtio.net import offloads
+from godwit.hw.virtio.net.rxfilter import TABLE_LIMIT, RxFilter, RxFilterState
+from tests.fakes.tap import FakeTap
 
 OWN, OTHER = b"\x52\x54\0\0\0\1", b"\x52\x54\0\0\0\2"
 GROUP, GROUP2, ALL = b"\x33\x33\0\0\0\1", b"\x01\0\x5e\0\0\1", b"\xff" * 6

@@ -12,10 +12,10 @@ import msgspec
 import pytest
 
 from godwit.hw.memory import PAGE, GuestMemory
-from godwit.machine import Machine
+from godwit.machine.machine import Machine
 from godwit.migration.outgoing import Outgoing
 from godwit.migration.snapshot import FileLine, Saver
-from godwit.runstate import RunState, RunStates
+from godwit.spec.runstate import RunState, RunStates
 
 S = RunState
 

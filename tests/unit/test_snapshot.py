@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from godwit.errors import ConfigError, LinkLost, StreamError
-from godwit.migration import codec
-from godwit.migration.codec import Kind, Text
 from godwit.migration.snapshot import FileLine, path_of
+from godwit.migration.wire import messages as codec
+from godwit.migration.wire.messages import Kind, Text
 
 
 def _open(path: Path | str, flags: int) -> FileLine:

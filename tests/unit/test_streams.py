@@ -7,32 +7,33 @@ from ipaddress import ip_address
 from types import SimpleNamespace
 from typing import Any, cast
 
-import e1000_bench
 import msgspec
 import pytest
-import virtio_bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
-from recorded import STREAMS, Stream
 
-from godwit import machine_types
+import e1000_bench
+import virtio_bench
 from godwit.announce.addresses import AddressBook, Source
-from godwit.config import NicConfig, VmConfig, parse_size
 from godwit.errors import StreamError
+from godwit.host.kvm import abi
+from godwit.host.kvm.cpustate import tsc_of
 from godwit.hw.memory import GuestMemory
-from godwit.kvm import abi
-from godwit.kvm.cpustate import tsc_of
-from godwit.machine import Machine
-from godwit.machine_state import MachineState
-from godwit.machine_types import machine_type
-from godwit.migration import codec, hello
-from godwit.nic import offloads
-from godwit.nic.e1000.nic import E1000
-from godwit.nic.e1000.state import E1000State
-from godwit.nic.models import MODELS
-from godwit.nic.virtio_nic import VirtioNic, VirtioNicState
-from godwit.testing.backend import FEATURES
+from godwit.hw.nic.e1000.nic import E1000
+from godwit.hw.nic.e1000.state import E1000State
+from godwit.hw.nic.models import MODELS
+from godwit.hw.virtio.net import offloads
+from godwit.hw.virtio.net.nic import VirtioNic, VirtioNicState
+from godwit.machine.machine import Machine
+from godwit.machine.state import MachineState
+from godwit.migration.wire import compatibility as hello
+from godwit.migration.wire import messages as codec
+from godwit.spec import machine_types
+from godwit.spec.config import NicConfig, VmConfig, parse_size
+from godwit.spec.machine_types import machine_type
+from recorded import STREAMS, Stream
+from tests.fakes.backend import FEATURES
 
 MAC = bytes.fromhex("525400677701")
 F_ANNOUNCE = virtio_bench.F_ANNOUNCE

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from godwit.host.kvm import abi
+from godwit.host.kvm.handles import Vcpu
 from godwit.hw.bus import MmioBus, PortBus
-from godwit.kvm import abi
-from godwit.kvm.handles import Vcpu
-from godwit.migration.throttle import Throttle
-from godwit.vcpu import SLICE_S, Ending, VcpuThread, rest_after
+from godwit.machine.vcpu import SLICE_S, Ending, VcpuThread, rest_after
+from godwit.migration.ram.throttle import Throttle
 
 
 @given(ran=st.floats(1e-4, 0.05), percent=st.integers(1, 99))
@@ -43,10 +43,10 @@ class Guest:
         self._entered = threading.Semaphore(0)
         page = bytearray(4096)
         self._page = page
-        monkeypatch.setattr("godwit.vcpu.fcntl", SimpleNamespace(ioctl=self._run))
-        monkeypatch.setattr("godwit.vcpu.signal", SimpleNamespace(pthread_kill=self._kick))
-        monkeypatch.setattr("godwit.vcpu.time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr("godwit.vcpu.KICK_SIGNAL", 0, raising=False)
+        monkeypatch.setattr("godwit.machine.vcpu.fcntl", SimpleNamespace(ioctl=self._run))
+        monkeypatch.setattr("godwit.machine.vcpu.signal", SimpleNamespace(pthread_kill=self._kick))
+        monkeypatch.setattr("godwit.machine.vcpu.time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr("godwit.machine.vcpu.KICK_SIGNAL", 0, raising=False)
         vcpu = cast(Vcpu, SimpleNamespace(fd=-1, index=0, run_page=page))
         self.thread = VcpuThread(vcpu, PortBus(), MmioBus(), lambda ending, detail: None)
         self.thread.start()

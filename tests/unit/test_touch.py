@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from godwit.hw.memory import HUGE, PAGE, GuestMemory, Region
-from godwit.migration import touch
-from godwit.migration.touch import Toucher
+from godwit.migration.ram import prefault as touch
+from godwit.migration.ram.prefault import Toucher
 
 SIZE = 64 << 20
 

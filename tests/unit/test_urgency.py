@@ -11,15 +11,16 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+
+from godwit.machine.machine import Machine
+from godwit.migration import realtime as urgency
+from godwit.migration.realtime import Urgency
+from godwit.migration.snapshot import Restorer
+from godwit.migration.wire import messages as codec
+from godwit.migration.wire.compatibility import describe
+from godwit.migration.wire.messages import Kind
 from move_bench import Move, Standin
 from recorded import STREAMS
-
-from godwit.machine import Machine
-from godwit.migration import codec, urgency
-from godwit.migration.codec import Kind
-from godwit.migration.hello import describe
-from godwit.migration.snapshot import Restorer
-from godwit.migration.urgency import Urgency
 
 FLAG = os.SCHED_RESET_ON_FORK
 NORMAL, URGENT = os.SCHED_OTHER | FLAG, os.SCHED_RR | FLAG

@@ -12,15 +12,15 @@ from collections.abc import Iterator
 import pytest
 
 from godwit.errors import GuestError, HostError
+from godwit.host.loop import Loop
+from godwit.host.net.tap import HEADER
 from godwit.hw.memory import GuestMemory
-from godwit.loop import Loop
-from godwit.nic.backend import Ring
-from godwit.nic.tap import HEADER
-from godwit.nic.vhost import VhostBackend
-from godwit.testing.driver import Driver, Part
-from godwit.testing.tap import FakeTap
-from godwit.testing.vhost import FakeVhost
-from godwit.virtio.queue import F_EVENT_IDX, Virtqueue
+from godwit.hw.virtio.net.backend import Ring
+from godwit.hw.virtio.net.vhost import VhostBackend
+from godwit.hw.virtio.queue import F_EVENT_IDX, Virtqueue
+from tests.fakes.driver import Driver, Part
+from tests.fakes.tap import FakeTap
+from tests.fakes.vhost import FakeVhost
 
 FEATURES = F_EVENT_IDX | 1 << 15 | 1 << 32
 SIZE = 16

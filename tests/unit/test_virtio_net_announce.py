@@ -4,6 +4,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+
+from godwit.hw.memory import GuestMemory
+from godwit.hw.virtio.queue import Chain
+from tests.fakes.driver import Part
 from virtio_bench import (
     ACK,
     ALL,
@@ -13,10 +17,6 @@ from virtio_bench import (
     FEATURES_OK,
     Bench,
 )
-
-from godwit.hw.memory import GuestMemory
-from godwit.testing.driver import Part
-from godwit.virtio.queue import Chain
 
 OK, ERR = 0, 1
 LINK_UP, ANNOUNCE = 1, 2

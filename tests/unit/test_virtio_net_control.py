@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from virtio_bench import ALL, F_EVENT_IDX, MAC, NEEDS_RESET, Bench
 
 from godwit.hw.memory import GuestMemory
-from godwit.testing.driver import Part
+from tests.fakes.driver import Part
+from virtio_bench import ALL, F_EVENT_IDX, MAC, NEEDS_RESET, Bench
 
 OK, ERR = 0, 1
 F_CTRL_RX, F_CTRL_VLAN, F_CTRL_RX_EXTRA, F_CTRL_MAC = 1 << 18, 1 << 19, 1 << 20, 1 << 23

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 from msgspec import structs
+
+from godwit.errors import StreamError
+from godwit.hw.memory import GuestMemory
 from virtio_bench import (
     ALL,
     F_ANNOUNCE,
     MAC,
     Bench,
 )
-
-from godwit.errors import StreamError
-from godwit.hw.memory import GuestMemory
 
 OK, ERR = 0, 1
 LINK_UP, ANNOUNCE = 1, 2

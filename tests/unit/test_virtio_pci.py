@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
+
+from godwit.hw.memory import GuestMemory
 from virtio_bench import (
     ACK,
     ALL,
@@ -16,8 +18,6 @@ from virtio_bench import (
     NEEDS_RESET,
     Bench,
 )
-
-from godwit.hw.memory import GuestMemory
 
 
 @pytest.fixture

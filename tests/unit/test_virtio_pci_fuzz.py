@@ -2,12 +2,12 @@
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from virtio_bench import ACK, DRIVER, DRIVER_OK, FEATURES_OK, Bench
 
 from godwit.hw.memory import GuestMemory
-from godwit.migration.codec import decode, encode
-from godwit.nic.virtio_net import NetState
-from godwit.virtio.pci import TransportState
+from godwit.hw.virtio.net.device import NetState
+from godwit.hw.virtio.pci import TransportState
+from godwit.migration.wire.messages import decode, encode
+from virtio_bench import ACK, DRIVER, DRIVER_OK, FEATURES_OK, Bench
 
 _sizes = st.sampled_from([1, 2, 4])
 _values = st.one_of(

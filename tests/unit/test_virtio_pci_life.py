@@ -6,6 +6,10 @@ from contextlib import suppress
 
 import pytest
 from msgspec import structs
+
+from godwit.hw.memory import GuestMemory
+from godwit.hw.virtio.net.device import NetState
+from godwit.hw.virtio.state import TransportState
 from virtio_bench import (
     ACK,
     BAR,
@@ -15,10 +19,6 @@ from virtio_bench import (
     MAC,
     Bench,
 )
-
-from godwit.hw.memory import GuestMemory
-from godwit.nic.virtio_net import NetState
-from godwit.virtio.saved import TransportState
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 
 from godwit.errors import GuestError
 from godwit.hw.memory import GuestMemory
-from godwit.testing.driver import Driver, Part
-from godwit.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
+from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
+from tests.fakes.driver import Driver, Part
 
 SIZE = 8
 

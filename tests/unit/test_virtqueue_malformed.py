@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from godwit.errors import GuestError
 from godwit.hw.memory import GuestMemory
-from godwit.testing.driver import INDIRECT, NEXT, WRITE, Driver
-from godwit.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
+from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
+from tests.fakes.driver import INDIRECT, NEXT, WRITE, Driver
 
 SIZE = 8
 RAM = 32 << 20

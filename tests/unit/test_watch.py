@@ -13,10 +13,10 @@ from contextlib import suppress
 import pytest
 
 from godwit.errors import HostError
-from godwit.kvm import packet
-from godwit.nic import watch
-from godwit.nic.watch import BATCH, WINDOW_S, TapWatch
-from godwit.testing.clock import FakeClock
+from godwit.host.net import packet
+from godwit.host.net import tap_watch as watch
+from godwit.host.net.tap_watch import BATCH, WINDOW_S, TapWatch
+from tests.fakes.clock import FakeClock
 
 
 class HandLoop(FakeClock):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 
+from godwit.host.loop import Loop
 from godwit.hw.bus import MmioBus, PortBus
 from godwit.hw.irq import Routes
 from godwit.hw.memory import GuestMemory
 from godwit.hw.pci import PciBus
-from godwit.loop import Loop
-from godwit.nic.virtio_net import NetState, VirtioNet
-from godwit.testing.backend import FEATURES, FakeBackend
-from godwit.testing.driver import Driver, Part
-from godwit.testing.kvm import FakeVm
-from godwit.virtio.pci import TransportState, VirtioPci
+from godwit.hw.virtio.net.device import NetState, VirtioNet
+from godwit.hw.virtio.pci import TransportState, VirtioPci
+from tests.fakes.backend import FEATURES, FakeBackend
+from tests.fakes.driver import Driver, Part
+from tests.fakes.kvm import FakeVm
 
 MAC = bytes.fromhex("525400123456")
 BAR = 0xE000_0000

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 import pytest
 from vm_bench import MORE_TAPS, TAPS, Bench, Guest
 
-from godwit.kvm.probe import why_unusable
-from godwit.lab.emulator import MARKER
-from godwit.lab.network import Network
+from godwit.host.kvm.probe import why_unusable
+from lab.emulator import MARKER
+from lab.network import Network
 
 _HERE = Path(__file__).parent
 #: What neither Godwit nor a healthy guest prints.

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from vm_bench import MORE_TAPS, Bench, Guest, announce, recovered
 
-from godwit.lab.judge import announcements
-from godwit.lab.scenario import wait_for
-from godwit.lab.traffic import Flow, Ping
+from lab.judge import announcements
+from lab.scenario import wait_for
+from lab.traffic import Flow, Ping
 
 _MACS = [f"52:54:00:67:78:0{number}" for number in range(3)]
 _NICS = [

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 
 from vm_bench import Bench, Guest, announce, announced, rarps, recovered
 
-from godwit.lab.judge import announcements
-from godwit.lab.scenario import MAC
-from godwit.lab.traffic import FLOWS, Stream
+from lab.judge import announcements
+from lab.scenario import MAC
+from lab.traffic import FLOWS, Stream
 
 #: The guest's address of its own making (RFC 4291, appendix A), the same in each network.
 LINK_LOCAL = "fe80::5054:ff:fe67:7701"

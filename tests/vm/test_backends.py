@@ -6,9 +6,9 @@ from contextlib import ExitStack
 
 from vm_bench import Bench, announced, rarps
 
-from godwit.lab.judge import announcements
-from godwit.lab.scenario import MAC, wait_for
-from godwit.lab.traffic import FLOWS, Sender
+from lab.judge import announcements
+from lab.scenario import MAC, wait_for
+from lab.traffic import FLOWS, Sender
 
 
 def test_guests_move_between_the_backends(bench: Bench) -> None:

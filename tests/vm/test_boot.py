@@ -8,10 +8,10 @@ import sys
 
 from vm_bench import Bench, Guest, rarps
 
-from godwit.lab import kernels
-from godwit.lab.guest import CMDLINE, READY
-from godwit.lab.judge import announcements
-from godwit.lab.scenario import MAC, wait_for
+from lab import kernels
+from lab.guest import CMDLINE, READY
+from lab.judge import announcements
+from lab.scenario import MAC, wait_for
 
 
 def _boots(bench: Bench, kernel: str, cpus: int) -> Guest:
@@ -75,7 +75,7 @@ def test_6_12_cloud_with_eight_cpus_reboots_and_crashes(bench: Bench) -> None:
 
 def test_a_tap_that_is_none_ends_a_guest_that_has_its_head_start(bench: Bench) -> None:
     kernel = kernels.get("cloud-6.12")
-    argv = [sys.executable, "-m", "godwit.cli", "run", "--kernel", str(kernel.vmlinuz)]
+    argv = [sys.executable, "-m", "godwit.cli.main", "run", "--kernel", str(kernel.vmlinuz)]
     argv += ["--memory", "128M", "--append", CMDLINE, "--nic", "tap=lo"]  # which is no tap
     done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=90)
     assert done.returncode == 1

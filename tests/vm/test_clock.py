@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vm_bench import Bench
 
-from godwit.lab import clocks
-from godwit.lab.guest import WATCHFUL_CMDLINE
+from lab import clocks
+from lab.guest import WATCHFUL_CMDLINE
 
 _MOVES = 4
 #: Two clocks of one host drift apart a little between two readings, s.

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from vm_bench import ONE_BACKEND, Bench, Guest, Watched
 
-from godwit.lab.emulator import MARKER
-from godwit.lab.guest import READY
-from godwit.lab.scenario import wait_for
-from godwit.lab.traffic import FLOWS
+from lab.emulator import MARKER
+from lab.guest import READY
+from lab.scenario import wait_for
+from lab.traffic import FLOWS
 
 #: What the guest writes to without rest, MB.
 _HOT = 16

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import pytest
 from vm_bench import TAPS, Bench, Guest, Watched, rarps, records, recovered
 
-from godwit.lab.guest import READY
-from godwit.lab.judge import announcements
-from godwit.lab.netns import inside
-from godwit.lab.scenario import MAC, rounds, wait_for
-from godwit.lab.traffic import FLOWS, Sender, Stream
+from lab.guest import READY
+from lab.judge import announcements
+from lab.netns import inside
+from lab.scenario import MAC, rounds, wait_for
+from lab.traffic import FLOWS, Sender, Stream
 
 _NIC = "model=e1000"
 _ROUNDS = 5

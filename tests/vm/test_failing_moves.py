@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from vm_bench import Bench, Guest, Watched, held, resident
 
-from godwit.lab.scenario import wait_for
-from godwit.lab.traffic import FLOWS
-from godwit.migration.channel import Channel
-from godwit.migration.codec import Kind
+from godwit.migration.wire.messages import Kind
+from godwit.migration.wire.sockets import Channel
+from lab.scenario import wait_for
+from lab.traffic import FLOWS
 
 #: Bytes a second: what the guest holds takes twenty seconds and more.
 _SLOW = 2 << 20

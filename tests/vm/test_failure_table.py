@@ -17,9 +17,9 @@ import pytest
 from vm_bench import ONE_BACKEND, Bench, Guest, Watched, held, resident
 
 from godwit.errors import GodwitError
-from godwit.lab.scenario import wait_for
-from godwit.migration.codec import Kind
-from godwit.testing.line_cutter import LineCutter
+from godwit.migration.wire.messages import Kind
+from lab.scenario import wait_for
+from tests.fakes.line_cutter import LineCutter
 
 pytestmark = ONE_BACKEND
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from vm_bench import Bench, Guest, Watched, numbered, recovered
 
-from godwit.lab.scenario import MAC, wait_for
-from godwit.lab.traffic import FLOWS, Capture, Stream
-from godwit.migration.codec import Kind
-from godwit.testing.line_cutter import LineCutter
+from godwit.migration.wire.messages import Kind
+from lab.scenario import MAC, wait_for
+from lab.traffic import FLOWS, Capture, Stream
+from tests.fakes.line_cutter import LineCutter
 
 
 def _handover(vm: Watched) -> dict[str, int]:

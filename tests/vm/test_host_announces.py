@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from vm_bench import Bench, announce, rarps, recovered
 
-from godwit.lab.judge import announcements
-from godwit.lab.scenario import MAC, rounds, wait_for
-from godwit.lab.traffic import FLOWS
+from lab.judge import announcements
+from lab.scenario import MAC, rounds, wait_for
+from lab.traffic import FLOWS
 
 _ROUNDS = 5
 

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 import pytest
 from vm_bench import MORE_TAPS, Bench, Guest, Watched, announce
 
-from godwit.lab.judge import Announcement, announcements
-from godwit.lab.scenario import MAC, wait_for
-from godwit.lab.traffic import FLOWS
+from lab.judge import Announcement, announcements
+from lab.scenario import MAC, wait_for
+from lab.traffic import FLOWS
 
 _MAC2 = "52:54:00:67:77:22"
 _NIC2 = f"id=second,tap={MORE_TAPS[0]},mac={_MAC2}"

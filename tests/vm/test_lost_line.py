@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from vm_bench import Bench, Guest
 
-from godwit.migration.codec import Kind
-from godwit.testing.line_cutter import LineCutter
+from godwit.migration.wire.messages import Kind
+from tests.fakes.line_cutter import LineCutter
 
 
 @pytest.mark.parametrize("delivered", [False, True], ids=["commit lost", "answer lost"])

@@ -7,7 +7,7 @@ import sys
 
 from vm_bench import Bench, Guest
 
-from godwit.lab import clocks
+from lab import clocks
 
 _CLOCK_S = 0.2
 
@@ -37,7 +37,7 @@ def test_the_command_line_moves_a_guest_and_reports(bench: Bench, guest: Guest) 
     target = bench.target(guest)
     uri = bench.listen(target, f"tcp:{target.host.management}:4444")
     guest.vm.mark()
-    argv = [sys.executable, "-m", "godwit.cli", "migrate", "--insecure"]
+    argv = [sys.executable, "-m", "godwit.cli.main", "migrate", "--insecure"]
     argv += ["--qmp", str(guest.vm.qmp_path), uri]
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr

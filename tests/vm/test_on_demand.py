@@ -7,9 +7,9 @@ import time
 import pytest
 from vm_bench import ONE_BACKEND, Bench, Guest, Watched, announce, announced, stamp
 
-from godwit.lab.judge import announcements
-from godwit.lab.scenario import MAC, wait_for
-from godwit.qmp.client import CommandRefused
+from godwit.client.qmp import CommandRefused
+from lab.judge import announcements
+from lab.scenario import MAC, wait_for
 
 pytestmark = ONE_BACKEND
 _FAST = {"initial": 100, "max": 100, "step": 1}

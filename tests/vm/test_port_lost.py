@@ -6,8 +6,8 @@ import subprocess
 
 from vm_bench import ONE_BACKEND, Bench, Guest, Watched, announce, announced
 
-from godwit.lab.judge import announcements
-from godwit.lab.scenario import MAC, wait_for
+from lab.judge import announcements
+from lab.scenario import MAC, wait_for
 
 pytestmark = ONE_BACKEND
 #: Rounds for as long as the test lasts.

@@ -17,16 +17,16 @@ import pytest
 
 from godwit.announce.frames import TPID_8021Q, rarp
 from godwit.announce.schedule import Verify
-from godwit.announce.station import Station
+from godwit.announce.uplink import Station
 from godwit.announce.verify import Verification
-from godwit.lab.netns import inside
-from godwit.loop import Loop
-from godwit.nic import rtnetlink
-from godwit.nic.filterview import FilterView
-from godwit.nic.ports import Port, Ports
-from godwit.nic.rtnetlink import Forwarding
-from godwit.nic.rxfilter import RxFilter
-from godwit.nic.tap import Tap
+from godwit.host.loop import Loop
+from godwit.host.net import rtnetlink
+from godwit.host.net.links import Port, Ports
+from godwit.host.net.rtnetlink import Forwarding
+from godwit.host.net.tap import Tap
+from godwit.hw.nic.rx_filter_info import FilterView
+from godwit.hw.virtio.net.rxfilter import RxFilter
+from lab.netns import inside
 
 MAC, OTHER = bytes.fromhex("525400123456"), bytes.fromhex("5254000000aa")
 NETNS, TAP, BRIDGE = f"godwit-{os.getpid()}-ports", "ported0", "ports"

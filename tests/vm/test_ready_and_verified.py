@@ -11,9 +11,9 @@ from pathlib import Path
 
 from vm_bench import ONE_BACKEND, Bench, Guest, Watched, announce, announced, resident, stamp
 
-from godwit.lab.judge import announcements
-from godwit.lab.scenario import MAC, wait_for
-from godwit.lab.traffic import Capture
+from lab.judge import announcements
+from lab.scenario import MAC, wait_for
+from lab.traffic import Capture
 
 pytestmark = ONE_BACKEND
 _FLOOD = 20_000

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 from vm_bench import ONE_BACKEND, Bench, Guest, Watched
 
+from godwit.client.qmp import CommandRefused
 from godwit.errors import PeerRefused
-from godwit.lab.scenario import MAC
-from godwit.migration import codec
-from godwit.migration.channel import Address, Channel
-from godwit.qmp.client import CommandRefused
+from godwit.migration.wire import messages as codec
+from godwit.migration.wire.sockets import Address, Channel
+from lab.scenario import MAC
 
 pytestmark = ONE_BACKEND
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from vm_bench import ONE_BACKEND, Bench, Guest, Watched, announced, rarps, stamp
 
-from godwit.lab.judge import announcements
-from godwit.lab.scenario import MAC
-from godwit.qmp.client import CommandRefused
+from godwit.client.qmp import CommandRefused
+from lab.judge import announcements
+from lab.scenario import MAC
 
 
 def _save(bench: Bench, guest: Guest, name: str) -> Path:

@@ -11,21 +11,22 @@ from pathlib import Path
 
 import pytest
 from msgspec import structs
-from recorded import STREAMS, Stream
 from vm_bench import Bench
 
-from godwit.board import Board
-from godwit.config import NicConfig, VmConfig, parse_size
+from godwit.host.kvm import abi
+from godwit.host.kvm.cpustate import PlatformState, VcpuState, tsc_of
+from godwit.host.loop import Loop
 from godwit.hw.console import Console
-from godwit.kvm import abi
-from godwit.kvm.cpustate import PlatformState, VcpuState, tsc_of
-from godwit.lab.netns import inside
-from godwit.loop import Loop
-from godwit.machine import Machine
-from godwit.machine_state import MachineState, NicSaved
-from godwit.machine_types import machine_type
-from godwit.migration import codec, hello
-from godwit.vcpu import install_kick_handler
+from godwit.machine.board import Board
+from godwit.machine.machine import Machine
+from godwit.machine.state import MachineState, NicSaved
+from godwit.machine.vcpu import install_kick_handler
+from godwit.migration.wire import compatibility as hello
+from godwit.migration.wire import messages as codec
+from godwit.spec.config import NicConfig, VmConfig, parse_size
+from godwit.spec.machine_types import machine_type
+from lab.netns import inside
+from recorded import STREAMS, Stream
 
 #: Where the streams were recorded (tests/streams/README.md). A guest of another CPU's may not fit.
 _CPU = "AMD EPYC Processor"

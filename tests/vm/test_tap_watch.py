@@ -20,14 +20,14 @@ from godwit.announce.addresses import Entry
 from godwit.announce.dissect import Sighting
 from godwit.announce.frames import TPID_8021AD, TPID_8021Q, gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.observer import Observer
-from godwit.config import parse_mac
 from godwit.errors import HostError
-from godwit.lab.addresses import LANS
-from godwit.lab.netns import inside
-from godwit.lab.scenario import MAC as LAB_MAC
-from godwit.loop import Loop
-from godwit.nic.tap import HEADER, Tap
-from godwit.nic.watch import BATCH, WINDOW_S, TapWatch
+from godwit.host.loop import Loop
+from godwit.host.net.tap import HEADER, Tap
+from godwit.host.net.tap_watch import BATCH, WINDOW_S, TapWatch
+from godwit.spec.config import parse_mac
+from lab.addresses import LANS
+from lab.netns import inside
+from lab.scenario import MAC as LAB_MAC
 
 MAC, OTHER = bytes.fromhex("525400123456"), bytes.fromhex("5254000000aa")
 IP4 = bytes([192, 0, 2, 7])

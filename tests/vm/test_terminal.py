@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 from vm_bench import Bench
 
-from godwit.lab import guest as guest_image
-from godwit.lab import kernels
+from lab import guest as guest_image
+from lab import kernels
 
 
 class Terminal:
@@ -24,7 +24,7 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self.master, slave = pty.openpty()
         self.before = termios.tcgetattr(slave)
-        argv = [sys.executable, "-m", "godwit.cli", "run", *arguments]
+        argv = [sys.executable, "-m", "godwit.cli.main", "run", *arguments]
         self.process = subprocess.Popen(
             argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
         )

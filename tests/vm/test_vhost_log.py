@@ -11,20 +11,20 @@ from collections.abc import Iterator
 import pytest
 from vm_bench import Bench
 
-from godwit.board import Board
-from godwit.config import NicConfig, VmConfig, parse_mac
+from godwit.host.loop import Loop
 from godwit.hw.console import Console
 from godwit.hw.memory import PAGE
-from godwit.lab import guest as guest_image
-from godwit.lab import kernels
-from godwit.lab.agent import Agent
-from godwit.lab.netns import inside
-from godwit.lab.scenario import MAC, wait_for
-from godwit.loop import Loop
-from godwit.machine import Machine
-from godwit.nic.vhost import VhostBackend
-from godwit.nic.virtio_nic import VirtioNic
-from godwit.vcpu import install_kick_handler
+from godwit.hw.virtio.net.nic import VirtioNic
+from godwit.hw.virtio.net.vhost import VhostBackend
+from godwit.machine.board import Board
+from godwit.machine.machine import Machine
+from godwit.machine.vcpu import install_kick_handler
+from godwit.spec.config import NicConfig, VmConfig, parse_mac
+from lab import guest as guest_image
+from lab import kernels
+from lab.agent import Agent
+from lab.netns import inside
+from lab.scenario import MAC, wait_for
 
 
 @pytest.fixture

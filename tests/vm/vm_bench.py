@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 
+from godwit.client.vm import Vm
 from godwit.errors import HostError
-from godwit.lab import guest as guest_image
-from godwit.lab import kernels
-from godwit.lab.agent import Agent, Flow
-from godwit.lab.network import Host, Network
-from godwit.lab.scenario import MAC, rounds, wait_for
-from godwit.lab.traffic import ANNOUNCING, FLOWS, Capture, Ping, Sender
-from godwit.lab.vm import Vm
+from lab import guest as guest_image
+from lab import kernels
+from lab.agent import Agent, Flow
+from lab.network import Host, Network
+from lab.scenario import MAC, rounds, wait_for
+from lab.traffic import ANNOUNCING, FLOWS, Capture, Ping, Sender
 
 #: For a module to which the data path does not matter.
 ONE_BACKEND = pytest.mark.parametrize("backend", ["vhost"], indirect=True, scope="session")

@@ -18,16 +18,17 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from ..errors import ConfigError, StateError
-from ..loop import Clock, Timer
-from ..runstate import RunState
+from godwit.errors import ConfigError, StateError
+from godwit.host.loop import Clock, Timer
+from godwit.spec.runstate import RunState
+
 from .addresses import Entry
+from .attempts import Ladder, Report, Verifier
 from .dissect import Sighting
-from .ladder import Ladder, Report, Verifier
 from .pacing import Pacer
 from .record import NicRecord
 from .schedule import AnnounceOptions, AnnounceParameters
-from .station import Station
+from .uplink import Station
 
 # The events. Each but the first has ``nic``.
 STARTED = "ANNOUNCE_STARTED"  # id, nics, rounds

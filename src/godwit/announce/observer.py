@@ -1,7 +1,7 @@
 """What is known of one NIC's guest from its frames: the address book, and what it announced itself.
 
-No I/O: :class:`godwit.nic.watch.TapWatch` brings the frames. It sees those too that the host writes
-to the tap in the guest's name, so the host says beforehand what it sends.
+No I/O: :class:`godwit.host.net.tap_watch.TapWatch` brings the frames. It sees those too that the
+host writes to the tap in the guest's name, so the host says beforehand what it sends.
 """
 
 from __future__ import annotations

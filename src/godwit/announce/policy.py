@@ -6,8 +6,8 @@ import re
 
 import msgspec
 
-from ..config import parse_mac
-from ..errors import ConfigError
+from godwit.errors import ConfigError
+from godwit.spec.config import parse_mac
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}")
 #: A list is typed by a person.

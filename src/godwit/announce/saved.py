@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from ..errors import StreamError
+from godwit.errors import StreamError
+
 from .dissect import MAX_TAGS, is_host_ip, is_host_mac
 from .frames import TPID_8021AD, TPID_8021Q, Tag
 

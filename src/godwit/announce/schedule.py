@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import msgspec
 
-from ..errors import ConfigError
+from godwit.errors import ConfigError
+
 from .pacing import RATE
 
 #: Field -> (least, most), ms except rounds: QEMU's migration/options.c, migrate_params_check.

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..errors import GodwitError
-from ..nic import rtnetlink
+from godwit.errors import GodwitError
+from godwit.host.net import rtnetlink
+
 from . import frames
 from .addresses import Entry, Peer
 from .dissect import Malformed, Sighting, dissect
 from .frames import Tag
 from .schedule import Verify
-from .station import Station
+from .uplink import Station
 
 #: Peers asked in each VLAN and family, those met most often first: a gateway is likely among them.
 PEERS = 2

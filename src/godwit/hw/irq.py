@@ -15,7 +15,8 @@ from typing import Annotated
 
 import msgspec
 
-from ..kvm.handles import Vm
+from godwit.host.kvm.handles import Vm
+
 from .layout import INTX_GSIS, intx_gsi
 
 _FIRST_GSI = 24

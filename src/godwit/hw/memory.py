@@ -11,8 +11,8 @@ import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..errors import ConfigError, GuestError
-from ..kvm.ioctl import address_of
+from godwit.errors import ConfigError, GuestError
+from godwit.host.ioctl import address_of
 
 PAGE = 4096
 HUGE = 2 << 20

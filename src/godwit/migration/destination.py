@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from ..errors import GodwitError, LinkLost, MigrationError, StreamError
-from ..machine import Machine
-from . import codec
-from .arrival import Arrival
-from .channel import SILENCE, Address, Channel
-from .codec import Kind
-from .hello import check
+from godwit.errors import GodwitError, LinkLost, MigrationError, StreamError
+from godwit.machine.machine import Machine
+from godwit.migration.packets.destination import Arrival
+from godwit.migration.wire.compatibility import check
+from godwit.migration.wire.messages import Kind
+from godwit.migration.wire.sockets import SILENCE, Address, Channel
+
 from .receiver import Receiver
+from .wire import messages as codec
 
 #: See :class:`Destination`.
 OnStart = Callable[[bool, Callable[[str], None], Arrival | None, Callable[[list[str]], None]], None]

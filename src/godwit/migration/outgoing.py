@@ -13,19 +13,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
-from ..errors import GodwitError, LinkLost, MigrationError, PeerRefused, StateError
-from ..hw.memory import PAGE
-from ..machine import Machine
-from ..move_parameters import ConvergenceParameters
-from ..runstate import RunState, RunStates
-from . import codec, ram
-from .codec import Kind, Run
-from .convergence import GOOD_ENOUGH_MS, Action, Convergence, why_not
-from .hello import describe
-from .line import Line
+from godwit.errors import GodwitError, LinkLost, MigrationError, PeerRefused, StateError
+from godwit.hw.memory import PAGE
+from godwit.machine.machine import Machine
+from godwit.migration.ram.convergence import GOOD_ENOUGH_MS, Action, Convergence, why_not
+from godwit.migration.ram.page_runs import pages_in, portions, union
+from godwit.migration.ram.throttle import Throttle
+from godwit.migration.wire.compatibility import describe
+from godwit.migration.wire.messages import Kind, Run
+from godwit.migration.wire.stream import Line
+from godwit.spec.parameters import ConvergenceParameters
+from godwit.spec.runstate import RunState, RunStates
+
+from .ram import dirty_log as ram
 from .report import Report, Round
-from .runs import pages_in, portions, union
-from .throttle import Throttle
+from .wire import messages as codec
 
 
 class Limits(Protocol):

@@ -5,17 +5,18 @@ from __future__ import annotations
 import ctypes
 import time
 
-from ..errors import GuestError, MigrationError, StreamError
-from ..hw.memory import PAGE
-from ..kvm.ioctl import address_of
-from ..machine import Machine
-from ..machine_state import MachineState
-from . import codec
-from .codec import Kind, Run
-from .line import Line
-from .runs import pages_in
-from .touch import Toucher
-from .urgency import Urgency
+from godwit.errors import GuestError, MigrationError, StreamError
+from godwit.host.ioctl import address_of
+from godwit.hw.memory import PAGE
+from godwit.machine.machine import Machine
+from godwit.machine.state import MachineState
+from godwit.migration.ram.page_runs import pages_in
+from godwit.migration.ram.prefault import Toucher
+from godwit.migration.wire.messages import Kind, Run
+from godwit.migration.wire.stream import Line
+
+from .realtime import Urgency
+from .wire import messages as codec
 
 
 class Receiver:

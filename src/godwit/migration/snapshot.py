@@ -16,18 +16,19 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import ConfigError, GodwitError, LinkLost, MigrationError, StreamError
-from ..machine import Machine
-from ..move_parameters import ConvergenceParameters, OnNoConvergence
-from ..runstate import RunState, RunStates
-from . import codec
-from .codec import Kind
+from godwit.errors import ConfigError, GodwitError, LinkLost, MigrationError, StreamError
+from godwit.machine.machine import Machine
+from godwit.migration.ram.page_runs import union
+from godwit.migration.wire.compatibility import check
+from godwit.migration.wire.messages import Kind
+from godwit.migration.wire.stream import Line
+from godwit.spec.parameters import ConvergenceParameters, OnNoConvergence
+from godwit.spec.runstate import RunState, RunStates
+
 from .destination import OnStart
-from .hello import check
-from .line import Line
 from .outgoing import Limits, Outgoing
 from .receiver import Receiver
-from .runs import union
+from .wire import messages as codec
 
 _MAX_PARTS = os.sysconf("SC_IOV_MAX")
 

@@ -12,15 +12,16 @@ import os
 import time
 from collections.abc import Callable
 
-from ..errors import GodwitError, LinkLost, MigrationError, PeerRefused
-from ..machine import Machine
-from ..runstate import RunState, RunStates
-from . import codec
-from .channel import SILENCE, Address
-from .codec import Kind
-from .forwarder import Forwarder
+from godwit.errors import GodwitError, LinkLost, MigrationError, PeerRefused
+from godwit.machine.machine import Machine
+from godwit.migration.packets.source import Forwarder
+from godwit.migration.wire.messages import Kind
+from godwit.migration.wire.sockets import SILENCE, Address
+from godwit.spec.runstate import RunState, RunStates
+
 from .outgoing import Limits, Outgoing
-from .urgency import LONGEST_S, Urgency
+from .realtime import LONGEST_S, Urgency
+from .wire import messages as codec
 
 # What the destination answers, before it matters how long that takes.
 for _answer in (codec.Welcome, codec.Drawn, codec.Started):

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ..announce.schedule import AnnounceOptions, AnnounceParameters, Verify
-from ..errors import ConfigError, StateError
-from ..move_parameters import ConvergenceParameters, OnNoConvergence
-from ..runstate import LIVE, RunState
+from godwit.announce.schedule import AnnounceOptions, AnnounceParameters, Verify
+from godwit.errors import ConfigError, StateError
+from godwit.spec.parameters import ConvergenceParameters, OnNoConvergence
+from godwit.spec.runstate import LIVE, RunState
+
 from .controller import Controller
 from .protocol import CommandNotFound, short, version
 

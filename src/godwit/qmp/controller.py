@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..announce.schedule import AnnounceOptions, AnnounceParameters
-from ..move_parameters import ConvergenceParameters
-from ..nic.filterview import FilterView
-from ..runstate import RunStates
+from godwit.announce.schedule import AnnounceOptions, AnnounceParameters
+from godwit.hw.nic.rx_filter_info import FilterView
+from godwit.spec.parameters import ConvergenceParameters
+from godwit.spec.runstate import RunStates
 
 
 class Controller(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from ..runstate import LIVE, RunState
+from godwit.spec.runstate import LIVE, RunState
 
 STOP = "STOP"
 RESUME = "RESUME"

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from .. import __version__
-from ..errors import ConfigError, GodwitError
+from godwit import __version__
+from godwit.errors import ConfigError, GodwitError
+
 from .stream import JsonStream, MalformedJson, TooLong, decode
 
 #: Executes a command: its name and arguments to the value of 'return'. Raises GodwitError.

@@ -9,9 +9,10 @@ import threading
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from .. import unixsocket
-from ..loop import Loop
-from ..runstate import RunState
+from godwit.host import unixsocket
+from godwit.host.loop import Loop
+from godwit.spec.runstate import RunState
+
 from . import events, protocol
 
 #: Clients at once. A VM has an operator, perhaps a monitor; not a crowd.

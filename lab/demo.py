@@ -1,0 +1,224 @@
+"""``godwit demo``: runs the scenario where KVM works, judges it, shows and keeps the result."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from godwit.errors import HostError
+
+from . import guest, host, kernels
+from .judge import Announcement, announcements
+from .scenario import MAC
+from .traffic import FLOWS, Flow, sender
+
+_TIME_LIMIT_S = 240.0
+_KINDS = {"ipv4": "GARP", "ipv6": "NA"}
+
+
+def run(out: Path, say: Callable[[str], None]) -> int:
+    """Run, judge, print, and write ``demo.json`` and ``demo.svg``; 0 if everything held.
+
+    Raises:
+        GodwitError: the scenario could not be run to its end.
+    """
+    out = out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    raw = out / "scenario.json"
+    raw.unlink(missing_ok=True)
+    kernel = kernels.get("cloud-6.12")
+    initrd = guest.build(kernel)
+    sender()  # compiled here, where there is a cache to keep it in
+    argv = [sys.executable, "-m", "lab.scenario"]
+    argv += [str(out), str(kernel.vmlinuz), str(initrd)]
+    status = host.run(argv, timeout_s=_TIME_LIMIT_S, rw=[out], log=say)
+    if status or not raw.exists():
+        raise HostError(f"the scenario ended with status {status}; its output above says why")
+    observed = json.loads(raw.read_text())
+    result = judge(observed, announcements(out / "client.pcap", MAC))
+    (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    _print(result)
+    _draw(observed, result, out / "demo.svg")
+    say(f"kept: {out / 'demo.json'}, {out / 'demo.svg'}, {out / 'client.pcap'}")
+    return 0 if result["passed"] else 1
+
+
+def judge(observed: dict[str, Any], frames: list[Announcement]) -> dict[str, Any]:
+    """The demo's result: what was observed, the verdict, and what broke a rule."""
+    moves = observed["moves"]
+    faults: list[str] = []
+    flows = []
+    for flow, seen in zip(FLOWS, observed["flows"], strict=True):
+        flows.append(_flow(flow, seen, moves, frames))
+        if not flows[-1]["recovered"]:
+            faults.append(f"{flow.network}, {flow.family}: did not recover")
+        for number, move in enumerate(moves, 1):
+            if not [f for f in _after(move, frames) if _speaks_for(f, flow)]:
+                faults.append(f"move {number}: no {_KINDS[flow.family]} on {flow.network}")
+    faults += _rules(moves, frames)
+    if not all(observed["tcp"]):
+        faults.append("the TCP connection broke")
+    if not observed["memory"]:
+        faults.append("the guest's memory changed")
+    return {
+        "passed": not faults,
+        "faults": faults,
+        "boot_s": observed["boot_s"],
+        "flows": flows,
+        "migrations": [
+            {
+                "total_ms": move["source"]["total-time"],
+                "downtime_ms": move["source"].get("downtime"),
+                "bytes": move["source"]["ram"]["transferred"],
+                "ack_ms": move["ack_ms"],
+                "runstates": {
+                    "source": move["source_runstates"],
+                    "destination": move["destination"]["runstates"],
+                },
+                "rounds": move["source"]["godwit"]["rounds"],
+                "stop_phases": move["source"]["godwit"]["stop-phases"],
+                "destination_phases": move["destination"]["destination-phases"],
+            }
+            for move in moves
+        ],
+    }
+
+
+def _flow(
+    flow: Flow, seen: dict[str, Any], moves: list[dict[str, Any]], frames: list[Announcement]
+) -> dict[str, Any]:
+    answers: list[float] = seen["answers"]
+    outages, first = [], []
+    for move in moves:
+        gaps = [
+            later - earlier
+            for earlier, later in itertools.pairwise(answers)
+            if later > move["began"] and earlier < move["ended"]
+        ]
+        outages.append(round(max(gaps, default=float("inf")) * 1000, 1))
+        first.append(next((f for f in _after(move, frames) if _speaks_for(f, flow)), None))
+    worst = max(outages)
+    return {
+        "network": flow.network,
+        "family": flow.family,
+        "outage_ms": worst,
+        "outages_ms": outages,
+        "lost": seen["ping_sent"] - seen["ping_received"],
+        "udp_sent": seen["udp_sent"],
+        "udp_lost": seen["udp_sent"] - seen["udp_received"],
+        "udp_duplicates": seen["udp_duplicates"],
+        "udp_reordered": seen["udp_reordered"],
+        "recovered": bool(answers) and answers[-1] > moves[-1]["resumed"] and worst < 10_000,
+        "announced_by": [f"{f.sender}, {f.kind}" if f else None for f in first],
+        "first_announcement_ms": [
+            round((f.at - move["resumed"]) * 1000, 1) if f else None
+            for f, move in zip(first, moves, strict=True)
+        ],
+    }
+
+
+def _after(move: dict[str, Any], frames: list[Announcement]) -> list[Announcement]:
+    """The announcements from a move's beginning to its end."""
+    return [f for f in frames if move["began"] <= f.at <= move["ended"]]
+
+
+def _speaks_for(frame: Announcement, flow: Flow) -> bool:
+    """RARP speaks for the MAC, that is, for both families."""
+    same = frame.kind == _KINDS[flow.family] and frame.address == flow.guest
+    return frame.vlan == flow.vlan and (same or frame.kind == "RARP")
+
+
+def _rules(moves: list[dict[str, Any]], frames: list[Announcement]) -> list[str]:
+    """What broke the announcement's rules."""
+    faults = []
+    for number, move in enumerate(moves, 1):
+        early = [f for f in _after(move, frames) if f.at < move["resumed"] - _EARLY_S]
+        if early:
+            faults.append(f"move {number}: {len(early)} announcements before the guest ran")
+        if any(f.kind == "RARP" for f in _after(move, frames)):
+            faults.append(f"move {number}: the host announced, though the guest did")
+        states = move["destination"]["runstates"]
+        if states[-2:] != ["prelaunch-migrate", "running"]:
+            faults.append(f"move {number}: the destination went through {states}")
+    ends = [move["ended"] for move in moves]
+    for f in frames:
+        moving = any(move["began"] <= f.at <= move["ended"] for move in moves)
+        if not moving and ends[0] < f.at:
+            faults.append(f"a {f.kind} on VLAN {f.vlan} without a move")
+    return faults
+
+
+#: RESUME is stamped after the vCPUs were let go, so a guest may be quicker than its event.
+_EARLY_S = 0.05
+
+
+def _print(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=120)
+    table = Table(
+        "network", "family", "outage, ms", "pings lost", "UDP lost", "first announcement", "ms",
+        title="what the client saw (two moves)", title_justify="left",
+    )  # fmt: skip
+    for flow in result["flows"]:
+        table.add_row(
+            flow["network"],
+            flow["family"],
+            " / ".join(str(ms) for ms in flow["outages_ms"]),
+            str(flow["lost"]),
+            f"{flow['udp_lost']} of {flow['udp_sent']}",
+            " / ".join(str(who) for who in flow["announced_by"]),
+            " / ".join(str(ms) for ms in flow["first_announcement_ms"]),
+        )
+    console.print(table)
+    for number, move in enumerate(result["migrations"], 1):
+        console.print(
+            f"move {number}: ack {move['ack_ms']:.1f} ms after the resume, downtime "
+            f"{move['downtime_ms']:.1f} ms, total {move['total_ms']:.0f} ms, "
+            f"{move['bytes'] / 1e6:.1f} MB"
+        )
+        for side, states in move["runstates"].items():
+            console.print(f"  {side}: {' > '.join(states)}")
+    for fault in result["faults"]:
+        console.print(f"[red]FAULT[/red] {fault}")
+    console.print("[green]passed[/green]" if result["passed"] else "[red]failed[/red]")
+
+
+def _draw(observed: dict[str, Any], result: dict[str, Any], path: Path) -> None:
+    """The timeline of each move: answers of each flow, the stop, the announcements."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    moves = observed["moves"]
+    figure, axes = pyplot.subplots(len(moves), 1, figsize=(10, 3.2 * len(moves)), squeeze=False)
+    for number, (axis, move, shown) in enumerate(
+        zip(axes[:, 0], moves, result["migrations"], strict=True), 1
+    ):
+        zero = move["resumed"]
+        for row, (flow, seen) in enumerate(zip(FLOWS, observed["flows"], strict=True)):
+            times = [(at - zero) * 1000 for at in seen["answers"] if -0.6 < at - zero < 0.6]
+            axis.plot(times, [row] * len(times), "|", color="tab:blue", markersize=9)
+            first = result["flows"][row]["first_announcement_ms"][number - 1]
+            if first is not None:
+                axis.plot([first], [row], "^", color="tab:red", markersize=7)
+            axis.text(-595, row + 0.18, f"{flow.network} {flow.family}", fontsize=7)
+        axis.axvspan(-(shown["downtime_ms"] or 0), 0, color="tab:gray", alpha=0.3)
+        axis.axvline(move["ack_ms"] or 0, color="tab:green", linestyle="--")
+        axis.set_yticks([])
+        axis.set_xlim(-600, 600)
+        axis.set_title(
+            f"move {number}: answers (|), stopped (grey), first announcement (triangle), "
+            "ack (dashed)",
+            fontsize=8,
+        )
+        axis.set_xlabel("ms after the resume", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

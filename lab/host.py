@@ -1,0 +1,197 @@
+"""The lab host: where commands that need KVM run.
+
+On a machine with KVM that is the machine itself; elsewhere it is an emulated one (emulator.py).
+"""
+
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+import tty
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import CDLL
+from pathlib import Path
+
+from godwit.errors import HostError
+from godwit.host.kvm.probe import why_unusable
+
+from . import emulator, guest, kernels
+
+Log = Callable[[str], None]
+#: Boots of the emulated host that may fail before the command starts.
+_BOOTS = 3
+_KEPT_LOGS = 20
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = CDLL(None)
+
+
+class LabCrashed(HostError):
+    """The emulated host died without a result: the lab's failure, not the command's."""
+
+    exit_code = 75  # EX_TEMPFAIL (sysexits.h)
+
+
+class LabTimeout(HostError):
+    """The command did not end within its time limit; it and the lab were ended."""
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    cpus: int = 2,
+    memory_mb: int = 4096,
+    rw: Sequence[Path] = (),
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    log: Log = lambda _: None,
+) -> int:
+    """Run a command where KVM works; its exit status.
+
+    Standard output and error both arrive on this process's standard output as they come; standard
+    input is empty. ``rw`` names directories (made if missing) shared for writing. The emulated
+    host gives the command PATH, HOME, TERM, GODWIT_CACHE and ``env``; the machine itself its whole
+    environment and ``env``. An emulated host that dies before the command starts is booted again.
+
+    Raises LabCrashed, LabTimeout, and HostError where a tool or kernel is missing.
+    """
+    where = (cwd or Path.cwd()).absolute()
+    for path in rw:
+        path.mkdir(parents=True, exist_ok=True)
+    if why_unusable() is None:
+        return _run_here(argv, timeout_s, where, env or {})
+    _build_guests()
+    deadline = time.monotonic() + timeout_s
+    for boot in range(1, _BOOTS + 1):
+        with emulator.job(argv, where, env or {}, rw) as job:
+            in_time = _emulate(emulator.qemu_argv(job, rw, cpus, memory_mb), job, deadline)
+            try:
+                return _result(job, in_time)
+            except LabCrashed as error:
+                if boot == _BOOTS or (job / "started").exists():
+                    raise
+                log(f"the emulated host died while it booted; once more ({error})")
+    raise AssertionError("unreachable")
+
+
+def shell(*, cpus: int = 2, memory_mb: int = 4096, rw: Sequence[Path] = ()) -> int:
+    """An interactive shell where KVM works, on this terminal; its exit status. Raises as run()."""
+    if why_unusable() is None:
+        return subprocess.call([os.environ.get("SHELL", "/bin/bash"), "-i"])
+    _build_guests()
+    size = shutil.get_terminal_size()
+    first = f"stty rows {size.lines} cols {size.columns}\n"
+    # Without the user's start-up files, which an emulated CPU may chew on for half a minute.
+    argv = ["/bin/bash", "--norc", "-i"]
+    env = {"PS1": r"lab:\w\$ "}
+    with emulator.job(argv, Path.cwd(), env, rw, first) as job:
+        (job / "interactive").touch()
+        command = emulator.qemu_argv(job, rw, cpus, memory_mb)
+        command += ["-chardev", "stdio,id=io,signal=off", "-device", "virtconsole,chardev=io"]
+        saved = termios.tcgetattr(0) if sys.stdin.isatty() else None
+        try:
+            if saved:
+                tty.setraw(0)
+            with (job / "qemu.log").open("wb") as errors:
+                subprocess.call(command, stderr=errors, preexec_fn=_die_with_parent)
+        finally:
+            if saved:
+                termios.tcsetattr(0, termios.TCSADRAIN, saved)
+                os.set_blocking(0, True)  # QEMU leaves the terminal non-blocking
+        return _result(job, True)
+
+
+def _build_guests() -> None:
+    """Bring the guests' images up to date here: in there it is slow, and lost at the end."""
+    for name in kernels.META_PACKAGES:
+        kernel = kernels.cached(name)
+        if kernel is not None:
+            guest.build(kernel)
+
+
+def _die_with_parent() -> None:
+    """In a child: be killed when the parent dies, however that happens (prctl(2))."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _run_here(argv: Sequence[str], timeout_s: float, cwd: Path, env: Mapping[str, str]) -> int:
+    sys.stdout.flush()
+    process = subprocess.Popen(
+        argv,
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired as error:
+        raise LabTimeout(f"no end after {timeout_s:g} s: {shlex.join(argv)}") from error
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _emulate(command: list[str], job: Path, deadline: float) -> bool:
+    """Run QEMU, the command's output on ours, until it ends; False if the deadline came first."""
+    command += ["-chardev", "stdio,id=io,signal=off", "-device", "virtserialport,chardev=io"]
+    with (job / "qemu.log").open("wb") as errors:
+        qemu = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,  # at its end QEMU would disconnect the port: never closed
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,  # the terminal's ^C is ours to act on
+            preexec_fn=_die_with_parent,
+        )
+    try:
+        assert qemu.stdout is not None
+        return _copy(qemu.stdout.fileno(), deadline)
+    finally:
+        qemu.kill()
+        qemu.wait()
+
+
+def _copy(fd: int, deadline: float) -> bool:
+    """Copy to standard output until the end (True) or the deadline (False)."""
+    sys.stdout.flush()
+    while select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        data = os.read(fd, 65536)
+        if not data:
+            return True
+        while data:
+            data = data[os.write(1, data) :]
+    return False
+
+
+def _result(job: Path, in_time: bool) -> int:
+    """The command's exit status, from the file that the emulated host left."""
+    try:
+        return int((job / "status").read_text())
+    except (FileNotFoundError, ValueError):
+        pass
+    logs = kernels.cache_dir() / "lab-failures"
+    logs.mkdir(parents=True, exist_ok=True)
+    kept = logs / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    parts = [
+        path.read_bytes() for name in ("qemu.log", "console.log") if (path := job / name).exists()
+    ]
+    kept.write_bytes(b"\n".join(parts))
+    for old in sorted(logs.iterdir())[:-_KEPT_LOGS]:
+        old.unlink(missing_ok=True)
+    if not in_time:
+        raise LabTimeout(f"no end within the time limit; the lab was ended (console: {kept})")
+    text = kept.read_text(errors="replace")
+    broken = re.search(
+        r"^.*(?:BUG|Oops|int3|panic|general protection|invalid opcode).*$", text, re.M
+    )
+    said = broken.group().strip() if broken else text.strip()[-300:]
+    raise LabCrashed(f"the emulated host died without a result: {said} (console: {kept})")

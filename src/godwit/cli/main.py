@@ -1,0 +1,159 @@
+"""The command line: the only place that exits, and that prints for people."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from godwit import __version__
+from godwit.errors import GodwitError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.action(arguments)
+        return code
+    except GodwitError as error:
+        print(f"godwit: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Help as wide as the terminal. argparse asks shutil for that, at each start and not only for
+    help, and shutil brings three compressors along: a twentieth of the way to a running guest."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size().columns
+        except (OSError, ValueError):
+            columns = 80
+        super().__init__(prog, width=max((columns or 80) - 2, 20))
+
+
+class _Parser(argparse.ArgumentParser):
+    """With that formatter; its subparsers are of this class as well."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(formatter_class=_Formatter, **given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="godwit", description="A KVM VMM whose guests keep their network when they move."
+    )
+    parser.add_argument("--version", action="version", version=f"godwit {__version__}")
+    sub = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = sub.add_parser("run", help="run a guest, or wait for one")
+    run.add_argument("--kernel", help="a bzImage: /boot/vmlinuz-...")
+    run.add_argument("--initrd", help="an initial RAM disk")
+    run.add_argument("--append", default="console=ttyS0", help="the kernel's command line")
+    run.add_argument("--memory", default="256M", help="RAM: 256M, 2G (default %(default)s)")
+    run.add_argument("--cpus", type=int, default=1, help="vCPUs (default %(default)s)")
+    run.add_argument(
+        "--nic",
+        action="append",
+        default=[],
+        metavar="tap=NAME[,KEY=VALUE...]",
+        help="a NIC on a tap; keys: mac, id, model=virtio-net|e1000, mtu, queue-size, "
+        "vhost=on|off, guest-announce=on|off, announce-allow=NET;MAC;...",
+    )
+    run.add_argument("--machine", default=None, help="machine type (default: the newest)")
+    run.add_argument("--qmp", metavar="PATH", help="QMP's Unix socket")
+    run.add_argument(
+        "--incoming",
+        metavar="URI",
+        help="wait for a guest: unix:PATH, tcp:HOST:PORT, or defer (until migrate-incoming); "
+        "or take it from a snapshot: file:PATH",
+    )
+    run.add_argument(
+        "--insecure", action="store_true", help="allow tcp: beyond this host, unencrypted"
+    )
+    run.add_argument(
+        "--no-autostart", action="store_true", help="load, and wait for QMP's cont to run"
+    )
+    run.add_argument(
+        "--no-reboot", action="store_true", help="end with code 3 when the guest reboots"
+    )
+    run.add_argument(
+        "--console",
+        default="stdio",
+        metavar="stdio|file:PATH|none",
+        help="the guest's serial console (default %(default)s; ctrl-] ends the VM)",
+    )
+    run.set_defaults(action=_run)
+
+    migrate = sub.add_parser("migrate", help="move a running guest, or save it")
+    migrate.add_argument("--qmp", required=True, help="the guest's QMP socket")
+    migrate.add_argument("--insecure", action="store_true", help="allow tcp: beyond this host")
+    migrate.add_argument("uri", help="where a 'godwit run --incoming' waits, or file:PATH")
+    migrate.set_defaults(action=_migrate)
+
+    demo = sub.add_parser("demo", help="move a guest to and fro inside 802.1Q, and judge it")
+    demo.add_argument("--out", default="out", help="where results go")
+    demo.set_defaults(action=_demo)
+
+    lab = sub.add_parser("lab", help="a host with KVM, emulated where there is none")
+    labs = lab.add_subparsers(required=True, metavar="COMMAND")
+    shell = labs.add_parser("shell", help="a shell in it")
+    shell.set_defaults(action=_lab_shell)
+    inside = labs.add_parser("run", help="run a command in it")
+    inside.add_argument("--timeout", type=float, default=600.0, help="seconds (default 600)")
+    inside.add_argument("--cpus", type=int, default=2)
+    inside.add_argument("--rw", action="append", default=[], help="a writable folder")
+    inside.add_argument("command", nargs=argparse.REMAINDER)
+    inside.set_defaults(action=_lab_run)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from .run import run
+
+    return run(arguments)
+
+
+def _migrate(arguments: argparse.Namespace) -> int:
+    from .migrate import move
+
+    return move(arguments.qmp, arguments.uri, arguments.insecure)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lab.demo import run
+
+    return run(Path(arguments.out), lambda text: print(text, flush=True))
+
+
+def _lab_shell(arguments: argparse.Namespace) -> int:
+    from lab import host
+
+    return host.shell()
+
+
+def _lab_run(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from lab import host
+
+    command = arguments.command
+    if command[:1] == ["--"]:
+        command = command[1:]
+    return host.run(
+        command,
+        timeout_s=arguments.timeout,
+        cpus=arguments.cpus,
+        rw=[Path(folder) for folder in arguments.rw],
+        log=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The host's kernel: KVM, vhost, taps, links, sockets, the event loop."""

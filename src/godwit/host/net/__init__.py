@@ -1,0 +1,1 @@
+"""Taps, and the host's network around them: links, packet sockets, filters."""

@@ -1,0 +1,92 @@
+"""A tap: the host's end of a NIC (Documentation/networking/tuntap.rst)."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from godwit.errors import HostError
+from godwit.host.ioctl import ioctl, ioctl_in, ioctl_out
+
+from . import tun
+
+#: Length of virtio_net_hdr with num_buffers, which VERSION_1 always has (virtio 1.2, 5.1.6).
+HEADER = 12
+#: The longest frame either way: 64 KiB of IP (offloads join many), an Ethernet header, a tag.
+MAX_FRAME = HEADER + 65536 + 18
+_NO_HEADER = bytes(HEADER)
+#: Frames thrown away at once, at most: in a flood there would be no end.
+_DRAINED = 8192
+
+
+class Tap:
+    """An attached tap with a 12-byte vnet header before each frame.
+
+    The interface is used if it exists, else made and gone with the descriptor.
+
+    Raises:
+        HostError: no /dev/net/tun, no right to it, or the tap is taken.
+    """
+
+    def __init__(self, name: str) -> None:
+        try:
+            self.fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise HostError(
+                f"/dev/net/tun: {error.strerror}; load the module (modprobe tun) and run as root"
+            ) from error
+        flags = tun.IFF_TAP | tun.IFF_NO_PI | tun.IFF_VNET_HDR
+        request = bytearray(tun.IFREQ.pack(name.encode(), flags))
+        try:
+            ioctl_out(self.fd, tun.TUNSETIFF, request)
+            ioctl_in(self.fd, tun.TUNSETVNETHDRSZ, HEADER.to_bytes(4, "little"))
+        except OSError as error:
+            os.close(self.fd)
+            why = {
+                errno.EBUSY: "another process has it open",
+                errno.EPERM: "not permitted; run as root or give the tap to this user",
+                errno.EINVAL: "it exists with other flags (make it with vnet_hdr, one queue)",
+            }.get(error.errno or 0, error.strerror)
+            raise HostError(f"tap '{name}': {why}") from error
+        self.name = name
+        self._unfinished: int | None = None
+        self.offloads = self._probe()
+
+    def _probe(self) -> int:
+        """Which TUN_F_* the kernel takes; UFO came and went between versions."""
+        found = 0
+        for flag in (tun.F_CSUM, tun.F_TSO4, tun.F_TSO6, tun.F_TSO_ECN, tun.F_UFO):
+            wanted = found | flag
+            try:
+                ioctl(self.fd, tun.TUNSETOFFLOAD, wanted)
+                found = wanted
+            except OSError:
+                continue
+        self.set_offloads(0)
+        return found
+
+    def set_offloads(self, flags: int) -> None:
+        """Which frames the guest takes unfinished (TUN_F_*). Raises OSError."""
+        if flags != self._unfinished:  # the kernel tells the bridge, and all who stand on it
+            self._unfinished = None
+            ioctl(self.fd, tun.TUNSETOFFLOAD, flags)
+            self._unfinished = flags
+
+    def send(self, frame: bytes) -> None:
+        """A frame out of the tap, as if from the guest. Raises OSError."""
+        os.write(self.fd, _NO_HEADER + frame)
+
+    def drain(self) -> int:
+        """Throw away the frames that wait, a queue's worth at most; how many."""
+        for count in range(_DRAINED):
+            try:
+                os.read(self.fd, MAX_FRAME)
+            except OSError:
+                return count
+        return _DRAINED
+
+    def close(self) -> None:
+        """Detach; harmless the second time."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1

@@ -1,0 +1,187 @@
+"""A look at the frames that pass a tap and tell of addresses, whoever moves them.
+
+With vhost-net no frame passes this process, so the kernel is asked for a copy of the few that
+matter. What the guest sends is, to the host, received on the tap; what goes to the guest is sent
+there. All methods belong to the loop's thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable, Iterable
+
+from godwit.errors import HostError
+from godwit.host.loop import Loop, Timer
+
+from . import bpf, packet
+
+#: A guest may send more of these frames than Python can read. At most so many are read in each
+#: window, 1,280 a second; some 200 more wait in the socket (net.core.rmem_default), and the kernel
+#: drops the rest.
+BATCH = 64
+WINDOW_S = 0.05
+
+#: (tpid, vid) of the tag that the kernel took off the frame.
+Outer = tuple[int, int]
+OnFrame = Callable[[bytes, Outer | None], None]
+
+_TPID_8021Q = 0x8100
+_ROOM = socket.CMSG_SPACE(packet.AUXDATA.size)
+
+
+def open_socket(tap: str, answers: bool) -> socket.socket:
+    """A packet socket on the interface that passes what tells of addresses. Raises OSError."""
+    # Protocol 0: it receives nothing before it is bound, and then only what the filter passes.
+    sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+    try:
+        bpf.attach(sock, bpf.addresses_filter(answers))
+        sock.setsockopt(packet.SOL_PACKET, packet.PACKET_AUXDATA, 1)
+        if not answers:
+            try:
+                # The filter says the same; this saves the kernel a copy of each frame.
+                sock.setsockopt(packet.SOL_PACKET, packet.PACKET_IGNORE_OUTGOING, 1)
+            except OSError:
+                pass
+        sock.bind((tap, packet.ETH_P_ALL))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+class TapWatch:
+    """Calls ``on_frame`` for each frame that the guest behind ``tap`` sends and that tells of
+    addresses: ARP, RARP, neighbour solicitation or advertisement; with ``answers``, for each ARP
+    reply or neighbour advertisement that goes to the guest.
+
+    It lives through the interface's going down and up. When the interface is gone, or the socket
+    fails in another way, the watch closes, and ``on_error`` is called, once; :meth:`reopen` starts
+    it again.
+
+    Raises:
+        HostError: there is no such interface, or no right to look.
+    """
+
+    def __init__(
+        self,
+        tap: str,
+        on_frame: OnFrame,
+        loop: Loop,
+        on_error: Callable[[OSError], None] = lambda error: None,
+        *,
+        answers: bool = False,
+        opener: Callable[[str, bool], socket.socket] = open_socket,
+    ) -> None:
+        self.tap = tap
+        self._on_frame = on_frame
+        self._on_error = on_error
+        self._loop = loop
+        self._answers = answers
+        self._opener = opener
+        self._socket: socket.socket | None = None
+        self._timer: Timer | None = None
+        self._window_ends = 0.0
+        self._left = 0
+        self._dropped = 0
+        self.reopen()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is watched any more."""
+        return self._socket is None
+
+    @property
+    def dropped(self) -> int:
+        """Frames that the kernel dropped because they came too quickly, of all time."""
+        if self._socket is not None:
+            try:
+                raw = self._socket.getsockopt(
+                    packet.SOL_PACKET, packet.PACKET_STATISTICS, packet.STATISTICS.size
+                )
+            except OSError:
+                return self._dropped
+            self._dropped += packet.STATISTICS.unpack(raw)[1]
+        return self._dropped
+
+    def reopen(self) -> None:
+        """Watch the interface that now has the name. Raises HostError."""
+        self.close()
+        try:
+            self._socket = self._opener(self.tap, self._answers)
+        except OSError as error:
+            why = {
+                errno.EPERM: "not permitted; run as root or with CAP_NET_RAW",
+                errno.ENODEV: "there is no such interface",
+                errno.EAFNOSUPPORT: "no packet sockets; load the module (modprobe af_packet)",
+            }.get(error.errno or 0, error.strerror)
+            raise HostError(f"cannot watch tap '{self.tap}': {why}") from error
+        self._loop.watch(self._socket.fileno(), self._readable)
+
+    def inject(self, frame: bytes) -> None:
+        """Send ``frame`` (Ethernet, no FCS) to the guest, past whatever the tap is plugged into.
+
+        Raises:
+            OSError: it was not taken, or the watch is closed.
+        """
+        if self._socket is None:
+            raise OSError(errno.ENETDOWN, f"tap '{self.tap}' is not watched")
+        self._socket.send(frame)
+
+    def close(self) -> None:
+        """Watch no more; harmless the second time."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._socket is not None:
+            self._dropped = self.dropped
+            self._loop.unwatch(self._socket.fileno())
+            self._socket.close()
+            self._socket = None
+
+    # --- inside -----------------------------------------------------------------------------------
+    def _readable(self) -> None:
+        now = self._loop.now()
+        if now >= self._window_ends:
+            self._window_ends = now + WINDOW_S
+            self._left = BATCH
+        # on_frame may close the watch.
+        while self._left > 0 and self._socket is not None:
+            self._left -= 1
+            try:
+                frame, extra, _, _ = self._socket.recvmsg(bpf.SNAP, _ROOM)
+            except BlockingIOError:
+                self._left += 1
+                return
+            except OSError as error:
+                self._failed(self._socket, error)
+                continue
+            self._on_frame(frame, _outer(extra))
+        if self._socket is not None:
+            self._loop.unwatch(self._socket.fileno())
+            self._timer = self._loop.call_later(self._window_ends - now, self._resume)
+
+    def _resume(self) -> None:
+        self._timer = None
+        if self._socket is not None:
+            self._loop.watch(self._socket.fileno(), self._readable)
+
+    def _failed(self, sock: socket.socket, error: OSError) -> None:
+        # An interface that goes down is an error too, of one call; the kernel binds the socket
+        # again when it comes up (net/packet/af_packet.c, packet_notifier). One that is gone leaves
+        # the socket without a name.
+        if error.errno == errno.ENETDOWN and sock.getsockname()[0]:
+            return
+        self.close()
+        self._on_error(error)
+
+
+def _outer(extra: Iterable[tuple[int, int, bytes]]) -> Outer | None:
+    """The tag that the kernel took off, of a frame's control messages."""
+    for level, kind, data in extra:
+        if (level, kind) == (packet.SOL_PACKET, packet.PACKET_AUXDATA):
+            status, _, _, _, _, tci, tpid = packet.AUXDATA.unpack(data)
+            if status & packet.STATUS_VLAN_VALID:
+                # 802.1Q-2018 section 9.6: priority 3 bits, drop eligible 1, VLAN id 12.
+                return tpid if status & packet.STATUS_VLAN_TPID_VALID else _TPID_8021Q, tci & 0xFFF
+    return None

@@ -1,0 +1,66 @@
+"""A listening Unix socket: only for its owner, and a dead one's file is no obstacle."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+
+from godwit.errors import ConfigError, HostError
+
+
+def listen(path: str, what: str) -> socket.socket:
+    """A listening socket at ``path``, mode 0600; ``what`` (QMP, migration) is for messages.
+
+    Raises:
+        ConfigError: the path is too long, is not a socket, or somebody listens there.
+        HostError: the socket cannot be made.
+    """
+    _remove_stale(path, what)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(path)
+        # Between bind and listen nobody can connect, so the mode is never wider than it should
+        # be for anyone; the process's umask, which all threads share, stays as it is.
+        os.chmod(path, 0o600)
+        sock.listen(8)
+        return sock
+    except OSError as error:
+        sock.close()
+        if error.errno is None:  # Python's own 'AF_UNIX path too long' (sun_path: 108 bytes)
+            raise ConfigError(f"{path} is too long for a Unix socket: at most 107 bytes") from error
+        reason = os.strerror(error.errno)
+        raise HostError(f"cannot make the {what} socket {path}: {reason}") from error
+    except BaseException:
+        sock.close()
+        raise
+
+
+def remove(path: str, inode: int) -> None:
+    """Remove our socket's file, unless another process has taken the path meanwhile."""
+    try:
+        if os.stat(path).st_ino == inode:
+            os.unlink(path)
+    except OSError:
+        pass  # gone already
+
+
+def _remove_stale(path: str, what: str) -> None:
+    """Remove the socket that a process which is no more left behind."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return  # nothing there; or bind will say what is wrong
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"{path} exists and is not a socket: choose another path for {what}")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        failure = probe.connect_ex(path)
+    if failure == errno.ECONNREFUSED:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+    elif failure != errno.ENOENT:
+        # 0 or EAGAIN: somebody is there. EACCES: not ours to judge.
+        raise ConfigError(f"a VM listens on {path} already: choose another path for {what}")

@@ -1,0 +1,234 @@
+"""The controller behind its registers (SDM chapter 13). No PCI here, and no tap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from godwit.errors import GuestError, StreamError
+from godwit.hw.memory import GuestMemory
+from godwit.hw.nic.rx_filter_info import FilterView
+
+from . import regs
+from .eeprom import Eeprom
+from .offload import Context
+from .phy import Phy
+from .receive import Receiver
+from .rxfilter import RxFilter
+from .state import MacState
+from .statistics import Statistics
+from .transmit import Transmitter
+
+
+class Wires(NamedTuple):
+    """What the controller asks of its surroundings."""
+
+    #: A frame with its virtio_net_hdr is to be sent.
+    send: Callable[[bytes], None]
+    #: Whether an interrupt is wanted has changed, perhaps.
+    interrupt: Callable[[bool], None]
+    #: Whether frames can be received has changed, or there is room for more.
+    receive: Callable[[], None]
+    #: There are frames to send.
+    transmit: Callable[[], None]
+    #: The guest broke a rule.
+    offend: Callable[[str], None]
+    #: What is received has changed.
+    filter: Callable[[], None]
+
+
+class Mac:
+    """Not thread-safe: the NIC's lock covers it."""
+
+    def __init__(self, memory: GuestMemory, mac: bytes, wires: Wires) -> None:
+        self._wires = wires
+        self._registers = regs.power_on()
+        self.eeprom = Eeprom(mac)
+        self.phy = Phy()
+        self.filter = RxFilter(mac)
+        self.statistics = Statistics()
+        self.receiver = Receiver(memory, self._registers, self.filter, self.statistics)
+        self.transmitter = Transmitter(memory, self._registers, self.statistics, wires.send)
+        #: The guest broke a rule, and did not reset the controller since.
+        self.broken = False
+        self._readers: dict[int, Callable[[], int]] = {
+            regs.CTRL_DUP: lambda: self._registers[regs.CTRL],
+            regs.STATUS: lambda: regs.STATUS_FD | regs.STATUS_LU | regs.STATUS_SPEED_1000,
+            regs.EECD: self.eeprom.read_eecd,
+            regs.ICR: self._take_causes,
+            regs.ICS: lambda: 0,
+            regs.IMC: lambda: 0,
+        }
+        self._writers: dict[int, Callable[[int], None]] = {
+            regs.CTRL: self._control,
+            regs.CTRL_DUP: self._control,
+            regs.EECD: self.eeprom.write_eecd,
+            regs.EERD: self._eerd,
+            regs.MDIC: self._mdic,
+            regs.ICR: lambda value: self._set_causes(self._registers[regs.ICR] & ~value),
+            regs.ICS: self.raise_causes,
+            regs.IMS: lambda value: self._set_mask(self._registers[regs.IMS] | value),
+            regs.IMC: lambda value: self._set_mask(self._registers[regs.IMS] & ~value),
+            regs.RCTL: self._receive_control,
+            regs.RDT: lambda value: self._store_and(regs.RDT, value, wires.receive),
+            regs.TCTL: lambda value: self._store_and(regs.TCTL, value, wires.transmit),
+            regs.TDT: lambda value: self._store_and(regs.TDT, value, wires.transmit),
+        }
+
+    # --- what the guest does ----------------------------------------------------------------------
+    def read(self, offset: int) -> int:
+        """A guest's read of the register at ``offset``, a multiple of four."""
+        reader = self._readers.get(offset)
+        if reader is not None:
+            return reader()
+        if offset in self._registers:
+            return self._registers[offset]
+        if 0 <= offset - regs.STATISTICS < 4 * regs.STATISTICS_COUNT:
+            return self.statistics.read(offset)
+        found = self.filter.table(offset)
+        return found[0][found[1]] if found else 0
+
+    def write(self, offset: int, value: int) -> None:
+        """A guest's write of the register at ``offset``, a multiple of four."""
+        writer = self._writers.get(offset)
+        if writer is not None:
+            writer(value)
+        elif offset in self._registers:
+            self._registers[offset] = value & regs.REGISTERS[offset].mask
+        elif found := self.filter.table(offset):
+            self.filter.write(*found, value)
+            self._wires.filter()
+
+    def _store_and(self, offset: int, value: int, tell: Callable[[], None]) -> None:
+        self._registers[offset] = value & regs.REGISTERS[offset].mask
+        tell()
+
+    def _receive_control(self, value: int) -> None:
+        self._store_and(regs.RCTL, value, self._wires.receive)
+        self._wires.filter()
+
+    def _control(self, value: int) -> None:
+        if value & regs.CTRL_RST:
+            self.reset()
+            return
+        if value & regs.CTRL_PHY_RST:
+            self.phy.reset()
+        self._registers[regs.CTRL] = value & regs.REGISTERS[regs.CTRL].mask
+
+    def _eerd(self, value: int) -> None:
+        self._registers[regs.EERD] = self.eeprom.read_by_eerd(value)
+
+    def _mdic(self, value: int) -> None:
+        self._registers[regs.MDIC], interrupt = self.phy.access(value)
+        if interrupt:
+            self.raise_causes(regs.ICR_MDAC)
+
+    def reset(self) -> None:
+        """CTRL.RST, or power-on: all but the PCI configuration."""
+        self._registers.update(regs.power_on())
+        for part in (self.eeprom, self.phy, self.filter, self.statistics, self.transmitter):
+            part.reset()
+        self.broken = False
+        self._interrupt()
+        self._wires.receive()
+
+    # --- interrupts -------------------------------------------------------------------------------
+    @property
+    def interrupting(self) -> bool:
+        """Whether a cause that is not masked waits."""
+        return bool(self._registers[regs.ICR] & self._registers[regs.IMS])
+
+    def raise_causes(self, causes: int) -> None:
+        """Note causes in ICR."""
+        self._set_causes(self._registers[regs.ICR] | causes)
+
+    def _take_causes(self) -> int:
+        causes = self._registers[regs.ICR]
+        self._set_causes(0)  # cleared by reading
+        return causes
+
+    def _set_causes(self, causes: int) -> None:
+        self._registers[regs.ICR] = causes & regs.ICR_ALL
+        self._interrupt()
+
+    def _set_mask(self, mask: int) -> None:
+        self._registers[regs.IMS] = mask & regs.ICR_ALL
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        self._wires.interrupt(self.interrupting)
+
+    # --- frames -----------------------------------------------------------------------------------
+    @property
+    def receiving(self) -> bool:
+        """Whether the receiver is on."""
+        return bool(self._registers[regs.RCTL] & regs.RCTL_EN) and not self.broken
+
+    def accepts(self, frame: memoryview) -> bool:
+        """Whether the guest wants ``frame``."""
+        return self.receiver.accepts(frame)
+
+    def received(self) -> None:
+        """Frames were delivered: tell the guest."""
+        low = regs.ICR_RXDMT0 if self.receiver.is_low() else 0
+        self.raise_causes(regs.ICR_RXT0 | low)
+
+    def transmit(self) -> bool:
+        """Send some of the frames that wait; whether more can be sent at once."""
+        if self.broken or not self._registers[regs.TCTL] & regs.TCTL_EN:
+            return False
+        causes, more = 0, False
+        try:
+            causes, more = self.transmitter.run()
+        except GuestError as error:
+            self.offend(str(error))
+        if causes:
+            self.raise_causes(causes)
+        return more
+
+    def offend(self, message: str) -> None:
+        """The guest broke a rule: no frames move until it resets the controller. The VM lives."""
+        if not self.broken:
+            self.broken = True
+            self._wires.receive()
+            self._wires.offend(message)
+
+    def view_filter(self) -> FilterView:
+        """The receive filter in words."""
+        return self.filter.view(self._registers[regs.RCTL])
+
+    # --- saved state ------------------------------------------------------------------------------
+    def save(self) -> MacState:
+        """The state."""
+        named = {regs.REGISTERS[at].name: value for at, value in self._registers.items()}
+        contexts = [(context.lower, context.upper) for context in self.transmitter.contexts]
+        return MacState(
+            registers=named,
+            filter=self.filter.save(),
+            statistics=self.statistics.save(),
+            phy=self.phy.save(),
+            eeprom=self.eeprom.save(),
+            contexts=contexts,
+            broken=self.broken,
+        )
+
+    def load(self, state: MacState) -> None:
+        """Take over a saved state.
+
+        Raises:
+            StreamError: the controller cannot be in it; names the field.
+        """
+        known = {register.name: at for at, register in regs.REGISTERS.items()}
+        if state.registers.keys() != known.keys():
+            odd = ", ".join(sorted(state.registers.keys() ^ known.keys()))
+            raise StreamError(f"registers: not the ones of this controller ({odd})")
+        for name, value in state.registers.items():
+            if value & ~regs.REGISTERS[known[name]].mask:
+                raise StreamError(f"registers: {name} is {value:#x}, which it cannot be")
+        self.phy.load(state.phy)
+        self.eeprom.load(state.eeprom)
+        self.filter.load(state.filter)
+        self.statistics.load(state.statistics)
+        self._registers.update((known[name], value) for name, value in state.registers.items())
+        self.transmitter.contexts = [Context(*halves) for halves in state.contexts]
+        self.broken = state.broken

@@ -1,0 +1,1 @@
+"""virtio-net: the device, its control queue and filter, its two backends."""

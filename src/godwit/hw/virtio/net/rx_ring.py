@@ -1,0 +1,71 @@
+"""A frame into a virtio-net receive queue (virtio 1.2, 5.1.6.4), for whoever does it in Python."""
+
+from __future__ import annotations
+
+import os
+
+from godwit.errors import GuestError
+from godwit.hw.virtio.queue import Chain, Virtqueue
+
+from .backend import Ring
+
+
+def place(queue: Virtqueue, frame: bytes, merge: bool) -> bool:
+    """Put one frame, header included, into as many buffers as it needs; False: there are too few.
+
+    ``merge``: VIRTIO_NET_F_MRG_RXBUF was negotiated. A frame that never fits is dropped: longer
+    than a buffer, if they are not merged, or than all that the ring can hold at once.
+
+    Raises:
+        GuestError: a buffer without room, or another broken rule.
+    """
+    chains: list[tuple[Chain, int]] = []
+    left = memoryview(frame)
+    while left or not chains:
+        chain = queue.pop()
+        if chain is None or (chains and not merge):
+            for _ in range(len(chains) + (chain is not None)):
+                queue.unpop()
+            return chain is not None or len(chains) == queue.size
+        taken = 0
+        for part in chain.writable:
+            size = min(len(part), len(left))
+            part[:size] = left[:size]
+            taken += size
+            left = left[size:]
+        if taken == 0:
+            raise GuestError("a receive buffer without room")
+        chains.append((chain, taken))
+    first = chains[0][0].writable
+    _put_u16(first, 10, len(chains))  # num_buffers (5.1.6.3)
+    for chain, taken in chains:
+        queue.push(chain, taken)
+    return True
+
+
+def notify(ring: Ring) -> None:
+    """Interrupt the guest, if it wants to know of what was used."""
+    if ring.queue.should_notify() and ring.call >= 0:
+        os.eventfd_write(ring.call, 1)
+
+
+def clear(fd: int) -> None:
+    """Take what an eventfd holds."""
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:
+        pass
+
+
+def _put_u16(parts: list[memoryview], offset: int, value: int) -> None:
+    """Store a u16 at ``offset`` of scattered parts."""
+    for byte in value.to_bytes(2, "little"):
+        at = offset
+        for part in parts:
+            if at < len(part):
+                part[at] = byte
+                break
+            at -= len(part)
+        else:
+            raise GuestError("a receive buffer shorter than the packet header")
+        offset += 1

@@ -1,0 +1,56 @@
+"""Notifications: an eventfd a queue, signalled by KVM itself while the BAR is mapped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from godwit.host.kvm.handles import Vm
+
+STRIDE = 4  # bytes of the notification area for each queue
+
+
+class Kicks:
+    """The eventfds of a device; they live as long as it does, ioeventfds come and go."""
+
+    def __init__(self, vm: Vm, count: int) -> None:
+        self._vm = vm
+        self.fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
+        self._registered: list[tuple[int, int]] = []  # (eventfd, guest address)
+
+    def kick(self, index: int) -> None:
+        """As if the guest had notified queue ``index``; nothing happens if there is none."""
+        if 0 <= index < len(self.fds):
+            os.eventfd_write(self.fds[index], 1)
+
+    def register(self, base: int, queues: Iterable[int]) -> None:
+        """Have 16-bit writes to the area at ``base`` signal the eventfds, without an exit.
+
+        Other widths are legal too; they arrive as exits, and at :meth:`kick`. What was registered
+        before is, if it is not the same, taken back: each costs the kernel a grace period.
+        """
+        wanted = self.keep(base, queues)
+        for fd, address in () if self._registered else wanted:
+            try:
+                self._vm.ioeventfd(fd, address, 2, True)
+            except OSError:
+                continue  # a guest may map two devices to one place: these arrive as exits, too
+            self._registered.append((fd, address))
+
+    def keep(self, base: int, queues: Iterable[int]) -> list[tuple[int, int]]:
+        """Take back what is registered, unless it is just this; what it should be."""
+        wanted = [(self.fds[index], base + STRIDE * index) for index in queues]
+        if wanted != self._registered:
+            self.unregister()
+        return wanted
+
+    def unregister(self) -> None:
+        """Undo :meth:`register`, if it was called."""
+        while self._registered:
+            self._vm.ioeventfd(*self._registered.pop(), 2, False)
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        self.unregister()
+        while self.fds:
+            os.close(self.fds.pop())

@@ -1,0 +1,332 @@
+"""The PCI transport, modern only (virtio 1.2, 4.1): capabilities, common configuration, MSI-X.
+
+One 16 KiB BAR: common configuration at 0, ISR at 0x400, device configuration at 0x800, MSI-X table
+at 0x1000, pending bits at 0x1800, notifications at 0x2000, four bytes a queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import pack, pack_into
+
+from godwit.errors import GuestError, StreamError
+from godwit.host.kvm.handles import Vm
+from godwit.hw.irq import Msix, Routes
+from godwit.hw.pci import PciFunction
+from godwit.hw.setup_hints import Foresight
+
+from . import common
+from . import device as v
+from .cfg_access import Window
+from .common import CommonConfig
+from .device import VirtioDevice
+from .notify import STRIDE, Kicks
+from .state import TransportState
+
+BAR_SIZE = 0x4000
+_COMMON, _ISR, _DEVICE, _TABLE, _PENDING, _NOTIFY = 0, 0x400, 0x800, 0x1000, 0x1800, 0x2000
+_CAP_MSIX, _CAP_VENDOR = 0x11, 0x09
+_KINDS = ((1, _COMMON, common.SIZE), (3, _ISR, 1), (4, _DEVICE, 0x100))
+
+
+class VirtioPci(PciFunction):
+    """A virtio device behind PCI. It owns the device's lock discipline: all entries take it."""
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        vm: Vm,
+        routes: Routes,
+        address: int,
+        on_offence: Callable[[str], None],
+    ) -> None:
+        kind = 0x1040 + device.device_id
+        super().__init__(0x1AF4, kind, device.class_code, (0x1AF4, 0x1100), revision=1)
+        self.device = device
+        self._vm = vm
+        self._on_offence = on_offence
+        device.transport = self
+        device.on_offence = self._offend
+        self.add_bar(BAR_SIZE, address)
+        count = len(device.queues)
+        self.msix = Msix(vm, routes, count + 1)
+        self._msix_at = self.add_capability(
+            _CAP_MSIX, pack("<HII", count, _TABLE, _PENDING), b"\x00\xc0"
+        )
+        for kind, offset, length in _KINDS:
+            self._capability(kind, offset, length)
+        self._capability(2, _NOTIFY, STRIDE * count, pack("<I", STRIDE))
+        at = self._capability(5, 0, 0, bytes(4), Window.MASK)
+        self._window = Window(self.config, at, BAR_SIZE)
+        self._kicks = Kicks(vm, count)
+        self._common = CommonConfig(device, self.msix.count, self._set_status)
+        self._isr = 0
+        self._paused = True
+
+    def _capability(
+        self, kind: int, offset: int, length: int, tail: bytes = b"", mask: bytes = b""
+    ) -> int:
+        body = pack("<BBBBBBII", 16 + len(tail), kind, 0, 0, 0, 0, offset, length) + tail
+        return self.add_capability(_CAP_VENDOR, body, mask)
+
+    # --- what the device asks of its transport ----------------------------------------------------
+    def signal_queue(self, index: int) -> None:
+        """Raise the interrupt of a queue."""
+        self._isr |= 1
+        self.msix.signal(self.device.queues[index].vector)
+
+    def signal_config(self) -> None:
+        """Raise the configuration interrupt; what the guest reads has a new generation."""
+        self._common.changed()
+        self._isr |= 2
+        self.msix.signal(self._common.config_vector)
+
+    def queue_fd(self, index: int) -> int:
+        """The eventfd of a queue's vector; -1 when it has none."""
+        vector = self.device.queues[index].vector
+        return self.msix.fds[vector] if vector < self.msix.count else -1
+
+    def kick_fd(self, index: int) -> int:
+        """The eventfd that the guest's notifications of a queue signal."""
+        return self._kicks.fds[index]
+
+    @property
+    def driver_ok(self) -> bool:
+        """Whether the driver is running, and the device has not given up on it."""
+        return self._common.status & (v.DRIVER_OK | v.NEEDS_RESET) == v.DRIVER_OK
+
+    # --- the life of the VM -----------------------------------------------------------------------
+    def pause(self) -> None:
+        """The vCPUs are stopped: stop serving.
+
+        The irqfds stay: to take one away costs the kernel a grace period. An interrupt that KVM
+        delivers by a work item may miss the APIC's state that way; :meth:`resume` raises it again,
+        and the device its pending announcement: there is no other.
+        """
+        with self.device.lock:
+            if self._paused:
+                return
+            self._paused = True
+            if self.driver_ok:
+                self.device.stop()
+
+    def resume(self) -> None:
+        """The vCPUs are about to run: serve again."""
+        with self.device.lock:
+            if not self._paused:
+                return
+            self._paused = False
+            self.msix.attach()
+            if self.driver_ok:
+                self._start()
+                # A notification or interrupt may have been on its way when the VM stopped, here or
+                # at a migration's source; both sides take a spurious one lightly.
+                for index, queue in enumerate(self.device.queues):
+                    if queue.enabled:
+                        self._kicks.kick(index)
+                        self.msix.signal(queue.vector)
+            elif self._common.status & v.NEEDS_RESET:
+                self.msix.signal(self._common.config_vector)
+
+    def reset(self) -> None:
+        """The VM is reset."""
+        with self.device.lock:
+            self._reset_device()
+            self.msix.reset()
+            self.reset_config()
+
+    def close(self) -> None:
+        """Give the descriptors back; the VM is paused."""
+        with self.device.lock:
+            self._kicks.close()
+            self.msix.close()
+
+    def foresight(self) -> Foresight:
+        """What a destination may have ready before this device stops; from any thread."""
+        with self.device.lock:
+            return Foresight(self.bar or 0, self._notified(), self.msix.table)
+
+    def foresee(self, foresight: Foresight) -> None:
+        """A device like that will be loaded; paused."""
+        with self.device.lock:
+            count = len(self.device.queues)
+            if foresight.bar and all(index < count for index in foresight.queues):
+                self._kicks.register(foresight.bar + _NOTIFY, foresight.queues)
+            self.msix.foresee(foresight.table)
+
+    def save_transport(self) -> TransportState:
+        """The transport's state; paused."""
+        return TransportState(
+            self.save_config(),
+            self.msix.save(),
+            self._common.save(),
+            self.device.negotiated,
+            self._isr,
+            self._window.save(),
+            [queue.save() for queue in self.device.queues],
+        )
+
+    def load_transport(self, state: TransportState) -> None:
+        """Take over a saved state; paused.
+
+        Raises:
+            StreamError: the state is not one that this device can be in; names the field.
+        """
+        device = self.device
+        if state.negotiated & ~device.offered:
+            raise StreamError(
+                f"negotiated: the guest uses features {state.negotiated & ~device.offered:#x} "
+                "that are not offered here"
+            )
+        if len(state.queues) != len(device.queues):
+            raise StreamError(f"queues: {len(state.queues)}, but {len(device.queues)} here")
+        device.negotiated = state.negotiated
+        self._common.load(state.common)
+        self._isr = state.isr
+        try:
+            self.msix.load(state.msix)
+            for queue, saved in zip(device.queues, state.queues, strict=True):
+                queue.load(saved)
+                if saved.ready and self.driver_ok:
+                    queue.enable(state.negotiated)
+        except (GuestError, ValueError) as error:
+            raise StreamError(f"queues, msix: {error}") from error
+        self.load_config(state.pci)
+        self._window.load(state.window)
+        # What was foreseen and is not so must not stay, in the way of another device perhaps. What
+        # is missing is registered at the start, when no device's is in the way.
+        if self.driver_ok and self.bar is not None:
+            self._kicks.keep(self.bar + _NOTIFY, self._notified())
+        else:
+            self._kicks.unregister()
+
+    # --- configuration space ----------------------------------------------------------------------
+    def read_config(self, offset: int, size: int) -> int:
+        """As PCI; message control lives in the MSI-X object, and the window reads the BAR."""
+        if offset < self._msix_at + 4 and offset + size > self._msix_at + 2:
+            pack_into("<H", self.config, self._msix_at + 2, self.msix.control())
+        if offset == self._window.data:
+            at, length = self._window.target()
+            if length:
+                return self.read(at, length) & (1 << 8 * min(size, length)) - 1
+        return super().read_config(offset, size)
+
+    def write_config(self, offset: int, size: int, value: int) -> None:
+        """As PCI."""
+        super().write_config(offset, size, value)
+        if offset <= self._msix_at + 3 < offset + size:
+            control = self.config[self._msix_at + 2 : self._msix_at + 4]
+            with self.device.lock:
+                self.msix.set_control(int.from_bytes(control, "little"))
+        if offset == self._window.data:
+            at, length = self._window.target()
+            if length:
+                self.write(at, length, value & (1 << 8 * length) - 1)
+
+    def bar_moved(self) -> None:
+        """The notification addresses moved along. While paused, whoever moves it sees to them."""
+        with self.device.lock:
+            if self._paused:
+                return
+            if self.device.started:
+                self._register_kicks()
+            else:
+                self._kicks.unregister()
+
+    def _register_kicks(self) -> None:
+        if self.bar is None:
+            self._kicks.unregister()
+        else:
+            self._kicks.register(self.bar + _NOTIFY, self._notified())
+
+    def _notified(self) -> list[int]:
+        return [index for index, queue in enumerate(self.device.queues) if queue.enabled]
+
+    # --- the BAR ----------------------------------------------------------------------------------
+    def read(self, offset: int, size: int) -> int:
+        """Guest reads of the BAR."""
+        with self.device.lock:
+            if offset < _ISR:
+                return self._common.read(offset) & (1 << 8 * size) - 1
+            if offset < _DEVICE:
+                value, self._isr = self._isr, 0  # reading ISR clears it (4.1.4.5)
+                return value
+            if offset < _TABLE:
+                at = offset - _DEVICE
+                return int.from_bytes(self.device.config()[at : at + size], "little")
+            if offset < _PENDING:
+                return self.msix.read_table(offset - _TABLE, size)
+            if offset < _NOTIFY:
+                return self.msix.read_pending(offset - _PENDING, size)
+            return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Guest writes of the BAR. Device configuration is read-only, every bit of it."""
+        with self.device.lock:
+            if offset < _ISR:
+                self._common.write(offset, size, value)
+            elif _TABLE <= offset < _PENDING:
+                self.msix.write_table(offset - _TABLE, size, value)
+            elif offset >= _NOTIFY:
+                self._kicks.kick((offset - _NOTIFY) // STRIDE)
+
+    def _set_status(self, value: int) -> None:
+        if value == 0:
+            self._reset_device()
+            return
+        registers = self._common
+        rising = value & ~registers.status
+        if rising & v.FEATURES_OK and not self._accept_features():
+            value &= ~v.FEATURES_OK
+        registers.status |= value & v.DRIVER_BITS
+        if rising & v.DRIVER_OK:
+            if not registers.status & v.FEATURES_OK:
+                self._offend("the driver is ready, but negotiated no features")
+            elif not self._paused:
+                self._enable_queues()
+
+    def _accept_features(self) -> bool:
+        device, wanted = self.device, self._common.driver_features
+        if wanted & ~device.offered or not wanted & v.F_VERSION_1:
+            return False
+        device.negotiated = wanted
+        return True
+
+    def _enable_queues(self) -> None:
+        try:
+            for queue in self.device.queues:
+                if queue.ready:
+                    queue.enable(self.device.negotiated)
+        except GuestError as error:
+            self._offend(str(error))
+            return
+        self._start()
+
+    def _start(self) -> None:
+        self._register_kicks()
+        try:
+            self.device.start()
+        except GuestError as error:
+            self._offend(str(error))
+
+    def _reset_device(self) -> None:
+        self.device.stop()
+        self._kicks.unregister()
+        self.device.negotiated = 0
+        for queue in self.device.queues:
+            queue.reset()
+        self.device.reset()
+        self._common.clear()
+        self._isr = 0
+
+    def _offend(self, message: str) -> None:
+        """The guest broke a rule: the device stops and asks to be reset (2.1.1); the VM lives."""
+        self.device.stop()
+        if not self._common.status & v.NEEDS_RESET:
+            self._common.status |= v.NEEDS_RESET
+            self._on_offence(message)
+            if self._common.status & v.DRIVER_OK:
+                self.signal_config()
+
+
+__all__ = ["BAR_SIZE", "TransportState", "VirtioPci"]

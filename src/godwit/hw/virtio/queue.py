@@ -1,0 +1,258 @@
+"""The device's side of a split virtqueue (virtio 1.2, 2.7), every field of the guest's checked.
+
+Indices run free over 16 bits and wrap at 65,536; ring positions are the index modulo the size.
+"""
+
+from __future__ import annotations
+
+import threading
+from struct import Struct
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from godwit.errors import GuestError
+from godwit.hw.memory import GuestMemory
+
+_DESC = Struct("<QIHH")  # addr, len, flags, next
+_NEXT, _WRITE, _INDIRECT = 1, 2, 4
+_NO_INTERRUPT = 1  # avail.flags
+#: Descriptors of an indirect table that are followed. The specification allows the queue's size,
+#: but Linux puts more there when the queue is short; vhost and writev stop at UIO_MAXIOV: this.
+_MAX_INDIRECT = 1024
+
+F_INDIRECT_DESC = 1 << 28
+F_EVENT_IDX = 1 << 29
+
+_U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+_U64 = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is saved of a virtqueue; addresses are guest physical."""
+
+    size: _U16  # what the guest wrote: no good size until the queue is enabled
+    ready: bool
+    desc: _U64
+    avail: _U64
+    used: _U64
+    last_avail: _U16
+    last_used: _U16
+    vector: _U16
+
+
+class Chain(NamedTuple):
+    """One buffer: the views of its parts, the device's to read and the device's to write."""
+
+    head: int
+    readable: list[memoryview]
+    writable: list[memoryview]
+    #: (guest address, bytes) of each writable part.
+    writable_at: list[tuple[int, int]]
+
+    def read(self, limit: int) -> bytes:
+        """The readable bytes, at most ``limit``."""
+        out = bytearray()
+        for part in self.readable:
+            out += part[: limit - len(out)]
+            if len(out) >= limit:
+                break
+        return bytes(out)
+
+    def readable_size(self) -> int:
+        """Bytes that the device may read."""
+        return sum(len(part) for part in self.readable)
+
+    def writable_size(self) -> int:
+        """Bytes that the device may write."""
+        return sum(len(part) for part in self.writable)
+
+
+# Python has no memory fence; taking a lock is an atomic read-modify-write, which is one on x86.
+_fence = threading.Lock()
+
+
+class Virtqueue:
+    """A queue. The transport sets the public fields; :meth:`enable` freezes them.
+
+    Not thread-safe: the device's lock covers it.
+    """
+
+    def __init__(self, memory: GuestMemory, max_size: int) -> None:
+        self._memory = memory
+        self.max_size = max_size
+        self.reset()
+
+    def reset(self) -> None:
+        """As after a device reset."""
+        self.size = self.max_size
+        self.ready = False
+        self.desc = self.avail = self.used = 0
+        self.vector = 0xFFFF
+        self.last_avail = self.last_used = 0
+        self._signalled: int | None = None
+        self._pushed = False
+        self._event_idx = self._indirect = False
+        self._table: memoryview | None = None
+
+    def enable(self, features: int) -> None:
+        """Check the ring's addresses and get ready to serve.
+
+        Raises:
+            GuestError: a size, address or alignment that the specification forbids.
+        """
+        size = self.size
+        if not 0 < size <= self.max_size or size & size - 1:
+            raise GuestError(f"queue size {size} is no power of two up to {self.max_size}")
+        for what, address, align in (
+            ("descriptor table", self.desc, 16),
+            ("avail ring", self.avail, 2),
+            ("used ring", self.used, 4),
+        ):
+            if address % align:
+                raise GuestError(f"{what} at {address:#x} is not aligned to {align}")
+        self._event_idx = bool(features & F_EVENT_IDX)
+        self._indirect = bool(features & F_INDIRECT_DESC)
+        extra = 2 if self._event_idx else 0
+        table = self._memory.view(self.desc, 16 * size)
+        self._avail = self._memory.view(self.avail, 4 + 2 * size + extra).cast("H")
+        self._used16 = self._memory.view(self.used, 4 + 8 * size + extra).cast("H")
+        self._used32 = self._memory.view(self.used + 4, 8 * size).cast("I")
+        self._signalled = None
+        self.ready = True
+        self._table = table
+
+    @property
+    def enabled(self) -> bool:
+        """Whether :meth:`enable` was called since the last reset."""
+        return self._table is not None
+
+    def used_size(self) -> int:
+        """Bytes of the used ring, event field included."""
+        return 6 + 8 * self.size
+
+    def resync_used(self) -> None:
+        """Take the used index from the ring: another device (vhost) has moved it."""
+        self.last_used = self._used16[1]
+        self._signalled = None
+
+    def pop(self) -> Chain | None:
+        """The next buffer, or None when there is none; then the driver is asked to notify.
+
+        Raises:
+            GuestError: the driver broke the ring's rules.
+        """
+        pending = self._avail[1] - self.last_avail & 0xFFFF
+        if not pending:
+            if self._event_idx:
+                # avail_event: 'notify me when you put a buffer there'. Without it the second
+                # buffer would raise no notification. The driver may have added one meanwhile.
+                self._used16[2 + 4 * self.size] = self.last_avail
+                self._memory.mark(self.used + 4 + 8 * self.size, 2)
+                with _fence:
+                    pending = self._avail[1] - self.last_avail & 0xFFFF
+            elif self._used16[0]:
+                # vhost, which had the ring before, asked for no notifications (used.flags, 2.7.8).
+                self._used16[0] = 0
+                self._memory.mark(self.used, 2)
+                with _fence:
+                    pending = self._avail[1] - self.last_avail & 0xFFFF
+            if not pending:
+                return None
+        if pending > self.size:
+            raise GuestError(f"avail index is {pending} ahead in a queue of {self.size}")
+        head = self._avail[2 + self.last_avail % self.size]
+        chain = self._walk(head)
+        self.last_avail = self.last_avail + 1 & 0xFFFF
+        return chain
+
+    def unpop(self) -> None:
+        """Give the newest popped buffer back."""
+        self.last_avail = self.last_avail - 1 & 0xFFFF
+
+    def push(self, chain: Chain, written: int) -> None:
+        """Mark ``chain`` used, ``written`` bytes of it written."""
+        left = written
+        for address, length in chain.writable_at:
+            if left <= 0:
+                break
+            self._memory.mark(address, min(left, length))
+            left -= length
+        slot = self.last_used % self.size
+        self._used32[2 * slot] = chain.head
+        self._used32[2 * slot + 1] = written
+        self._memory.mark(self.used + 4 + 8 * slot, 8)
+        # x86 keeps the order of stores: the element is seen before the index.
+        self.last_used = self.last_used + 1 & 0xFFFF
+        self._used16[1] = self.last_used
+        self._memory.mark(self.used + 2, 2)
+        self._pushed = True
+
+    def should_notify(self) -> bool:
+        """Whether the driver wants an interrupt for what was pushed since the last one (2.7.10)."""
+        if not self._pushed:
+            return False
+        self._pushed = False
+        with _fence:
+            if not self._event_idx:
+                return not self._avail[0] & _NO_INTERRUPT
+            event = self._avail[2 + self.size]
+        old, self._signalled = self._signalled, self.last_used
+        if old is None:
+            return True
+        return (self.last_used - event - 1) & 0xFFFF < (self.last_used - old) & 0xFFFF
+
+    def save(self) -> QueueState:
+        """The state of a queue that nobody serves now."""
+        return QueueState(
+            self.size,
+            self.ready,
+            self.desc,
+            self.avail,
+            self.used,
+            self.last_avail,
+            self.last_used,
+            self.vector,
+        )
+
+    def load(self, state: QueueState) -> None:
+        """Take over a saved state; :meth:`enable` checks it against RAM."""
+        self.reset()
+        self.size, self.ready, self.vector = state.size, state.ready, state.vector
+        self.desc, self.avail, self.used = state.desc, state.avail, state.used
+        self.last_avail, self.last_used = state.last_avail, state.last_used
+
+    def _walk(self, head: int) -> Chain:
+        table, size = self._table, self.size
+        if table is None:
+            raise GuestError("queue served before it was enabled")
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        writable_at: list[tuple[int, int]] = []
+        index, seen, indirect, limit = head, 0, False, size
+        while True:
+            if index >= size:
+                raise GuestError(f"descriptor {index} in a table of {size}")
+            if seen >= limit:
+                raise GuestError(f"descriptor chain from {head} is longer than {limit}")
+            seen += 1
+            address, length, flags, following = _DESC.unpack_from(table, 16 * index)
+            if flags & _INDIRECT:
+                if not self._indirect or indirect or flags & _NEXT:
+                    raise GuestError(f"indirect descriptor {index} where none is allowed")
+                if not length or length % 16:
+                    raise GuestError(f"indirect table of {length} bytes")
+                table, size = self._memory.view(address, length), length // 16
+                index, seen, indirect, limit = 0, 0, True, min(size, _MAX_INDIRECT)
+                continue
+            view = self._memory.view(address, length)
+            if flags & _WRITE:
+                writable.append(view)
+                writable_at.append((address, length))
+            elif writable:
+                raise GuestError(f"readable descriptor {index} after a writable one")
+            else:
+                readable.append(view)
+            if not flags & _NEXT:
+                return Chain(head, readable, writable, writable_at)
+            index = following

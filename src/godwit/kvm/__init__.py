@@ -1,1 +1,0 @@
-"""The kernel's ABI: ioctl numbers, structs and handles of KVM, vhost-net and tun. A leaf room."""

@@ -1,0 +1,1 @@
+"""The machine: board, vCPUs, devices, and its saved state."""

@@ -1,0 +1,117 @@
+"""The board: RAM, vCPUs and empty buses, all that a guest's first instructions need.
+
+It imports little, because a booting guest waits for that alone. A bzImage spends its first second
+on an emulated CPU, 0.1 s on a real one, unpacking itself, and leaves the guest for nothing:
+meanwhile the rest of Godwit is imported, and devices and NICs are made (:meth:`Board.head_start`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Self
+
+from godwit.errors import ConfigError, KvmError
+from godwit.host.kvm import abi
+from godwit.host.kvm.cpuid import guest_cpuid
+from godwit.host.kvm.handles import System, Vcpu, Vm
+from godwit.hw import acpi
+from godwit.hw import boot as linuxboot
+from godwit.hw.bus import MmioBus, PortBus
+from godwit.hw.memory import GuestMemory
+from godwit.spec.config import VmConfig
+
+from .vcpu import Ending, VcpuThread
+
+
+class Board:
+    """A machine without devices; its vCPUs' threads wait.
+
+    Raises:
+        HostError: KVM is missing.
+        ConfigError: the host does not give the memory.
+    """
+
+    def __init__(self, config: VmConfig) -> None:
+        self.config = config
+        #: Called in a vCPU's thread when it will not go on; set before the devices are there.
+        self.on_end: Callable[[Ending, str], None] = lambda ending, detail: None
+        with ExitStack() as undo:
+            self.system = undo.enter_context(System())
+            self.memory = GuestMemory(config.memory)
+            undo.callback(self.memory.close)
+            self.vm = undo.enter_context(self.system.create_vm())
+            self.set_dirty_log(False)
+            self.ports, self.mmio = PortBus(), MmioBus()
+            vcpus = self.make_vcpus(self.vm, undo)
+            #: Indices of the MSRs that make up a vCPU's state here; the TSC is a clock.
+            listed = [index for index in self.system.msr_indices() if index != abi.MSR_TSC]
+            self.msrs = vcpus[0].readable_msrs(listed)
+            self.vcpus = [
+                VcpuThread(vcpu, self.ports, self.mmio, self._vcpu_ended) for vcpu in vcpus
+            ]
+            for thread in self.vcpus:
+                thread.start()
+                undo.callback(thread.stop)
+            self._undo = undo.pop_all()
+
+    def make_vcpus(self, vm: Vm, undo: ExitStack) -> list[Vcpu]:
+        """The vCPUs of this configuration, for ``vm``, and closed by ``undo``.
+
+        Raises:
+            KvmError: the host does not give them.
+        """
+        supported = self.system.supported_cpuid()
+        deadline = bool(self.system.check(abi.CAP_TSC_DEADLINE_TIMER))
+        vcpus = []
+        try:
+            for index in range(self.config.cpus):
+                vcpu = undo.enter_context(vm.create_vcpu(index))
+                vcpu.set_cpuid(guest_cpuid(supported, index, self.config.cpus, deadline))
+                vcpus.append(vcpu)
+        except OSError as error:
+            raise KvmError(f"KVM could not make vCPU {len(vcpus)}: {error}") from error
+        return vcpus
+
+    def boot(self) -> None:
+        """Load kernel, initrd and tables, and put the first vCPU at the kernel's entry.
+
+        Raises:
+            ConfigError: no kernel was given, or it cannot be loaded.
+        """
+        config = self.config
+        if config.kernel is None:
+            raise ConfigError("there is nothing to boot; give --kernel, or --incoming")
+        acpi.write_tables(self.memory, config.cpus)
+        boot = linuxboot.load(self.memory, config.kernel, config.initrd, config.command_line)
+        linuxboot.start_vcpu(self.vcpus[0].vcpu, boot)
+
+    def head_start(self) -> None:
+        """Let the first vCPU compute; what needs a device waits for the machine's start.
+
+        Nothing of it is seen outside, and of what KVM serves by itself only clocks run.
+        """
+        self.vcpus[0].head_start()
+
+    def set_dirty_log(self, on: bool) -> None:
+        """Have KVM log the guest's writes, or not."""
+        for region in self.memory.regions:
+            self.vm.set_memory(region.slot, region.start, region.size, region.host, on)
+
+    def _vcpu_ended(self, ending: Ending, detail: str) -> None:
+        self.on_end(ending, detail)
+
+    def stop(self) -> None:
+        """End the vCPUs' threads; harmless the second time."""
+        for thread in self.vcpus:
+            thread.stop()
+
+    def close(self) -> None:
+        """Stop, and give everything back; harmless the second time."""
+        self._undo.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,289 @@
+"""A vCPU's thread: in KVM_RUN nearly always; it leaves for port I/O, MMIO, and when it is kicked.
+
+Kick: ``immediate_exit`` in the shared page and a signal whose handler does nothing. KVM_RUN then
+first completes what was pending (the second half of an IN or an MMIO read) and returns EINTR, so a
+vCPU parks only with its architectural state complete (Documentation/virt/kvm/api.rst, KVM_RUN).
+
+A throttled vCPU parks after each slice of time in the guest, and goes on by itself: it rests. It is
+parked then as any other, so that a pause need not wait for it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import threading
+import time
+from collections.abc import Callable
+from enum import Enum
+
+from godwit.errors import GuestError, KvmError
+from godwit.host.kvm import abi
+from godwit.host.kvm.handles import Vcpu
+from godwit.hw.bus import MmioBus, PortBus
+
+KICK_SIGNAL = signal.SIGUSR1
+#: How long a throttled vCPU stays in the guest between two rests, seconds. QEMU:
+#: softmmu/cpu-throttle.c, CPU_THROTTLE_TIMESLICE_NS.
+SLICE_S = 0.010
+#: Time in the guest for which a rest makes up at the most, seconds: a kick may come late on a busy
+#: host, and a rest is 99 times as long at the highest throttle. A guest's watchdog for soft lockups
+#: waits 20 s (kernel/watchdog.c, get_softlockup_thresh).
+_MOST_COUNTED_S = 0.050
+
+
+class Ending(Enum):
+    """Why a vCPU will not go on by itself."""
+
+    POWER_OFF = "power-off"
+    RESET = "reset"
+    TRIPLE_FAULT = "triple-fault"
+    INTERNAL_ERROR = "internal-error"
+
+
+def install_kick_handler() -> None:
+    """Once, from the main thread, before the first vCPU runs."""
+    signal.signal(KICK_SIGNAL, lambda number, frame: None)
+
+
+def rest_after(ran: float, percent: int) -> float:
+    """How long to keep out of the guest, seconds, after ``ran`` seconds in it."""
+    return min(ran, _MOST_COUNTED_S) * percent / (100 - percent)
+
+
+class VcpuThread:
+    """Runs ``vcpu``; parked at first. ``on_end(ending, detail)`` is called in its thread."""
+
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        ports: PortBus,
+        mmio: MmioBus,
+        on_end: Callable[[Ending, str], None],
+    ) -> None:
+        self.vcpu = vcpu
+        self._ports = ports
+        self._mmio = mmio
+        self._on_end = on_end
+        self._page = vcpu.run_page
+        self._changed = threading.Condition()
+        self._run_wanted = False
+        self._parked = True
+        self._quit = False
+        #: The first exit waits: what would serve it is still being made.
+        self._held = False
+        #: Percent of the time to be kept out of the guest.
+        self._throttle = 0
+        #: Since when it may be in the guest, and until when it rests; time.monotonic().
+        self._entered = self._rests_until = 0.0
+        #: Set by a device during an exit: the guest asked for its own end.
+        self.ending: tuple[Ending, str] | None = None
+        self._thread = threading.Thread(target=self._main, name=f"vcpu{vcpu.index}", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; it waits for :meth:`resume`."""
+        self._thread.start()
+
+    def resume(self) -> None:
+        """Let the guest run; a vCPU that ended stays parked until :meth:`revive`."""
+        self._held = False
+        self._go()
+
+    @property
+    def ahead(self) -> bool:
+        """Whether it has its head start: then it may be in the guest, and KVM's calls for this
+        vCPU would wait until it leaves."""
+        return self._held
+
+    def _go(self) -> None:
+        with self._changed:
+            if self.ending is None:
+                self._page[abi.RUN_IMMEDIATE_EXIT] = 0
+                self._run_wanted = True
+                self._changed.notify_all()
+
+    def head_start(self) -> None:
+        """Let the guest run up to its first exit, which waits for :meth:`resume`."""
+        self._held = True
+        self._go()
+
+    def revive(self) -> None:
+        """Forget the ending: the VM was reset."""
+        self.ending = None
+
+    def request_pause(self) -> None:
+        """Ask it to leave the guest; does not wait."""
+        with self._changed:
+            self._run_wanted = False
+            self._kick()
+
+    def _kick(self) -> None:
+        """Have it leave the guest; the caller has the lock."""
+        self._page[abi.RUN_IMMEDIATE_EXIT] = 1
+        if not self._parked and self._thread.ident is not None:
+            signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
+
+    def wait_paused(self, timeout: float = 10.0) -> None:
+        """Wait until it is parked.
+
+        Raises:
+            KvmError: it did not come back in ``timeout`` seconds.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._parked, timeout):
+                raise KvmError(f"vCPU {self.vcpu.index} did not leave the guest in {timeout} s")
+
+    def throttle(self, percent: int) -> None:
+        """Keep it out of the guest for so much of the time, 0 to 99: whoever sets this has
+        :meth:`end_slice` called. 0 lets a vCPU that rests go on at once."""
+        with self._changed:
+            if not self._throttle:
+                self._entered = time.monotonic()  # what it ran before is not held against it
+            self._throttle = percent
+            self._changed.notify_all()
+
+    def end_slice(self) -> float:
+        """Have it rest, if it is throttled and its slice is over; does not wait.
+
+        Returns:
+            After how many seconds to ask again.
+        """
+        with self._changed:
+            now = time.monotonic()
+            if self._parked or not self._throttle:
+                return max(0.0, self._rests_until - now) + SLICE_S
+            left = self._entered + SLICE_S - now
+            if left > 0:
+                return left
+            self._kick()
+            return SLICE_S
+
+    def is_current(self) -> bool:
+        """Whether this vCPU's thread is the one that asks."""
+        return self._thread is threading.current_thread()
+
+    def stop(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._quit = True
+            self._changed.notify_all()
+        self.request_pause()
+        if self._thread.ident is not None and not self.is_current():
+            self._thread.join(10)
+
+    def _main(self) -> None:
+        while True:
+            with self._changed:
+                self._parked = True
+                self._changed.notify_all()
+                self._rest()
+                self._changed.wait_for(lambda: self._run_wanted or self._quit)
+                if self._quit:
+                    return
+                self._parked = False
+                # That kick is answered; a pause would have taken back that it is to run.
+                self._page[abi.RUN_IMMEDIATE_EXIT] = 0
+                self._entered = time.monotonic()
+            try:
+                self._run()
+            except OSError as error:
+                self.end(Ending.INTERNAL_ERROR, f"KVM_RUN: {error}")
+            except Exception as error:  # a device's bug must not end in silence
+                self.end(Ending.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+
+    def _rest(self) -> None:
+        """Wait for what the throttle asks after a slice.
+
+        A pause does not even wake it: it is parked, and it only goes on if it is to run by then.
+        """
+        if self._throttle and self._run_wanted:
+            now = time.monotonic()
+            self._rests_until = now + rest_after(now - self._entered, self._throttle)
+            self._changed.wait_for(
+                lambda: not self._throttle or not self._run_wanted or self._quit,
+                self._rests_until - now,
+            )
+            self._rests_until = 0.0
+
+    def _run(self) -> None:
+        """Until it is kicked, or the guest ends."""
+        fd, run, ioctl = self.vcpu.fd, abi.RUN, fcntl.ioctl
+        page = memoryview(self._page)
+        reason_at = page[abi.RUN_EXIT_REASON : abi.RUN_EXIT_REASON + 4].cast("I")
+        try:
+            while True:
+                try:
+                    ioctl(fd, run, 0)
+                except InterruptedError:
+                    if page[abi.RUN_IMMEDIATE_EXIT]:
+                        return
+                    continue
+                except BlockingIOError:  # an AP that got its INIT
+                    continue
+                except OSError:
+                    if self._held and not self._let_go():
+                        return
+                    raise  # now there is somebody to be told
+                if self._held and not self._let_go():
+                    return
+                reason = reason_at[0]
+                if reason == abi.EXIT_IO:
+                    self._port_io(page)
+                elif reason == abi.EXIT_MMIO:
+                    self._mmio_access(page)
+                elif reason != abi.EXIT_INTR:
+                    self.end(*_explain(reason, page))
+                if self.ending is not None:
+                    return
+        finally:
+            reason_at.release()
+            page.release()
+
+    def _let_go(self) -> bool:
+        """Wait until the devices are there; False if they never will be."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._quit)
+            return not self._quit
+
+    def _port_io(self, page: memoryview) -> None:
+        out, size, port, count, at = abi.RUN_IO.unpack_from(page, abi.RUN_UNION)
+        for offset in range(at, at + size * count, size):
+            if out:
+                value = int.from_bytes(page[offset : offset + size], "little")
+                self._ports.write(port, size, value)
+            else:
+                value = self._ports.read(port, size)
+                page[offset : offset + size] = value.to_bytes(size, "little")
+
+    def _mmio_access(self, page: memoryview) -> None:
+        address, data, size, write = abi.RUN_MMIO.unpack_from(page, abi.RUN_UNION)
+        if not 1 <= size <= 8:
+            raise GuestError(f"MMIO access of {size} bytes")
+        if write:
+            self._mmio.write(address, size, int.from_bytes(data[:size], "little"))
+        else:
+            value = self._mmio.read(address, size) & (1 << 8 * size) - 1
+            at = abi.RUN_MMIO_DATA
+            page[at : at + size] = value.to_bytes(size, "little")
+
+    def end(self, ending: Ending, detail: str) -> None:
+        """The guest will not go on by itself: the first reason is told, and it parks."""
+        with self._changed:
+            self._run_wanted = False
+            first = self.ending is None
+            self.ending = (ending, detail)
+        if first:
+            self._on_end(ending, detail)
+
+
+def _explain(reason: int, page: memoryview) -> tuple[Ending, str]:
+    if reason == abi.EXIT_SHUTDOWN:
+        return Ending.TRIPLE_FAULT, "the guest triple-faulted"
+    union = abi.RUN_UNION
+    if reason == abi.EXIT_FAIL_ENTRY:
+        code = int.from_bytes(page[union : union + 8], "little")
+        return Ending.INTERNAL_ERROR, f"the CPU refused to enter the guest ({code:#x})"
+    if reason == abi.EXIT_INTERNAL_ERROR:
+        code = int.from_bytes(page[union : union + 4], "little")
+        return Ending.INTERNAL_ERROR, f"KVM could not emulate an instruction (suberror {code})"
+    return Ending.INTERNAL_ERROR, f"KVM exit {reason} that nothing here handles"

@@ -1,0 +1,1 @@
+"""Packets that follow a guest to its new host."""

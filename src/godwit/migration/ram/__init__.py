@@ -1,0 +1,1 @@
+"""RAM on its way: dirty logs, runs of pages, convergence, throttling, population."""

@@ -1,0 +1,128 @@
+"""Which pages to send: what is populated at first, what got dirty since, and what is all zeros.
+
+Three sources of dirt: KVM logs the guest's writes, vhost its own, and guest memory what the VMM
+itself wrote. All of it is bitmaps, a bit per page, that become runs of pages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from godwit.host.ioctl import address_of
+from godwit.hw.memory import PAGE, Region
+from godwit.machine.machine import Machine
+from godwit.migration.wire.messages import Run
+
+from .page_runs import add, bitmap_runs
+from .pagemap import populated
+
+#: Pages of zeros come in hordes. Fewer together are sent: to find them would cost more.
+_HORDE = 8
+_QUIET = re.compile(rb"\0{%d,}" % _HORDE)
+#: Pages compared at once.
+_CHUNK = 64
+_ZERO = bytes(_CHUNK * PAGE)
+
+
+class DirtyLog:
+    """The dirty log of a machine; :meth:`start` before the first page is sent."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._on = False
+        self._bitmaps = [
+            bytearray(-(-region.size // PAGE // 64) * 8) for region in machine.memory.regions
+        ]
+
+    def start(self) -> None:
+        """Log from now on; all that was written before counts as the first pass."""
+        machine = self._machine
+        machine.memory.start_log()
+        for nic in machine.nics:
+            nic.start_log()
+        machine.set_dirty_log(True)
+        self._on = True
+
+    def stop(self) -> None:
+        """Log no more; harmless when it does not."""
+        if self._on:
+            self._on = False
+            machine = self._machine
+            machine.set_dirty_log(False)
+            for nic in machine.nics:
+                nic.stop_log()
+            machine.memory.stop_log()
+
+    def populated(self) -> list[Run]:
+        """The pages that exist at all."""
+        return [run for region in self._machine.memory.regions for run in populated(region)]
+
+    def take(self) -> list[Run]:
+        """The pages that got dirty since the last call."""
+        machine = self._machine
+        others = [nic.take_log() for nic in machine.nics]
+        own = machine.memory.take_log()
+        runs: list[Run] = []
+        for region, bitmap in zip(machine.memory.regions, self._bitmaps, strict=True):
+            machine.vm.dirty_log(region.slot, address_of(bitmap))
+            merged = _merge(region, bitmap, others, own)
+            runs += bitmap_runs(merged, region.start)
+        return runs
+
+
+def _merge(
+    region: Region, bitmap: bytearray, logs: Iterable[bytes | None], own: set[int]
+) -> bytes | bytearray:
+    first = region.start // PAGE // 8  # in bytes of a bitmap over all of guest memory
+    for log in logs:
+        if log is not None:
+            part = log[first : first + len(bitmap)]
+            if part.count(0) != len(part):
+                both = int.from_bytes(bitmap, "little") | int.from_bytes(part, "little")
+                bitmap[:] = both.to_bytes(len(bitmap), "little")
+    start = region.start // PAGE
+    for page in own:
+        index = page - start
+        if 0 <= index < region.size // PAGE:
+            bitmap[index // 8] |= 1 << index % 8
+    return bitmap
+
+
+def split_zeros(machine: Machine, runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
+    """``runs`` as (those with something in them, those that are all zeros).
+
+    The first byte of each page is gathered by one strided copy, and only where a horde of them is
+    zero are pages compared whole. Smaller hordes count as data.
+    """
+    data: list[Run] = []
+    zero: list[Run] = []
+    for address, pages in runs:
+        view = machine.memory.view(address, pages * PAGE)
+        at = 0
+        for quiet in _QUIET.finditer(view[::PAGE].tobytes()):
+            for first, count in _empty(view, quiet.start(), quiet.end()):
+                if first > at:
+                    add(data, address + at * PAGE, first - at)
+                add(zero, address + first * PAGE, count)
+                at = first + count
+        if at < pages:
+            add(data, address + at * PAGE, pages - at)
+    return data, zero
+
+
+def _empty(view: memoryview, first: int, end: int) -> Iterator[Run]:
+    """(first, count) of hordes between the pages ``first`` and ``end`` that are all zeros.
+
+    ``startswith`` compares with memcmp and copies nothing; memcmp itself through ctypes costs tens
+    of times more a call, and gives the GIL away each time.
+    """
+    for start in range(first, end, _CHUNK):
+        todo = [(start, min(start + _CHUNK, end))]
+        while todo:
+            start, stop = todo.pop()
+            if _ZERO.startswith(view[start * PAGE : stop * PAGE]):
+                yield start, stop - start
+            elif stop - start >= 2 * _HORDE:
+                half = (start + stop) // 2
+                todo += [(half, stop), (start, half)]

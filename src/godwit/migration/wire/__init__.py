@@ -1,0 +1,1 @@
+"""The migration stream: messages, connections, and what two machines compare."""

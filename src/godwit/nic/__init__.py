@@ -1,1 +1,0 @@
-"""NIC models, and the backends that move their frames."""

@@ -1,0 +1,1 @@
+"""The vocabulary: configuration, machine types, parameters, run states."""

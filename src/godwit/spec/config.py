@@ -1,0 +1,167 @@
+"""What a machine is made of, validated once; the parsers of the command line's values."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import NamedTuple
+
+from godwit.errors import ConfigError
+
+from .machine_types import DEFAULT, MachineType, machine_type
+
+MAX_CPUS = 8
+MAX_NICS = 8
+#: Buffers in a queue of a virtio NIC, unless the configuration says otherwise.
+QUEUE_SIZE = 256
+_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class NicConfig(NamedTuple):
+    """One NIC."""
+
+    id: str
+    tap: str
+    mac: bytes
+    model: str = "virtio-net"
+    #: The data path: vhost-net in the kernel, or in this process.
+    vhost: bool = True
+    #: None: as the machine type has it.
+    guest_announce: bool | None = None
+    mtu: int | None = None
+    #: None: as the model has it.
+    queue_size: int | None = None
+    #: Which of its guest's addresses the host may announce, as typed; None: all that it used.
+    announce_allow: str | None = None
+
+
+class VmConfig:
+    """One VM: ``memory`` in bytes, ``kernel`` and ``initrd`` as paths.
+
+    Raises:
+        ConfigError: there are too many of something, or two NICs share what is each one's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory: int = 256 << 20,
+        cpus: int = 1,
+        kernel: str | None = None,
+        initrd: str | None = None,
+        command_line: str = "console=ttyS0",
+        nics: tuple[NicConfig, ...] = (),
+        machine: MachineType | None = None,
+    ) -> None:
+        self.memory = memory
+        self.cpus = cpus
+        self.kernel = kernel
+        self.initrd = initrd
+        self.command_line = command_line
+        self.nics = nics
+        self.machine = machine or machine_type(DEFAULT)
+        if not 1 <= cpus <= MAX_CPUS:
+            raise ConfigError(f"{cpus} vCPUs; 1 to {MAX_CPUS} are supported")
+        if len(nics) > MAX_NICS:
+            raise ConfigError(f"{len(nics)} NICs; up to {MAX_NICS} are supported")
+        for what in ("id", "tap", "mac"):
+            values = [getattr(nic, what) for nic in nics]
+            for value in values:
+                if values.count(value) > 1:
+                    shown = format_mac(value) if isinstance(value, bytes) else value
+                    raise ConfigError(f"two NICs have the {what} '{shown}'; give each its own")
+
+
+def parse_size(text: str) -> int:
+    """``256M`` and the like, in bytes; units K, M, G (powers of 1,024). Raises ConfigError."""
+    match = re.fullmatch(r"(\d{1,12})([KMG]?)", text.strip().upper())
+    if not match:
+        raise ConfigError(f"size '{text}' is not understood; write it like 256M or 2G")
+    return int(match[1]) * _SIZES[match[2]]
+
+
+def parse_mac(text: str) -> bytes:
+    """``52:54:00:12:34:56``, a unicast address. Raises ConfigError."""
+    if not re.fullmatch(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}", text):
+        raise ConfigError(
+            f"MAC address '{text}' is not understood; write it like 52:54:00:12:34:56"
+        )
+    mac = bytes.fromhex(text.replace(":", "").replace("-", ""))
+    if mac[0] & 1 or mac == bytes(6):
+        raise ConfigError(
+            f"MAC address '{text}' is a multicast or null address; a NIC needs its own"
+        )
+    return mac
+
+
+def format_mac(mac: bytes) -> str:
+    """As people write it."""
+    return mac.hex(":")
+
+
+def default_mac(tap: str, index: int) -> bytes:
+    """An address of our own for a NIC without one: the same at each start, unlike its neighbours'.
+
+    52:54:00 is what KVM guests use; the rest comes from the tap's name.
+    """
+    return b"\x52\x54\x00" + zlib.crc32(f"{tap}/{index}".encode()).to_bytes(4, "big")[1:]
+
+
+def parse_nic(text: str, index: int) -> NicConfig:
+    """``tap=tap0,mac=...,vhost=on|off,guest-announce=on|off,announce-allow=...,mtu=...``.
+
+    Also ``queue-size=``, ``id=``, ``model=``.
+
+    Raises:
+        ConfigError: names the key or value, and what may stand there.
+    """
+    known = (
+        *("tap", "mac", "model", "vhost", "guest-announce", "announce-allow"),
+        *("mtu", "queue-size", "id"),
+    )
+    values: dict[str, str] = {}
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if not equals or key not in known or key in values:
+            raise ConfigError(f"--nic: '{part}' in '{text}'; KEY=VALUE with {', '.join(known)}")
+        values[key] = value
+    tap = values.get("tap", "")
+    if not re.fullmatch(r"[^\s/:]{1,15}", tap) or len(tap.encode()) > 15:
+        raise ConfigError(f"--nic '{text}': tap= needs an interface name of 1 to 15 bytes")
+    name = values.get("id", f"nic{index}")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII):
+        raise ConfigError(
+            f"--nic: id={name}; 1 to 64 letters, digits, '.', '_' and '-', please, "
+            "the first a letter or digit"
+        )
+    mtu = _number(values, "mtu", 68, 65535)
+    size = _number(values, "queue-size", 16, 1024)
+    if size is not None and size & size - 1:
+        raise ConfigError(f"--nic: queue-size={size}; a power of two, please")
+    return NicConfig(
+        id=name,
+        tap=tap,
+        mac=parse_mac(values["mac"]) if "mac" in values else default_mac(tap, index),
+        model=values.get("model", "virtio-net"),
+        vhost=_switch(values, "vhost", True) is not False,
+        guest_announce=_switch(values, "guest-announce", None),
+        mtu=mtu,
+        queue_size=size,
+        announce_allow=values.get("announce-allow"),
+    )
+
+
+def _switch(values: dict[str, str], key: str, default: bool | None) -> bool | None:
+    if key not in values:
+        return default
+    if values[key] not in ("on", "off"):
+        raise ConfigError(f"--nic: {key}={values[key]}; on or off, please")
+    return values[key] == "on"
+
+
+def _number(values: dict[str, str], key: str, low: int, high: int) -> int | None:
+    if key not in values:
+        return None
+    if not values[key].isdecimal() or not low <= int(values[key]) <= high:
+        raise ConfigError(f"--nic: {key}={values[key]}; a number from {low} to {high}, please")
+    return int(values[key])

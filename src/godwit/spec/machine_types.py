@@ -1,0 +1,42 @@
+"""Versioned machines: what a guest sees never changes under its feet.
+
+A stream of one type loads only in the same type. An older type switches off what came later.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from godwit.errors import ConfigError
+
+
+class MachineType(NamedTuple):
+    """A version of the machine, and the defaults that it pins."""
+
+    name: str
+    #: Whether virtio-net offers VIRTIO_NET_F_GUEST_ANNOUNCE unless a NIC's property says otherwise.
+    guest_announce: bool
+
+
+_TYPES = {
+    kind.name: kind
+    for kind in (
+        MachineType("godwit-0.1", guest_announce=False),
+        MachineType("godwit-0.2", guest_announce=True),
+    )
+}
+
+DEFAULT = "godwit-0.2"
+
+
+def machine_type(name: str) -> MachineType:
+    """The type of that name.
+
+    Raises:
+        ConfigError: there is none; the message lists them.
+    """
+    try:
+        return _TYPES[name]
+    except KeyError:
+        known = ", ".join(_TYPES)
+        raise ConfigError(f"machine type '{name}' is unknown; there are {known}") from None

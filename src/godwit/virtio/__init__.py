@@ -1,1 +1,0 @@
-"""virtio 1.2: split virtqueues, what a device is, the PCI transport."""

@@ -1,0 +1,1 @@
+"""One VM under its operator: run states, commands, migrations, endings."""

@@ -1,0 +1,136 @@
+"""Stands between source and destination of a move, reads its frames, and cuts the line at one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from godwit.errors import GodwitError
+from godwit.migration.wire import messages as codec
+from godwit.migration.wire.messages import Kind
+from godwit.migration.wire.sockets import Address, Channel
+
+
+class LineCutter:
+    """Passes frames from ``near`` to ``far`` and back, until the first ``kind`` (None: for ever).
+
+    That frame arrives if it is to be ``delivered``; then the line breaks, or, if it ``stalls``,
+    stays open and passes nothing more. Later lines are left whole. ``before`` is called as the
+    frame comes, and then nobody listens at ``near`` any more: it is the destination's death.
+    ``on_frame`` is shown each frame's kind and payload.
+    """
+
+    def __init__(
+        self,
+        near: Path,
+        far: Path,
+        kind: Kind | None,
+        delivered: bool,
+        before: Callable[[], None] | None = None,
+        on_frame: Callable[[Kind, bytes | bytearray], None] = lambda kind, payload: None,
+        stalls: bool = False,
+    ) -> None:
+        self._stalls = stalls
+        self.cut = threading.Event()
+        self.lines = 0
+        self._far = far
+        self._kind = kind
+        self._delivered = delivered
+        self._before = before
+        self._on_frame = on_frame
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(near))
+        self._listener.listen()
+        self._channels: list[Channel] = []
+        self._threads: list[threading.Thread] = []
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._hang_up()
+        self._thread.join()
+        for channel in self._channels:
+            channel.interrupt()
+        for thread in self._threads:
+            thread.join()
+        for channel in self._channels:
+            channel.close()
+
+    def _hang_up(self) -> None:
+        try:
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
+        except OSError:
+            pass
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                source = Channel(self._listener.accept()[0])
+            except OSError:
+                return
+            self.lines += 1
+            try:
+                target = Address(f"unix:{self._far}", False).connect()
+            except GodwitError:
+                source.close()  # the destination is dead: as its kernel would refuse
+                continue
+            self._channels += [source, target]
+            for one, other in ((source, target), (target, source)):
+                one.set_timeout(120)
+                arguments = (one, other, self.lines == 1)
+                thread = threading.Thread(target=self._pass, args=arguments, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _pass(self, one: Channel, other: Channel, first: bool) -> None:
+        try:
+            while True:
+                kind, length = one.receive()
+                payload = one.read(length)
+                self._on_frame(kind, payload)
+                if self._stalls and first and self.cut.is_set():
+                    continue  # into the void
+                cutting = kind is self._kind and not self.cut.is_set()
+                if kind is Kind.WELCOME:
+                    payload = self._as_ours(payload)
+                if cutting:
+                    self.cut.set()
+                    if self._before is not None:
+                        self._before()
+                        self._hang_up()
+                if not cutting or self._delivered:
+                    try:
+                        other.send_parts([codec.header(kind, len(payload)), memoryview(payload)])
+                    except GodwitError:
+                        # It hung up: what it said before is passed the other way first.
+                        if not cutting:
+                            return
+                if cutting and not self._stalls:
+                    break
+        except GodwitError:
+            pass  # one of them hung up
+        # What was sent still arrives (AF_UNIX keeps it), then the end.
+        one.interrupt()
+        other.interrupt()
+
+    @staticmethod
+    def _as_ours(payload: bytearray) -> bytearray:
+        """So that the source takes the line for a direct one, as it would be without us."""
+        welcome = codec.decode(payload, codec.Welcome)
+        return bytearray(codec.encode(msgspec.structs.replace(welcome, pid=os.getpid())))

@@ -1,0 +1,43 @@
+"""A tap without a kernel's network: a pair of sockets that keep frames apart."""
+
+from __future__ import annotations
+
+import socket
+
+from godwit.host.net import tun
+from godwit.host.net.tap import HEADER, Tap
+
+
+class FakeTap(Tap):
+    """As :class:`godwit.host.net.tap.Tap`; the other end is :meth:`put` and :meth:`get`."""
+
+    def __init__(self, offloads: int = tun.F_CSUM | tun.F_TSO4 | tun.F_TSO6) -> None:
+        mine, self._network = socket.socketpair(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
+        )
+        self.fd = mine.detach()
+        self.name = "tap0"
+        self.offloads = offloads
+        self.flags = 0
+
+    def set_offloads(self, flags: int) -> None:
+        """Note them; what no kernel takes is refused."""
+        if flags & tun.F_TSO_ECN and not flags & (tun.F_TSO4 | tun.F_TSO6):
+            raise OSError("ECN without TSO")  # drivers/net/tun.c, set_offload: EINVAL
+        self.flags = flags
+
+    def put(self, frame: bytes, header: bytes = bytes(HEADER)) -> None:
+        """A frame from the network to the guest. Raises BlockingIOError when the tap is full."""
+        self._network.send(header + frame)
+
+    def get(self) -> bytes | None:
+        """The next frame, header included, that came out of the tap; None: there is none."""
+        try:
+            return self._network.recv(1 << 18)
+        except BlockingIOError:
+            return None
+
+    def close(self) -> None:
+        """Close both ends."""
+        super().close()
+        self._network.close()
