@@ -7,7 +7,7 @@ from godwit.announce.attempts import Verifier
 from godwit.announce.frames import TPID_8021Q, gratuitous_arp
 from godwit.announce.schedule import AnnounceOptions
 from godwit.announce.uplink import Station
-from godwit.hw.nic.rx_filter_info import FilterView
+from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.hw.virtio.net.rxfilter import RxFilter
 from godwit.spec.runstate import RunState, RunStates
 from tests.fakes.clock import FakeClock
@@ -49,7 +49,7 @@ class Nic:
             self._clock.call_later(self.acks_after, self.on_ack)
         return self.accepts
 
-    def rx_filter(self) -> FilterView:
+    def rx_filter(self) -> RxFilterInfo:
         return self.filter.view(self.mac, True)
 
     def send_from_host(self, frame: bytes) -> None:

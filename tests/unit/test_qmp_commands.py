@@ -7,7 +7,7 @@ import pytest
 
 from godwit.announce.schedule import AnnounceOptions, AnnounceParameters, Verify
 from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
-from godwit.hw.nic.rx_filter_info import FilterView
+from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.qmp import commands, events
 from godwit.qmp.commands import COMMANDS
 from godwit.qmp.controller import Controller
@@ -26,7 +26,7 @@ class Vm:
         self.announce_parameters = AnnounceParameters()
         self.announce_options = AnnounceOptions()
         self.announced: list[dict[str, object]] = []
-        self.filters: dict[str, FilterView] = {}
+        self.filters: dict[str, RxFilterInfo] = {}
         self.max_bandwidth = 0
         self.downtime_limit = 300
         self.handover = True
@@ -72,7 +72,7 @@ class Vm:
     def announce_info(self) -> list[dict[str, object]]:
         return self.announced
 
-    def rx_filters(self, name: str | None) -> list[tuple[str, FilterView]]:
+    def rx_filters(self, name: str | None) -> list[tuple[str, RxFilterInfo]]:
         if name is not None and name not in self.filters:
             raise ConfigError(f"there is no NIC '{name}'")
         return [(nic, view) for nic, view in self.filters.items() if name in (None, nic)]
@@ -331,7 +331,7 @@ def test_query_announce_shows_what_the_vm_says() -> None:
 def test_query_rx_filter_as_qemu() -> None:
     vm = Vm()
     assert run(vm, "query-rx-filter") == []
-    view = FilterView(
+    view = RxFilterInfo(
         promiscuous=False,
         unicast="normal",
         multicast="all",

@@ -24,7 +24,7 @@ from godwit.host.net import rtnetlink
 from godwit.host.net.links import Port, Ports
 from godwit.host.net.rtnetlink import Forwarding
 from godwit.host.net.tap import Tap
-from godwit.hw.nic.rx_filter_info import FilterView
+from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.hw.virtio.net.rxfilter import RxFilter
 from lab.netns import inside
 
@@ -312,7 +312,7 @@ class Nic:
     def announce(self) -> bool:
         return False
 
-    def rx_filter(self) -> FilterView:
+    def rx_filter(self) -> RxFilterInfo:
         return self.filter.view(self.mac, True)
 
     def send_from_host(self, frame: bytes) -> None:

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.incoming is None:
                 board.boot()
                 if not arguments.no_autostart:
-                    board.head_start()
+                    board.start_early()
             return _run(board, arguments)
     finally:
         gc.enable()
@@ -75,11 +75,11 @@ def _run(board: Board, arguments: argparse.Namespace) -> int:
     # A writer of its own: a terminal that somebody stopped must not hold a vCPU that complains.
     messages = Console(sys.stderr.fileno())
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         # The terminal may be raw: a bare line feed would leave the cursor where it is.
         messages.write(f"godwit: {text}\r\n".encode())
 
-    loop = Loop(lambda error: say(f"internal error: {type(error).__name__}: {error}"))
+    loop = Loop(lambda error: log(f"internal error: {type(error).__name__}: {error}"))
     with _console(arguments.console) as (console, interactive):
         vmm = Vmm(
             board,
@@ -88,12 +88,12 @@ def _run(board: Board, arguments: argparse.Namespace) -> int:
             qmp=arguments.qmp,
             autostart=not arguments.no_autostart,
             reboot=not arguments.no_reboot,
-            say=say,
+            log=log,
         )
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: vmm.end_by_signal())
         try:
-            with _input(loop, vmm, interactive, say):
+            with _input(loop, vmm, interactive, log):
                 # What is here by now stays, and need not be looked through ever again.
                 gc.freeze()
                 gc.enable()
@@ -131,7 +131,7 @@ def _console(spec: str) -> Iterator[tuple[Console, bool]]:
 
 
 @contextmanager
-def _input(loop: Loop, vmm: Vmm, interactive: bool, say: Callable[[str], None]) -> Iterator[None]:
+def _input(loop: Loop, vmm: Vmm, interactive: bool, log: Callable[[str], None]) -> Iterator[None]:
     """The terminal's keys go to the guest, raw, until the escape."""
     fd = sys.stdin.fileno() if interactive and sys.stdin else -1
     if fd < 0:
@@ -145,13 +145,13 @@ def _input(loop: Loop, vmm: Vmm, interactive: bool, say: Callable[[str], None]) 
             loop.unwatch(fd)
         elif before is not None and _ESCAPE in data:
             vmm.machine.serial.receive(data[: data.index(_ESCAPE)])
-            say("left the console; the VM ends")
+            log("left the console; the VM ends")
             vmm.end_by_signal()
         else:
             vmm.machine.serial.receive(data)
 
     if before is not None:
-        say("ctrl-] ends the VM")
+        log("ctrl-] ends the VM")
         tty.setraw(fd)
     try:
         try:

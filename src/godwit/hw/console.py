@@ -15,7 +15,7 @@ class Console:
     """Writes bytes to ``fd`` from a thread of its own.
 
     The descriptor may be a terminal that somebody stopped: a blocking write then holds this thread
-    and no vCPU. ``room()`` is False while more than ``limit`` bytes wait, and the UART tells the
+    and no vCPU. ``has_space()`` is False while more than ``limit`` bytes wait, and the UART tells the
     guest so; nothing is dropped.
     """
 
@@ -26,19 +26,19 @@ class Console:
         self._writing = False
         self._closed = False
         self._changed = threading.Condition()
-        #: Called from the writer's thread when there is room again after there was none.
-        self.on_room: Callable[[], None] | None = None
+        #: Called from the writer's thread when there is space again after there was none.
+        self.on_space: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name="console", daemon=True)
         self._thread.start()
 
-    def room(self) -> bool:
+    def has_space(self) -> bool:
         """Whether a byte may be written now."""
         return len(self._waiting) < self._limit
 
     def write(self, data: bytes) -> None:
         """Take ``data``; never blocks.
 
-        A writer that does not heed :meth:`room` overruns it in the end, as it would a real UART.
+        A writer that does not heed :meth:`has_space` overruns it in the end, as it would a real UART.
         """
         with self._changed:
             if len(self._waiting) >= _OVERRUN:
@@ -81,8 +81,8 @@ class Console:
             with self._changed:
                 self._writing = False
                 self._changed.notify_all()
-            if full and self.on_room is not None:
-                self.on_room()
+            if full and self.on_space is not None:
+                self.on_space()
 
     def _write(self, data: bytes) -> int:
         try:

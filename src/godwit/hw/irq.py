@@ -15,6 +15,7 @@ from typing import Annotated
 
 import msgspec
 
+from godwit.host import eventfd
 from godwit.host.kvm.handles import Vm
 
 from .layout import INTX_GSIS, intx_gsi
@@ -105,7 +106,7 @@ class Msix:
         self._vm = vm
         self._routes = routes
         self.count = count
-        self.fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
+        self.fds = [eventfd.make() for _ in range(count)]
         self._gsis = [routes.allocate() for _ in range(count)]
         self._live = [False] * count
         self._table = bytearray()
@@ -118,7 +119,7 @@ class Msix:
         self._table = bytearray((bytes(12) + _MASKED.to_bytes(4, "little")) * self.count)
         self._enabled = self._masked = False
         for fd in self.fds:
-            _drain(fd)
+            eventfd.drain(fd)
         self._update()
 
     def signal(self, vector: int) -> None:
@@ -167,7 +168,7 @@ class Msix:
         """The table as the guest wrote it."""
         return bytes(self._table)
 
-    def foresee(self, table: bytes) -> None:
+    def prepare(self, table: bytes) -> None:
         """The guest that will come has this table: have its messages' routes ready."""
         for vector, gsi in enumerate(self._gsis):
             entry = table[vector * _ENTRY : (vector + 1) * _ENTRY]
@@ -220,10 +221,3 @@ class Msix:
             if live != self._live[vector]:
                 self._live[vector] = live
                 self._vm.irqfd(self.fds[vector], self._gsis[vector], live)
-
-
-def _drain(fd: int) -> None:
-    try:
-        os.eventfd_read(fd)
-    except BlockingIOError:
-        pass

@@ -1,4 +1,4 @@
-"""Guest RAM: anonymous memory with transparent huge pages, every access checked.
+"""Guest RAM: private memory or a shared memfd, with transparent huge pages, every access checked.
 
 Layout: RAM from 0, a hole for devices from 3 GiB to 4 GiB, the rest from 4 GiB up. Writes by the
 VMM itself are marked in a dirty set while a migration logs, because KVM sees only the guest's own.
@@ -7,11 +7,13 @@ VMM itself are marked in a dirty set while a migration logs, because KVM sees on
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from godwit.errors import ConfigError, GuestError
+from godwit.host import memory, pagemap
 from godwit.host.ioctl import address_of
 
 PAGE = 4096
@@ -22,13 +24,17 @@ HOLE_END = 0x1_0000_0000
 
 
 class Region(NamedTuple):
-    """A run of RAM: ``size`` bytes at guest address ``start``, at ``host`` in this process."""
+    """A part of RAM: ``size`` bytes at guest address ``start``, at ``host`` in this process.
+
+    Shared RAM lies at ``offset`` in the memfd.
+    """
 
     slot: int
     start: int
     size: int
     host: int
     view: memoryview
+    offset: int = 0
 
     @property
     def end(self) -> int:
@@ -43,39 +49,87 @@ def layout(size: int) -> list[tuple[int, int]]:
 
 
 class GuestMemory:
-    """A guest's RAM.
+    """A guest's RAM: private to this process, or ``shared``, as a memfd that others can map.
+
+    Attributes:
+        size: bytes.
+        regions: the parts of RAM, from guest address 0 upwards.
+        fd: the memfd of shared RAM; None for private RAM.
 
     Raises:
         ConfigError: ``size`` is not a multiple of 2 MiB, or the host does not give the memory.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, shared: bool = False) -> None:
         if size < 32 << 20 or size % HUGE:
-            raise ConfigError(f"memory of {size} bytes: at least 32M, and a multiple of 2M, please")
+            raise ConfigError(f"memory of {size} bytes; give at least 32M, a multiple of 2M")
         self.size = size
         self.regions: list[Region] = []
+        self.fd: int | None = None
         self._maps: list[mmap.mmap] = []
-        for slot, (start, length) in enumerate(layout(size)):
-            self.regions.append(self._allocate(slot, start, length))
         self._dirty: set[int] | None = None
         self._dirty_lock = threading.Lock()
+        try:
+            if shared:
+                self.fd = memory.sealed_memfd("godwit-guest-ram", size)
+            for slot, (start, length) in enumerate(layout(size)):
+                self.regions.append(self._allocate(slot, start, length))
+        except OSError as error:
+            self.close()
+            raise ConfigError(
+                f"the host does not give {size >> 20} MiB for the guest: {error}; "
+                "ask for less with --memory"
+            ) from error
 
     def _allocate(self, slot: int, start: int, length: int) -> Region:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        try:
-            # 2 MiB more than asked, so that guest and host addresses agree modulo a huge page.
-            mapping = mmap.mmap(-1, length + HUGE, flags=flags)
-        except OSError as error:
-            raise ConfigError(
-                f"the host does not give {length >> 20} MiB for the guest: {error}; "
-                "ask for less with --memory"
-            ) from error
+        # 2 MiB more than asked, so that guest and host addresses agree modulo a huge page.
+        mapping = mmap.mmap(-1, length + HUGE, flags=flags)
         self._maps.append(mapping)
         whole = memoryview(mapping)
-        offset = -address_of(whole) % HUGE
-        view = whole[offset : offset + length]
-        mapping.madvise(mmap.MADV_HUGEPAGE, offset, length)
-        return Region(slot, start, length, address_of(view), view)
+        before = -address_of(whole) % HUGE
+        view = whole[before : before + length]
+        host = address_of(view)
+        offset = sum(region.size for region in self.regions)
+        if self.fd is not None:
+            memory.map_shared(host, length, self.fd, offset)
+        # For a memfd where shmem_enabled is 'advise' (Documentation/admin-guide/mm/transhuge.rst).
+        memory.advise_huge(host, length)
+        return Region(slot, start, length, host, view, offset)
+
+    # --- pages that exist -------------------------------------------------------------------------
+    def populated(self) -> list[tuple[int, int]]:
+        """Return the pages that exist, as (guest address, pages); all others are zeros.
+
+        Pages of shared RAM that another process alone has touched count as well.
+
+        Raises:
+            HostError, OSError: the kernel does not answer.
+        """
+        runs: list[tuple[int, int]] = []
+        for region in self.regions:
+            if self.fd is None:
+                base, found = region.host, pagemap.populated(region.host, region.size)
+            else:
+                base = region.offset
+                found = pagemap.populated_file(self.fd, region.offset, region.size)
+            for at, pages in found:
+                address = region.start + at - base
+                if runs and runs[-1][0] + runs[-1][1] * PAGE == address:
+                    runs[-1] = runs[-1][0], runs[-1][1] + pages
+                else:
+                    runs.append((address, pages))
+        return runs
+
+    def populate(self, host: int, size: int) -> None:
+        """Populate ``size`` bytes at ``host`` of this process, before they are used."""
+        memory.populate(host, size)
+
+    def discard(self, host: int, size: int) -> None:
+        """Give ``size`` bytes at ``host`` of this process back: zeros from now on."""
+        memory.discard(host, size, shared=self.fd is not None)
+
+    # --- access -----------------------------------------------------------------------------------
 
     def view(self, address: int, length: int) -> memoryview:
         """The bytes themselves, for reading.
@@ -106,7 +160,7 @@ class GuestMemory:
     def writable(self, address: int, length: int) -> memoryview:
         """The bytes themselves, for writing; marked dirty now, so write before the next pass."""
         view = self.view(address, length)
-        self.mark(address, length)
+        self.mark_dirty(address, length)
         return view
 
     def read(self, address: int, length: int) -> bytes:
@@ -117,7 +171,7 @@ class GuestMemory:
         """Copy ``data`` into RAM. Raises GuestError as :meth:`view` does."""
         view = self.view(address, len(data))
         view[:] = data
-        self.mark(address, len(data))
+        self.mark_dirty(address, len(data))
 
     def read_u16(self, address: int) -> int:
         """A little-endian u16, read in one access where it is aligned."""
@@ -127,7 +181,7 @@ class GuestMemory:
     def write_u16(self, address: int, value: int) -> None:
         """A little-endian u16 in one store (``struct.pack_into`` would show a zero in between)."""
         self.view(address, 2).cast("H")[0] = value
-        self.mark(address, 2)
+        self.mark_dirty(address, 2)
 
     def start_log(self) -> None:
         """Begin to mark what the VMM writes."""
@@ -146,7 +200,7 @@ class GuestMemory:
             self._dirty = set()
             return taken
 
-    def mark(self, address: int, length: int) -> None:
+    def mark_dirty(self, address: int, length: int) -> None:
         """Note that the VMM wrote there; nothing happens while no migration logs."""
         if self._dirty is None:
             return
@@ -155,12 +209,15 @@ class GuestMemory:
                 self._dirty.update(range(address // PAGE, (address + length - 1) // PAGE + 1))
 
     def clear(self) -> None:
-        """All zeros again, as after power-on."""
-        for mapping in self._maps:
-            mapping.madvise(mmap.MADV_DONTNEED)
+        """Make all of RAM zeros again, as after power-on."""
+        for region in self.regions:
+            self.discard(region.host, region.size)
 
     def close(self) -> None:
         """Give the memory back; no view of it may be in use."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
         for region in self.regions:
             region.view.release()
         self.regions.clear()

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import threading
 from struct import pack_into
-from typing import Annotated
 
 import msgspec
 
+from godwit.spec.saved import U8, U16, U32
+
 from .bus import BusDevice, MmioBus, PortBus
+from .device import Device
 
 CONFIG_ADDRESS = 0xCF8
 CONFIG_DATA = 0xCFC
@@ -32,9 +34,9 @@ _STATUS_CAPABILITIES = 1 << 4
 class PciState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the guest can change in a configuration space."""
 
-    command: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
-    bar0: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-    line: Annotated[int, msgspec.Meta(ge=0, lt=1 << 8)]
+    command: U16
+    bar0: U32
+    line: U8
 
 
 class PciFunction:
@@ -174,10 +176,24 @@ class _IoBar:
         self.mapped: int | None = None
 
 
-class PciBus:
-    """Bus 0. It answers the eight ports from 0xCF8. ``ports`` is where I/O BARs go, if anywhere."""
+class PciBusState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The saved state of the host bridge."""
+
+    #: The address register: a vCPU may stop between its two accesses.
+    address: U32
+
+
+class PciBus(Device):
+    """Bus 0 and its host bridge, which answers the eight ports from 0xCF8.
+
+    ``ports`` is where I/O BARs go, if anywhere.
+    """
+
+    kind = "pci-host"
+    State = PciBusState
 
     def __init__(self, mmio: MmioBus, ports: PortBus | None = None) -> None:
+        self.id = "pci0"
         self.mmio = mmio
         self.ports = ports
         self._functions: dict[int, PciFunction] = {}
@@ -211,13 +227,17 @@ class PciBus:
                 if function is not None and register + size <= 256:
                     function.write_config(register, size, value)
 
-    def save(self) -> int:
-        """The address register: a vCPU may stop between its two accesses."""
-        return self._address
+    def reset(self) -> None:
+        """Forget the address."""
+        self._address = 0
 
-    def load(self, address: int) -> None:
+    def save(self) -> PciBusState:
+        """Return the address register."""
+        return PciBusState(self._address)
+
+    def load(self, state: PciBusState) -> None:
         """Take over a saved address register."""
-        self._address = address & 0xFFFFFFFF
+        self._address = state.address
 
     def _selected(self, offset: int) -> tuple[PciFunction | None, int]:
         address = self._address
@@ -225,5 +245,3 @@ class PciBus:
             return None, 0
         return self._functions.get(address >> 11 & 31), (address & 0xFC) + offset - 4
 
-
-__all__ = ["BusDevice", "PciBus", "PciFunction", "PciState"]

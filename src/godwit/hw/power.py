@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Annotated
-
 import msgspec
+
+from godwit.spec.saved import U16
+
+from .device import Device
 
 from .layout import RESET_PORT, SLEEP_TYPE_S5
 
@@ -17,22 +19,24 @@ _STS_PWRBTN = 1 << 8
 _CNT_SCI_EN = 1
 _CNT_SLP_EN = 1 << 13
 
-_U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 
 
 class PowerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """PM1's registers."""
 
-    status: _U16
-    enable: _U16
-    control: _U16
-    version: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
+    status: U16
+    enable: U16
+    control: U16
 
 
-class Pm1:
+class Pm1(Device):
     """PM1a event and control blocks, eight ports from :data:`.layout.PM1_EVENT`."""
 
+    kind = "power"
+    State = PowerState
+
     def __init__(self, set_sci: Callable[[bool], None], off: Callable[[], None]) -> None:
+        self.id = "power0"
         self._set_sci = set_sci
         self._off = off
         self._lock = threading.Lock()

@@ -9,6 +9,10 @@ from typing import Annotated, Protocol
 
 import msgspec
 
+from godwit.spec.saved import U8
+
+from .device import Device
+
 PORT = 0x3F8
 GSI = 4
 
@@ -20,13 +24,12 @@ _LSR_DATA, _LSR_THRE, _LSR_IDLE = 1, 0x20, 0x40
 _MSR_CTS, _MSR_DSR, _MSR_DCD = 0x10, 0x20, 0x80
 _RX_LIMIT = 1 << 16
 
-_Byte = Annotated[int, msgspec.Meta(ge=0, le=255)]
 
 
 class Sink(Protocol):
     """Where the transmitted bytes go."""
 
-    def room(self) -> bool:
+    def has_space(self) -> bool:
         """Whether a byte may be written now."""
 
     def write(self, data: bytes) -> None:
@@ -36,22 +39,25 @@ class Sink(Protocol):
 class SerialState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The UART's registers and the input that the guest has not read."""
 
-    ier: _Byte
-    fcr: _Byte
-    lcr: _Byte
-    mcr: _Byte
-    scr: _Byte
-    dll: _Byte
-    dlm: _Byte
+    ier: U8
+    fcr: U8
+    lcr: U8
+    mcr: U8
+    scr: U8
+    dll: U8
+    dlm: U8
     thr_pending: bool
     received: Annotated[bytes, msgspec.Meta(max_length=_RX_LIMIT)]
-    version: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
 
 
-class Serial:
-    """The UART. ``set_irq(level)`` drives its line."""
+class Serial(Device):
+    """The UART. ``set_irq(level)`` drives its interrupt line."""
 
-    def __init__(self, sink: Sink, set_irq: Callable[[bool], None]) -> None:
+    kind = "serial"
+    State = SerialState
+
+    def __init__(self, sink: Sink, set_irq: Callable[[bool], None], id: str = "serial0") -> None:
+        self.id = id
         self._sink = sink
         self._set_irq = set_irq
         self._lock = threading.Lock()
@@ -75,8 +81,8 @@ class Serial:
             self._update()
         return len(taken)
 
-    def room_again(self) -> None:
-        """The sink takes bytes again: tell a guest that waits for it."""
+    def space_again(self) -> None:
+        """Interrupt a guest that waits for the transmitter: the sink takes bytes again."""
         with self._lock:
             if self._ier & _IER_THR:
                 self._thr_pending = True
@@ -104,7 +110,7 @@ class Serial:
             if offset == 4:
                 return self._mcr
             if offset == 5:
-                ready = _LSR_THRE | _LSR_IDLE if self._sink.room() else 0
+                ready = _LSR_THRE | _LSR_IDLE if self._sink.has_space() else 0
                 return ready | (_LSR_DATA if self._rx else 0)
             if offset == 6:
                 if self._mcr & _MCR_LOOP:
@@ -130,14 +136,14 @@ class Serial:
                 else:
                     self._sink.write(bytes((value,)))
                 # The byte is gone at once: the register is empty again, unless the sink is full.
-                self._thr_pending = self._sink.room()
+                self._thr_pending = self._sink.has_space()
             elif offset == 1:
                 if self._lcr & _LCR_DLAB:
                     self._dlm = value
                     return
                 rising = value & ~self._ier & _IER_THR
                 self._ier = value & 0x0F
-                if rising and self._sink.room():
+                if rising and self._sink.has_space():
                     self._thr_pending = True
             elif offset == 2:
                 self._fcr = value & 0xC9

@@ -1,7 +1,8 @@
-"""What of a NIC's state seldom changes, and takes the kernel long to set up.
+"""Setup hints: parts of a device's state that seldom change, and take the kernel long to set up.
 
-A source tells it before the guest stops, so that its destination has it in place by then. It is a
-guess: the state that comes in the stop counts, and what differs from it is set anew.
+A source sends the hints before the guest stops, so that its destination has the set-up in place by
+then. Hints are a guess: the state that comes in the downtime counts, and what differs from it is
+set up anew.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from typing import Annotated
 
 import msgspec
 
+from godwit.spec.saved import U64
+
 _Queue = Annotated[int, msgspec.Meta(ge=0, lt=64)]
 
 
-class Foresight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of a model with MSI-X and notifications by eventfd; others have none."""
+class SetupHints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The hints of a device with MSI-X and notifications by eventfd."""
 
     #: Guest address of BAR 0; 0: not mapped.
     bar: Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
@@ -22,3 +25,5 @@ class Foresight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     queues: Annotated[list[_Queue], msgspec.Meta(max_length=64)]
     #: The MSI-X table.
     table: Annotated[bytes, msgspec.Meta(max_length=16 * 64)]
+    #: Feature bits that the guest uses.
+    features: U64

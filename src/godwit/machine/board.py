@@ -2,7 +2,7 @@
 
 It imports little, because a booting guest waits for that alone. A bzImage spends its first second
 on an emulated CPU, 0.1 s on a real one, unpacking itself, and leaves the guest for nothing:
-meanwhile the rest of Godwit is imported, and devices and NICs are made (:meth:`Board.head_start`).
+meanwhile the rest of Godwit is imported, and devices and NICs are made (:meth:`Board.start_early`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from godwit.hw.bus import MmioBus, PortBus
 from godwit.hw.memory import GuestMemory
 from godwit.spec.config import VmConfig
 
-from .vcpu import Ending, VcpuThread
+from .vcpu import StopReason, VcpuThread
 
 
 class Board:
@@ -32,13 +32,13 @@ class Board:
         ConfigError: the host does not give the memory.
     """
 
-    def __init__(self, config: VmConfig) -> None:
+    def __init__(self, config: VmConfig, open_kvm: Callable[[], System] = System) -> None:
         self.config = config
         #: Called in a vCPU's thread when it will not go on; set before the devices are there.
-        self.on_end: Callable[[Ending, str], None] = lambda ending, detail: None
+        self.on_exit: Callable[[StopReason, str], None] = lambda reason, detail: None
         with ExitStack() as undo:
-            self.system = undo.enter_context(System())
-            self.memory = GuestMemory(config.memory)
+            self.system = undo.enter_context(open_kvm())
+            self.memory = GuestMemory(config.memory, shared=config.shared_memory)
             undo.callback(self.memory.close)
             self.vm = undo.enter_context(self.system.create_vm())
             self.set_dirty_log(False)
@@ -48,7 +48,7 @@ class Board:
             listed = [index for index in self.system.msr_indices() if index != abi.MSR_TSC]
             self.msrs = vcpus[0].readable_msrs(listed)
             self.vcpus = [
-                VcpuThread(vcpu, self.ports, self.mmio, self._vcpu_ended) for vcpu in vcpus
+                VcpuThread(vcpu, self.ports, self.mmio, self._vcpu_exited) for vcpu in vcpus
             ]
             for thread in self.vcpus:
                 thread.start()
@@ -86,20 +86,20 @@ class Board:
         boot = linuxboot.load(self.memory, config.kernel, config.initrd, config.command_line)
         linuxboot.start_vcpu(self.vcpus[0].vcpu, boot)
 
-    def head_start(self) -> None:
+    def start_early(self) -> None:
         """Let the first vCPU compute; what needs a device waits for the machine's start.
 
         Nothing of it is seen outside, and of what KVM serves by itself only clocks run.
         """
-        self.vcpus[0].head_start()
+        self.vcpus[0].start_early()
 
     def set_dirty_log(self, on: bool) -> None:
         """Have KVM log the guest's writes, or not."""
         for region in self.memory.regions:
             self.vm.set_memory(region.slot, region.start, region.size, region.host, on)
 
-    def _vcpu_ended(self, ending: Ending, detail: str) -> None:
-        self.on_end(ending, detail)
+    def _vcpu_exited(self, reason: StopReason, detail: str) -> None:
+        self.on_exit(reason, detail)
 
     def stop(self) -> None:
         """End the vCPUs' threads; harmless the second time."""

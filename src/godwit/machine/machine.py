@@ -1,49 +1,45 @@
-"""The machine: a board with its devices and NICs, which it starts and stops in one order.
+"""The machine: a board with its devices, which it starts and stops in one order.
 
-Stop: vCPUs, then devices (backends, control queues). Start: devices, then vCPUs.
+Pause: vCPUs, then devices, in two steps. Resume: devices, then vCPUs.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
-from godwit.announce.policy import parse_policy
-from godwit.announce.uplink import Station
 from godwit.errors import ConfigError, KvmError, StreamError
-from godwit.host.ioctl import ioctl
 from godwit.host.kvm import abi, clocks, cpustate
 from godwit.host.kvm.handles import Vcpu
 from godwit.host.loop import Loop
-from godwit.hw import layout, power, serial
+from godwit.hw import layout, power, registry, serial
 from godwit.hw.console import Console
+from godwit.hw.device import Device, Devices, HasSetupHints, OnGuestError, Slot
 from godwit.hw.irq import IntxLines, Routes
-from godwit.hw.nic.models import NicState, make
-from godwit.hw.nic.nic import Nic, Parts
+from godwit.hw.nic.nic import Nic
 from godwit.hw.pci import CONFIG_ADDRESS, PciBus
-from godwit.hw.setup_hints import Foresight
-from godwit.spec.config import NicConfig
+from godwit.hw.setup_hints import SetupHints
+from godwit.spec import saved
 
 from .board import Board
-from .state import MachineState, NicSaved
-from .vcpu import Ending, VcpuThread
+from .state import MachineState
+from .vcpu import StopReason, VcpuThread
 
-_FIRST_BAR = 0xE000_0000
-#: Between the reading of a source's clock and the arrival of its state: more is no real delay.
+#: The longest that is plausible between the reading of a source's clock and the arrival of its
+#: state, seconds.
 _PLAUSIBLE_S = 2.0
-_BAR_STRIDE = 1 << 20  # room for any model's BAR, aligned to its size
-#: I/O BARs: ports above all that a PC has by tradition.
-_FIRST_PORT, _PORT_STRIDE = 0xC000, 0x100
+#: How long devices may take to finish the work in flight at a pause, seconds.
+PAUSE_S = 10.0
 
-#: Is told that a phase has ended.
-Mark = Callable[[str], None]
+#: Receives the name of a phase that has ended.
+OnPhase = Callable[[str], None]
 
 
-def _unmarked(phase: str) -> None:
-    """For those who do not ask."""
+def _ignore(phase: str) -> None:
+    """Ignore a phase."""
 
 
 class PowerOn(NamedTuple):
@@ -54,9 +50,10 @@ class PowerOn(NamedTuple):
 
 
 class Machine:
-    """A machine, paused at first; from now on it is the machine that closes ``board``.
+    """A machine, paused at first; from now on the machine closes ``board``.
 
-    ``on_end(ending, detail)`` comes from a vCPU's thread, ``on_offence(nic, message)`` from any.
+    ``on_exit(reason, detail)`` is called in a vCPU's thread when the guest will not go on by itself,
+    ``on_guest_error(device's id, message)`` from any thread.
 
     Raises:
         HostError: a tap or vhost-net is missing.
@@ -68,80 +65,81 @@ class Machine:
         board: Board,
         loop: Loop,
         console: Console,
-        on_end: Callable[[Ending, str], None],
-        on_offence: Callable[[str, str], None],
+        on_exit: Callable[[StopReason, str], None],
+        on_guest_error: OnGuestError,
     ) -> None:
         self._board = board
         self.config, self.memory, self.vm = board.config, board.memory, board.vm
         self.vcpus = board.vcpus
-        self._loop = loop
-        self._on_offence = on_offence
         self.lock = threading.RLock()
         self.running = False
+        self.devices = Devices()
+        self._routes = Routes(self.vm)
+        self._intx = IntxLines(self.vm)
         with ExitStack() as undo:
-            self._routes = Routes(self.vm)
-            self._intx = IntxLines(self.vm)
+            undo.callback(self._close_devices)
             self._make_platform(console)
-            self.nics: list[Nic] = []
-            #: Of each NIC what the announcer deals with.
-            self.stations: list[Station] = []
-            for index, nic in enumerate(self.config.nics):
-                self.nics.append(self._make_nic(index, nic))
-                undo.callback(self.nics[-1].close)
-                policy = None
-                if nic.announce_allow is not None:
-                    policy = parse_policy(nic.announce_allow)
-                self.stations.append(Station(self.nics[-1], loop, policy))
+            for number, config in enumerate(self.config.devices, 1):
+                slot = self._slot(number, loop, on_guest_error)
+                self.devices.add(registry.make(config, slot))
             self._undo = undo.pop_all()
-        board.on_end = on_end
-        #: Of each vCPU as KVM made it, on the way to a load.
-        self._fresh: list[cpustate.Fresh] = []
+        board.on_exit = on_exit
+        #: For each vCPU the MSRs as KVM made them, on the way to a load.
+        self._reset_msrs: list[cpustate.ResetMsrs] = []
+
+    @property
+    def nics(self) -> list[Nic]:
+        """The NICs, in the order of the configuration."""
+        return self.devices.having(Nic)
 
     @property
     def _vcpus(self) -> list[Vcpu]:
         return [thread.vcpu for thread in self.vcpus]
 
-    # --- making it --------------------------------------------------------------------------------
+    # --- making the devices -----------------------------------------------------------------------
     def _make_platform(self, console: Console) -> None:
         self.serial = serial.Serial(console, lambda level: self.vm.irq_line(serial.GSI, level))
-        console.on_room = self.serial.room_again
+        console.on_space = self.serial.space_again
         self.pm1 = power.Pm1(
             lambda level: self.vm.irq_line(layout.SCI_GSI, level),
-            lambda: self._guest_asked(Ending.POWER_OFF, "the guest powered off"),
+            lambda: self._guest_asked(StopReason.POWER_OFF, "the guest powered off"),
         )
         ports = self._board.ports
         self.pci = PciBus(self._board.mmio, ports)
+        for device in (self.serial, self.pm1, self.pci):
+            self.devices.add(device)
         ports.map(serial.PORT, 8, self.serial)
         ports.map(layout.PM1_EVENT, 8, self.pm1)
         ports.map(CONFIG_ADDRESS, 8, self.pci)
 
         def reset() -> None:
-            self._guest_asked(Ending.RESET, "the guest reset the machine")
+            self._guest_asked(StopReason.RESET, "the guest reset the machine")
 
         for port in (layout.RESET_PORT, layout.KEYBOARD_COMMAND):
             ports.map(port, 1, power.ResetPorts(port, reset))
 
-    def _make_nic(self, index: int, config: NicConfig) -> Nic:
-        parts = Parts(
-            self.memory,
-            self.vm,
-            self._routes,
-            self._loop,
-            _FIRST_BAR + index * _BAR_STRIDE,
-            _FIRST_PORT + index * _PORT_STRIDE,
-            self._intx.of(index + 1),
-            self.config.machine.guest_announce,
-            self._on_offence,
+    def _slot(self, number: int, loop: Loop, on_guest_error: OnGuestError) -> Slot:
+        return Slot(
+            memory=self.memory,
+            vm=self.vm,
+            routes=self._routes,
+            intx=self._intx,
+            pci=self.pci,
+            loop=loop,
+            machine=self.config.machine,
+            number=number,
+            on_guest_error=on_guest_error,
         )
-        nic = make(config, parts)
-        self.pci.add(index + 1, nic.function)
-        return nic
 
-    # --- boot, start, stop ------------------------------------------------------------------------
+    def _close_devices(self) -> None:
+        for device in reversed(list(self.devices)):
+            device.close()
+
+    # --- boot, resume, pause ----------------------------------------------------------------------
     def power_on_state(self) -> PowerOn:
-        """What KVM makes of a new VM like this one.
+        """Return what KVM makes of a new VM like this one.
 
-        A new one is made for it: by the time anybody could look, this one's guest had run.
+        A new VM is made for it: by the time anybody could look, this one's guest had run.
 
         Raises:
             ConfigError: this guest cannot boot here, as no kernel was given.
@@ -163,21 +161,18 @@ class Machine:
                 ]
                 return PowerOn(states, cpustate.save_platform(vm, clock))
         except OSError as error:
-            raise KvmError(f"KVM does not tell what a new VM is like: {error}") from error
+            raise KvmError(f"KVM does not show what a new VM is like: {error}") from error
 
     def reboot(self, initial: PowerOn) -> None:
-        """Reset everything to power-on and boot again; the machine is paused.
+        """Reset everything to power-on and boot again; paused.
 
         Raises:
             ConfigError: the kernel cannot be loaded any more.
-            StreamError, KvmError: KVM does not take what it told of a new VM.
+            StreamError, KvmError: KVM does not take the state of its own new VM.
         """
         with self.lock:
             self.memory.clear()
-            for nic in self.nics:
-                nic.reset()
-            self.serial.reset()
-            self.pm1.reset()
+            self.devices.reset()
             for thread, state in zip(self.vcpus, initial.vcpus, strict=True):
                 cpustate.load_vcpu(thread.vcpu, state)
                 thread.revive()
@@ -185,36 +180,35 @@ class Machine:
             self._load_clocks(initial.vcpus, initial.platform, time.monotonic())
             self._board.boot()
 
-    def resume(self, mark: Mark = _unmarked) -> None:
+    def resume(self, on_phase: OnPhase = _ignore) -> None:
         """Let the guest run."""
         with self.lock:
             if self.running:
                 return
             self.running = True
-            for nic in self.nics:
-                nic.resume()
-            mark("nics-started")
+            self.devices.resume()
+            on_phase("devices-resumed")
             for thread in self.vcpus:
-                if not thread.ahead:  # that one was never paused
-                    self._tell_paused(thread)
-            # In one go: each that is let go wants the interpreter, and may lose its CPU with it.
+                if not thread.early:  # an early vCPU was never paused
+                    self._forgive_pause(thread)
+            # In one go: each vCPU that starts wants the interpreter, and may lose its CPU with it.
             for thread in self.vcpus:
                 thread.resume()
-            mark("vcpus-started")
+            on_phase("vcpus-started")
 
     @staticmethod
-    def _tell_paused(thread: VcpuThread) -> None:
+    def _forgive_pause(thread: VcpuThread) -> None:
         """Have the guest's watchdogs forgive the pause (Documentation/virt/kvm/api.rst, 4.59)."""
         try:
-            ioctl(thread.vcpu.fd, abi.KVMCLOCK_CTRL)
+            thread.vcpu.ioctl(abi.KVMCLOCK_CTRL)
         except OSError:
             pass  # EINVAL: the guest uses no paravirtual clock
 
-    def pause(self, mark: Mark = _unmarked) -> None:
-        """Stop the guest; every vCPU has left it when this returns, and devices serve no more.
+    def pause(self, on_phase: OnPhase = _ignore) -> None:
+        """Stop the guest: every vCPU has left the guest when this returns, and devices are paused.
 
         Raises:
-            KvmError: a vCPU did not come back in time; all of them go on.
+            KvmError: a vCPU or a device did not pause in time; all of the machine goes on.
         """
         with self.lock:
             if not self.running:
@@ -225,20 +219,28 @@ class Machine:
                 for thread in self.vcpus:
                     thread.wait_paused()
             except KvmError:
-                # Half a machine must not stand: all of it goes on, and the caller hears why.
-                for thread in self.vcpus:
-                    thread.resume()
+                self._resume_vcpus()
                 raise
+            on_phase("vcpus-stopped")
+            busy = self.devices.pause(PAUSE_S)
+            if busy is not None:
+                self.devices.resume()
+                self._resume_vcpus()
+                raise KvmError(
+                    f"device '{busy.id}' did not finish its work in {PAUSE_S:g} s; the guest goes on"
+                )
             self.running = False
-            mark("vcpus-stopped")
-            for nic in self.nics:
-                nic.pause()
-            mark("nics-stopped")
+            on_phase("devices-paused")
+
+    def _resume_vcpus(self) -> None:
+        """Let all vCPUs go on: half a machine must not stand."""
+        for thread in self.vcpus:
+            thread.resume()
 
     @property
-    def ended(self) -> tuple[Ending, str] | None:
-        """Why the guest will not go on by itself, if so."""
-        return next((t.ending for t in self.vcpus if t.ending is not None), None)
+    def exited(self) -> tuple[StopReason, str] | None:
+        """Why the guest will not go on by itself; None while it would."""
+        return next((t.exited for t in self.vcpus if t.exited is not None), None)
 
     def close(self) -> None:
         """Stop everything and give everything back."""
@@ -247,11 +249,11 @@ class Machine:
         self._undo.close()
         self._board.close()
 
-    def _guest_asked(self, ending: Ending, detail: str) -> None:
-        """Called by a device within an exit: the vCPU at hand must not go on."""
+    def _guest_asked(self, reason: StopReason, detail: str) -> None:
+        """Stop the vCPU at hand: called by a device within that vCPU's exit."""
         for thread in self.vcpus:
             if thread.is_current():
-                thread.end(ending, detail)
+                thread.exit(reason, detail)
 
     # --- dirty pages ------------------------------------------------------------------------------
     def set_dirty_log(self, on: bool) -> None:
@@ -259,8 +261,8 @@ class Machine:
         self._board.set_dirty_log(on)
 
     # --- state ------------------------------------------------------------------------------------
-    def save(self) -> MachineState:
-        """The state of the machine, which is paused."""
+    def save(self, sections: Mapping[str, Any] | None = None) -> MachineState:
+        """Return the state of the machine, with the sections of others; paused."""
         clock, tscs, _ = clocks.read(self.vm, self._vcpus)
         return MachineState(
             vcpus=[
@@ -268,77 +270,77 @@ class Machine:
                 for vcpu, tsc in zip(self._vcpus, tscs, strict=True)
             ],
             platform=cpustate.save_platform(self.vm, clock),
-            serial=self.serial.save(),
-            power=self.pm1.save(),
-            pci_address=self.pci.save(),
-            nics=[self._save_nic(station) for station in self.stations],
+            devices=self.devices.save(),
+            sections={} if sections is None else dict(sections),
         )
 
-    def _save_nic(self, station: Station) -> NicSaved:
-        nic = cast(Nic, station.nic)
-        book = station.observer.save(self._loop.now())
-        return NicSaved(nic.name, nic.version, cast(NicState, nic.save()), book)
+    def hints(self) -> dict[str, SetupHints]:
+        """Return the setup hints of each device that has some, by id; running, from any thread."""
+        found = ((device.id, self._hinted(device)) for device in self.devices)
+        return {id: part.hints() for id, part in found if part is not None}
 
-    def foresee(self, nics: Sequence[tuple[int, Foresight | None]]) -> None:
-        """Have ready what is slow to set up for NICs with these features; paused.
+    def prepare(self, hints: Mapping[str, SetupHints]) -> None:
+        """Set up what is slow to set up for devices with these hints; paused.
 
-        What it says is a source's guess: :meth:`load` counts.
+        Hints are a source's guess: :meth:`load` counts.
         """
-        self._fresh = [frozenset(vcpu.get_msrs(self._board.msrs)) for vcpu in self._vcpus]
+        saved.prepare(MachineState)
+        for device in self.devices:
+            saved.prepare(device.State)
+        self._reset_msrs = [frozenset(vcpu.get_msrs(self._board.msrs)) for vcpu in self._vcpus]
         self._routes.hold()
         try:
-            for nic, (negotiated, foresight) in zip(self.nics, nics, strict=True):
-                nic.foresee(negotiated, foresight)
+            for device in self.devices:
+                part = self._hinted(device)
+                if part is not None and device.id in hints:
+                    part.prepare(hints[device.id])
         finally:
             with suppress(OSError):  # a guess that the kernel refuses is none
                 self._routes.release()
 
-    def load(
-        self,
-        state: MachineState,
-        received: float,
-        mark: Mark = _unmarked,
-    ) -> None:
-        """Take over a saved state; the machine is paused. The clock makes up for what it missed.
+    def _hinted(self, device: Device) -> HasSetupHints | None:
+        return self.devices.part(device, HasSetupHints)
 
-        ``received`` is the ``time.monotonic()`` at which the state came; ``mark`` is told when a
-        part is done.
+    def load(self, state: MachineState, received: float, on_phase: OnPhase = _ignore) -> None:
+        """Take over a saved state; paused. The guest's clock makes up for what it missed.
+
+        ``received`` is the ``time.monotonic()`` at which the state came; ``on_phase`` is called when
+        a part is done.
 
         Raises:
             StreamError: the state is not one of this machine; names what differs.
         """
         if len(state.vcpus) != len(self.vcpus):
             raise StreamError(f"vcpus: {len(state.vcpus)} in the stream, {len(self.vcpus)} here")
-        if [nic.id for nic in state.nics] != [nic.name for nic in self.nics]:
-            raise StreamError("nics: not the ones that this machine has")
+        devices = self.devices.decode(state.devices)
+        on_phase("devices-decoded")
         stood_still = clock_read_at(state.platform, received)
-        fresh, self._fresh = self._fresh or [cpustate.NOT_FRESH] * len(self.vcpus), []
-        for vcpu, saved, was in zip(self._vcpus, state.vcpus, fresh, strict=True):
-            cpustate.load_vcpu(vcpu, saved, was)
-        mark("vcpus")
+        reset, self._reset_msrs = self._reset_msrs or [cpustate.NO_RESET_MSRS] * len(self.vcpus), []
+        for vcpu, vcpu_state, msrs in zip(self._vcpus, state.vcpus, reset, strict=True):
+            cpustate.load_vcpu(vcpu, vcpu_state, msrs)
+        on_phase("vcpus")
         cpustate.load_platform(self.vm, state.platform)
-        mark("platform")
+        on_phase("platform")
         self._load_clocks(state.vcpus, state.platform, stood_still)
-        mark("clocks")
-        self.serial.load(state.serial)
-        self.pm1.load(state.power)
-        self.pci.load(state.pci_address)
+        on_phase("clocks")
         self._routes.hold()
         try:
-            for nic, station, saved_nic in zip(self.nics, self.stations, state.nics, strict=True):
-                nic.load(saved_nic.state)
-                station.observer.load(saved_nic.addresses, self._loop.now())
+            self.devices.load(devices)
         finally:
             self._routes.release()
 
     def _load_clocks(
         self,
-        vcpus: list[cpustate.VcpuState],
+        vcpus: Sequence[cpustate.VcpuState],
         platform: cpustate.PlatformState,
         since: float,
     ) -> None:
-        """Have the guest's clocks be what they are by now, and its timers wait for that; ``since``
-        is the time.monotonic at which they were what the states say. Raises StreamError, KvmError.
+        """Set the guest's clocks to what they are by now, and its timers to wait for that.
+
+        ``since`` is the time.monotonic at which the clocks were what the states have.
+
+        Raises:
+            StreamError, KvmError: KVM refuses a clock.
         """
         tscs = [cpustate.tsc_of(state) for state in vcpus]
         try:
@@ -350,7 +352,7 @@ class Machine:
 
 
 def clock_read_at(platform: cpustate.PlatformState, received: float) -> float:
-    """When the guest's clock was read at its source, as this host's time.monotonic.
+    """Return when the guest's clock was read at its source, as this host's time.monotonic.
 
     If both hosts' clocks agree, the source's reading says it exactly. They may not: what is known
     for sure is that the clock was read before the state came, and not long before.

@@ -6,29 +6,27 @@ from typing import Annotated
 
 import msgspec
 
-from godwit.announce.saved import AddressBookState
 from godwit.host.kvm.cpustate import PlatformState, VcpuState
-from godwit.hw.nic.models import NicState
-from godwit.hw.power import PowerState
-from godwit.hw.serial import SerialState
+from godwit.hw.device import DeviceState
 
-
-class NicSaved(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One NIC."""
-
-    id: Annotated[str, msgspec.Meta(max_length=64)]
-    version: Annotated[int, msgspec.Meta(ge=1, le=1)]
-    state: NicState
-    addresses: AddressBookState
+#: Version of :class:`MachineState` itself; each device has its own.
+VERSION = 2
 
 
 class MachineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything but RAM."""
+    """Everything but RAM.
+
+    Attributes:
+        vcpus: the vCPUs, in order.
+        platform: what KVM keeps beside the vCPUs.
+        devices: each device's state by id, kind and version; the kind's own type decodes it.
+        sections: by name, what a guest takes along that is no device's (the address book).
+    """
 
     vcpus: Annotated[list[VcpuState], msgspec.Meta(min_length=1, max_length=64)]
     platform: PlatformState
-    serial: SerialState
-    power: PowerState
-    pci_address: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-    nics: Annotated[list[NicSaved], msgspec.Meta(max_length=64)]
-    version: Annotated[int, msgspec.Meta(ge=1, le=1)] = 1
+    devices: Annotated[list[DeviceState], msgspec.Meta(max_length=256)]
+    sections: Annotated[
+        dict[Annotated[str, msgspec.Meta(max_length=64)], msgspec.Raw], msgspec.Meta(max_length=16)
+    ]
+    version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)] = VERSION

@@ -10,7 +10,6 @@ parked then as any other, so that a pause need not wait for it.
 
 from __future__ import annotations
 
-import fcntl
 import signal
 import threading
 import time
@@ -19,10 +18,9 @@ from enum import Enum
 
 from godwit.errors import GuestError, KvmError
 from godwit.host.kvm import abi
-from godwit.host.kvm.handles import Vcpu
+from godwit.host.kvm.handles import KICK_SIGNAL, Vcpu
 from godwit.hw.bus import MmioBus, PortBus
 
-KICK_SIGNAL = signal.SIGUSR1
 #: How long a throttled vCPU stays in the guest between two rests, seconds. QEMU:
 #: softmmu/cpu-throttle.c, CPU_THROTTLE_TIMESLICE_NS.
 SLICE_S = 0.010
@@ -32,7 +30,7 @@ SLICE_S = 0.010
 _MOST_COUNTED_S = 0.050
 
 
-class Ending(Enum):
+class StopReason(Enum):
     """Why a vCPU will not go on by itself."""
 
     POWER_OFF = "power-off"
@@ -52,19 +50,19 @@ def rest_after(ran: float, percent: int) -> float:
 
 
 class VcpuThread:
-    """Runs ``vcpu``; parked at first. ``on_end(ending, detail)`` is called in its thread."""
+    """Runs ``vcpu``; parked at first. ``on_exit(reason, detail)`` is called in its thread."""
 
     def __init__(
         self,
         vcpu: Vcpu,
         ports: PortBus,
         mmio: MmioBus,
-        on_end: Callable[[Ending, str], None],
+        on_exit: Callable[[StopReason, str], None],
     ) -> None:
         self.vcpu = vcpu
         self._ports = ports
         self._mmio = mmio
-        self._on_end = on_end
+        self._on_exit = on_exit
         self._page = vcpu.run_page
         self._changed = threading.Condition()
         self._run_wanted = False
@@ -77,7 +75,7 @@ class VcpuThread:
         #: Since when it may be in the guest, and until when it rests; time.monotonic().
         self._entered = self._rests_until = 0.0
         #: Set by a device during an exit: the guest asked for its own end.
-        self.ending: tuple[Ending, str] | None = None
+        self.exited: tuple[StopReason, str] | None = None
         self._thread = threading.Thread(target=self._main, name=f"vcpu{vcpu.index}", daemon=True)
 
     def start(self) -> None:
@@ -90,26 +88,26 @@ class VcpuThread:
         self._go()
 
     @property
-    def ahead(self) -> bool:
+    def early(self) -> bool:
         """Whether it has its head start: then it may be in the guest, and KVM's calls for this
         vCPU would wait until it leaves."""
         return self._held
 
     def _go(self) -> None:
         with self._changed:
-            if self.ending is None:
+            if self.exited is None:
                 self._page[abi.RUN_IMMEDIATE_EXIT] = 0
                 self._run_wanted = True
                 self._changed.notify_all()
 
-    def head_start(self) -> None:
+    def start_early(self) -> None:
         """Let the guest run up to its first exit, which waits for :meth:`resume`."""
         self._held = True
         self._go()
 
     def revive(self) -> None:
         """Forget the ending: the VM was reset."""
-        self.ending = None
+        self.exited = None
 
     def request_pause(self) -> None:
         """Ask it to leave the guest; does not wait."""
@@ -119,9 +117,7 @@ class VcpuThread:
 
     def _kick(self) -> None:
         """Have it leave the guest; the caller has the lock."""
-        self._page[abi.RUN_IMMEDIATE_EXIT] = 1
-        if not self._parked and self._thread.ident is not None:
-            signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
+        self.vcpu.kick(None if self._parked else self._thread.ident)
 
     def wait_paused(self, timeout: float = 10.0) -> None:
         """Wait until it is parked.
@@ -187,9 +183,9 @@ class VcpuThread:
             try:
                 self._run()
             except OSError as error:
-                self.end(Ending.INTERNAL_ERROR, f"KVM_RUN: {error}")
+                self.exit(StopReason.INTERNAL_ERROR, f"KVM_RUN: {error}")
             except Exception as error:  # a device's bug must not end in silence
-                self.end(Ending.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+                self.exit(StopReason.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
 
     def _rest(self) -> None:
         """Wait for what the throttle asks after a slice.
@@ -207,13 +203,13 @@ class VcpuThread:
 
     def _run(self) -> None:
         """Until it is kicked, or the guest ends."""
-        fd, run, ioctl = self.vcpu.fd, abi.RUN, fcntl.ioctl
+        run = self.vcpu.run
         page = memoryview(self._page)
         reason_at = page[abi.RUN_EXIT_REASON : abi.RUN_EXIT_REASON + 4].cast("I")
         try:
             while True:
                 try:
-                    ioctl(fd, run, 0)
+                    run()
                 except InterruptedError:
                     if page[abi.RUN_IMMEDIATE_EXIT]:
                         return
@@ -232,8 +228,8 @@ class VcpuThread:
                 elif reason == abi.EXIT_MMIO:
                     self._mmio_access(page)
                 elif reason != abi.EXIT_INTR:
-                    self.end(*_explain(reason, page))
-                if self.ending is not None:
+                    self.exit(*_explain(reason, page))
+                if self.exited is not None:
                     return
         finally:
             reason_at.release()
@@ -266,24 +262,24 @@ class VcpuThread:
             at = abi.RUN_MMIO_DATA
             page[at : at + size] = value.to_bytes(size, "little")
 
-    def end(self, ending: Ending, detail: str) -> None:
+    def exit(self, reason: StopReason, detail: str) -> None:
         """The guest will not go on by itself: the first reason is told, and it parks."""
         with self._changed:
             self._run_wanted = False
-            first = self.ending is None
-            self.ending = (ending, detail)
+            first = self.exited is None
+            self.exited = (reason, detail)
         if first:
-            self._on_end(ending, detail)
+            self._on_exit(reason, detail)
 
 
-def _explain(reason: int, page: memoryview) -> tuple[Ending, str]:
+def _explain(reason: int, page: memoryview) -> tuple[StopReason, str]:
     if reason == abi.EXIT_SHUTDOWN:
-        return Ending.TRIPLE_FAULT, "the guest triple-faulted"
+        return StopReason.TRIPLE_FAULT, "the guest triple-faulted"
     union = abi.RUN_UNION
     if reason == abi.EXIT_FAIL_ENTRY:
         code = int.from_bytes(page[union : union + 8], "little")
-        return Ending.INTERNAL_ERROR, f"the CPU refused to enter the guest ({code:#x})"
+        return StopReason.INTERNAL_ERROR, f"the CPU refused to enter the guest ({code:#x})"
     if reason == abi.EXIT_INTERNAL_ERROR:
         code = int.from_bytes(page[union : union + 4], "little")
-        return Ending.INTERNAL_ERROR, f"KVM could not emulate an instruction (suberror {code})"
-    return Ending.INTERNAL_ERROR, f"KVM exit {reason} that nothing here handles"
+        return StopReason.INTERNAL_ERROR, f"KVM could not emulate an instruction (suberror {code})"
+    return StopReason.INTERNAL_ERROR, f"KVM exit {reason} that nothing here handles"

@@ -1,43 +1,35 @@
-"""The destination's side of a move: it makes everything before the stop, loads, and waits.
+"""The destination's side of a migration: it makes everything before the stop, loads, and waits.
 
-Nothing of the guest runs here before COMMIT. After READY was said, the guest may be ours: a lost
-line is then waited out on the listening socket, where the source asks with the move's token.
+Nothing of the guest runs here before COMMIT. After READY was sent, the guest may be ours: a lost
+connection is then waited out on the listening socket, where the source queries with the migration's
+token.
 """
 
 from __future__ import annotations
 
 import select
 import socket
-import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from godwit.errors import GodwitError, LinkLost, MigrationError, StreamError
-from godwit.machine.machine import Machine
-from godwit.migration.packets.destination import Arrival
-from godwit.migration.wire.compatibility import check
-from godwit.migration.wire.messages import Kind
-from godwit.migration.wire.sockets import SILENCE, Address, Channel
+from godwit.spec import saved
 
-from .receiver import Receiver
-from .wire import messages as codec
-
-#: See :class:`Destination`.
-OnStart = Callable[[bool, Callable[[str], None], Arrival | None, Callable[[list[str]], None]], None]
-#: How long a guest that was loaded waits for its source to ask, seconds.
-PATIENCE = 30.0
+from .guest import Guest
+from .incoming import Incoming, TakeOver
+from .packets.destination import PacketDestination
+from .times import TIMES, Times
+from .wire import messages
+from .wire.compatibility import check
+from .wire.messages import Kind
+from .wire.sockets import Address, SocketConnection
+from .wire.stream import WaitingConnection
 
 
-class Destination:
-    """Waits for a guest at ``address``, in a thread of its own, where the callbacks are made.
+class Destination(Incoming):
+    """Waits for a guest at ``address``.
 
-    ``on_start(running, mark, arrival, tell)`` takes the guest over (``running``: it ran at its
-    source; ``mark`` is told of each phase's end; ``arrival`` is to draw its traffic here when it
-    starts, if its frames are handed over: see :mod:`.arrival`; ``tell`` gets the run states, and
-    tells the source);
-    ``on_failed(error)`` says that this machine's RAM is spoilt, and that no guest will come;
-    ``hands_over()`` says whether frames may be handed over.
+    ``hands_over()`` says whether packets may be handed over.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -45,227 +37,216 @@ class Destination:
 
     def __init__(
         self,
-        machine: Machine,
+        guest: Guest,
         address: Address,
-        on_start: OnStart,
+        take_over: TakeOver,
         on_failed: Callable[[GodwitError], None],
         hands_over: Callable[[], bool] = lambda: True,
+        times: Times = TIMES,
     ) -> None:
-        self._machine = machine
-        self._address = address
+        super().__init__(guest, take_over, on_failed, times)
         self._hands_over = hands_over
-        self._arrival: Arrival | None = None
-        self._on_start = on_start
-        self._on_failed = on_failed
         self._listener = address.listen()
-        self._closing = threading.Event()
-        self._channel: Channel | None = None
-        self._hello: codec.Hello | None = None
-        self._receiver = Receiver(machine)
-        for kind in (codec.Hello, codec.Handover, codec.Frames, codec.RoadEnds):
-            codec.prepare(kind)
-        self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
-
-    def start(self) -> None:
-        """Begin to wait."""
-        self._receiver.start()
-        self._thread.start()
-
-    @property
-    def arrival(self) -> Arrival | None:
-        """Of the guest that came or comes, if its frames are handed over."""
-        return self._arrival
-
-    @property
-    def phases(self) -> dict[str, float]:
-        """Name of a phase -> ms since the state came, at the phase's end."""
-        return self._receiver.phases
+        self._connection: WaitingConnection | None = None
+        #: Where the source awaits STARTED.
+        self._answer_on: PacketDestination | WaitingConnection | None = None
+        self._started: messages.Started | None = None
+        for kind in (messages.Hello, messages.Commit, messages.Packets, messages.PathDrained):
+            saved.prepare(kind)
 
     def close(self) -> None:
-        """Wait no more."""
-        self._closing.set()
-        if self._channel is not None:
-            self._channel.interrupt()
+        """Wait for the guest no more."""
+        super().close()
+        self._listener.close()
+
+    def started(self, states: list[str]) -> None:
+        """Send STARTED, and keep it for a source that queries."""
+        self._started = messages.Started(dict(self.phases), states)
+        if self._answer_on is not None:
+            with suppress(LinkLost):  # then the source queries, and is answered
+                self._answer_on.send(Kind.STARTED, self._started)
+
+    def _interrupt(self) -> None:
+        if self._connection is not None:
+            self._connection.interrupt()
         try:
             self._listener.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # closed already
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join(SILENCE)
-        self._receiver.close()
+
+    def _finish(self) -> None:
+        # Nobody is awaited any more: whoever connects shall be refused, not left waiting.
         self._listener.close()
 
     # --- the conversation -------------------------------------------------------------------------
-    def _main(self) -> None:
-        try:
-            while not self._closing.is_set():
-                channel = self._accept(None)
-                if channel is None or self._serve(channel):
-                    return
-        except GodwitError as error:
-            if not self._closing.is_set():
-                self._on_failed(error)
-        except Exception as error:
-            self._on_failed(MigrationError(f"{type(error).__name__}: {error}"))
-        finally:
-            self._receiver.urgency.end()
-            # Nobody is awaited any more: whoever connects shall be refused, not left waiting.
-            self._listener.close()
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            connection = self._accept(None)
+            if connection is None or self._serve(connection):
+                return
 
-    def _accept(self, timeout: float | None) -> Channel | None:
-        """The next line; None when ``timeout`` seconds went by, or it is time to close."""
-        until = None if timeout is None else time.monotonic() + timeout
+    def _accept(self, timeout: float | None) -> WaitingConnection | None:
+        """Return the next connection; None when ``timeout`` seconds went by, or it is time to close."""
+        until = None if timeout is None else self._times.now() + timeout
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         while not self._closing.is_set():
-            left = None if until is None else max(0.0, until - time.monotonic()) * 1000
+            left = None if until is None else max(0.0, until - self._times.now()) * 1000
             if not poll.poll(left):
                 return None
             try:
-                return Channel(self._listener.accept()[0])
+                return SocketConnection(self._listener.accept()[0], self._times)
             except OSError:
                 # A peer that gave up already, or no descriptors left: others may come.
                 self._closing.wait(0.1)
         return None
 
-    def _serve(self, channel: Channel) -> bool:
-        """One source; False when it was refused and another may come.
+    def _serve(self, connection: WaitingConnection) -> bool:
+        """Serve one source; return False when it was refused and another may come.
 
         Raises:
-            MigrationError: the move failed after RAM began to come.
+            MigrationError: the migration failed after RAM began to come.
         """
-        self._channel = channel
+        self._connection = connection
         try:
             try:
-                hello = channel.expect_struct(Kind.HELLO, codec.Hello)
-                check(hello, self._machine)
+                hello = self._hello(connection)
             except GodwitError as error:
-                _tell(channel, Kind.REFUSED, str(error))
+                _refuse(connection, Kind.REFUSED, str(error))
                 return False
-            self._hello = hello
             # From now on the machine changes: what fails, fails for good.
-            hands_over = bool(hello.mark) and self._hands_over()
-            channel.send(Kind.WELCOME, channel.as_seen(hands_over))
+            hands_over = bool(hello.cookie) and self._hands_over()
+            connection.send(Kind.WELCOME, connection.describe(hands_over))
             if hands_over:
-                self._arrival = Arrival(self._machine, channel, hello.mark)
-            self._machine.foresee([(nic.negotiated, nic.foresight) for nic in hello.nics])
+                self.packets = PacketDestination(
+                    self._guest, connection, hello.cookie, self._times
+                )
+            self._guest.machine.prepare(
+                {device.id: device.hints for device in hello.devices if device.hints is not None}
+            )
             try:
-                self._receiver.receive(channel)
+                self._receiver.receive(connection)
             except LinkLost:
                 raise
             except GodwitError as error:
-                _tell(channel, Kind.FAILED, str(error))
+                _refuse(connection, Kind.FAILED, str(error))
                 raise
-            self._await_commit(channel, hello)
+            self._await_commit(connection, hello)
             return True
         finally:
-            channel.close()
+            connection.close()
 
-    def _await_commit(self, channel: Channel, hello: codec.Hello) -> None:
-        arrival = self._arrival
-        channel.send(Kind.READY)
-        if arrival is not None:
-            arrival.prepare()  # while the source is told, and answers
-        try:
-            handover = self._expect_commit(channel)
-            if handover.token != hello.token:
-                raise StreamError("COMMIT: the token of another move")
-        except LinkLost as lost:
-            self._receiver.urgency.end()
-            if arrival is not None:
-                arrival.abandon()
-            channel, handover = self._await_question(hello, lost)
-            line: Arrival | Channel = channel
-        else:
-            line = arrival or channel
-        # The guest is ours.
-        self._receiver.mark("commit")
-        started: list[codec.Started] = []
+    def _hello(self, connection: WaitingConnection) -> messages.Hello:
+        """Receive a connection's first message, which names its role: only HELLO has one now.
 
-        def tell(states: list[str]) -> None:
-            started.append(codec.Started(dict(self._receiver.phases), states))
-            with suppress(LinkLost):  # then it asks, and is told again
-                line.send(Kind.STARTED, started[0])
-
-        self._on_start(handover.running, self._receiver.mark, arrival, tell)
-        self._receiver.mark("running")
-        if isinstance(line, Arrival):
-            line.listen()
-            if line.heard:
-                return
-        self._answer(channel, hello, started[0])
-
-    def _expect_commit(self, channel: Channel) -> codec.Handover:
-        while True:
-            kind, payload = channel.expect_one(Kind.COMMIT, Kind.FRAMES)
-            self._receiver.urgency.look()
-            if kind is Kind.COMMIT:
-                return codec.decode(payload, codec.Handover)
-            if self._arrival is None:
-                raise StreamError("frame FRAMES: no handover was agreed on")
-            self._arrival.keep(payload)
-
-    def _await_question(self, hello: codec.Hello, lost: LinkLost) -> tuple[Channel, codec.Handover]:
-        """The line broke between READY and COMMIT: did the source hand over, or resume?
-
-        A source that resumed does not ask. One that handed over asks until it is answered; its
-        question is as good as the COMMIT that was lost.
+        Raises:
+            GodwitError: no migration begins here.
         """
-        until = time.monotonic() + PATIENCE
+        kind, payload = connection.expect_one(Kind.HELLO, Kind.QUERY)
+        if kind is Kind.QUERY:
+            raise StreamError("no guest was handed over to here")
+        hello = saved.decode(payload, messages.Hello)
+        check(hello, self._guest.machine)
+        return hello
+
+    def _await_commit(self, connection: WaitingConnection, hello: messages.Hello) -> None:
+        packets = self.packets
+        connection.send(Kind.READY)
+        if packets is not None:
+            packets.prepare()  # while the source receives that, and answers
+        try:
+            commit = self._expect_commit(connection)
+            if commit.token != hello.token:
+                raise StreamError("COMMIT: the token of another migration")
+        except LinkLost as lost:
+            self._receiver.realtime.end()
+            if packets is not None:
+                packets.abandon()
+            connection, commit = self._await_query(hello, lost)
+            self._answer_on = connection
+        else:
+            self._answer_on = packets or connection
+        # The guest is ours.
+        self.phase("commit")
+        self._take_over(self, commit.running)
+        self.phase("running")
+        if self._answer_on is packets and packets is not None:
+            packets.listen()
+            if packets.acknowledged:
+                return
+        self._answer(connection, hello)
+
+    def _expect_commit(self, connection: WaitingConnection) -> messages.Commit:
         while True:
-            channel = self._accept(max(0.0, until - time.monotonic()))
-            if channel is None:
+            kind, payload = connection.expect_one(Kind.COMMIT, Kind.PACKETS)
+            self._receiver.realtime.expire()
+            if kind is Kind.COMMIT:
+                return saved.decode(payload, messages.Commit)
+            if self.packets is None:
+                raise StreamError("message PACKETS: no packet handover was agreed on")
+            self.packets.inject(payload)
+
+    def _await_query(
+        self, hello: messages.Hello, lost: LinkLost
+    ) -> tuple[WaitingConnection, messages.Commit]:
+        """Find out whether the source handed over or resumed: the connection broke before COMMIT.
+
+        A source that resumed does not query. One that handed over queries until it is answered; its
+        QUERY is as good as the COMMIT that was lost.
+        """
+        until = self._times.now() + self._times.patience
+        while True:
+            connection = self._accept(max(0.0, until - self._times.now()))
+            if connection is None:
                 # Never to run here: the listening socket closes before anything else can happen.
                 self._listener.close()
                 raise MigrationError(
-                    f"the line was lost before the commit ({lost}), and the source did not ask "
-                    f"for its guest in {PATIENCE:.0f} s: it runs there"
+                    f"the connection was lost before the commit ({lost}), and the source did not "
+                    f"query for its guest in {self._times.patience:g} s: it runs there"
                 )
-            handover = _question(channel, hello.token)
-            if handover is not None:
-                return channel, handover
-            channel.close()
+            commit = _query(connection, hello.token)
+            if commit is not None:
+                return connection, commit
+            connection.close()
 
-    def _answer(self, channel: Channel, hello: codec.Hello, started: codec.Started) -> None:
-        """Have the source hear what it was told, here or where it asks, until it has.
+    def _answer(self, connection: WaitingConnection, hello: messages.Hello) -> None:
+        """Have the source receive STARTED, here or where it queries, until it has acknowledged.
 
         For as long as it takes: a source that finds nobody listening concludes that the guest is
         not here, and would let it run there too.
         """
         while True:
             try:
-                channel.expect(Kind.HEARD)
+                connection.expect(Kind.ACK)
                 return
             except GodwitError:
-                channel.close()
+                connection.close()
             again = None
             while again is None:
                 again = self._accept(None)
                 if again is None:
                     return  # it is time to close: the guest ends here as well
-                if _question(again, hello.token) is None:
+                if _query(again, hello.token) is None:
                     again.close()
                     again = None
-            channel = again
+            connection = again
             with suppress(LinkLost):
-                channel.send(Kind.STARTED, started)
+                connection.send(Kind.STARTED, self._started)
 
 
-def _question(channel: Channel, token: bytes) -> codec.Handover | None:
-    """What a new line asks, if it asks about this move."""
+def _query(connection: WaitingConnection, token: bytes) -> messages.Commit | None:
+    """Return what a new connection's QUERY holds; None if it does not ask about this migration."""
     try:
-        handover = channel.expect_struct(Kind.ASK, codec.Handover)
+        commit = connection.expect_struct(Kind.QUERY, messages.Commit)
     except GodwitError as error:
-        _tell(channel, Kind.REFUSED, f"a guest is here already ({error})")
+        _refuse(connection, Kind.REFUSED, f"a guest is here already ({error})")
         return None
-    if handover.token != token:
-        _tell(channel, Kind.REFUSED, "this is another move")
+    if commit.token != token:
+        _refuse(connection, Kind.REFUSED, "this is another migration")
         return None
-    return handover
+    return commit
 
 
-def _tell(channel: Channel, kind: Kind, reason: str) -> None:
-    try:
-        channel.send(kind, codec.Text(reason[:4000]))
-    except LinkLost:
-        pass
+def _refuse(connection: WaitingConnection, kind: Kind, reason: str) -> None:
+    with suppress(LinkLost):
+        connection.send(kind, messages.Reason(reason[:4000]))

@@ -1,132 +1,142 @@
-"""What comes over a line goes into a machine: RAM, then everything else."""
+"""The receiving half of a migration: RAM goes into a guest, then everything else."""
 
 from __future__ import annotations
 
 import ctypes
-import time
 
 from godwit.errors import GuestError, MigrationError, StreamError
 from godwit.host.ioctl import address_of
 from godwit.hw.memory import PAGE
-from godwit.machine.machine import Machine
 from godwit.machine.state import MachineState
-from godwit.migration.ram.page_runs import pages_in
-from godwit.migration.ram.prefault import Toucher
-from godwit.migration.wire.messages import Kind, Run
-from godwit.migration.wire.stream import Line
+from godwit.spec import saved
 
-from .realtime import Urgency
-from .wire import messages as codec
+from .guest import Guest
+from .ram.page_runs import pages_in
+from .ram.prefault import Prefault
+from .realtime import RealtimeSection
+from .times import TIMES, Times
+from .wire import messages
+from .wire.messages import Kind, Run
+from .wire.stream import Connection
 
 
 class Receiver:
-    """Loads ``machine``; its RAM is made from :meth:`start` on, before anything comes."""
+    """Loads a guest; its RAM is populated from :meth:`start` on, before anything comes.
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-        self._toucher = Toucher(machine.memory)
-        self._touched_pages = 0
-        self._received_at = time.monotonic()
-        #: Name of a phase -> ms since the state came, at the phase's end.
+    Attributes:
+        phases: name of a phase -> ms since the state came, at the phase's end.
+        realtime: the real-time section of the receiving thread.
+    """
+
+    def __init__(self, guest: Guest, times: Times = TIMES) -> None:
+        self._guest = guest
+        self._memory = guest.machine.memory
+        self._times = times
+        self._prefault = Prefault(self._memory)
+        self._prefaulted_pages = 0
+        self._received_at = times.now()
         self.phases: dict[str, float] = {}
-        #: Of the thread that receives.
-        self.urgency = Urgency()
-        codec.prepare(MachineState)
+        self.realtime = RealtimeSection(times)
+        guest.prepare()
 
     def start(self) -> None:
-        """Begin to make RAM."""
-        self._toucher.start()
+        """Begin to populate RAM."""
+        self._prefault.start()
 
     def close(self) -> None:
-        """Make no more of it."""
-        self._toucher.finish()
+        """Populate no more RAM."""
+        self._prefault.finish()
 
-    def mark(self, phase: str) -> None:
-        """A phase ended."""
-        if phase in ("vcpus-started", "running"):  # or will run when its operator says so
-            self.urgency.end()
-        self.phases[phase] = round((time.monotonic() - self._received_at) * 1000, 3)
+    def phase(self, name: str) -> None:
+        """Note the end of a phase."""
+        if name in ("vcpus-started", "running"):  # or will run when its operator says so
+            self.realtime.end()
+        self.phases[name] = round((self._times.now() - self._received_at) * 1000, 3)
 
-    def receive(self, line: Line) -> None:
-        """RAM, and the state, which is loaded while the last pages are still on their way.
+    def receive(self, connection: Connection) -> None:
+        """Receive RAM and the state, which is loaded while the last pages are on their way.
 
         Raises:
-            LinkLost: the line ended.
+            LinkLost: the connection ended.
             StreamError, MigrationError: what came is wrong, or the source gave up.
         """
         loaded = False
         while True:
-            kind, length = line.receive()
-            self.urgency.look()
+            kind, length = connection.receive()
+            self.realtime.expire()
             if kind is Kind.RAM:
-                self._receive_ram(line, length)
+                self._receive_ram(connection, length)
             elif kind is Kind.STATE:
-                self.urgency.begin()
-                payload = line.read(length)
-                self._received_at = time.monotonic()
+                self.realtime.begin()
+                payload = connection.read(length)
+                self._received_at = self._times.now()
                 if loaded:
-                    raise StreamError("frame STATE: a second one")
-                state = codec.decode(payload, MachineState)
-                self.mark("decoded")
+                    raise StreamError("message STATE: a second one")
+                state = saved.decode(payload, MachineState)
+                self.phase("decoded")
                 self._load(state)
                 loaded = True
-            elif kind in (Kind.TOUCH, Kind.ZERO):
-                payload = line.read(length)
-                count = codec.decode_count(payload, length)
-                runs = codec.decode_runs(memoryview(payload)[4:], count)
-                if codec.table_size(count) != length:
-                    raise StreamError(f"frame {kind.name}: {length} bytes for {count} runs")
-                if kind is Kind.TOUCH:
-                    self._touch(runs)
-                else:
-                    self._clear(runs)
+            elif kind in (Kind.PREFAULT, Kind.ZERO):
+                self._receive_runs(connection, kind, length)
             elif kind is Kind.ROUND:
-                line.read(length)
-                self._toucher.finish()
+                connection.read(length)
+                self._prefault.finish()
                 if loaded:
-                    for nic in self._machine.nics:
-                        nic.drain()  # what waits in the tap is older than the guest's arrival
-                    self.mark("loaded")
+                    for nic in self._guest.nics:
+                        # What waits in the tap is older than the guest's arrival.
+                        nic.rx_backlog.drain()
+                    self.phase("loaded")
                     return
             elif kind is Kind.FAILED:
-                text = codec.decode(line.read(length), codec.Text)
-                raise MigrationError(f"the source gave up: {text.reason}")
+                reason = saved.decode(connection.read(length), messages.Reason).reason
+                raise MigrationError(f"the source gave up: {reason}")
             else:
-                raise StreamError(f"frame {kind.name} where RAM was due")
+                raise StreamError(f"message {kind.name} where RAM was due")
 
-    def _receive_ram(self, line: Line, length: int) -> None:
-        first = line.read(4)
-        count = codec.decode_count(first, length)
-        runs = codec.decode_runs(line.read(codec.table_size(count) - 4), count)
-        if codec.table_size(count) + pages_in(runs) * PAGE != length:
-            raise StreamError(f"frame RAM: {length} bytes, but its runs say otherwise")
+    def _receive_runs(self, connection: Connection, kind: Kind, length: int) -> None:
+        payload = connection.read(length)
+        count = messages.decode_count(payload, length)
+        runs = messages.decode_runs(memoryview(payload)[4:], count)
+        if messages.table_size(count) != length:
+            raise StreamError(f"message {kind.name}: {length} bytes for {count} runs")
+        if kind is Kind.PREFAULT:
+            self._want(runs)
+        else:
+            self._clear(runs)
+
+    def _receive_ram(self, connection: Connection, length: int) -> None:
+        first = connection.read(4)
+        count = messages.decode_count(first, length)
+        runs = messages.decode_runs(connection.read(messages.table_size(count) - 4), count)
+        if messages.table_size(count) + pages_in(runs) * PAGE != length:
+            raise StreamError(f"message RAM: {length} bytes, but its runs say otherwise")
         views = self._views(runs)
-        if not self._toucher.finished:
-            self._toucher.use(views)
+        if not self._prefault.finished:
+            self._prefault.use(views)
         for start in range(0, len(views), 512):
-            line.read_into(views[start : start + 512])
+            connection.read_into(views[start : start + 512])
 
     def _views(self, runs: list[Run]) -> list[memoryview]:
         try:
-            return self._machine.memory.views(runs)
+            return self._memory.views(runs)
         except GuestError as error:
             raise StreamError(str(error)) from error
 
-    def _touch(self, runs: list[Run]) -> None:
-        """The first pass will bring these pages."""
-        self._touched_pages += pages_in(runs)
-        if self._touched_pages > self._machine.memory.size // PAGE:
-            raise StreamError("frame TOUCH: more pages than there are")
-        self._toucher.want(self._views(runs))
+    def _want(self, runs: list[Run]) -> None:
+        """Populate these pages next: the first round will bring them."""
+        self._prefaulted_pages += pages_in(runs)
+        if self._prefaulted_pages > self._memory.size // PAGE:
+            raise StreamError("message PREFAULT: more pages than there are")
+        self._prefault.want(self._views(runs))
 
     def _clear(self, runs: list[Run]) -> None:
-        if pages_in(runs) > self._machine.memory.size // PAGE:
-            raise StreamError("frame ZERO: more pages than there are")
+        if pages_in(runs) > self._memory.size // PAGE:
+            raise StreamError("message ZERO: more pages than there are")
         for view in self._views(runs):
             ctypes.memset(address_of(view), 0, len(view))
 
     def _load(self, state: MachineState) -> None:
-        """Everything that can be wrong with the state is found here, before READY."""
-        self._toucher.finish()
-        self._machine.load(state, self._received_at, self.mark)
-        self.mark("state-loaded")
+        """Load the state: everything that can be wrong with it is found here, before READY."""
+        self._prefault.finish()
+        self._guest.load(state, self._received_at, self.phase)
+        self.phase("state-loaded")

@@ -1,15 +1,15 @@
-"""What a move did, phase by phase: query-migrate shows it, and the CLI prints it."""
+"""The report of a migration, phase by phase: query-migrate shows it, and the CLI prints it."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 
 class Round(msgspec.Struct, frozen=True):
-    """One pass over RAM, and what the guest did meanwhile."""
+    """One round over RAM, and what the guest did meanwhile."""
 
     pages: int
     zero_pages: int
@@ -28,7 +28,7 @@ class Round(msgspec.Struct, frozen=True):
         return _per_second(self.dirty, self.dirty_ms)
 
     def info(self) -> dict[str, Any]:
-        """As query-migrate shows it."""
+        """Return the round as query-migrate shows it."""
         info = {"pages": self.pages, "zero-pages": self.zero_pages, "ms": round(self.ms, 3)}
         if self.dirty_ms:  # not the last: the guest stood still
             info |= {"dirty-pages": self.dirty, "dirty-pages-rate": self.dirty_rate}
@@ -41,19 +41,20 @@ def _per_second(amount: float, ms: float) -> int:
 
 
 class Report(msgspec.Struct):
-    """A move as its source saw it. Times in ms, from the command on.
+    """A migration as its source saw it. Times in ms, from the command on.
 
     ``status`` is QEMU's MigrationStatus: setup, active, device, completed, failed, cancelled.
     """
 
+    #: The migration's clock, seconds.
+    now: Callable[[], float]
+    ram_total: int = 0
     status: str = "setup"
     error: str | None = None
-    started: float = msgspec.field(default_factory=time.monotonic)
     ended: float | None = None
     stopped: float | None = None
     rounds: list[Round] = msgspec.field(default_factory=list)
     bytes_sent: int = 0
-    ram_total: int = 0
     remaining: int = 0
     #: The vCPUs' throttle now, percent.
     throttle: int = 0
@@ -65,19 +66,23 @@ class Report(msgspec.Struct):
     stop_phases: dict[str, float] = msgspec.field(default_factory=dict)
     destination_phases: dict[str, float] = msgspec.field(default_factory=dict)
     destination_runstates: list[str] = msgspec.field(default_factory=list)
-    #: What was sent after the guest: see :meth:`.forwarder.Forwarder.info`.
+    #: What was sent after the guest: see :meth:`.packets.source.PacketSource.info`.
     handover: dict[str, Any] | None = None
+    started: float = 0.0
 
-    def mark(self, phase: str) -> None:
-        """A phase ended: of the stop window if the guest is stopped, else of the setup."""
+    def __post_init__(self) -> None:
+        self.started = self.now()
+
+    def phase(self, phase: str) -> None:
+        """Note a phase's end: of the downtime if the guest is stopped, else of the setup."""
         if self.stopped is None:
-            self.setup_phases[phase] = round((time.monotonic() - self.started) * 1000, 3)
+            self.setup_phases[phase] = round((self.now() - self.started) * 1000, 3)
         else:
-            self.stop_phases[phase] = round((time.monotonic() - self.stopped) * 1000, 3)
+            self.stop_phases[phase] = round((self.now() - self.stopped) * 1000, 3)
 
     def info(self) -> dict[str, Any]:
-        """As query-migrate shows it: QEMU's MigrationInfo members, and our own under ``godwit``."""
-        now = self.ended if self.ended is not None else time.monotonic()
+        """Return the report as query-migrate shows it: QEMU's MigrationInfo members, and our own under ``godwit``."""
+        now = self.ended if self.ended is not None else self.now()
         pages = sum(r.pages for r in self.rounds)
         # What QEMU measures several times a second, we do once a round; the stop is none.
         last = next((r for r in reversed(self.rounds) if r.dirty_ms), Round(0, 0, 0.0))

@@ -1,6 +1,6 @@
-"""A guest kept in a file: ``migrate file:PATH`` moves it there, ``--incoming file:PATH`` back.
+"""A guest kept in a file: ``migrate file:PATH`` saves it there, ``--incoming file:PATH`` loads it.
 
-The file is a move's stream with the source's frames only: HELLO, RAM in passes while the guest
+The file is a migration's stream with the source's messages only: HELLO, RAM in rounds while the guest
 runs, STATE, the last pages, and COMMIT. It has its name only once it is whole and on the disk,
 which is the commit: before, the guest runs where it ran; afterwards, it is in the file and nowhere
 else. What a file says is believed as little as what a peer says.
@@ -11,24 +11,23 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from godwit.errors import ConfigError, GodwitError, LinkLost, MigrationError, StreamError
-from godwit.machine.machine import Machine
-from godwit.migration.ram.page_runs import union
-from godwit.migration.wire.compatibility import check
-from godwit.migration.wire.messages import Kind
-from godwit.migration.wire.stream import Line
 from godwit.spec.parameters import ConvergenceParameters, OnNoConvergence
 from godwit.spec.runstate import RunState, RunStates
 
-from .destination import OnStart
-from .outgoing import Limits, Outgoing
-from .receiver import Receiver
-from .wire import messages as codec
+from .guest import Guest
+from .incoming import Incoming, TakeOver
+from .outgoing import Outgoing, Parameters
+from .ram.page_runs import union
+from .times import TIMES, Times
+from .wire import messages
+from .wire.compatibility import check
+from .wire.messages import Kind
+from .wire.stream import Connection, advance, send_pieces
 
 _MAX_PARTS = os.sysconf("SC_IOV_MAX")
 
@@ -45,12 +44,12 @@ def path_of(uri: str) -> Path:
     except ValueError as error:
         raise ConfigError(f"snapshot {uri!r}: no file can have that name ({error})") from error
     if not name.startswith("/") or "\0" in name:
-        raise ConfigError(f"snapshot {uri!r}: file:PATH, please, with an absolute path")
+        raise ConfigError(f"snapshot {uri!r}: give file:PATH with an absolute path")
     return Path(name)
 
 
-class FileLine(Line):
-    """Frames in an open file, written or read from its start to its end."""
+class FileConnection(Connection):
+    """Messages in an open file, written or read from its start to its end."""
 
     def __init__(self, fd: int, name: str) -> None:
         super().__init__()
@@ -61,7 +60,7 @@ class FileLine(Line):
     def send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
         """Write the bytes of all parts. Raises LinkLost."""
         try:
-            self._in_pieces(parts, lambda left: os.writev(self._fd, left[:_MAX_PARTS]))
+            self.sent += send_pieces(parts, lambda left: os.writev(self._fd, left[:_MAX_PARTS]))
         except OSError as error:
             raise LinkLost(f"cannot write '{self._name}': {error.strerror}") from error
 
@@ -77,17 +76,17 @@ class FileLine(Line):
                 raise LinkLost(f"cannot read '{self._name}': {error.strerror}") from error
             if not got:
                 raise LinkLost(f"'{self._name}' ends too early")
-            while left and got >= len(left[0]):
-                got -= len(left.pop(0))
-            if got:
-                left[0] = left[0][got:]
+            advance(left, got)
+
+    def begin(self, length: int | None = None) -> None:
+        """Do nothing: a file is never silent."""
 
     def stop_receiving(self) -> None:
-        """Read no further."""
+        """Read no further: the thread that reads gives up."""
         self._stopped = True
 
     def sync(self) -> None:
-        """Have what was written on the disk. Raises LinkLost."""
+        """Have all written bytes on the disk. Raises LinkLost."""
         try:
             os.fsync(self._fd)
         except OSError as error:
@@ -99,28 +98,29 @@ class FileLine(Line):
 
 
 class Saver(Outgoing):
-    """Moves ``machine`` into the file at ``path``, which is replaced if it exists."""
+    """Saves a guest in the file at ``path``, which is replaced if it exists."""
 
     def __init__(
         self,
-        machine: Machine,
+        guest: Guest,
         states: RunStates,
         path: Path,
-        limits: Limits,
+        parameters: Parameters,
         on_status: Callable[[str], None],
+        times: Times = TIMES,
     ) -> None:
-        super().__init__(machine, states, limits, on_status)
+        super().__init__(guest, states, parameters, on_status, times)
         self._path = path
         self._partial: str | None = None
-        self._file: FileLine | None = None
+        self._file: FileConnection | None = None
 
     @property
-    def farewell(self) -> str:
-        """Where the guest is, and the way back."""
+    def completion(self) -> str:
+        """The message with the guest's place, and the way back."""
         return f"the guest is in '{self._path}'; --incoming file:{self._path} brings it back"
 
     def cancel(self) -> bool:
-        """Give the save up; False when it is too late, because the file has its name."""
+        """Give the save up; return False when it is too late, because the file has its name."""
         given_up = super().cancel()
         if given_up:
             # Here, and not only in the thread: it may be in a long call, and the process ending.
@@ -146,26 +146,28 @@ class Saver(Outgoing):
             fd, self._partial = tempfile.mkstemp(".partial", f".{path.name}.", path.parent)
         except OSError as error:
             raise MigrationError(f"cannot write beside '{path}': {error.strerror}") from error
-        self._line = self._file = FileLine(fd, str(self._path))
+        self._connection = self._file = FileConnection(fd, str(self._path))
         self._introduce()
         self._status("active")
 
     def _settle(self) -> None:
-        """What was written so far goes to the disk while the guest runs, and what it changes
-        meanwhile after it: little is left for the stop."""
+        """Sync what was written while the guest runs, and what the guest changes meanwhile after it.
+
+        Little is left for the stop then.
+        """
         assert self._file is not None
         for _ in range(2):
             self._file.sync()
             runs, self._left = union(self._left, self._log.take()), []
             self._send_pages(runs)
-            self._channel.send(Kind.ROUND)
+            self._peer.send(Kind.ROUND)
         self._file.sync()
 
     def _publish(self) -> None:
-        """The file gets its name: the guest is in it."""
+        """Give the file its name: the guest is in it."""
         assert self._file is not None
         running = self._before is RunState.RUNNING
-        self._file.send(Kind.COMMIT, codec.Handover(self._token, running))
+        self._file.send(Kind.COMMIT, messages.Commit(self._token, running))
         self._file.sync()
         with self._decision:
             if self._cancelled.is_set() or self._partial is None:
@@ -177,7 +179,7 @@ class Saver(Outgoing):
             self._partial = None
             self._committed = True
         _sync_directory(self._path.parent)
-        self.report.mark("saved")
+        self.report.phase("saved")
         self._states.set(RunState.POSTMIGRATE)
 
     def _finish(self, status: str, error: str | None = None) -> None:
@@ -185,7 +187,7 @@ class Saver(Outgoing):
         super()._finish(status, f"{error or status}; {problem}" if problem else error)
 
     def _discard(self) -> str | None:
-        """Remove what was written, unless it has its name; what went wrong with that."""
+        """Remove the partial file, unless it has its name; return what went wrong with that."""
         with self._decision:
             name, self._partial = self._partial, None
             if name is None or self._committed:
@@ -207,8 +209,8 @@ def _sync_directory(path: Path) -> None:
             os.close(fd)
 
 
-class Restorer:
-    """Loads ``machine`` from the file at ``path``; the callbacks are :class:`.Destination`'s.
+class Restorer(Incoming):
+    """Loads a guest from the file at ``path``.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -216,14 +218,12 @@ class Restorer:
 
     def __init__(
         self,
-        machine: Machine,
+        guest: Guest,
         path: Path,
-        on_start: OnStart,
+        take_over: TakeOver,
         on_failed: Callable[[GodwitError], None],
+        times: Times = TIMES,
     ) -> None:
-        self._machine = machine
-        self._on_start = on_start
-        self._on_failed = on_failed
         try:
             # Non-blocking, so that a pipe that nobody writes is opened, and found to be no file.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -232,52 +232,21 @@ class Restorer:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise ConfigError(f"cannot read the snapshot '{path}': it is no regular file")
-        self._line = FileLine(fd, str(path))
-        self._receiver = Receiver(machine)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
+        super().__init__(guest, take_over, on_failed, times)
+        self._file = FileConnection(fd, str(path))
 
-    @property
-    def arrival(self) -> None:
-        """None: no source is there to hand frames over."""
-        return None
+    def _run(self) -> None:
+        hello = self._file.expect_struct(Kind.HELLO, messages.Hello)
+        check(hello, self._guest.machine)
+        self._receiver.receive(self._file)
+        commit = self._file.expect_struct(Kind.COMMIT, messages.Commit)
+        if commit.token != hello.token:
+            raise StreamError("COMMIT: the token of another migration")
+        self.phase("commit")
+        self._take_over(self, commit.running)
 
-    @property
-    def phases(self) -> dict[str, float]:
-        """Name of a phase -> ms since the state was read, at the phase's end."""
-        return self._receiver.phases
+    def _interrupt(self) -> None:
+        self._file.stop_receiving()
 
-    def start(self) -> None:
-        """Begin to load."""
-        self._receiver.start()
-        self._thread.start()
-
-    def close(self) -> None:
-        """Load no more."""
-        self._closing.set()
-        self._line.stop_receiving()
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-        self._receiver.close()
-
-    def _main(self) -> None:
-        try:
-            self._load()
-        except GodwitError as error:
-            if not self._closing.is_set():
-                self._on_failed(error)
-        except Exception as error:
-            self._on_failed(MigrationError(f"{type(error).__name__}: {error}"))
-        finally:
-            self._receiver.urgency.end()  # it was one, if the guest does not start at once
-            self._line.close()
-
-    def _load(self) -> None:
-        hello = self._line.expect_struct(Kind.HELLO, codec.Hello)
-        check(hello, self._machine)
-        self._receiver.receive(self._line)
-        handover = self._line.expect_struct(Kind.COMMIT, codec.Handover)
-        if handover.token != hello.token:
-            raise StreamError("COMMIT: the token of another move")
-        self._receiver.mark("commit")
-        self._on_start(handover.running, self._receiver.mark, None, lambda states: None)
+    def _finish(self) -> None:
+        self._file.close()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from godwit.announce.schedule import AnnounceOptions, AnnounceParameters
-from godwit.hw.nic.rx_filter_info import FilterView
+from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.spec.parameters import ConvergenceParameters
 from godwit.spec.runstate import RunStates
 
@@ -84,7 +84,7 @@ class Controller(Protocol):
     def announce_info(self) -> list[dict[str, object]]:
         """What became of each NIC's last announcement, as query-announce shows it."""
 
-    def rx_filters(self, name: str | None) -> list[tuple[str, FilterView]]:
+    def rx_filters(self, name: str | None) -> list[tuple[str, RxFilterInfo]]:
         """(NIC, receive filter) of each NIC, or of the one of that name.
 
         Raises:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import zlib
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from godwit.errors import ConfigError
 
@@ -12,9 +13,23 @@ from .machine_types import DEFAULT, MachineType, machine_type
 
 MAX_CPUS = 8
 MAX_NICS = 8
+#: PCI slots for devices: slot 0 is the host bridge.
+MAX_DEVICES = 31
 #: Buffers in a queue of a virtio NIC, unless the configuration says otherwise.
 QUEUE_SIZE = 256
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class DeviceConfig(Protocol):
+    """What every device's configuration has."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of device: see :data:`godwit.hw.registry.KINDS`."""
+
+    @property
+    def id(self) -> str:
+        """The device's own name."""
 
 
 class NicConfig(NamedTuple):
@@ -23,7 +38,7 @@ class NicConfig(NamedTuple):
     id: str
     tap: str
     mac: bytes
-    model: str = "virtio-net"
+    kind: str = "virtio-net"
     #: The data path: vhost-net in the kernel, or in this process.
     vhost: bool = True
     #: None: as the machine type has it.
@@ -50,7 +65,8 @@ class VmConfig:
         kernel: str | None = None,
         initrd: str | None = None,
         command_line: str = "console=ttyS0",
-        nics: tuple[NicConfig, ...] = (),
+        devices: tuple[DeviceConfig, ...] = (),
+        shared_memory: bool = False,
         machine: MachineType | None = None,
     ) -> None:
         self.memory = memory
@@ -58,18 +74,27 @@ class VmConfig:
         self.kernel = kernel
         self.initrd = initrd
         self.command_line = command_line
-        self.nics = nics
+        #: In the order of their PCI slots.
+        self.devices = devices
+        nics = [device for device in devices if isinstance(device, NicConfig)]
+        #: RAM is a memfd that other processes can map.
+        self.shared_memory = shared_memory
         self.machine = machine or machine_type(DEFAULT)
         if not 1 <= cpus <= MAX_CPUS:
             raise ConfigError(f"{cpus} vCPUs; 1 to {MAX_CPUS} are supported")
         if len(nics) > MAX_NICS:
             raise ConfigError(f"{len(nics)} NICs; up to {MAX_NICS} are supported")
-        for what in ("id", "tap", "mac"):
-            values = [getattr(nic, what) for nic in nics]
-            for value in values:
-                if values.count(value) > 1:
-                    shown = format_mac(value) if isinstance(value, bytes) else value
-                    raise ConfigError(f"two NICs have the {what} '{shown}'; give each its own")
+        if len(devices) > MAX_DEVICES:
+            raise ConfigError(f"{len(devices)} devices; up to {MAX_DEVICES} are supported")
+        _check_own("devices", "id", [device.id for device in devices])
+        _check_own("NICs", "tap", [nic.tap for nic in nics])
+        _check_own("NICs", "mac", [format_mac(nic.mac) for nic in nics])
+
+
+def _check_own(owners: str, what: str, values: Sequence[str]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise ConfigError(f"two {owners} have the {what} '{value}'; give each its own")
 
 
 def parse_size(text: str) -> int:
@@ -142,7 +167,7 @@ def parse_nic(text: str, index: int) -> NicConfig:
         id=name,
         tap=tap,
         mac=parse_mac(values["mac"]) if "mac" in values else default_mac(tap, index),
-        model=values.get("model", "virtio-net"),
+        kind=values.get("model", "virtio-net"),
         vhost=_switch(values, "vhost", True) is not False,
         guest_announce=_switch(values, "guest-announce", None),
         mtu=mtu,

@@ -1,4 +1,4 @@
-"""One VM under its operator's hand: run states, machine, moves, announcement and QMP together.
+"""One VM under its operator's hand: run states, machine, migrations, announcement, QMP together.
 
 It implements :class:`godwit.qmp.controller.Controller`. The rule for every start: the machine runs
 first and the state says so second, so that what listens to the state (the announcer above all)
@@ -11,29 +11,34 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from godwit.announce.announcer import Announcer
-from godwit.announce.monitors import Taps
-from godwit.announce.schedule import AnnounceOptions, AnnounceParameters
-from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
+from godwit.announce.monitors import Monitors
+from godwit.announce.policy import parse_policy
+from godwit.announce.uplink import Uplink
+from godwit.errors import ConfigError, GodwitError
 from godwit.host.loop import Loop
 from godwit.hw.console import Console
-from godwit.hw.nic.rx_filter_info import FilterView
+from godwit.hw.device import Counts
+from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine
-from godwit.machine.vcpu import Ending
-from godwit.qmp import commands, events
+from godwit.machine.vcpu import StopReason
+from godwit.qmp import commands
 from godwit.qmp.server import Server
-from godwit.spec.parameters import ConvergenceParameters
+from godwit.spec import events
+from godwit.spec.config import NicConfig
+from godwit.spec.events import Event
+from godwit.spec.parameters import AnnounceParameters, MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
 
+from .migrations import Migrations
+
 if TYPE_CHECKING:
-    from godwit.migration.destination import Destination
     from godwit.migration.outgoing import Outgoing
-    from godwit.migration.packets.destination import Arrival
-    from godwit.migration.snapshot import Restorer
+    from godwit.migration.times import Times
 
 _S = RunState
 
-#: Exit codes of ``godwit run``, beside 0 (powered off, quit, or moved away) and 1 (an error).
+#: Exit codes of ``godwit run``, beside 0 (powered off, quit, or migrated) and 1 (an error).
 EXIT_RESET = 3
 EXIT_TRIPLE_FAULT = 4
 EXIT_INTERNAL_ERROR = 5
@@ -42,7 +47,7 @@ EXIT_INTERNAL_ERROR = 5
 class Vmm:
     """A VM from its board, which it closes, to its end.
 
-    ``say(text)`` is told what an operator at the terminal should know.
+    ``log(text)`` receives what an operator at the terminal should know.
 
     Raises:
         HostError: the host lacks something.
@@ -58,57 +63,67 @@ class Vmm:
         qmp: str | None = None,
         autostart: bool = True,
         reboot: bool = True,
-        say: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None] = lambda text: None,
+        times: Times | None = None,
     ) -> None:
         self._loop = loop
         self._autostart = autostart
         self._reboot = reboot
-        self._say = say
+        self._log = log
         self.states = RunStates()
-        self.max_bandwidth = 0
-        self.downtime_limit = 300
-        self.handover = True
-        self.convergence = ConvergenceParameters()
         self.exit_code = 0
-        self._closing = False
-        self._source: Outgoing | None = None
-        self._destination: Destination | Restorer | None = None
-        self.machine = Machine(board, loop, console, self._vcpu_ended, self._offence)
         self._server: Server | None = None
-        self._taps: Taps | None = None
-        self._filter_told: set[str] = set()
+        self._monitors: Monitors | None = None
+        self._filter_reported: set[str] = set()
+        self.machine = Machine(board, loop, console, self._vcpu_exited, self._guest_error)
+        self.uplinks = [Uplink(nic, loop) for nic in self.machine.nics]
+        self.migrations = Migrations(
+            self.machine,
+            self.uplinks,
+            self.states,
+            loop.now,
+            self._migration_status,
+            self._incoming_failed,
+            autostart=autostart,
+            times=times,
+        )
         try:
-            nics = self.machine.nics
-            stations = self.machine.stations
-            self._taps = Taps(
-                {nic.tap: one for nic, one in zip(board.config.nics, stations, strict=True)},
-                loop,
-                say,
-            )
+            self._set_policies(board)
+            self._monitors = Monitors(self.uplinks, loop, log)
             self.announcer = Announcer(
-                stations, loop, self._emit, make_verifier=self._taps.verifier
+                self.uplinks, loop, self._emit, lambda: self.parameters, self._monitors.verifier
             )
-            self._taps.on_seen = self.announcer.seen
-            self._taps.on_ready = self.announcer.port_ready
-            # Before the server: the frames leave before the events are told.
+            self._monitors.on_seen = self.announcer.seen
+            self._monitors.on_ready = self.announcer.port_ready
+            # Before the server: the frames leave before the events are sent.
             self.states.listen(self.announcer.run_state_changed)
             if qmp is not None:
                 self._server = Server(loop, qmp, self._execute, self._loop_error)
                 self.states.listen(self._server.run_state_changed)
-            for nic in nics:
-                nic.on_ack = self._acked(nic.name)
-                nic.on_filter = self._filter_changed(nic.name)
+            for nic in self.machine.nics:
+                nic.on_ack = self._acked(nic.id)
+                nic.on_filter = self._filter_changed(nic.id)
         except BaseException:
             self.close()
             raise
 
+    def _set_policies(self, board: Board) -> None:
+        allowed = {
+            config.id: config.announce_allow
+            for config in board.config.devices
+            if isinstance(config, NicConfig) and config.announce_allow is not None
+        }
+        for uplink in self.uplinks:
+            if uplink.nic.id in allowed:
+                uplink.policy = parse_policy(allowed[uplink.nic.id])
+
     # --- beginnings -------------------------------------------------------------------------------
     def start(self) -> None:
-        """The kernel was loaded: with autostart, run."""
+        """Start the loaded kernel, with autostart."""
         if self._autostart:
             self.cont()
-        # The guest is on its way; what only a move needs is imported meanwhile.
-        self._loop.call_soon(_prepare_to_move)
+        # The guest is on its way; what only a migration needs is imported meanwhile.
+        self._loop.call_soon(_prepare_to_migrate)
 
     def await_guest(self, uri: str | None, insecure: bool) -> None:
         """Be a destination; with ``uri`` None, for the migrate-incoming that names one."""
@@ -118,53 +133,43 @@ class Vmm:
 
     def close(self) -> None:
         """End everything and give everything back."""
-        if self._source is not None:
-            self._source.abandon()
-            self._source.join(10)
-        # The guest stops before the line to its source does: a source that asks and finds nobody
-        # may let its guest go on.
-        with self.machine.lock:
-            self._closing = True
-            self.machine.pause()
-        if self._destination is not None:
-            self._destination.close()
-        if self._taps is not None:
-            self._taps.close()
+        self.migrations.close()
+        if self._monitors is not None:
+            self._monitors.close()
         self.machine.close()
         if self._server is not None:
             self._server.close()
 
     # --- Controller -------------------------------------------------------------------------------
     @property
-    def announce_parameters(self) -> AnnounceParameters:
-        """The schedule of the announcement after a move."""
-        return self.announcer.parameters
+    def parameters(self) -> MigrationParameters:
+        """The operator's parameters, replaced as a whole."""
+        return self.migrations.parameters
 
-    @announce_parameters.setter
-    def announce_parameters(self, new: AnnounceParameters) -> None:
-        self.announcer.parameters = new
-
-    @property
-    def announce_options(self) -> AnnounceOptions:
-        """Deadline, verification, refreshing."""
-        return self.announcer.options
-
-    @announce_options.setter
-    def announce_options(self, new: AnnounceOptions) -> None:
-        self.announcer.options = new
+    @parameters.setter
+    def parameters(self, new: MigrationParameters) -> None:
+        self.migrations.parameters = new
 
     def announce_info(self) -> list[dict[str, object]]:
-        """What became of each NIC's last announcement."""
+        """Return what became of each NIC's last announcement."""
         return self.announcer.info()
 
-    def rx_filters(self, name: str | None) -> list[tuple[str, FilterView]]:
-        """Each NIC's receive filter, or that of one. Raises ConfigError."""
-        nics = [nic for nic in self.machine.nics if name in (None, nic.name)]
+    def rx_filters(self, name: str | None) -> list[tuple[str, RxFilterInfo]]:
+        """Return the receive filter of each NIC, or of the one of that name. Raises ConfigError."""
+        nics = [nic for nic in self.machine.nics if name in (None, nic.id)]
         if name is not None and not nics:
-            known = ", ".join(nic.name for nic in self.machine.nics) or "none"
+            known = ", ".join(nic.id for nic in self.machine.nics) or "none"
             raise ConfigError(f"there is no NIC '{name}'; this VM has: {known}")
-        self._filter_told -= {nic.name for nic in nics}
-        return [(nic.name, nic.rx_filter()) for nic in nics]
+        self._filter_reported -= {nic.id for nic in nics}
+        return [(nic.id, nic.rx_filter()) for nic in nics]
+
+    def counters(self) -> list[tuple[str, str, Mapping[str, int]]]:
+        """Return (id, kind, counters) of each device that counts."""
+        return [
+            (device.id, device.kind, part.counters())
+            for device in self.machine.devices
+            if (part := self.machine.devices.part(device, Counts)) is not None
+        ]
 
     def stop(self) -> None:
         """Pause a running guest."""
@@ -177,8 +182,7 @@ class Vmm:
         """Start or resume a guest."""
         with self.machine.lock:
             self.states.require(_S.PRELAUNCH, _S.PRELAUNCH_MIGRATE, _S.PAUSED)
-            if self._destination is not None and self._destination.arrival is not None:
-                self._destination.arrival.draw(lambda phase: None)
+            self.migrations.switch_over()
             self.machine.resume()
             self.states.set(_S.RUNNING)
 
@@ -192,84 +196,26 @@ class Vmm:
         self._loop.call_soon(self._loop.stop)
 
     def end_by_signal(self) -> None:
-        """SIGTERM or SIGINT came, or the operator left the terminal."""
+        """End the VM soon: a signal came, or the operator left the terminal."""
         self._emit(*events.shutdown(events.Reason.HOST_SIGNAL))
         self._loop.call_soon(self._loop.stop)
 
     def migrate(self, uri: str, insecure: bool) -> None:
-        """Start moving the guest to ``uri``, which may be a file."""
-        if self._source is not None and self._source.active:
-            raise StateError("a move is under way already; see query-migrate, or migrate_cancel")
-        ended = self.machine.ended
-        if ended is not None:
-            raise StateError(f"the guest is dead ({ended[1]}); there is nothing to move")
-
-        def tell(status: str) -> None:
-            self._move_status(source, status)
-
-        source: Outgoing
-        if uri.startswith("file:"):
-            from godwit.migration.snapshot import Saver, path_of
-
-            source = Saver(self.machine, self.states, path_of(uri), self, tell)
-        else:
-            from godwit.migration.source import Source
-            from godwit.migration.wire.sockets import Address
-
-            arrival = self._destination.arrival if self._destination is not None else None
-            source = Source(
-                self.machine,
-                self.states,
-                Address(uri, insecure),
-                self,
-                tell,
-                lambda: arrival is not None and arrival.holding,
-            )
-        self._source = source
-        self._emit(*events.migration("setup"))
-        self._source.start()
+        """Start a migration of the guest to ``uri``, which may be a file."""
+        self.migrations.migrate(uri, insecure)
 
     def migrate_incoming(self, uri: str, insecure: bool) -> None:
-        """Wait for a guest at ``uri``, or take it from a file."""
+        """Wait for a guest at ``uri``, or load it from a file."""
         self.states.require(_S.INMIGRATE)
-        if self._destination is not None:
-            raise StateError("the VM waits for a guest already")
-        ends = self._take_over, self._arrival_failed
-        if uri.startswith("file:"):
-            from godwit.migration.snapshot import Restorer, path_of
-
-            self._destination = Restorer(self.machine, path_of(uri), *ends)
-        else:
-            from godwit.migration.destination import Destination
-            from godwit.migration.wire.sockets import Address
-
-            self._destination = Destination(
-                self.machine, Address(uri, insecure), *ends, lambda: self.handover
-            )
-        self._destination.start()
+        self.migrations.await_guest(uri, insecure)
 
     def migration_info(self) -> dict[str, object]:
-        """The present or last move; of a guest that came here, its arrival."""
-        if self._source is not None:
-            info = self._source.report.info()
-            info["godwit"]["runstates"] = [str(state) for state in self.states.history]
-            return info
-        if self._destination is None:
-            return {}
-        arrived = self.states.current is not _S.INMIGRATE
-        own: dict[str, object] = {
-            "destination-phases": dict(self._destination.phases),
-            "runstates": [str(state) for state in self.states.history],
-            "announce": self.announce_info(),
-        }
-        if self._destination.arrival is not None:
-            own["handover"] = self._destination.arrival.info()
-        return {"status": "completed" if arrived else "setup", "godwit": own}
+        """Return the present or last migration, or the one by which the guest came."""
+        return self.migrations.info(self.announce_info)
 
     def migrate_cancel(self) -> None:
-        """Give up the present move."""
-        if self._source is not None and self._source.active and not self._source.cancel():
-            raise StateError("too late to cancel: the guest was handed over")
+        """Give up the present migration."""
+        self.migrations.cancel()
 
     def announce_self(
         self, parameters: AnnounceParameters, interfaces: Sequence[str] | None, id: str | None
@@ -281,108 +227,82 @@ class Vmm:
     def _execute(self, name: str, arguments: Mapping[str, object]) -> object:
         return commands.execute(self, name, arguments)
 
-    def _emit(self, name: str, data: dict[str, object]) -> None:
+    def _emit(self, event: Event, data: dict[str, object]) -> None:
         if self._server is not None:
-            self._server.emit(name, data)
+            self._server.emit(event, data)
 
     def _loop_error(self, error: BaseException) -> None:
-        self._say(f"internal error: {type(error).__name__}: {error}")
+        self._log(f"internal error: {type(error).__name__}: {error}")
 
     def _acked(self, nic: str) -> Callable[[], None]:
         return lambda: self.announcer.acked(nic)
 
     def _filter_changed(self, nic: str) -> Callable[[], None]:
-        def tell() -> None:
+        def report() -> None:
             # Once until somebody asks, as in QEMU (net/net.c): a guest may change it in a loop.
-            if nic not in self._filter_told:
-                self._filter_told.add(nic)
+            if nic not in self._filter_reported:
+                self._filter_reported.add(nic)
                 self._emit(*events.rx_filter_changed(nic))
 
-        return tell
+        return report
 
-    def _offence(self, nic: str, message: str) -> None:
-        """A guest broke a device's rules: the device stops, the VM lives, the operator knows."""
-        self._emit("GUEST_OFFENCE", {"device": nic, "message": message})
-        self._say(
-            f"{nic}: the guest broke the device's rules ({message}); its driver must reset it"
+    def _guest_error(self, device: str, message: str) -> None:
+        """Report that a guest broke a device's rules: the device stops, the VM lives."""
+        self._emit(*Event.GUEST_ERROR.of(device=device, message=message))
+        self._log(
+            f"{device}: the guest broke the device's rules ({message}); its driver must reset it"
         )
 
-    def _move_status(self, source: Outgoing, status: str) -> None:
-        """From the source's thread."""
-        if status in ("failed", "cancelled") and source.exposed:
+    def _migration_status(self, outgoing: Outgoing, status: str) -> None:
+        """Report a migration's status; in the migration's thread."""
+        if status in ("failed", "cancelled") and outgoing.exposed:
             self.announcer.returned()
         self._emit(*events.migration(status))
         if status == "completed":
-            self._say(source.farewell)
+            self._log(outgoing.completion)
         elif status == "failed":
-            self._say(f"the guest stays here; the move failed: {source.report.error}")
+            self._log(f"the guest stays here; the migration failed: {outgoing.report.error}")
 
-    def _take_over(
-        self,
-        ran: bool,
-        mark: Callable[[str], None],
-        arrival: Arrival | None,
-        tell: Callable[[list[str]], None],
-    ) -> None:
-        """The commit was received: from the destination's thread."""
-        with self.machine.lock:
-            if self._closing:
-                raise MigrationError("the destination is ending")
-            self.states.set(_S.PRELAUNCH_MIGRATE)
-            if self._autostart and ran:
-                if arrival is not None:
-                    arrival.draw(mark)
-                self.machine.resume(mark)
-                if arrival is not None and arrival.settle():
-                    mark("frames-handed-over")
-                # The source first: it waits, and those who are told of the state take their time.
-                tell([*map(str, self.states.history), str(_S.RUNNING)])
-                self.states.set(_S.RUNNING)
-            else:
-                tell([*map(str, self.states.history)])
-
-    def _arrival_failed(self, error: GodwitError) -> None:
-        """No guest will come: from the destination's thread."""
+    def _incoming_failed(self, error: GodwitError) -> None:
+        """End the VM, as no guest will come; in the incoming migration's thread."""
 
         def end() -> None:
-            self._say(f"no guest arrived: {error}")
+            self._log(f"no guest arrived: {error}")
             self._end(_S.SHUTDOWN, events.Reason.HOST_ERROR, 1)
 
         self._emit(*events.migration("failed"))
         self._loop.call_soon(end)
 
-    def _vcpu_ended(self, ending: Ending, detail: str) -> None:
-        """From a vCPU's thread."""
-        self._loop.call_soon(lambda: self._guest_ended(ending, detail))
+    def _vcpu_exited(self, reason: StopReason, detail: str) -> None:
+        """Handle the guest's exit in the loop; in a vCPU's thread."""
+        self._loop.call_soon(lambda: self._guest_exited(reason, detail))
 
-    def _guest_ended(self, ending: Ending, detail: str) -> None:
-        if self._source is not None and self._source.active:
-            # A guest that ended cannot move. Outside the machine's lock, which the move needs.
-            self._source.cancel()
-            self._source.join(10)
+    def _guest_exited(self, reason: StopReason, detail: str) -> None:
+        # A guest that exited cannot migrate.
+        self.migrations.cancel_for_exit()
         with self.machine.lock:
             if self.states.current in (_S.POSTMIGRATE, _S.SHUTDOWN):
                 return
             self.machine.pause()
-            if ending is Ending.RESET and self._reboot:
+            if reason is StopReason.RESET and self._reboot:
                 try:
                     self._restart()
                     return
                 except GodwitError as error:
                     detail = str(error)
-        if ending is Ending.POWER_OFF:
+        if reason is StopReason.POWER_OFF:
             self._end(_S.SHUTDOWN, events.Reason.GUEST_SHUTDOWN, 0)
             return
-        self._say(detail)
-        if ending is Ending.RESET:
+        self._log(detail)
+        if reason is StopReason.RESET:
             self._end(_S.SHUTDOWN, events.Reason.GUEST_RESET, EXIT_RESET)
-        elif ending is Ending.TRIPLE_FAULT:
+        elif reason is StopReason.TRIPLE_FAULT:
             self._end(_S.GUEST_PANICKED, events.Reason.GUEST_PANIC, EXIT_TRIPLE_FAULT)
         else:
             self._end(_S.INTERNAL_ERROR, events.Reason.HOST_ERROR, EXIT_INTERNAL_ERROR)
 
     def _restart(self) -> None:
-        """The guest asked for a reboot."""
+        """Reboot: the guest asked for it."""
         initial = self.machine.power_on_state()
         self.states.set(_S.PRELAUNCH)
         self.machine.reboot(initial)
@@ -396,8 +316,8 @@ class Vmm:
         self._loop.call_soon(self._loop.stop)
 
 
-def _prepare_to_move() -> None:
-    """Import the source's side, so that a later move does not begin with reading files."""
-    from godwit.migration import source
+def _prepare_to_migrate() -> None:
+    """Import the source's side, so that a later migration does not begin with reading files."""
+    from godwit.migration import guest, source
 
-    del source
+    del guest, source

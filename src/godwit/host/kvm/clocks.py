@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from godwit.errors import KvmError
-from godwit.host.ioctl import address_of, ioctl
+from godwit.host.ioctl import address_of
 
 from . import abi
 from .handles import Vcpu, Vm, msr_query
@@ -90,9 +90,9 @@ class _Looker:
         """The host's time.time_ns, how many TSCs were told (two are due), and the answers."""
         first, second, third = self._addresses
         realtime = time.time_ns()
-        told = ioctl(self._vcpu.fd, abi.GET_MSRS, first)
-        ioctl(self._vm.fd, abi.GET_CLOCK, second)
-        told += ioctl(self._vcpu.fd, abi.GET_MSRS, third)
+        told = self._vcpu.ioctl(abi.GET_MSRS, first)
+        self._vm.ioctl(abi.GET_CLOCK, second)
+        told += self._vcpu.ioctl(abi.GET_MSRS, third)
         return realtime, told, list(map(bytes, self._buffers))
 
     def at_one_instant(self) -> tuple[int, Clock]:

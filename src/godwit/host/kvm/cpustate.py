@@ -12,6 +12,8 @@ from typing import Annotated
 
 import msgspec
 
+from godwit.spec.saved import U32, U64
+
 from godwit.errors import KvmError, StreamError
 
 from . import abi
@@ -20,8 +22,6 @@ from .handles import Vcpu, Vm
 
 #: What goes on while a guest stands still, and what waits for it.
 _OF_TIME = abi.MSR_TSC, abi.MSR_TSC_DEADLINE
-_U64 = Annotated[int, msgspec.Meta(ge=0)]
-_U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 
 
 class VcpuState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,7 +32,7 @@ class VcpuState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sregs: Annotated[bytes, msgspec.Meta(min_length=abi.SREGS_SIZE, max_length=abi.SREGS_SIZE)]
     xsave: Annotated[bytes, msgspec.Meta(min_length=abi.XSAVE_SIZE, max_length=1 << 16)]
     xcrs: Annotated[bytes, msgspec.Meta(min_length=abi.XCRS_SIZE, max_length=abi.XCRS_SIZE)]
-    msrs: Annotated[list[tuple[_U32, _U64]], msgspec.Meta(max_length=1024)]
+    msrs: Annotated[list[tuple[U32, U64]], msgspec.Meta(max_length=1024)]
     events: Annotated[bytes, msgspec.Meta(min_length=abi.EVENTS_SIZE, max_length=abi.EVENTS_SIZE)]
     debugregs: Annotated[
         bytes, msgspec.Meta(min_length=abi.DEBUGREGS_SIZE, max_length=abi.DEBUGREGS_SIZE)
@@ -53,12 +53,12 @@ class PlatformState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     #: Below what is left of a u64 for the time to come.
     clock_ns: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     #: CLOCK_REALTIME of the source at ``clock_ns``; 0 in the streams of old.
-    realtime_ns: _U64
+    realtime_ns: U64
 
 
 #: MSRs that are so already in a vCPU that never ran: (index, value).
-Fresh = frozenset[tuple[int, int]]
-NOT_FRESH: Fresh = frozenset()
+ResetMsrs = frozenset[tuple[int, int]]
+NO_RESET_MSRS: ResetMsrs = frozenset()
 
 
 def save_vcpu(vcpu: Vcpu, msrs: list[int], tsc: int) -> VcpuState:
@@ -97,11 +97,11 @@ def tsc_of(state: VcpuState) -> int:
     raise StreamError("vcpus: msrs: the TSC is not among them")
 
 
-def load_vcpu(vcpu: Vcpu, state: VcpuState, fresh: Fresh = NOT_FRESH) -> None:
+def load_vcpu(vcpu: Vcpu, state: VcpuState, reset: ResetMsrs = NO_RESET_MSRS) -> None:
     """Give a stopped vCPU ``state``, but for its TSC, and the timer that waits for that:
     :func:`.clocks.restore` and :func:`load_deadline` follow.
 
-    ``fresh``: MSRs that are so already are left alone. Most are (machine check banks, MTRRs,
+    ``reset``: MSRs that are so already are left alone. Most are (machine check banks, MTRRs,
     counters), and setting them takes several times as long as the others.
 
     Raises:
@@ -112,7 +112,7 @@ def load_vcpu(vcpu: Vcpu, state: VcpuState, fresh: Fresh = NOT_FRESH) -> None:
             f"vCPU {vcpu.index}: xsave has {len(state.xsave)} bytes, this host's KVM takes "
             f"{vcpu.xsave_size}: the source's CPU has state that this one lacks"
         )
-    differing = [pair for pair in state.msrs if pair not in fresh]
+    differing = [pair for pair in state.msrs if pair not in reset]
     _put(vcpu, "sregs", abi.SET_SREGS, state.sregs)
     _put(vcpu, "regs", abi.SET_REGS, state.regs)
     _put(vcpu, "xsave", abi.SET_XSAVE, state.xsave.ljust(vcpu.xsave_size, b"\0"))

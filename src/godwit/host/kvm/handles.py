@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
+import signal
 from collections.abc import Iterable
 from functools import lru_cache
-from types import TracebackType
 from typing import Self
 
 from godwit.errors import HostError, KvmError
@@ -24,6 +25,9 @@ _NEEDED = {
     abi.CAP_XSAVE: "XSAVE state",
     abi.CAP_IMMEDIATE_EXIT: "immediate_exit (Linux 4.13 or later)",
 }
+
+#: Interrupts a vCPU's thread in KVM_RUN.
+KICK_SIGNAL = signal.SIGUSR1
 
 #: Where KVM keeps three pages of its own on Intel, and one more; under the 4 GiB line, above the
 #: I/O APIC, where no device is.
@@ -57,13 +61,12 @@ class _Handle:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
+
+    def ioctl(self, request: int, argument: int = 0) -> int:
+        """Call ioctl with an integer or an address. Raises OSError."""
+        return ioctl(self.fd, request, argument)
 
     def get(self, request: int, size: int, first: bytes = b"") -> bytes:
         """Read a struct of ``size`` bytes; ``first`` fills its beginning (an id, say)."""
@@ -93,11 +96,11 @@ class System(_Handle):
             if not self.check(capability):
                 self.close()
                 raise HostError(f"this host's KVM lacks {what}; a newer kernel has it")
-        self.vcpu_mmap_size = ioctl(self.fd, abi.GET_VCPU_MMAP_SIZE)
+        self.vcpu_mmap_size = self.ioctl(abi.GET_VCPU_MMAP_SIZE)
 
     def check(self, capability: int) -> int:
         """What KVM_CHECK_EXTENSION says: 0 for absent."""
-        return ioctl(self.fd, abi.CHECK_EXTENSION, capability)
+        return self.ioctl(abi.CHECK_EXTENSION, capability)
 
     def create_vm(self) -> Vm:
         """A new VM with its interrupt controllers and PIT."""
@@ -131,13 +134,13 @@ class Vm(_Handle):
     def __init__(self, system: System) -> None:
         self.system = system
         try:
-            super().__init__(ioctl(system.fd, abi.CREATE_VM))
+            super().__init__(system.ioctl(abi.CREATE_VM))
         except OSError as error:
             raise KvmError(f"KVM could not make a VM: {error}") from error
         try:
-            ioctl(self.fd, abi.SET_TSS_ADDR, _TSS_ADDRESS)
+            self.ioctl(abi.SET_TSS_ADDR, _TSS_ADDRESS)
             self.set(abi.SET_IDENTITY_MAP_ADDR, _IDENTITY_MAP_ADDRESS.to_bytes(8, "little"))
-            ioctl(self.fd, abi.CREATE_IRQCHIP)
+            self.ioctl(abi.CREATE_IRQCHIP)
             self.set(abi.CREATE_PIT2, abi.PIT_CONFIG.pack(abi.PIT_SPEAKER_DUMMY))
         except OSError as error:
             self.close()
@@ -145,7 +148,7 @@ class Vm(_Handle):
 
     def create_vcpu(self, index: int) -> Vcpu:
         """vCPU ``index``; its APIC id is the same number."""
-        return Vcpu(ioctl(self.fd, abi.CREATE_VCPU, index), index, self.system)
+        return Vcpu(self.ioctl(abi.CREATE_VCPU, index), index, self.system)
 
     def set_memory(self, slot: int, address: int, size: int, host: int, log: bool) -> None:
         """Back ``size`` bytes at guest address ``address`` by host address ``host``."""
@@ -206,8 +209,25 @@ class Vcpu(_Handle):
         size = system.check(abi.CAP_XSAVE2)
         self.xsave_size = max(size, abi.XSAVE_SIZE)
 
+    def run(self) -> None:
+        """Run the guest until an exit, which the shared page describes (KVM_RUN).
+
+        ``fcntl.ioctl`` releases the GIL, as its argument is an integer.
+
+        Raises:
+            InterruptedError: a signal came, or :meth:`kick`.
+            OSError: KVM cannot run the guest.
+        """
+        fcntl.ioctl(self.fd, abi.RUN, 0)
+
+    def kick(self, thread: int | None) -> None:
+        """Have :meth:`run` return, also before its start; ``thread`` is the one inside, if any."""
+        self.run_page[abi.RUN_IMMEDIATE_EXIT] = 1
+        if thread is not None:
+            signal.pthread_kill(thread, KICK_SIGNAL)
+
     def close(self) -> None:
-        """Close the descriptor and unmap its page."""
+        """Close the descriptor and unmap the shared page."""
         if self.fd >= 0:
             self.run_page.close()
         super().close()
@@ -219,7 +239,7 @@ class Vcpu(_Handle):
 
     def tsc_khz(self) -> int:
         """The guest's TSC frequency, kHz."""
-        return ioctl(self.fd, abi.GET_TSC_KHZ)
+        return self.ioctl(abi.GET_TSC_KHZ)
 
     def get_msrs(self, indices: list[int]) -> list[tuple[int, int]]:
         """(index, value) for the leading MSRs that KVM could read."""

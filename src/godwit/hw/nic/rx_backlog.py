@@ -1,116 +1,149 @@
-"""Frames that a guest gets before those that wait in its tap.
+"""The rx backlog of a NIC: frames that the guest gets before those that wait in its tap.
 
-When a guest has moved, the frames that still reached its old host are sent after it. They are older
-than what arrives at its new tap, so the tap has to wait until the last of them is there.
+When a guest has migrated, the frames that still reached its old host are sent after it
+(docs/decisions/0013-handover.md). They are older than what arrives at the new tap, so the tap has
+to wait until the last of them is there.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from godwit.host.net.tap import HEADER, MAX_FRAME, Tap
 
-#: What is kept for one NIC, at the most. The kernel's own queue in a tap is 500 frames by default.
+#: Frames and bytes that one NIC keeps at the most. The kernel's own queue in a tap is 500 frames by
+#: default.
 MAX_FRAMES = 8192
 MAX_BYTES = 32 << 20
 _SHORTEST = HEADER + 14
 
 
-class Ahead:
-    """Of one tap. The owner's lock covers it.
+class RxBacklog:
+    """The frames before one tap's own, each with the tap's header. Thread-safe.
+
+    The NIC's lock covers it, and is taken by each method: migrations call :meth:`hold`,
+    :meth:`inject`, :meth:`release`, :meth:`take` and :meth:`drain`; whoever serves the guest calls
+    :meth:`next` and :meth:`requeue`.
 
     Attributes:
-        frames: what goes ahead, in order, the tap's header before each.
-        held: nothing is to be taken from the tap.
+        on_change: called under the lock when frames were injected, or the hold began or ended.
     """
 
-    def __init__(self, tap: Tap) -> None:
+    def __init__(self, tap: Tap, lock: threading.RLock) -> None:
         self._tap = tap
-        self.frames: deque[bytes] = deque()
-        self.held = False
+        self._lock = lock
+        self._frames: deque[bytes] = deque()
         self._bytes = 0
-        #: Group-addressed frames among those put here: the tap may have them too.
+        self._held = False
+        #: Group-addressed frames among those injected: the tap may have them too.
         self._groups: Counter[bytes] = Counter()
+        self.on_change: Callable[[], None] = lambda: None
 
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    @property
+    def held(self) -> bool:
+        """Whether nothing may be taken from the tap."""
+        return self._held
+
+    # --- around a migration -----------------------------------------------------------------------
     def hold(self) -> None:
-        """Take nothing from the tap until :meth:`release`."""
-        self.held = True
+        """Give the guest nothing from the tap until :meth:`release`."""
+        with self._lock:
+            self._held = True
+            self.on_change()
 
-    def put(self, frames: Iterable[bytes]) -> int:
-        """Frames of the other host's; how many were not kept, for want of room or sense."""
+    def inject(self, frames: Iterable[bytes]) -> int:
+        """Give the guest these frames before the tap's; return how many were refused.
+
+        A frame is refused if there are too many (:data:`MAX_FRAMES`, :data:`MAX_BYTES`), or if it is
+        too short or too long.
+        """
         refused = 0
-        for frame in frames:
-            full = len(self.frames) >= MAX_FRAMES or self._bytes + len(frame) > MAX_BYTES
-            if full or not _SHORTEST <= len(frame) <= MAX_FRAME:
-                refused += 1
-                continue
-            self.frames.append(frame)
-            self._bytes += len(frame)
-            if self.held and frame[HEADER] & 1:
-                self._groups[frame[HEADER:]] += 1
+        with self._lock:
+            for frame in frames:
+                full = len(self._frames) >= MAX_FRAMES or self._bytes + len(frame) > MAX_BYTES
+                if full or not _SHORTEST <= len(frame) <= MAX_FRAME:
+                    refused += 1
+                    continue
+                self._append(frame)
+                if self._held and frame[HEADER] & 1:
+                    self._groups[frame[HEADER:]] += 1
+            self.on_change()
         return refused
 
     def release(self) -> int:
-        """The last of them was put here: the tap's are due. How many of those were there twice.
+        """End the hold: the last frame was injected. Return how many of the tap's were dropped.
 
         A broadcast that was on its way while the network learned the guest's new place has come to
         both hosts. The tap's copy is dropped.
         """
         dropped = 0
-        self.held = False
-        while self._groups and len(self.frames) < MAX_FRAMES and self._bytes < MAX_BYTES:
-            frame = self._read()
-            if frame is None:
-                break
-            if self._groups.get(frame[HEADER:], 0) > 0:
-                self._groups[frame[HEADER:]] -= 1
-                dropped += 1
-            else:
-                self._append(frame)
-        self._groups.clear()
+        with self._lock:
+            self._held = False
+            while self._groups and len(self._frames) < MAX_FRAMES and self._bytes < MAX_BYTES:
+                frame = self._read()
+                if frame is None:
+                    break
+                if self._groups.get(frame[HEADER:], 0) > 0:
+                    self._groups[frame[HEADER:]] -= 1
+                    dropped += 1
+                else:
+                    self._append(frame)
+            self._groups.clear()
+            self.on_change()
         return dropped
 
-    def next(self) -> bytes | None:
-        """The next frame for the guest; None: there is none, or none may be taken."""
-        if self.frames:
-            return self._pop()
-        return None if self.held else self._read()
-
-    def give_back(self, frame: bytes) -> None:
-        """There was no room for what :meth:`next` gave: it is the next again."""
-        self.frames.appendleft(frame)
-        self._bytes += len(frame)
-
     def take(self, limit: int) -> list[bytes]:
-        """What waits here and in the tap, at most so many frames; nobody is served meanwhile."""
+        """Return the frames that wait here and in the tap, at most ``limit``; paused."""
         taken: list[bytes] = []
-        while len(taken) < limit:
-            frame = self._pop() if self.frames else self._read()
-            if frame is None:
-                break
-            taken.append(frame)
+        with self._lock:
+            while len(taken) < limit:
+                frame = self._pop() if self._frames else self._read()
+                if frame is None:
+                    break
+                taken.append(frame)
         return taken
 
     def drain(self) -> int:
-        """Throw away what waits in the tap; how many frames. What came here before it is not there
-        any more."""
-        self._groups.clear()
-        return self._tap.drain()
+        """Throw away the frames that wait in the tap; return how many. Paused."""
+        with self._lock:
+            # What was injected before the drained frames is not in the tap any more.
+            self._groups.clear()
+            return self._tap.drain()
 
     def clear(self) -> None:
-        """The device was reset: what waits here was for its last driver."""
-        self.frames.clear()
-        self._groups.clear()
-        self._bytes = 0
+        """Throw away the frames that wait here: the device was reset, they were for its driver."""
+        with self._lock:
+            self._frames.clear()
+            self._groups.clear()
+            self._bytes = 0
 
+    # --- serving the guest ------------------------------------------------------------------------
+    def next(self) -> bytes | None:
+        """Return the next frame for the guest; None if there is none, or none may be taken."""
+        with self._lock:
+            if self._frames:
+                return self._pop()
+            return None if self._held else self._read()
+
+    def requeue(self, frame: bytes) -> None:
+        """Take back the frame that :meth:`next` gave: the guest had no space for it."""
+        with self._lock:
+            self._frames.appendleft(frame)
+            self._bytes += len(frame)
+
+    # --- inside -----------------------------------------------------------------------------------
     def _append(self, frame: bytes) -> None:
-        self.frames.append(frame)
+        self._frames.append(frame)
         self._bytes += len(frame)
 
     def _pop(self) -> bytes:
-        frame = self.frames.popleft()
+        frame = self._frames.popleft()
         self._bytes -= len(frame)
         return frame
 
@@ -118,4 +151,4 @@ class Ahead:
         try:
             return os.read(self._tap.fd, MAX_FRAME)
         except OSError:
-            return None  # it is empty; or down, or gone: the same to a guest
+            return None  # the tap is empty; or down, or gone: the same to a guest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class FilterView(NamedTuple):
+class RxFilterInfo(NamedTuple):
     """What the guest told its NIC to receive. QEMU's RxFilterInfo (qapi/net.json) has the same.
 
     Attributes:

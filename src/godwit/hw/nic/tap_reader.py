@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from godwit.host.loop import Loop
 from godwit.host.net.tap import HEADER, Tap
-from godwit.hw.virtio.net.backend import Accepts
 
-from .rx_backlog import Ahead
+from .rx_backlog import RxBacklog
 
 #: Frames moved before other work of the loop gets a turn.
 BUDGET = 64
 
+#: Returns whether a frame (without the tap's header) is for the guest.
+Accepts = Callable[[memoryview], bool]
+
 
 class TapReader:
-    """Reads while its owner has room. The owner's lock covers it.
+    """Reads while its owner has space. The owner's lock covers it.
 
-    ``deliver(frame)``, header included, returns False when there is no room now: the frame is kept,
+    ``deliver(frame)``, header included, returns False when there is no space now: the frame is kept,
     and the rest stays in the tap.
     """
 
     def __init__(
-        self, tap: Tap, loop: Loop, accepts: Accepts, deliver: Callable[[bytes], bool]
+        self,
+        tap: Tap,
+        backlog: RxBacklog,
+        loop: Loop,
+        accepts: Accepts,
+        deliver: Callable[[bytes], bool],
     ) -> None:
         self._tap = tap
+        self._backlog = backlog
         self._loop = loop
         self._accepts = accepts
         self._deliver = deliver
-        self._ahead = Ahead(tap)
         self._readable: Callable[[], None] | None = None
         self._watching = False
+        backlog.on_change = self._changed
 
     @property
-    def holds(self) -> bool:
+    def waiting(self) -> bool:
         """Whether a frame waits that is no event of the tap's."""
-        return bool(self._ahead.frames)
+        return bool(self._backlog)
 
     def start(self, readable: Callable[[], None]) -> None:
         """Have ``readable`` called while there are frames; it calls :meth:`turn`."""
@@ -43,21 +51,21 @@ class TapReader:
         self._update()
 
     def stop(self) -> None:
-        """Watch no more; what was read already waits for the next turn, as the tap's do."""
+        """Watch no more; what was read already waits for the next turn, as the tap's frames do."""
         self._readable = None
         self._update()
 
     def turn(self) -> bool:
-        """Deliver some of what waits; whether anything was. Raises what ``deliver`` raises."""
+        """Deliver some of the waiting frames; return whether any was. Raises as ``deliver`` does."""
         moved = False
         for _ in range(BUDGET):
-            frame = self._ahead.next()
+            frame = self._backlog.next()
             if frame is None:
                 break
             if not self._accepts(memoryview(frame)[HEADER:]):
                 continue
             if not self._deliver(frame):
-                self._ahead.give_back(frame)
+                self._backlog.requeue(frame)
                 self.stop()
                 break
             moved = True
@@ -65,43 +73,16 @@ class TapReader:
             self._go_on()
         return moved
 
-    # --- around a move: see godwit.hw.nic.nic.Nic -------------------------------------------------
-    def hold(self) -> None:
-        """Take nothing from the tap."""
-        self._ahead.hold()
-        self._update()
-
-    def put_ahead(self, frames: Iterable[bytes]) -> int:
-        """These come before the tap's; how many were not kept."""
-        refused = self._ahead.put(frames)
-        self._go_on()
-        return refused
-
-    def release(self) -> int:
-        """The tap's turn; how many of its frames were dropped."""
-        dropped = self._ahead.release()
+    def _changed(self) -> None:
         self._update()
         self._go_on()
-        return dropped
-
-    def take(self, limit: int) -> list[bytes]:
-        """What waits, at most so many frames."""
-        return self._ahead.take(limit)
-
-    def drain(self) -> int:
-        """Throw away what waits in the tap; how many frames."""
-        return self._ahead.drain()
-
-    def clear(self) -> None:
-        """What goes ahead was for the last driver."""
-        self._ahead.clear()
 
     def _go_on(self) -> None:
-        if self._readable is not None and self.holds:
+        if self._readable is not None and self.waiting:
             self._loop.call_soon(self._readable)
 
     def _update(self) -> None:
-        readable = None if self._ahead.held else self._readable
+        readable = None if self._backlog.held else self._readable
         if readable is not None and not self._watching:
             self._loop.watch(self._tap.fd, readable)
         elif readable is None and self._watching:

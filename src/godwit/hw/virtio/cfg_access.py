@@ -6,7 +6,7 @@ from struct import unpack_from
 from typing import ClassVar
 
 
-class Window:
+class CfgAccess:
     """struct virtio_pci_cfg_cap at ``at`` of a configuration space: which bytes it means."""
 
     SIZE: ClassVar[int] = 20

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import msgspec
 
+from godwit.spec.saved import U16, U32, U64, U8
+
 from .device import DRIVER_OK, FEATURES_OK, VirtioDevice
 
 SIZE = 0x38  # struct virtio_pci_common_cfg up to queue_device
@@ -14,22 +16,18 @@ NO_VECTOR = 0xFFFF
 
 _QUEUE_ADDRESSES = ((0x20, "desc"), (0x28, "avail"), (0x30, "used"))
 
-_U8 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 8)]
-_U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
-_U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-_U64 = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class CommonState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The registers; a driver may stand between any two accesses when the VM stops."""
 
-    status: _U8
-    generation: _U8
-    config_vector: _U16
-    feature_select: _U32
-    driver_feature_select: _U32
-    driver_features: _U64
-    queue_select: _U16
+    status: U8
+    generation: U8
+    config_vector: U16
+    feature_select: U32
+    driver_feature_select: U32
+    driver_features: U64
+    queue_select: U16
 
 
 class CommonConfig:

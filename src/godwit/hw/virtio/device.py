@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
+
+import msgspec
 
 from godwit.errors import GuestError
+from godwit.hw.device import Negotiates
 
 from .queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
 
@@ -28,53 +32,117 @@ class Transport(Protocol):
         """Raise the interrupt that says 'configuration changed'."""
 
     def queue_fd(self, index: int) -> int:
-        """The eventfd that raises the interrupt of a queue; -1 when it has no vector."""
+        """Return the eventfd that raises the interrupt of a queue; -1 without a vector."""
 
     def kick_fd(self, index: int) -> int:
-        """The eventfd that the guest's notifications of a queue signal."""
+        """Return the eventfd that the guest's notifications of a queue signal."""
 
 
-class VirtioDevice:
-    """Base of the devices. The transport calls it under :attr:`lock`."""
+class VirtioDevice(Negotiates):
+    """The base of all virtio devices. The transport calls its methods under :attr:`lock`.
 
-    device_id = 0
-    class_code = 0
+    Attributes:
+        kind, id, version, State: as :class:`godwit.hw.device.Device` has them, for the device's own
+            share of the saved state.
+        lock: covers all entries into the device.
+        queues: the virtqueues.
+        started: the queues are served.
+    """
 
-    def __init__(self, features: int, queues: list[Virtqueue]) -> None:
+    kind: ClassVar[str]
+    version: ClassVar[int] = 1
+    State: ClassVar[type[msgspec.Struct]]
+    #: The device type (virtio 1.2, chapter 5).
+    device_id: ClassVar[int]
+    #: The PCI class code.
+    class_code: ClassVar[int]
+
+    def __init__(self, id: str, features: int, queues: list[Virtqueue]) -> None:
+        self.id = id
         self.lock = threading.RLock()
-        self.offered = features | TRANSPORT_FEATURES
-        self.negotiated = 0
+        self._offered = features | TRANSPORT_FEATURES
+        self._negotiated = 0
         self.queues = queues
         self.started = False
         self.transport: Transport
-        #: Told of a guest's offence: ``(message)``.
-        self.on_offence: Callable[[str], None] = lambda message: None
+        #: Receives the rule that the guest broke; the transport sets it.
+        self.on_guest_error: Callable[[str], None] = lambda message: None
 
+    @property
+    def offered(self) -> int:
+        """Feature bits on offer."""
+        return self._offered
+
+    @property
+    def negotiated(self) -> int:
+        """Feature bits that the driver accepted; 0 before that."""
+        return self._negotiated
+
+    @negotiated.setter
+    def negotiated(self, features: int) -> None:
+        self._negotiated = features
+
+    def properties(self) -> Mapping[str, str | int | None]:
+        """Return what a destination must have alike: see :meth:`godwit.hw.device.Device`."""
+        return {}
+
+    def parts(self) -> Sequence[object]:
+        """Return the objects in which capabilities are looked for."""
+        return (self,)
+
+    # --- device configuration ---------------------------------------------------------------------
     def config(self) -> bytes:
-        """The device-specific configuration space, as the guest reads it now."""
+        """Return the device configuration as the guest reads it now."""
         return b""
 
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Take a guest's write of the device configuration.
+
+        Nothing is writable here; a device with writable fields overrides this, and checks offset,
+        length and value of each write.
+        """
+
+    # --- life -------------------------------------------------------------------------------------
+    def prepare(self, features: int) -> None:
+        """Set up ahead what a driver with these features will need. Raises OSError."""
+
     def start(self) -> None:
-        """The driver is ready (DRIVER_OK): begin to serve. Raises GuestError on bad rings."""
+        """Serve the queues: the driver is ready (DRIVER_OK). Raises GuestError on bad rings."""
 
     def stop(self) -> None:
-        """Serve nothing any more; ring positions are in the queues afterwards."""
+        """Take no more work from the queues; work in flight may go on. Stopping twice is harmless.
+
+        The queues' positions are up to date once :meth:`stopped` says so.
+        """
+
+    def stopped(self, timeout: float) -> bool:
+        """Wait until no work is in flight, at most ``timeout`` seconds; return whether so.
+
+        Called without :attr:`lock`.
+        """
+        return True
 
     def reset(self) -> None:
-        """Forget the driver; called after :meth:`stop`."""
-
-    def notified(self, index: int) -> None:
-        """The guest notified queue ``index`` and no eventfd took it."""
+        """Forget the driver; stopped."""
 
     def vector_changed(self, index: int) -> None:
-        """The interrupt vector of a queue changed while the device runs."""
+        """Signal a queue by its new vector: the driver changed it while the device runs."""
 
+    def save(self) -> msgspec.Struct:
+        """Return the device's own state, a :attr:`State`; paused."""
+        raise NotImplementedError
 
-def checked(device: VirtioDevice, work: Callable[[], None]) -> bool:
-    """Do ``work``; a guest's offence is reported, and False."""
-    try:
-        work()
-    except GuestError as error:
-        device.on_offence(str(error))
-        return False
-    return True
+    def load(self, state: Any) -> None:
+        """Take over the device's own state; paused, and after the transport's. Raises StreamError."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give the host's resources back; closing twice is harmless."""
+
+    @contextmanager
+    def guarded(self, where: str = "") -> Iterator[None]:
+        """Report a guest error that is raised inside, and go on behind."""
+        try:
+            yield
+        except GuestError as error:
+            self.on_guest_error(f"{where}: {error}" if where else str(error))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from godwit.host import eventfd
 from godwit.host.kvm.handles import Vm
 
 STRIDE = 4  # bytes of the notification area for each queue
 
 
-class Kicks:
+class Notifications:
     """The eventfds of a device; they live as long as it does, ioeventfds come and go."""
 
     def __init__(self, vm: Vm, count: int) -> None:
         self._vm = vm
-        self.fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(count)]
+        self.fds = [eventfd.make() for _ in range(count)]
         self._registered: list[tuple[int, int]] = []  # (eventfd, guest address)
 
     def kick(self, index: int) -> None:

@@ -6,21 +6,25 @@ at 0x1000, pending bits at 0x1800, notifications at 0x2000, four bytes a queue.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from struct import pack, pack_into
+from typing import Any, Generic, TypeVar
+
+import msgspec
 
 from godwit.errors import GuestError, StreamError
-from godwit.host.kvm.handles import Vm
-from godwit.hw.irq import Msix, Routes
+from godwit.hw.device import Device, HasSetupHints, Slot
+from godwit.hw.irq import Msix
 from godwit.hw.pci import PciFunction
-from godwit.hw.setup_hints import Foresight
+from godwit.hw.setup_hints import SetupHints
 
 from . import common
 from . import device as v
-from .cfg_access import Window
+from .cfg_access import CfgAccess
 from .common import CommonConfig
 from .device import VirtioDevice
-from .notify import STRIDE, Kicks
+from .notify import STRIDE, Notifications
 from .state import TransportState
 
 BAR_SIZE = 0x4000
@@ -28,46 +32,61 @@ _COMMON, _ISR, _DEVICE, _TABLE, _PENDING, _NOTIFY = 0, 0x400, 0x800, 0x1000, 0x1
 _CAP_MSIX, _CAP_VENDOR = 0x11, 0x09
 _KINDS = ((1, _COMMON, common.SIZE), (3, _ISR, 1), (4, _DEVICE, 0x100))
 
+_T = TypeVar("_T")
 
-class VirtioPci(PciFunction):
-    """A virtio device behind PCI. It owns the device's lock discipline: all entries take it."""
 
-    def __init__(
-        self,
-        device: VirtioDevice,
-        vm: Vm,
-        routes: Routes,
-        address: int,
-        on_offence: Callable[[str], None],
-    ) -> None:
-        kind = 0x1040 + device.device_id
-        super().__init__(0x1AF4, kind, device.class_code, (0x1AF4, 0x1100), revision=1)
+class VirtioState(msgspec.Struct, Generic[_T], frozen=True, forbid_unknown_fields=True):
+    """The saved state of a virtio device: the transport's share, and the device's own."""
+
+    transport: TransportState
+    device: _T
+
+
+class VirtioPci(PciFunction, Device, HasSetupHints):
+    """A virtio device behind PCI: the machine's device, whatever the virtio device is.
+
+    All entries into the device take its lock here.
+    """
+
+    def __init__(self, device: VirtioDevice, slot: Slot) -> None:
+        number = 0x1040 + device.device_id
+        super().__init__(0x1AF4, number, device.class_code, (0x1AF4, 0x1100), revision=1)
         self.device = device
-        self._vm = vm
-        self._on_offence = on_offence
+        self.kind, self.id, self.version = device.kind, device.id, device.version  # type: ignore[misc]
+        self.State = VirtioState[device.State]  # type: ignore[misc,name-defined]
+        self._on_guest_error = slot.on_guest_error
         device.transport = self
-        device.on_offence = self._offend
-        self.add_bar(BAR_SIZE, address)
+        device.on_guest_error = self._guest_error
+        self.add_bar(BAR_SIZE, slot.bar)
         count = len(device.queues)
-        self.msix = Msix(vm, routes, count + 1)
+        self.msix = Msix(slot.vm, slot.routes, count + 1)
         self._msix_at = self.add_capability(
             _CAP_MSIX, pack("<HII", count, _TABLE, _PENDING), b"\x00\xc0"
         )
         for kind, offset, length in _KINDS:
             self._capability(kind, offset, length)
         self._capability(2, _NOTIFY, STRIDE * count, pack("<I", STRIDE))
-        at = self._capability(5, 0, 0, bytes(4), Window.MASK)
-        self._window = Window(self.config, at, BAR_SIZE)
-        self._kicks = Kicks(vm, count)
+        at = self._capability(5, 0, 0, bytes(4), CfgAccess.MASK)
+        self._cfg_access = CfgAccess(self.config, at, BAR_SIZE)
+        self._notifications = Notifications(slot.vm, count)
         self._common = CommonConfig(device, self.msix.count, self._set_status)
         self._isr = 0
         self._paused = True
+        slot.pci.add(slot.number, self)
 
     def _capability(
         self, kind: int, offset: int, length: int, tail: bytes = b"", mask: bytes = b""
     ) -> int:
         body = pack("<BBBBBBII", 16 + len(tail), kind, 0, 0, 0, 0, offset, length) + tail
         return self.add_capability(_CAP_VENDOR, body, mask)
+
+    def properties(self) -> Mapping[str, str | int | None]:
+        """Return the device's properties."""
+        return self.device.properties()
+
+    def parts(self) -> Sequence[object]:
+        """Return the transport and the device's parts."""
+        return (self, *self.device.parts())
 
     # --- what the device asks of its transport ----------------------------------------------------
     def signal_queue(self, index: int) -> None:
@@ -82,13 +101,13 @@ class VirtioPci(PciFunction):
         self.msix.signal(self._common.config_vector)
 
     def queue_fd(self, index: int) -> int:
-        """The eventfd of a queue's vector; -1 when it has none."""
+        """Return the eventfd of a queue's vector; -1 without one."""
         vector = self.device.queues[index].vector
         return self.msix.fds[vector] if vector < self.msix.count else -1
 
     def kick_fd(self, index: int) -> int:
-        """The eventfd that the guest's notifications of a queue signal."""
-        return self._kicks.fds[index]
+        """Return the eventfd that the guest's notifications of a queue signal."""
+        return self._notifications.fds[index]
 
     @property
     def driver_ok(self) -> bool:
@@ -97,11 +116,11 @@ class VirtioPci(PciFunction):
 
     # --- the life of the VM -----------------------------------------------------------------------
     def pause(self) -> None:
-        """The vCPUs are stopped: stop serving.
+        """Take no more work from the guest.
 
         The irqfds stay: to take one away costs the kernel a grace period. An interrupt that KVM
-        delivers by a work item may miss the APIC's state that way; :meth:`resume` raises it again,
-        and the device its pending announcement: there is no other.
+        delivers by a work item may miss the APIC's state that way; :meth:`resume` raises the
+        interrupt again, and the device its pending announcement: there is no other.
         """
         with self.device.lock:
             if self._paused:
@@ -110,8 +129,12 @@ class VirtioPci(PciFunction):
             if self.driver_ok:
                 self.device.stop()
 
+    def paused(self, timeout: float) -> bool:
+        """Wait for the device's work in flight."""
+        return self.device.stopped(timeout)
+
     def resume(self) -> None:
-        """The vCPUs are about to run: serve again."""
+        """Serve the guest again."""
         with self.device.lock:
             if not self._paused:
                 return
@@ -123,55 +146,67 @@ class VirtioPci(PciFunction):
                 # at a migration's source; both sides take a spurious one lightly.
                 for index, queue in enumerate(self.device.queues):
                     if queue.enabled:
-                        self._kicks.kick(index)
+                        self._notifications.kick(index)
                         self.msix.signal(queue.vector)
             elif self._common.status & v.NEEDS_RESET:
                 self.msix.signal(self._common.config_vector)
 
     def reset(self) -> None:
-        """The VM is reset."""
+        """Become as after power-on."""
         with self.device.lock:
             self._reset_device()
             self.msix.reset()
             self.reset_config()
 
     def close(self) -> None:
-        """Give the descriptors back; the VM is paused."""
+        """Give the descriptors and the device's resources back."""
         with self.device.lock:
-            self._kicks.close()
+            self._notifications.close()
             self.msix.close()
+        self.device.close()
 
-    def foresight(self) -> Foresight:
-        """What a destination may have ready before this device stops; from any thread."""
+    # --- setup hints ------------------------------------------------------------------------------
+    def hints(self) -> SetupHints:
+        """Return where the device is notified, its MSI-X table and its features."""
         with self.device.lock:
-            return Foresight(self.bar or 0, self._notified(), self.msix.table)
+            return SetupHints(
+                self.bar or 0, self._notified(), self.msix.table, self.device.negotiated
+            )
 
-    def foresee(self, foresight: Foresight) -> None:
-        """A device like that will be loaded; paused."""
-        with self.device.lock:
+    def prepare(self, hints: SetupHints) -> None:
+        """Set up what the driver's features need, the ioeventfds and the routes."""
+        # A guess that the kernel refuses is none: the state that comes will be refused, or not.
+        with self.device.lock, suppress(OSError, GuestError):
+            self.device.prepare(hints.features)
             count = len(self.device.queues)
-            if foresight.bar and all(index < count for index in foresight.queues):
-                self._kicks.register(foresight.bar + _NOTIFY, foresight.queues)
-            self.msix.foresee(foresight.table)
+            if hints.bar and all(index < count for index in hints.queues):
+                self._notifications.register(hints.bar + _NOTIFY, hints.queues)
+            self.msix.prepare(hints.table)
 
-    def save_transport(self) -> TransportState:
-        """The transport's state; paused."""
+    # --- saved state ------------------------------------------------------------------------------
+    def save(self) -> VirtioState[Any]:
+        """Return the transport's state and the device's own."""
+        with self.device.lock:
+            return VirtioState(self._save_transport(), self.device.save())
+
+    def load(self, state: VirtioState[Any]) -> None:
+        """Take over both states. Raises StreamError."""
+        with self.device.lock:
+            self._load_transport(state.transport)
+            self.device.load(state.device)
+
+    def _save_transport(self) -> TransportState:
         return TransportState(
             self.save_config(),
             self.msix.save(),
             self._common.save(),
             self.device.negotiated,
             self._isr,
-            self._window.save(),
+            self._cfg_access.save(),
             [queue.save() for queue in self.device.queues],
         )
 
-    def load_transport(self, state: TransportState) -> None:
-        """Take over a saved state; paused.
-
-        Raises:
-            StreamError: the state is not one that this device can be in; names the field.
-        """
+    def _load_transport(self, state: TransportState) -> None:
         device = self.device
         if state.negotiated & ~device.offered:
             raise StreamError(
@@ -192,59 +227,59 @@ class VirtioPci(PciFunction):
         except (GuestError, ValueError) as error:
             raise StreamError(f"queues, msix: {error}") from error
         self.load_config(state.pci)
-        self._window.load(state.window)
-        # What was foreseen and is not so must not stay, in the way of another device perhaps. What
+        self._cfg_access.load(state.cfg_access)
+        # What was prepared and is not so must not stay, in the way of another device perhaps. What
         # is missing is registered at the start, when no device's is in the way.
         if self.driver_ok and self.bar is not None:
-            self._kicks.keep(self.bar + _NOTIFY, self._notified())
+            self._notifications.keep(self.bar + _NOTIFY, self._notified())
         else:
-            self._kicks.unregister()
+            self._notifications.unregister()
 
     # --- configuration space ----------------------------------------------------------------------
     def read_config(self, offset: int, size: int) -> int:
-        """As PCI; message control lives in the MSI-X object, and the window reads the BAR."""
+        """Read as PCI does; message control is the MSI-X object's, the access capability the BAR's."""
         if offset < self._msix_at + 4 and offset + size > self._msix_at + 2:
             pack_into("<H", self.config, self._msix_at + 2, self.msix.control())
-        if offset == self._window.data:
-            at, length = self._window.target()
+        if offset == self._cfg_access.data:
+            at, length = self._cfg_access.target()
             if length:
                 return self.read(at, length) & (1 << 8 * min(size, length)) - 1
         return super().read_config(offset, size)
 
     def write_config(self, offset: int, size: int, value: int) -> None:
-        """As PCI."""
+        """Write as :meth:`read_config` reads."""
         super().write_config(offset, size, value)
         if offset <= self._msix_at + 3 < offset + size:
             control = self.config[self._msix_at + 2 : self._msix_at + 4]
             with self.device.lock:
                 self.msix.set_control(int.from_bytes(control, "little"))
-        if offset == self._window.data:
-            at, length = self._window.target()
+        if offset == self._cfg_access.data:
+            at, length = self._cfg_access.target()
             if length:
                 self.write(at, length, value & (1 << 8 * length) - 1)
 
     def bar_moved(self) -> None:
-        """The notification addresses moved along. While paused, whoever moves it sees to them."""
+        """Move the notification addresses along. While paused, whoever moves BAR 0 sees to them."""
         with self.device.lock:
             if self._paused:
                 return
             if self.device.started:
-                self._register_kicks()
+                self._register_notifications()
             else:
-                self._kicks.unregister()
+                self._notifications.unregister()
 
-    def _register_kicks(self) -> None:
+    def _register_notifications(self) -> None:
         if self.bar is None:
-            self._kicks.unregister()
+            self._notifications.unregister()
         else:
-            self._kicks.register(self.bar + _NOTIFY, self._notified())
+            self._notifications.register(self.bar + _NOTIFY, self._notified())
 
     def _notified(self) -> list[int]:
         return [index for index, queue in enumerate(self.device.queues) if queue.enabled]
 
     # --- the BAR ----------------------------------------------------------------------------------
     def read(self, offset: int, size: int) -> int:
-        """Guest reads of the BAR."""
+        """Return what the guest reads in the BAR."""
         with self.device.lock:
             if offset < _ISR:
                 return self._common.read(offset) & (1 << 8 * size) - 1
@@ -261,14 +296,18 @@ class VirtioPci(PciFunction):
             return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Guest writes of the BAR. Device configuration is read-only, every bit of it."""
+        """Take what the guest writes in the BAR; the device says which of its bytes are writable."""
         with self.device.lock:
             if offset < _ISR:
                 self._common.write(offset, size, value)
+            elif _DEVICE <= offset < _TABLE:
+                data = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+                with self.device.guarded("configuration"):
+                    self.device.write_config(offset - _DEVICE, data)
             elif _TABLE <= offset < _PENDING:
                 self.msix.write_table(offset - _TABLE, size, value)
             elif offset >= _NOTIFY:
-                self._kicks.kick((offset - _NOTIFY) // STRIDE)
+                self._notifications.kick((offset - _NOTIFY) // STRIDE)
 
     def _set_status(self, value: int) -> None:
         if value == 0:
@@ -281,7 +320,7 @@ class VirtioPci(PciFunction):
         registers.status |= value & v.DRIVER_BITS
         if rising & v.DRIVER_OK:
             if not registers.status & v.FEATURES_OK:
-                self._offend("the driver is ready, but negotiated no features")
+                self._guest_error("the driver is ready, but negotiated no features")
             elif not self._paused:
                 self._enable_queues()
 
@@ -293,25 +332,21 @@ class VirtioPci(PciFunction):
         return True
 
     def _enable_queues(self) -> None:
-        try:
+        with self.device.guarded():
             for queue in self.device.queues:
                 if queue.ready:
                     queue.enable(self.device.negotiated)
-        except GuestError as error:
-            self._offend(str(error))
-            return
-        self._start()
+            self._register_notifications()
+            self.device.start()
 
     def _start(self) -> None:
-        self._register_kicks()
-        try:
+        self._register_notifications()
+        with self.device.guarded():
             self.device.start()
-        except GuestError as error:
-            self._offend(str(error))
 
     def _reset_device(self) -> None:
         self.device.stop()
-        self._kicks.unregister()
+        self._notifications.unregister()
         self.device.negotiated = 0
         for queue in self.device.queues:
             queue.reset()
@@ -319,14 +354,11 @@ class VirtioPci(PciFunction):
         self._common.clear()
         self._isr = 0
 
-    def _offend(self, message: str) -> None:
-        """The guest broke a rule: the device stops and asks to be reset (2.1.1); the VM lives."""
+    def _guest_error(self, message: str) -> None:
+        """Stop the device, which asks to be reset (2.1.1): the guest broke a rule; the VM lives."""
         self.device.stop()
         if not self._common.status & v.NEEDS_RESET:
             self._common.status |= v.NEEDS_RESET
-            self._on_offence(message)
+            self._on_guest_error(self.id, message)
             if self._common.status & v.DRIVER_OK:
                 self.signal_config()
-
-
-__all__ = ["BAR_SIZE", "TransportState", "VirtioPci"]

@@ -11,6 +11,8 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
+from godwit.spec.saved import U16, U64
+
 from godwit.errors import GuestError
 from godwit.hw.memory import GuestMemory
 
@@ -24,21 +26,19 @@ _MAX_INDIRECT = 1024
 F_INDIRECT_DESC = 1 << 28
 F_EVENT_IDX = 1 << 29
 
-_U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
-_U64 = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is saved of a virtqueue; addresses are guest physical."""
 
-    size: _U16  # what the guest wrote: no good size until the queue is enabled
+    size: U16  # what the guest wrote: no good size until the queue is enabled
     ready: bool
-    desc: _U64
-    avail: _U64
-    used: _U64
-    last_avail: _U16
-    last_used: _U16
-    vector: _U16
+    desc: U64
+    avail: U64
+    used: U64
+    last_avail: U16
+    last_used: U16
+    vector: U16
 
 
 class Chain(NamedTuple):
@@ -127,10 +127,6 @@ class Virtqueue:
         """Whether :meth:`enable` was called since the last reset."""
         return self._table is not None
 
-    def used_size(self) -> int:
-        """Bytes of the used ring, event field included."""
-        return 6 + 8 * self.size
-
     def resync_used(self) -> None:
         """Take the used index from the ring: another device (vhost) has moved it."""
         self.last_used = self._used16[1]
@@ -148,13 +144,13 @@ class Virtqueue:
                 # avail_event: 'notify me when you put a buffer there'. Without it the second
                 # buffer would raise no notification. The driver may have added one meanwhile.
                 self._used16[2 + 4 * self.size] = self.last_avail
-                self._memory.mark(self.used + 4 + 8 * self.size, 2)
+                self._memory.mark_dirty(self.used + 4 + 8 * self.size, 2)
                 with _fence:
                     pending = self._avail[1] - self.last_avail & 0xFFFF
             elif self._used16[0]:
                 # vhost, which had the ring before, asked for no notifications (used.flags, 2.7.8).
                 self._used16[0] = 0
-                self._memory.mark(self.used, 2)
+                self._memory.mark_dirty(self.used, 2)
                 with _fence:
                     pending = self._avail[1] - self.last_avail & 0xFFFF
             if not pending:
@@ -176,16 +172,16 @@ class Virtqueue:
         for address, length in chain.writable_at:
             if left <= 0:
                 break
-            self._memory.mark(address, min(left, length))
+            self._memory.mark_dirty(address, min(left, length))
             left -= length
         slot = self.last_used % self.size
         self._used32[2 * slot] = chain.head
         self._used32[2 * slot + 1] = written
-        self._memory.mark(self.used + 4 + 8 * slot, 8)
+        self._memory.mark_dirty(self.used + 4 + 8 * slot, 8)
         # x86 keeps the order of stores: the element is seen before the index.
         self.last_used = self.last_used + 1 & 0xFFFF
         self._used16[1] = self.last_used
-        self._memory.mark(self.used + 2, 2)
+        self._memory.mark_dirty(self.used + 2, 2)
         self._pushed = True
 
     def should_notify(self) -> bool:

@@ -6,14 +6,15 @@ from typing import Annotated
 
 import msgspec
 
+from godwit.spec.saved import U64
+
 from godwit.hw.irq import MsixState
 from godwit.hw.pci import PciState
 
-from .cfg_access import Window
+from .cfg_access import CfgAccess
 from .common import CommonState
 from .queue import QueueState
 
-_U64 = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class TransportState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -22,8 +23,10 @@ class TransportState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pci: PciState
     msix: MsixState
     common: CommonState
-    negotiated: _U64
+    negotiated: U64
     isr: Annotated[int, msgspec.Meta(ge=0, le=3)]
     #: The configuration access capability: a driver may stand between setting and using it.
-    window: Annotated[bytes, msgspec.Meta(min_length=Window.SIZE, max_length=Window.SIZE)]
+    cfg_access: Annotated[
+        bytes, msgspec.Meta(min_length=CfgAccess.SIZE, max_length=CfgAccess.SIZE)
+    ]
     queues: Annotated[list[QueueState], msgspec.Meta(max_length=64)]

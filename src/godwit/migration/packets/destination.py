@@ -1,233 +1,242 @@
-"""The destination's side of the handover: the guest's traffic is drawn here, and none of it lost.
+"""Packet handover at the destination: the guest's traffic is switched over, and none of it lost.
 
-Just before the guest runs, a marked broadcast leaves in its name on each of its networks. Switches
-send its frames to this host from then on; they wait in the tap while those that went to the old
-host come over the line (:mod:`.forwarder`), and the guest gets these first. It is no announcement:
-no host takes it for one, and the announcement that follows is what it always was.
+Just before the guest runs, a marker frame, a broadcast, leaves in its name on each of its networks.
+Switches send the guest's packets to this host from then on; they wait in the tap while those that
+went to the old host come over the connection (:mod:`.source`), and the guest gets these first. A
+marker is no announcement: no host takes it for one, and the announcement that follows is what it
+always was.
 """
 
 from __future__ import annotations
 
-import select
 import threading
-import time
 from typing import Any
 
-from godwit.announce.uplink import Station
+from godwit.announce.uplink import Uplink
 from godwit.errors import GodwitError, LinkLost, StreamError
-from godwit.machine.machine import Machine, Mark
-from godwit.migration.wire import messages as codec
+from godwit.machine.machine import OnPhase
+from godwit.migration.guest import Guest
+from godwit.migration.times import TIMES, Times
+from godwit.migration.wire import messages
 from godwit.migration.wire.messages import Kind
-from godwit.migration.wire.sockets import SILENCE, Channel
+from godwit.migration.wire.stream import WaitingConnection
+from godwit.spec import saved
 
-#: Networks of a NIC that are drawn, the most important first.
-MAX_MARKS = 64
-#: How long the tap waits for the old host's next frames, s: longer than the source waits for a mark
-#: while none comes.
-HOLD_S = 1.0
-#: How long it waits in all, s from the draw on: longer than the source does.
-LONGEST_S = 3.0
-#: How long the announcement waits for them, s from the draw on. Where a mark is lost it is what
-#: draws the traffic, and the tap's frames wait on behind the old host's.
-SETTLE_S = 0.3
-#: The source looks for late frames for less than this after its last word, s.
-_LISTEN_S = 40.0
-_SLICE_MS = 50
-#: Read at once, bytes.
+#: Networks of a NIC that get a marker, the most important first.
+MAX_MARKERS = 64
+_SLICE_S = 0.05
+#: Received at once, bytes.
 _SOME = 1 << 18
 
 
 class Hold:
-    """How long the taps wait, from the draw on. Times are of ``time.monotonic``."""
+    """The time for which taps wait, from the switchover on; by the migration's clock."""
 
-    def __init__(self) -> None:
-        self._drawn_at: float | None = None
-        self._heard_at = 0.0
+    def __init__(self, times: Times) -> None:
+        self._times = times
+        self._switched_at: float | None = None
+        self._received_at = 0.0
 
-    def begin(self, now: float) -> None:
-        """The traffic is drawn."""
-        self._heard_at = now  # first: who finds the other set, looks at this
-        self._drawn_at = now
+    def begin(self) -> None:
+        """Start: the traffic is switched over."""
+        self._received_at = self._times.now()  # first: readers that see the other see this too
+        self._switched_at = self._received_at
 
-    def heard(self, now: float) -> None:
-        """Frames of the old host's came."""
-        self._heard_at = now
+    def received(self) -> None:
+        """Note that packets of the old host came."""
+        self._received_at = self._times.now()
 
-    def settled(self, now: float) -> bool:
+    @property
+    def settled(self) -> bool:
         """Whether the announcement has waited long enough."""
-        return self._drawn_at is not None and now >= self._drawn_at + SETTLE_S
+        at = self._switched_at
+        return at is not None and self._times.now() >= at + self._times.settle
 
-    def over(self, now: float) -> bool:
+    @property
+    def over(self) -> bool:
         """Whether the taps have waited long enough."""
-        drawn_at = self._drawn_at
-        return drawn_at is not None and now >= min(self._heard_at + HOLD_S, drawn_at + LONGEST_S)
+        at = self._switched_at
+        if at is None:
+            return False
+        times = self._times
+        return times.now() >= min(self._received_at + times.hold, at + times.hold_longest)
 
 
-class Arrival:
-    """Of one guest. :meth:`draw` is called by whoever starts it, the rest by the move's thread.
+class PacketDestination:
+    """The destination's side of one guest's packet handover.
 
-    ``mark`` is the move's secret, 16 bytes.
+    :meth:`switch_over` is called by whoever starts the guest, all else by the migration's thread.
+    ``cookie`` is the migration's secret, 16 bytes.
     """
 
-    def __init__(self, machine: Machine, channel: Channel, mark: bytes) -> None:
-        self._machine = machine
-        self._channel: Channel | None = channel
-        self._mark = mark
+    def __init__(
+        self, guest: Guest, connection: WaitingConnection, cookie: bytes, times: Times = TIMES
+    ) -> None:
+        self._guest = guest
+        self._connection: WaitingConnection | None = connection
+        self._cookie = cookie
+        self._times = times
         self._sending = threading.Lock()
-        self._poll = select.poll()
-        self._marks: list[list[bytes]] = []
+        self._markers: list[list[bytes]] = []
         self._held: set[int] = set()
-        self._hold = Hold()
+        self._hold = Hold(times)
         self._begun = False
-        self._read = bytearray()  # of a frame that is not whole yet
+        self._received = bytearray()  # of a message that is not whole yet
         #: The source knows that its guest is here.
-        self.heard = False
-        self._counts = {"frames": 0, "late": 0, "refused": 0, "repeated": 0, "marks-sent": 0}
+        self.acknowledged = False
+        self._counts = {"packets": 0, "late": 0, "refused": 0, "repeated": 0, "markers-sent": 0}
 
     @property
     def holding(self) -> bool:
-        """Whether a tap waits for the old host's frames."""
+        """Whether a tap waits for the old host's packets."""
         return bool(self._held)
 
     def prepare(self) -> None:
-        """The guest is loaded, its commit awaited: have the marks ready, and the taps wait."""
-        if self._channel is not None:
-            self._poll.register(self._channel.fileno(), select.POLLIN)
-        for index, nic in enumerate(self._machine.nics):
-            nic.hold()
+        """Build the markers, and hold the taps: the guest is loaded, its commit awaited."""
+        for index, nic in enumerate(self._guest.nics):
+            nic.rx_backlog.hold()
             self._held.add(index)
-        self._marks = [
-            self._marks_of(index, station) for index, station in enumerate(self._machine.stations)
+        self._markers = [
+            self._markers_of(index, uplink) for index, uplink in enumerate(self._guest.uplinks)
         ]
 
-    def keep(self, payload: bytearray) -> None:
-        """Frames came over the line. Raises StreamError."""
-        frames = codec.decode(payload, codec.Frames)
-        nic = self._machine.nics[self._known(frames.nic)]
-        self._counts["frames" if frames.nic in self._held else "late"] += len(frames.frames)
-        self._counts["refused"] += nic.put_ahead(frames.frames)
-        self._hold.heard(time.monotonic())
+    def inject(self, payload: bytearray) -> None:
+        """Give the guest the packets of a PACKETS message. Raises StreamError."""
+        packets = saved.decode(payload, messages.Packets)
+        nic = self._guest.nics[self._known(packets.nic)]
+        self._counts["packets" if packets.nic in self._held else "late"] += len(packets.frames)
+        self._counts["refused"] += nic.rx_backlog.inject(packets.frames)
+        self._hold.received()
 
-    def draw(self, mark: Mark) -> None:
-        """The guest is about to run: draw its traffic here. Under the machine's lock.
+    def switch_over(self, on_phase: OnPhase) -> None:
+        """Switch the traffic of a guest over that is about to run; under the machine's lock.
 
-        Never fails: a network that was not told is told by the announcement.
+        Never fails: a network that got no marker learns by the announcement.
         """
         if self._begun:
             return
         self._begun = True
-        if self._channel is not None:
+        if self._connection is not None:
             # What was flooded here so far, the old host has too, and sends. All taps first: one
-            # NIC's mark may reach another's.
-            for nic in self._machine.nics:
-                nic.drain()
+            # NIC's marker may reach another's.
+            for nic in self._guest.nics:
+                nic.rx_backlog.drain()
         sent = []
-        for nic, marks in zip(self._machine.nics, self._marks, strict=True):
+        for nic, markers in zip(self._guest.nics, self._markers, strict=True):
             count = 0
-            for frame in marks:
+            for frame in markers:
                 try:
                     nic.send_from_host(frame)
                 except (GodwitError, OSError):
                     break
                 count += 1
             sent.append(count)
-        self._counts["marks-sent"] = sum(sent)
-        self._hold.begin(time.monotonic())
+        self._counts["markers-sent"] = sum(sent)
+        self._hold.begin()
         try:
-            self.send(Kind.DRAWN, codec.Drawn(sent))
+            self.send(Kind.SWITCHED, messages.Switched(sent))
         except LinkLost:
-            pass  # the move's thread will find out
-        mark("drawn")
+            pass  # the migration's thread will find out
+        on_phase("switched-over")
 
     def settle(self) -> bool:
-        """The guest runs: until its old host's frames are all here, or it shall announce itself
-        without; whether they are here. :meth:`listen` goes on with those that are not."""
-        while self._held and self._channel is not None:
+        """Wait, while the guest runs, for its old host's packets; return whether all are here.
+
+        Returns False once the guest shall announce itself without them. :meth:`listen` goes on with
+        those that are not here.
+        """
+        while self._held and self._connection is not None:
             self._step()  # first: a start may have taken longer than this waits
-            if self._held and self._hold.settled(time.monotonic()):
+            if self._held and self._hold.settled:
                 return False
         return True
 
     def listen(self) -> None:
-        """Take what else the source has to say, until it hangs up; it was told that its guest is
-        here. One that does not hear that may be asking on another line."""
-        began = time.monotonic()
-        while self._channel is not None:
+        """Receive what else the source sends, until it hangs up.
+
+        A source that does not receive that its guest is here may be querying on another connection.
+        """
+        began = self._times.now()
+        while self._connection is not None:
             self._step()
-            if time.monotonic() >= began + (_LISTEN_S if self.heard else SILENCE):
+            longest = self._times.listen if self.acknowledged else self._times.silence
+            if self._times.now() >= began + longest:
                 break
         self.abandon()
 
     def abandon(self) -> None:
-        """No more will come from the source: the taps' turn."""
-        self._channel = None
+        """End the holds: no more will come from the source."""
+        self._connection = None
         for index in tuple(self._held):
             self._release(index)
 
     def send(self, kind: Kind, value: Any) -> None:
-        """Say something to the source, from any thread. Raises LinkLost."""
-        channel = self._channel
-        if channel is None:
-            raise LinkLost("the line to the source is gone")
+        """Send a message to the source, from any thread. Raises LinkLost."""
+        connection = self._connection
+        if connection is None:
+            raise LinkLost("the connection to the source is gone")
         with self._sending:
-            channel.send(kind, value)
+            connection.send(kind, value)
 
     def info(self) -> dict[str, int]:
-        """For the report: frames that came over the line (late: after the tap's turn had come),
-        those of them that were refused, frames of the tap's that had come twice."""
+        """Return the handover's share of the report.
+
+        ``packets`` came over the connection, ``late`` ones after the tap's turn had come; of both,
+        ``refused`` ones were not kept; ``repeated`` frames of the tap had come twice.
+        """
         return dict(self._counts)
 
     # --- inside -----------------------------------------------------------------------------------
-    def _marks_of(self, index: int, station: Station) -> list[bytes]:
-        return station.layer2_updates(
-            lambda number: self._mark + index.to_bytes(2, "big") + number.to_bytes(2, "big"),
-            MAX_MARKS,
+    def _markers_of(self, index: int, uplink: Uplink) -> list[bytes]:
+        return uplink.layer2_updates(
+            lambda number: self._cookie + index.to_bytes(2, "big") + number.to_bytes(2, "big"),
+            MAX_MARKERS,
         )
 
     def _step(self) -> None:
-        """Wait a little for the source's next word, and heed it."""
-        channel = self._channel
-        if channel is None:
+        """Wait a little for the source's next message, and heed it."""
+        connection = self._connection
+        if connection is None:
             return
         try:
-            # Never more than what is there: a frame that does not end must not hold the taps.
-            if self._poll.poll(_SLICE_MS):
-                self._read += channel.read_some(_SOME)
-                while self._heed():
+            # Never more than what is here: a message that does not end must not hold the taps.
+            if connection.wait(_SLICE_S)[0]:
+                self._received += connection.read_some(_SOME)
+                while self._handle():
                     pass
         except (GodwitError, OSError, ValueError):
             self.abandon()
             return
-        if self._hold.over(time.monotonic()):
+        if self._hold.over:
             for index in tuple(self._held):
                 self._release(index)
 
-    def _heed(self) -> bool:
-        """Take the next whole frame that was read; whether there was one."""
-        size = codec.HEADER.size
-        if len(self._read) < size:
+    def _handle(self) -> bool:
+        """Handle the next whole message that was received; return whether there was one."""
+        size = messages.HEADER.size
+        if len(self._received) < size:
             return False
-        kind, length = codec.parse_header(self._read[:size])
-        if len(self._read) < size + length:
+        kind, length = messages.parse_header(self._received[:size])
+        if len(self._received) < size + length:
             return False
-        payload = self._read[size : size + length]
-        del self._read[: size + length]
-        if kind is Kind.FRAMES:
-            self.keep(payload)
-        elif kind is Kind.ROAD_ENDS:
-            self._release(self._known(codec.decode(payload, codec.RoadEnds).nic))
-        elif kind is Kind.HEARD:
-            self.heard = True
+        payload = self._received[size : size + length]
+        del self._received[: size + length]
+        if kind is Kind.PACKETS:
+            self.inject(payload)
+        elif kind is Kind.PATH_DRAINED:
+            self._release(self._known(saved.decode(payload, messages.PathDrained).nic))
+        elif kind is Kind.ACK:
+            self.acknowledged = True
         else:
-            raise StreamError(f"frame {kind.name} after the commit")
+            raise StreamError(f"message {kind.name} after the commit")
         return True
 
     def _known(self, index: int) -> int:
-        if index >= len(self._machine.nics):
+        if index >= len(self._guest.nics):
             raise StreamError(f"nic: there is no NIC {index}")
         return index
 
     def _release(self, index: int) -> None:
         if index in self._held:
             self._held.discard(index)
-            self._counts["repeated"] += self._machine.nics[index].release()
+            self._counts["repeated"] += self._guest.nics[index].rx_backlog.release()

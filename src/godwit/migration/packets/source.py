@@ -1,271 +1,262 @@
-"""The source's side of the handover: frames that still come for the guest are sent after it.
+"""Packet handover at the source: packets that still come for the guest are sent after the guest.
 
 From the guest's stop on they wait in its tap's queue, and go on coming until the network has
-learned where the guest is now. The destination draws them there with a marked broadcast on each of
-the guest's networks (:mod:`.arrival`), which floods to this tap as well: what the tap gives before
-the mark is the old road's, what came after it went the new road. So no timer decides when the old
-road is empty, unless a mark does not come. docs/decisions/0013-handover.md has the argument.
+learned where the guest is now. The destination switches the traffic over with a marker frame on
+each of the guest's networks (:mod:`.destination`), a broadcast that floods to this tap as well: what
+the tap gives before the marker came by the old path, what came after it took the new path. So no
+timer decides when the old path is drained, unless a marker does not come.
+docs/decisions/0013-handover.md has the argument; 802.1AX's Marker protocol is the same idea.
 """
 
 from __future__ import annotations
 
-import select
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from godwit.announce.frames import read_note, stack_of
-from godwit.announce.uplink import Station
+from godwit.announce.frames import read_cookie, stack_of
+from godwit.announce.uplink import Uplink
 from godwit.errors import GodwitError
 from godwit.host.net.tap import HEADER
 from godwit.hw.nic.nic import Nic
 from godwit.hw.nic.rx_backlog import MAX_BYTES, MAX_FRAMES
-from godwit.machine.machine import Machine
-from godwit.migration.wire import messages as codec
+from godwit.migration.guest import Guest
+from godwit.migration.times import TIMES, Times
+from godwit.migration.wire import messages
 from godwit.migration.wire.messages import Kind
-from godwit.migration.wire.sockets import Channel
+from godwit.migration.wire.stream import WaitingConnection
 
-#: How long a mark is waited for once the destination has sent it, s: it need not come (a port that
-#: does not forward, a network that floods no broadcasts). While the guest's frames still come it
-#: may just be late, as on a host whose CPUs are overloaded: so long after the last one, then.
-MARKS_S = 0.25
-#: But never longer than this, whatever comes, s.
-LONGEST_S = 2.0
-#: The marks leave together. When one is here and no other follows for so long, none will, s: the
-#: network does not carry that VLAN.
-QUIET_S = 0.05
-#: A guest that is not started at once: so long its frames are sent after it, s.
-PATIENCE_S = 30.0
-#: How long a tap is looked at after its last mark, for what took a longer way, s.
-LATE_S = 0.3
 _BATCH = 32
-#: Frames seldom come alone, and each message costs both ends as much as some ten frames, ms.
-_GATHER_MS = 2
+#: Packets seldom come alone, and each message costs both ends as much as some ten packets, seconds.
+_GATHER_S = 0.002
 
 
-class Road:
-    """From one NIC's tap here to the guest there. Times are of ``time.monotonic``."""
+class OldPath:
+    """The path from one NIC's tap here to the guest there."""
 
-    def __init__(self, index: int, nic: Nic, macs: frozenset[bytes]) -> None:
+    def __init__(self, index: int, nic: Nic, macs: frozenset[bytes], times: Times) -> None:
         self.index = index
         self.nic = nic
         self.macs = macs
-        #: What was sent, until it is known that the guest has it.
+        self._times = times
+        #: The packets that were sent, until it is known that the guest has them.
         self.kept: list[bytes] = []
+        #: How many markers the destination has sent; None until SWITCHED.
         self.expected: int | None = None
+        #: The numbers of the markers that came.
         self.seen: set[int] = set()
-        self.first_mark = self.last_mark = 0.0
-        #: When a frame to one of the guest's addresses was here last.
-        self.last_frame = 0.0
-        #: Tags of the networks whose frames come to the new tap.
+        self.first_marker = self.last_marker = 0.0
+        #: When a packet to one of the guest's addresses was here last.
+        self.last_packet = 0.0
+        #: Tags of the networks whose packets come to the new tap.
         self.redirected: set[bytes] = set()
-        self.ended_at: float | None = None
-        self.frames = self.late = self.bytes = self.left = 0
+        self.drained_at: float | None = None
+        self.packets = self.late = self.bytes = self.left = 0
 
-    def due(self, drawn_at: float | None) -> float | None:
-        """When no further mark is waited for, if no further comes."""
-        if drawn_at is None or self.expected is None:
+    def due(self, switched_at: float | None) -> float | None:
+        """Return when no further marker is waited for, if no further comes."""
+        times = self._times
+        if switched_at is None or self.expected is None:
             return None
         if len(self.seen) >= self.expected:
-            return drawn_at
-        longest = drawn_at + LONGEST_S
+            return switched_at
+        longest = switched_at + times.old_path
         if self.seen:
-            longest = min(longest, max(drawn_at, self.first_mark) + MARKS_S)
-            return min(longest, max(drawn_at, self.last_mark, self.last_frame) + QUIET_S)
-        return min(longest, max(drawn_at, self.last_frame) + MARKS_S)
+            longest = min(longest, max(switched_at, self.first_marker) + times.marker)
+            last = max(switched_at, self.last_marker, self.last_packet)
+            return min(longest, last + times.quiet)
+        return min(longest, max(switched_at, self.last_packet) + times.marker)
 
     def marked(self, number: int, tags: bytes, at: float) -> None:
-        """A mark came, in the network of these tags."""
+        """Note a marker that came in the network of these tags."""
         self.seen.add(number)
         self.redirected.add(tags)
-        self.first_mark = self.first_mark or at
-        self.last_mark = at
+        self.first_marker = self.first_marker or at
+        self.last_marker = at
 
-    def times(self, drawn_at: float | None) -> dict[str, float]:
-        """When what came, and when it ended, ms after the source heard of the draw."""
-        if drawn_at is None:
+    def report(self, switched_at: float | None) -> dict[str, float]:
+        """Return when what came, and when the path was drained, ms after SWITCHED came."""
+        if switched_at is None:
             return {}
         at = {
-            "last-frame": self.last_frame,
-            "first-mark": self.first_mark,
-            "last-mark": self.last_mark,
-            "end": self.ended_at,
+            "last-packet": self.last_packet,
+            "first-marker": self.first_marker,
+            "last-marker": self.last_marker,
+            "drained": self.drained_at,
         }
-        return {name: round((when - drawn_at) * 1000, 3) for name, when in at.items() if when}
+        return {name: round((when - switched_at) * 1000, 3) for name, when in at.items() if when}
 
     def is_theirs(self, frame: bytes) -> bool:
-        """Whether the new tap has this frame as well, or it is none of the guest's."""
+        """Return whether the new tap has this frame as well, or the frame is none of the guest's."""
         if frame[HEADER + 6 : HEADER + 12] in self.macs:
             return True  # its own, from where it is now
         if frame[HEADER] & 1:
-            if self.ended_at is not None:
+            if self.drained_at is not None:
                 return True
             return stack_of(memoryview(frame)[HEADER:]) in self.redirected
-        # Before the mark any frame may be the guest's (its filter knows); afterwards a frame for
+        # Before the marker any frame may be the guest's (its filter knows); afterwards a frame for
         # others was flooded, and to the new tap too.
-        return self.ended_at is not None and frame[HEADER : HEADER + 6] not in self.macs
+        return self.drained_at is not None and frame[HEADER : HEADER + 6] not in self.macs
 
 
-class Forwarder:
-    """Of one move; owned by its thread. The guest is stopped, and COMMIT about to be sent.
+class PacketSource:
+    """The source's side of one migration's packet handover; owned by the migration's thread.
 
-    ``mark`` is the move's secret that tells its marks from any other frame.
+    The guest is stopped, and COMMIT about to be sent. ``cookie`` is the migration's secret that
+    tells its markers from any other frame.
     """
 
-    def __init__(self, machine: Machine, channel: Channel, mark: bytes) -> None:
-        self._channel = channel
-        self._mark = mark
-        self._roads = {
-            nic.tap_fd: Road(index, nic, _macs(station))
-            for index, (nic, station) in enumerate(zip(machine.nics, machine.stations, strict=True))
+    def __init__(
+        self, guest: Guest, connection: WaitingConnection, cookie: bytes, times: Times = TIMES
+    ) -> None:
+        self._connection = connection
+        self._cookie = cookie
+        self._times = times
+        self._paths = {
+            nic.tap_fd: OldPath(index, nic, _macs(uplink), times)
+            for index, (nic, uplink) in enumerate(zip(guest.nics, guest.uplinks, strict=True))
         }
-        self._poll = select.poll()
-        self._poll.register(channel.fileno(), select.POLLIN)
-        self._line = select.poll()
-        self._line.register(channel.fileno(), select.POLLIN)
-        for fd in self._roads:
-            self._poll.register(fd, select.POLLIN)
-        self._began = time.monotonic()
-        self._drawn_at: float | None = None
+        self._began = times.now()
+        self._switched_at: float | None = None
         self._keep = True
 
     @property
     def expecting(self) -> bool:
-        """Whether the traffic is drawn to the guest, and some of it still on its way to here."""
-        roads = self._roads.values()
-        return self._drawn_at is not None and any(road.ended_at is None for road in roads)
+        """Whether the traffic is switched over, and some of it still on its way to here."""
+        paths = self._paths.values()
+        return self._switched_at is not None and any(path.drained_at is None for path in paths)
 
     @property
     def over(self) -> bool:
         """Whether nothing more will come."""
-        now = time.monotonic()
+        now = self._times.now()
         return all(
-            road.ended_at is not None and now >= road.ended_at + LATE_S
-            for road in self._roads.values()
+            path.drained_at is not None and now >= path.drained_at + self._times.late
+            for path in self._paths.values()
         )
 
     def serve(self, until: float) -> bool:
-        """Send frames after the guest until ``until`` (``time.monotonic``); True: there is
-        something to read on the line, False: the time is up, or all is over.
+        """Send packets after the guest until ``until``, by the migration's clock.
+
+        Returns True as soon as the destination has sent something; False when the time is up, or
+        all is over.
 
         Raises:
-            LinkLost: the line broke.
+            LinkLost: the connection broke.
         """
-        line = self._channel.fileno()
         while True:
-            wait = min([until, *self._times()]) - time.monotonic()
-            ready = {fd for fd, _ in self._poll.poll(max(0.0, wait) * 1000)}
-            # What the destination says comes first: the guest stands still until it is heard.
-            more = [self._take(self._roads[fd]) for fd in ready - {line} if line not in ready]
-            self._end_roads()
-            if line in ready:
+            wait = min([until, *self._due_times()]) - self._times.now()
+            received, taps = self._connection.wait(wait, self._paths)
+            # The destination's message comes first: the guest stands still until it is heeded.
+            more = [self._take(self._paths[fd]) for fd in taps if not received]
+            self._end_paths()
+            if received:
                 return True
-            if time.monotonic() >= until or self.over:
+            if self._times.now() >= until or self.over:
                 return False
             if more and not any(more):
-                self._line.poll(_GATHER_MS)
+                self._connection.wait(_GATHER_S)
 
-    def drawn(self, marks: Sequence[int]) -> None:
-        """The destination has drawn the traffic there, with so many marks for each NIC."""
-        if self._drawn_at is not None:
+    def switched(self, markers: Sequence[int]) -> None:
+        """Note that the destination has switched the traffic over, with so many markers a NIC."""
+        if self._switched_at is not None:
             return
-        self._drawn_at = time.monotonic()
-        for road in self._roads.values():
-            road.expected = marks[road.index] if road.index < len(marks) else 0
+        self._switched_at = self._times.now()
+        for path in self._paths.values():
+            path.expected = markers[path.index] if path.index < len(markers) else 0
 
     def settled(self) -> None:
-        """The guest is there for good: what was sent need not be given back."""
+        """Forget what was sent: the guest is there for good, and no packet need be requeued."""
         self._keep = False
-        for road in self._roads.values():
-            road.kept.clear()
+        for path in self._paths.values():
+            path.kept.clear()
 
-    def give_back(self) -> None:
-        """The guest goes on here after all: it gets its frames before what the tap has."""
-        for road in self._roads.values():
-            road.nic.put_ahead(road.kept)
-            road.kept = []
+    def requeue(self) -> None:
+        """Give the guest, which goes on here after all, its packets before what the tap has."""
+        for path in self._paths.values():
+            path.nic.rx_backlog.inject(path.kept)
+            path.kept = []
 
     def info(self) -> dict[str, Any]:
-        """For the report."""
-        roads = self._roads.values()
+        """Return the handover's share of the report."""
+        paths = self._paths.values()
         return {
-            "frames": sum(road.frames for road in roads),
-            "bytes": sum(road.bytes for road in roads),
-            "late": sum(road.late for road in roads),
-            "left-behind": sum(road.left for road in roads),
-            "marks-seen": sum(len(road.seen) for road in roads),
-            "marks-sent": sum(road.expected or 0 for road in roads),
-            "roads": [road.times(self._drawn_at) for road in roads],
+            "packets": sum(path.packets for path in paths),
+            "bytes": sum(path.bytes for path in paths),
+            "late": sum(path.late for path in paths),
+            "left-behind": sum(path.left for path in paths),
+            "markers-seen": sum(len(path.seen) for path in paths),
+            "markers-sent": sum(path.expected or 0 for path in paths),
+            "old-paths": [path.report(self._switched_at) for path in paths],
         }
 
     # --- inside -----------------------------------------------------------------------------------
-    def _times(self) -> list[float]:
-        """When something is due."""
-        now = time.monotonic()
+    def _due_times(self) -> list[float]:
+        """Return when something is due."""
+        now = self._times.now()
         times = []
-        for road in self._roads.values():
-            if road.ended_at is not None:
-                if now < road.ended_at + LATE_S:
-                    times.append(road.ended_at + LATE_S)
+        for path in self._paths.values():
+            if path.drained_at is not None:
+                if now < path.drained_at + self._times.late:
+                    times.append(path.drained_at + self._times.late)
             else:
-                times.append(self._due(road))
+                times.append(self._due(path))
         return times
 
-    def _due(self, road: Road) -> float:
-        """When it ends, if no further mark comes."""
-        due = road.due(self._drawn_at)
-        return self._began + PATIENCE_S if due is None else due
+    def _due(self, path: OldPath) -> float:
+        """Return when a path is taken for drained, if no further marker comes."""
+        due = path.due(self._switched_at)
+        return self._began + self._times.start if due is None else due
 
-    def _end_roads(self) -> None:
-        now = time.monotonic()
-        for road in self._roads.values():
-            if road.ended_at is None and now >= self._due(road):
-                # What is here by now was on the old road, up to a queue's worth.
+    def _end_paths(self) -> None:
+        now = self._times.now()
+        for path in self._paths.values():
+            if path.drained_at is None and now >= self._due(path):
+                # What is here by now was on the old path, up to a queue's worth.
                 for _ in range(MAX_FRAMES // _BATCH):
-                    if not self._take(road):
+                    if not self._take(path):
                         break
-                road.ended_at = now
-                self._channel.send(Kind.ROAD_ENDS, codec.RoadEnds(road.index))
+                path.drained_at = now
+                self._connection.send(Kind.PATH_DRAINED, messages.PathDrained(path.index))
 
-    def _take(self, road: Road) -> bool:
-        """Send a batch of what the tap has; whether there may be more."""
+    def _take(self, path: OldPath) -> bool:
+        """Send a batch of what the tap has; return whether there may be more."""
         try:
-            frames = road.nic.take(_BATCH)
+            frames = path.nic.rx_backlog.take(_BATCH)
         except GodwitError:
             frames = []
-        # One by one: what a mark says counts for what comes after it.
-        kept = [f for f in frames if not self._is_mark(road, f) and not road.is_theirs(f)]
+        # One by one: what a marker says counts for what comes after it.
+        kept = [f for f in frames if not self._is_marker(path, f) and not path.is_theirs(f)]
         if kept:
-            if any(frame[HEADER : HEADER + 6] in road.macs for frame in kept):
-                road.last_frame = time.monotonic()
-            self._send(road, kept)
+            if any(frame[HEADER : HEADER + 6] in path.macs for frame in kept):
+                path.last_packet = self._times.now()
+            self._send(path, kept)
         return len(frames) == _BATCH
 
-    def _send(self, road: Road, frames: list[bytes]) -> None:
-        if road.frames + road.late >= MAX_FRAMES or road.bytes >= MAX_BYTES:
-            road.left += len(frames)  # the bound: they are lost; its marks are still looked for
+    def _send(self, path: OldPath, frames: list[bytes]) -> None:
+        if path.packets + path.late >= MAX_FRAMES or path.bytes >= MAX_BYTES:
+            path.left += len(frames)  # the bound: they are lost; markers are still looked for
             return
         if self._keep:
-            road.kept += frames
-        if road.ended_at is None:
-            road.frames += len(frames)
+            path.kept += frames
+        if path.drained_at is None:
+            path.packets += len(frames)
         else:
-            road.late += len(frames)
-        road.bytes += sum(map(len, frames))
-        self._channel.send(Kind.FRAMES, codec.Frames(road.index, frames))
+            path.late += len(frames)
+        path.bytes += sum(map(len, frames))
+        self._connection.send(Kind.PACKETS, messages.Packets(path.index, frames))
 
-    def _is_mark(self, road: Road, frame: bytes) -> bool:
+    def _is_marker(self, path: OldPath, frame: bytes) -> bool:
         view = memoryview(frame)[HEADER:]
-        note = read_note(view)
-        if note is None or not note.startswith(self._mark):
+        cookie = read_cookie(view)
+        if cookie is None or not cookie.startswith(self._cookie):
             return False
-        at = len(self._mark)
-        nic, number = (int.from_bytes(note[at + n : at + n + 2], "big") for n in (0, 2))
-        # Another NIC's says nothing about this one's frames: its tap may not be emptied yet.
-        if nic == road.index:
-            road.marked(number, stack_of(view), time.monotonic())
+        at = len(self._cookie)
+        nic, number = (int.from_bytes(cookie[at + n : at + n + 2], "big") for n in (0, 2))
+        # Another NIC's says nothing about this one's packets: its tap may not be emptied yet.
+        if nic == path.index:
+            path.marked(number, stack_of(view), self._times.now())
         return True
 
 
-def _macs(station: Station) -> frozenset[bytes]:
-    return frozenset([station.nic.mac, *(entry.mac for entry in station.entries())])
+def _macs(uplink: Uplink) -> frozenset[bytes]:
+    return frozenset([uplink.nic.mac, *(entry.mac for entry in uplink.entries())])

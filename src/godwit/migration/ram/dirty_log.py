@@ -1,7 +1,8 @@
-"""Which pages to send: what is populated at first, what got dirty since, and what is all zeros.
+"""The pages to send: those that exist at first, those that got dirty since, those that are zeros.
 
-Three sources of dirt: KVM logs the guest's writes, vhost its own, and guest memory what the VMM
-itself wrote. All of it is bitmaps, a bit per page, that become runs of pages.
+Three sources of dirt: KVM logs the guest's writes, devices with :class:`.LogsDirtyPages` (vhost)
+their own, and guest memory what the VMM itself wrote. All of it is bitmaps, a bit per page, that
+become runs of pages.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ import re
 from collections.abc import Iterable, Iterator
 
 from godwit.host.ioctl import address_of
+from godwit.hw.device import LogsDirtyPages
 from godwit.hw.memory import PAGE, Region
 from godwit.machine.machine import Machine
 from godwit.migration.wire.messages import Run
 
 from .page_runs import add, bitmap_runs
-from .pagemap import populated
 
-#: Pages of zeros come in hordes. Fewer together are sent: to find them would cost more.
-_HORDE = 8
-_QUIET = re.compile(rb"\0{%d,}" % _HORDE)
+#: Pages of zeros come many together. Fewer than this are sent: to find them would cost more.
+_MANY = 8
+_QUIET = re.compile(rb"\0{%d,}" % _MANY)
 #: Pages compared at once.
 _CHUNK = 64
 _ZERO = bytes(_CHUNK * PAGE)
@@ -36,11 +37,11 @@ class DirtyLog:
         ]
 
     def start(self) -> None:
-        """Log from now on; all that was written before counts as the first pass."""
+        """Log from now on; all that was written before counts as the first round."""
         machine = self._machine
         machine.memory.start_log()
-        for nic in machine.nics:
-            nic.start_log()
+        for part in machine.devices.having(LogsDirtyPages):
+            part.start_log()
         machine.set_dirty_log(True)
         self._on = True
 
@@ -50,18 +51,14 @@ class DirtyLog:
             self._on = False
             machine = self._machine
             machine.set_dirty_log(False)
-            for nic in machine.nics:
-                nic.stop_log()
+            for part in machine.devices.having(LogsDirtyPages):
+                part.stop_log()
             machine.memory.stop_log()
 
-    def populated(self) -> list[Run]:
-        """The pages that exist at all."""
-        return [run for region in self._machine.memory.regions for run in populated(region)]
-
     def take(self) -> list[Run]:
-        """The pages that got dirty since the last call."""
+        """Return the pages that got dirty since the last call."""
         machine = self._machine
-        others = [nic.take_log() for nic in machine.nics]
+        others = [part.take_log() for part in machine.devices.having(LogsDirtyPages)]
         own = machine.memory.take_log()
         runs: list[Run] = []
         for region, bitmap in zip(machine.memory.regions, self._bitmaps, strict=True):
@@ -72,15 +69,14 @@ class DirtyLog:
 
 
 def _merge(
-    region: Region, bitmap: bytearray, logs: Iterable[bytes | None], own: set[int]
+    region: Region, bitmap: bytearray, logs: Iterable[bytes], own: set[int]
 ) -> bytes | bytearray:
     first = region.start // PAGE // 8  # in bytes of a bitmap over all of guest memory
     for log in logs:
-        if log is not None:
-            part = log[first : first + len(bitmap)]
-            if part.count(0) != len(part):
-                both = int.from_bytes(bitmap, "little") | int.from_bytes(part, "little")
-                bitmap[:] = both.to_bytes(len(bitmap), "little")
+        part = log[first : first + len(bitmap)]
+        if part.count(0) != len(part):
+            both = int.from_bytes(bitmap, "little") | int.from_bytes(part, "little")
+            bitmap[:] = both.to_bytes(len(bitmap), "little")
     start = region.start // PAGE
     for page in own:
         index = page - start
@@ -90,10 +86,10 @@ def _merge(
 
 
 def split_zeros(machine: Machine, runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
-    """``runs`` as (those with something in them, those that are all zeros).
+    """Return ``runs`` as (those with something in them, those that are all zeros).
 
-    The first byte of each page is gathered by one strided copy, and only where a horde of them is
-    zero are pages compared whole. Smaller hordes count as data.
+    The first byte of each page is gathered by one strided copy, and only where many together
+    are zero are pages compared whole. Fewer count as data.
     """
     data: list[Run] = []
     zero: list[Run] = []
@@ -112,7 +108,7 @@ def split_zeros(machine: Machine, runs: Iterable[Run]) -> tuple[list[Run], list[
 
 
 def _empty(view: memoryview, first: int, end: int) -> Iterator[Run]:
-    """(first, count) of hordes between the pages ``first`` and ``end`` that are all zeros.
+    """Yield (first, count) of the pages between ``first`` and ``end`` that are all zeros.
 
     ``startswith`` compares with memcmp and copies nothing; memcmp itself through ctypes costs tens
     of times more a call, and gives the GIL away each time.
@@ -123,6 +119,6 @@ def _empty(view: memoryview, first: int, end: int) -> Iterator[Run]:
             start, stop = todo.pop()
             if _ZERO.startswith(view[start * PAGE : stop * PAGE]):
                 yield start, stop - start
-            elif stop - start >= 2 * _HORDE:
+            elif stop - start >= 2 * _MANY:
                 half = (start + stop) // 2
                 todo += [(half, stop), (start, half)]

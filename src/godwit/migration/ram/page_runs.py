@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from godwit.host.pagemap import spans
 from godwit.hw.memory import PAGE
 from godwit.migration.wire.messages import MAX_PAGES, Run
 
@@ -20,12 +21,12 @@ def add(runs: list[Run], address: int, pages: int) -> None:
 
 
 def pages_in(runs: Iterable[Run]) -> int:
-    """How many pages."""
+    """Return how many pages runs have."""
     return sum(pages for _, pages in runs)
 
 
 def union(left: list[Run], right: list[Run]) -> list[Run]:
-    """Runs of pages in either."""
+    """Return the runs of pages that are in either."""
     merged: list[Run] = []
     for address, pages in sorted(left + right):
         if merged and address <= merged[-1][0] + merged[-1][1] * PAGE:
@@ -36,26 +37,28 @@ def union(left: list[Run], right: list[Run]) -> list[Run]:
     return merged
 
 
-def portions(runs: Iterable[Run], pages: int = MAX_PAGES) -> Iterator[list[Run]]:
-    """``runs`` in groups of at most ``pages`` pages."""
-    group: list[Run] = []
-    room = pages
+def chunks(
+    runs: Iterable[Run], pages: int = MAX_PAGES, most_runs: int | None = None
+) -> Iterator[list[Run]]:
+    """Yield ``runs`` cut into chunks of at most ``pages`` pages and ``most_runs`` runs."""
+    chunk: list[Run] = []
+    space = pages
     for address, count in runs:
         while count:
-            taken = min(count, room)
-            group.append((address, taken))
+            taken = min(count, space)
+            chunk.append((address, taken))
             address += taken * PAGE
             count -= taken
-            room -= taken
-            if not room:
-                yield group
-                group, room = [], pages
-    if group:
-        yield group
+            space -= taken
+            if not space or len(chunk) == most_runs:
+                yield chunk
+                chunk, space = [], pages
+    if chunk:
+        yield chunk
 
 
 def bitmap_runs(bitmap: bytes | bytearray, start: int) -> list[Run]:
-    """Runs of set bits; bit 0 is the page at guest address ``start``."""
+    """Return the runs of set bits; bit 0 is the page at guest address ``start``."""
     runs: list[Run] = []
     for at in range(0, len(bitmap), _BITMAP_PIECE):
         bits = int.from_bytes(bitmap[at : at + _BITMAP_PIECE], "little")
@@ -64,14 +67,3 @@ def bitmap_runs(bitmap: bytes | bytearray, start: int) -> list[Run]:
             for first, pages in spans(bin(bits)[:1:-1]):
                 add(runs, base + first * PAGE, pages)
     return runs
-
-
-def spans(text: str) -> Iterator[tuple[int, int]]:
-    """(first, count) of the ones in a text of zeros and ones: a search for a character is quick."""
-    first = text.find("1")
-    while first >= 0:
-        end = text.find("0", first)
-        if end < 0:
-            end = len(text)
-        yield first, end - first
-        first = text.find("1", end)

@@ -7,7 +7,6 @@ go first. What was populated in vain is given back: a guest takes no more here t
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,18 +14,13 @@ from collections.abc import Iterator, Sequence
 from godwit.host.ioctl import address_of
 from godwit.hw.memory import HUGE, GuestMemory
 
-_MADV_DONTNEED = 4
-_MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h, Linux 5.14
-_madvise = ctypes.CDLL(None).madvise
-_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
 #: Of the memory that the host has available, so much is taken before anybody asked for it.
 _SHARE = 0.5
 #: Huge pages between two looks at what the host still has.
 _LOOK = 32
 
 
-class Toucher:
+class Prefault:
     """Populates ``memory`` in a thread of its own, which holds no lock of Python's meanwhile."""
 
     def __init__(self, memory: GuestMemory) -> None:
@@ -36,7 +30,7 @@ class Toucher:
         self._needed: set[int] = set()
         self._done: set[int] = set()
         self._ending = False
-        self._thread = threading.Thread(target=self._main, name="touch", daemon=True)
+        self._thread = threading.Thread(target=self._main, name="prefault", daemon=True)
 
     def start(self) -> None:
         """Begin, with what nobody asked for yet."""
@@ -86,7 +80,7 @@ class Toucher:
                 if block is None:
                     return
                 self._done.add(block)
-            _madvise(block, HUGE, _MADV_POPULATE_WRITE)
+            self._memory.populate(block, HUGE)
 
     def _next(self, ahead: Iterator[int]) -> int | None:
         """What to populate; gives back, under the lock, what a source does not have."""
@@ -108,22 +102,22 @@ class Toucher:
         """One huge page; whether there may be more. Under the lock, so that nobody uses it now."""
         for block in self._done - self._needed:
             self._done.discard(block)
-            _madvise(block, HUGE, _MADV_DONTNEED)
+            self._memory.discard(block, HUGE)
             # Others get their turn: pages are arriving meanwhile.
             self._changed.wait(0)
             return True
         return False
 
     def _ahead(self) -> Iterator[int]:
-        room = int(_available() * _SHARE)
-        floor = room  # what has to be left: others may take from it as well
+        space = int(_available() * _SHARE)
+        floor = space  # what has to be left: others may take from it as well
         count = 0
         for region in self._memory.regions:
             for block in _blocks(region.view):
                 count += 1
-                if room < HUGE or (count % _LOOK == 0 and _available() < floor):
+                if space < HUGE or (count % _LOOK == 0 and _available() < floor):
                     return
-                room -= HUGE
+                space -= HUGE
                 yield block
 
 

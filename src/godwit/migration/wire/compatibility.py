@@ -1,40 +1,42 @@
-"""What two machines must have in common before a guest moves between them."""
+"""What two machines must have in common before a guest migrates between them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from godwit.errors import StreamError
+from godwit.hw.device import Device, Negotiates
 from godwit.machine.machine import Machine
-from godwit.spec.config import QUEUE_SIZE
+from godwit.machine.state import VERSION
 
-from . import messages as codec
+from .messages import Hello, HelloDevice
 
 
-def describe(machine: Machine, token: bytes, mark: bytes = b"") -> codec.Hello:
-    """The machine as a HELLO; a destination compares its own with it."""
-    return codec.Hello(
+def describe(machine: Machine, token: bytes, cookie: bytes = b"") -> Hello:
+    """Return the machine as a HELLO; a destination compares its own with it."""
+    hints = machine.hints()
+    return Hello(
         machine=machine.config.machine.name,
         token=token,
         cpus=machine.config.cpus,
         ram=[(region.start, region.size) for region in machine.memory.regions],
-        nics=[
-            codec.NicHello(
-                id=nic.name,
-                model=nic.model,
-                version=nic.version,
-                mac=config.mac,
-                mtu=config.mtu,
-                queue_size=config.queue_size or QUEUE_SIZE,
-                negotiated=nic.negotiated,
-                foresight=nic.foresight(),
+        devices=[
+            HelloDevice(
+                id=device.id,
+                kind=device.kind,
+                version=device.version,
+                properties=dict(device.properties()),
+                negotiated=_negotiated(machine, device),
+                hints=hints.get(device.id),
             )
-            for nic, config in zip(machine.nics, machine.config.nics, strict=True)
+            for device in machine.devices
         ],
-        versions={"machine": 1, "serial": 1, "power": 1},
-        mark=mark,
+        version=VERSION,
+        cookie=cookie,
     )
 
 
-def check(hello: codec.Hello, machine: Machine) -> None:
+def check(hello: Hello, machine: Machine) -> None:
     """Refuse what this machine cannot become, before the guest is stopped.
 
     Raises:
@@ -47,30 +49,57 @@ def check(hello: codec.Hello, machine: Machine) -> None:
             ("machine type", hello.machine, own.machine),
             ("vCPUs", hello.cpus, own.cpus),
             ("RAM", _megabytes(hello.ram), _megabytes(own.ram)),
-            ("versions", hello.versions, own.versions),
-            ("NICs", len(hello.nics), len(own.nics)),
+            ("version of the machine's state", hello.version, own.version),
         )
         if theirs != ours
     ]
-    for theirs, ours, nic in zip(hello.nics, own.nics, machine.nics, strict=False):
-        differences += [
-            f"NIC {ours.id}, {field}: {_text(getattr(theirs, field))} at the source, "
-            f"{_text(getattr(ours, field))} here"
-            for field in ("id", "model", "version", "mac", "mtu", "queue_size")
-            if getattr(theirs, field) != getattr(ours, field)
-        ]
-        missing = theirs.negotiated & ~nic.offered
-        if missing:
-            differences.append(
-                f"NIC {ours.id}: the guest uses features {missing:#x} that are not offered here"
-            )
+    differences += _device_differences(hello, own, machine)
     if differences:
         raise StreamError("the machines differ: " + "; ".join(differences))
 
 
+def _device_differences(hello: Hello, own: Hello, machine: Machine) -> Iterator[str]:
+    theirs = {device.id: device for device in hello.devices}
+    if len(theirs) != len(hello.devices):
+        yield "two devices at the source have one id"
+    ours = {device.id: device for device in own.devices}
+    for id in theirs.keys() - ours.keys():
+        yield f"device {id} ({theirs[id].kind}): at the source, missing here"
+    for id in ours.keys() - theirs.keys():
+        yield f"device {id} ({ours[id].kind}): here, missing at the source"
+    for device in machine.devices:
+        if device.id in theirs:
+            yield from _differences(theirs[device.id], ours[device.id])
+            missing = theirs[device.id].negotiated & ~_offered(machine, device)
+            if missing:
+                yield (
+                    f"device {device.id}: the guest uses features {missing:#x} that are not "
+                    "offered here"
+                )
+
+
+def _differences(theirs: HelloDevice, ours: HelloDevice) -> Iterator[str]:
+    pairs = [("kind", theirs.kind, ours.kind), ("version", theirs.version, ours.version)]
+    if theirs.kind == ours.kind:
+        names = dict.fromkeys([*ours.properties, *theirs.properties])
+        pairs += [
+            (name, theirs.properties.get(name, "absent"), ours.properties.get(name, "absent"))
+            for name in names
+        ]
+    for name, their, our in pairs:
+        if their != our:
+            yield f"device {ours.id}, {name}: {their} at the source, {our} here"
+
+
+def _negotiated(machine: Machine, device: Device) -> int:
+    part = machine.devices.part(device, Negotiates)
+    return part.negotiated if part is not None else 0
+
+
+def _offered(machine: Machine, device: Device) -> int:
+    part = machine.devices.part(device, Negotiates)
+    return part.offered if part is not None else 0
+
+
 def _megabytes(ram: list[tuple[int, int]]) -> str:
     return " + ".join(f"{size >> 20} MiB at {start:#x}" for start, size in ram)
-
-
-def _text(value: object) -> str:
-    return value.hex(":") if isinstance(value, bytes) else str(value)

@@ -1,22 +1,25 @@
-"""The line between source and destination: addresses, frames on a socket, deadlines."""
+"""Connections on sockets: addresses, deadlines, and what each end can see of the other."""
 
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from godwit.errors import ConfigError, LinkLost
 from godwit.host import unixsocket
+from godwit.migration.times import TIMES, Times
 
-from . import messages as codec
-from .stream import Line
+from . import messages
+from .stream import Parts, WaitingConnection, advance, send_pieces
 
-#: A peer that says nothing for so long is gone, seconds.
-SILENCE = 10.0
 _BUFFER = 1 << 20
 _SO_SNDBUFFORCE = 32  # beyond wmem_max, for root (asm-generic/socket.h)
+#: A socket's time-out is set anew when it is off by more than this, seconds.
+_EXACT_S = 0.25
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class Address:
@@ -27,8 +30,9 @@ class Address:
             is neither encrypted nor authenticated.
     """
 
-    def __init__(self, uri: str, insecure: bool) -> None:
+    def __init__(self, uri: str, insecure: bool, times: Times = TIMES) -> None:
         self.uri = uri
+        self._times = times
         scheme, _, rest = uri.partition(":")
         self.path: str | None = None
         self.host, self.port = "", 0
@@ -38,7 +42,7 @@ class Address:
         host, _, port = rest.rpartition(":")
         if scheme != "tcp" or not host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ConfigError(
-                f"migration address '{uri}'; unix:PATH, tcp:HOST:PORT or file:PATH, please"
+                f"migration address '{uri}'; give unix:PATH, tcp:HOST:PORT or file:PATH"
             )
         self.host, self.port = host.strip("[]"), int(port)
         if not insecure and not _loopback(self.host):
@@ -49,7 +53,7 @@ class Address:
             )
 
     def listen(self) -> socket.socket:
-        """A listening socket.
+        """Return a listening socket.
 
         Raises:
             ConfigError, HostError: the address cannot be had.
@@ -62,12 +66,13 @@ class Address:
         except OSError as error:
             raise ConfigError(f"cannot listen on '{self.uri}': {error}") from error
 
-    def connect(self, timeout: float = SILENCE) -> Channel:
-        """A line to who listens there.
+    def connect(self, timeout: float | None = None) -> SocketConnection:
+        """Return a connection to whoever listens there.
 
         Raises:
             LinkLost: nobody does (its cause is the OSError).
         """
+        timeout = self._times.silence if timeout is None else timeout
         try:
             if self.path is None:
                 sock = socket.create_connection((self.host, self.port), timeout)
@@ -81,7 +86,7 @@ class Address:
                     raise
         except OSError as error:
             raise LinkLost(f"cannot reach '{self.uri}': {error}") from error
-        return Channel(sock)
+        return SocketConnection(sock, self._times)
 
 
 def _loopback(host: str) -> bool:
@@ -95,16 +100,20 @@ def _loopback(host: str) -> bool:
         return False
 
 
-class Channel(Line):
-    """Frames on a connected socket. One thread sends, one receives; either may close."""
+class SocketConnection(WaitingConnection):
+    """A connection on a stream socket, unencrypted."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, times: Times = TIMES) -> None:
         super().__init__()
         self._sock = sock
-        # Blocking, with the kernel's own time-outs: a whole frame is then one call each way, where
+        self._times = times
+        self._silence = times.silence
+        self._receive_until = 0.0
+        self._set = {socket.SO_RCVTIMEO: -1.0, socket.SO_SNDTIMEO: -1.0}
+        # Blocking, with the kernel's own time-outs: a whole message is then one call each way, where
         # Python's would poll before each piece.
         sock.setblocking(True)
-        self.set_timeout(SILENCE)
+        self.begin()
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:
@@ -114,62 +123,87 @@ class Channel(Line):
             except PermissionError:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
 
-    def fileno(self) -> int:
-        """To wait for it among others."""
-        return self._sock.fileno()
+    # --- bytes ------------------------------------------------------------------------------------
+    def begin(self, length: int | None = None) -> None:
+        """Start the time of the next message, or of its payload of ``length`` bytes."""
+        self._receive_until = self._due(length or 0)
 
-    def set_timeout(self, seconds: float) -> None:
-        """How long a silent peer is waited for."""
-        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self._sock.setsockopt(socket.SOL_SOCKET, option, limit)
+    def send_parts(self, parts: Parts) -> None:
+        """Send a message's bytes. Raises LinkLost."""
+        until = self._due(sum(map(len, parts)))
 
-    def send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
-        """Send the bytes of all parts, without copying them first. Raises LinkLost."""
+        def send(left: list[bytes | memoryview]) -> int:
+            self._limit(socket.SO_SNDTIMEO, until)
+            return self._sock.sendmsg(left)
+
         try:
-            self._in_pieces(parts, self._sock.sendmsg)
+            self.sent += send_pieces(parts, send)
         except OSError as error:
-            raise _lost(error) from error
+            raise self._lost(error) from error
 
     def read_into(self, views: Sequence[memoryview]) -> None:
         """Fill all ``views``. Raises LinkLost."""
         left = [view for view in views if len(view)]
         try:
             while left:
+                self._limit(socket.SO_RCVTIMEO, self._receive_until)
                 got = self._sock.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
                 if not got:
-                    raise LinkLost("the peer closed the line")
-                while left and got >= len(left[0]):
-                    got -= len(left.pop(0))
-                if got:
-                    left[0] = left[0][got:]
+                    raise LinkLost("the peer closed the connection")
+                advance(left, got)
         except OSError as error:
-            raise _lost(error) from error
+            raise self._lost(error) from error
 
     def read_some(self, most: int) -> bytes:
-        """What is there, at most so many bytes, once poll says so. Raises LinkLost."""
+        """Return the bytes that are here. Raises LinkLost."""
         try:
             data = self._sock.recv(most, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return b""
         except OSError as error:
-            raise _lost(error) from error
+            raise self._lost(error) from error
         if not data:
-            raise LinkLost("the peer closed the line")
+            raise LinkLost("the peer closed the connection")
         return data
 
-    def as_seen(self, handover: bool = False) -> codec.Welcome:
-        """How this end, the destination's, sees the line."""
-        near, far = self._ends()
-        return codec.Welcome(os.getpid(), near, far, handover)
+    def wait(self, timeout: float, others: Iterable[int] = ()) -> tuple[bool, set[int]]:
+        """Wait for bytes or other descriptors. A connection that was closed is readable."""
+        poll = select.poll()
+        own = self._sock.fileno()
+        for fd in (own, *others):
+            if fd >= 0:
+                poll.register(fd, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(max(0.0, timeout) * 1000)}
+        return own in ready or own < 0, ready - {own}
 
-    def is_direct(self, seen: codec.Welcome) -> bool:
-        """Whether nothing stands between the two ends, by what the other end has seen."""
+    def _due(self, length: int) -> float:
+        return self._times.now() + self._silence + length / self._times.rate
+
+    def _limit(self, option: int, until: float) -> None:
+        """Have the next call give up at ``until``: what the kernel counts is the whole call."""
+        left = until - self._times.now()
+        if left <= 0:
+            raise TimeoutError
+        if abs(self._set[option] - left) > _EXACT_S or left < _EXACT_S:
+            self._set[option] = left
+            limit = struct.pack("ll", int(left), int(left % 1 * 1e6) or 1)
+            self._sock.setsockopt(socket.SOL_SOCKET, option, limit)
+
+    # --- the peer ---------------------------------------------------------------------------------
+    def set_silence(self, seconds: float) -> None:
+        """Set how long a silent peer is waited for."""
+        self._silence = seconds
+
+    def describe(self, packets: bool) -> messages.Welcome:
+        """Return the connection as this end sees it."""
+        near, far = self._ends()
+        return messages.Welcome(os.getpid(), near, far, packets)
+
+    def is_direct(self, seen: messages.Welcome) -> bool:
+        """Return whether nothing stands between the two ends."""
         if self._sock.family == socket.AF_UNIX:
-            size = struct.calcsize("3i")
-            pid, _, _ = struct.unpack(
-                "3i", self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-            )
+            raw = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            pid, _, _ = _CREDENTIALS.unpack(raw)
             return bool(pid == seen.pid)
         return self._ends() == (seen.far, seen.near)
 
@@ -179,26 +213,26 @@ class Channel(Line):
         near, far = self._sock.getsockname(), self._sock.getpeername()
         return f"{near[0]} {near[1]}", f"{far[0]} {far[1]}"
 
+    def _lost(self, error: OSError) -> LinkLost:
+        if isinstance(error, (BlockingIOError, TimeoutError)):
+            return LinkLost(f"the peer did not finish a message in {self._silence:g} s")
+        return LinkLost(f"the connection broke: {error.strerror or error}")
+
+    # --- ends -------------------------------------------------------------------------------------
     def interrupt(self) -> None:
-        """Make whoever waits on the line give up, from any thread."""
-        try:
-            self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
+        """Make all threads that wait on the connection give up."""
+        self._shut_down(socket.SHUT_RDWR)
 
     def stop_receiving(self) -> None:
-        """Make whoever waits for a frame here give up, from any thread; sending goes on."""
+        """Make the thread that waits for a message give up; sending goes on."""
+        self._shut_down(socket.SHUT_RD)
+
+    def _shut_down(self, how: int) -> None:
         try:
-            self._sock.shutdown(socket.SHUT_RD)
+            self._sock.shutdown(how)
         except OSError:
-            pass
+            pass  # closed by the peer already
 
     def close(self) -> None:
         """Give the socket back."""
         self._sock.close()
-
-
-def _lost(error: OSError) -> LinkLost:
-    if isinstance(error, (BlockingIOError, TimeoutError)):
-        return LinkLost(f"the peer was silent for {SILENCE:.0f} s")
-    return LinkLost(f"the line broke: {error.strerror or error}")

@@ -1,97 +1,164 @@
-"""Frames on something that carries bytes: a connected socket, or a file."""
+"""A connection: messages on something that carries bytes, a socket or a file.
+
+Nobody above this knows what carries the bytes: there are no descriptors, flags or polls in the
+interface, so that TLS, which holds bytes back that its socket no longer has, can stand behind it.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import msgspec
 
 from godwit.errors import PeerRefused, StreamError
+from godwit.spec import saved
 
-from . import messages as codec
+from . import messages
 from .messages import Kind
 
 _T = TypeVar("_T")
+Parts = Sequence[bytes | memoryview]
 
 
-class Line(ABC):
-    """One thread sends, one receives; either may close."""
+class Connection(ABC):
+    """One thread sends, one receives; either may close.
+
+    A message is whole within a total time, whatever its bytes' pace.
+    """
 
     def __init__(self) -> None:
         #: Bytes sent.
         self.sent = 0
 
-    def send(self, kind: Kind, value: msgspec.Struct | None = None) -> None:
-        """Send a struct, or an empty frame. Raises LinkLost."""
-        payload = codec.encode(value) if value is not None else b""
-        self.send_parts([codec.frame(kind, payload)])
+    # --- bytes ------------------------------------------------------------------------------------
+    @abstractmethod
+    def send_parts(self, parts: Parts) -> None:
+        """Send a message's bytes, without copying the parts first.
+
+        Raises:
+            LinkLost: the connection broke, or the peer did not take the message in time.
+        """
 
     @abstractmethod
-    def send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
-        """Send the bytes of all parts, without copying them first. Raises LinkLost."""
+    def read_into(self, views: Sequence[memoryview]) -> None:
+        """Fill all ``views`` with the next bytes of the message.
 
-    def _in_pieces(
-        self, parts: Sequence[bytes | memoryview], send: Callable[[list[bytes | memoryview]], int]
-    ) -> None:
-        """``send`` takes as much as it likes of what it is given, and says how much."""
-        left: list[bytes | memoryview] = list(parts)
-        while left:
-            sent = send(left)
-            self.sent += sent
-            while left and sent >= len(left[0]):
-                sent -= len(left.pop(0))
-            if sent:
-                left[0] = memoryview(left[0])[sent:]
+        Raises:
+            LinkLost: the connection broke, or the message was not whole in time.
+        """
+
+    @abstractmethod
+    def begin(self, length: int | None = None) -> None:
+        """Start the time of the next message; with ``length``, of its payload of so many bytes."""
+
+    @abstractmethod
+    def stop_receiving(self) -> None:
+        """Make the thread that waits for a message give up, from any thread; sending goes on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the carrier back."""
+
+    # --- messages ---------------------------------------------------------------------------------
+    def send(self, kind: Kind, value: msgspec.Struct | None = None) -> None:
+        """Send a struct, or an empty message. Raises LinkLost."""
+        payload = saved.encode(value) if value is not None else b""
+        self.send_parts([messages.message(kind, payload)])
 
     def receive(self) -> tuple[Kind, int]:
-        """The next frame's kind and payload length. Raises LinkLost, StreamError."""
-        return codec.parse_header(self.read(codec.HEADER.size))
+        """Return the next message's kind and payload length. Raises LinkLost, StreamError."""
+        self.begin()
+        kind, length = messages.parse_header(self.read(messages.HEADER.size))
+        self.begin(length)
+        return kind, length
 
     def read(self, length: int) -> bytearray:
-        """Exactly ``length`` bytes. Raises LinkLost."""
+        """Return exactly ``length`` bytes of the message. Raises LinkLost."""
         data = bytearray(length)
         self.read_into([memoryview(data)])
         return data
 
-    @abstractmethod
-    def read_into(self, views: Sequence[memoryview]) -> None:
-        """Fill all ``views``. Raises LinkLost."""
-
     def expect(self, kind: Kind) -> None:
-        """The next frame must be an empty one of ``kind``. Raises as :meth:`expect_struct`."""
-        if self._expect(kind):
-            raise StreamError(f"frame {kind.name} has a payload")
+        """Receive an empty message of ``kind``. Raises as :meth:`expect_struct`."""
+        if self.expect_one(kind)[1]:
+            raise StreamError(f"message {kind.name} has a payload")
 
     def expect_struct(self, kind: Kind, struct: type[_T]) -> _T:
-        """The next frame must be of ``kind``, and hold a ``struct``.
+        """Receive a message of ``kind``, and return the ``struct`` in it.
 
         Raises:
-            LinkLost: no frame came.
+            LinkLost: no message came.
             PeerRefused: the peer said why not.
-            StreamError: another frame came, or a malformed one.
+            StreamError: another message came, or a malformed one.
         """
-        return codec.decode(self._expect(kind), struct)
+        return saved.decode(self.expect_one(kind)[1], struct)
 
     def expect_one(self, *kinds: Kind) -> tuple[Kind, bytearray]:
-        """The next frame must be one of these; its kind and payload. Raises as expect_struct."""
+        """Receive a message of one of these kinds; return kind and payload.
+
+        Raises as :meth:`expect_struct`.
+        """
         got, length = self.receive()
         payload = self.read(length)
         if got in (Kind.REFUSED, Kind.FAILED):
-            raise PeerRefused(codec.decode(payload, codec.Text).reason)
+            raise PeerRefused(saved.decode(payload, messages.Reason).reason)
         if got not in kinds:
             due = " or ".join(kind.name for kind in kinds)
-            raise StreamError(f"frame {got.name} where {due} was due")
+            raise StreamError(f"message {got.name} where {due} was due")
         return got, payload
 
-    def _expect(self, kind: Kind) -> bytearray:
-        return self.expect_one(kind)[1]
+
+class WaitingConnection(Connection):
+    """A connection to a live peer, which can be waited for among other things."""
 
     @abstractmethod
-    def stop_receiving(self) -> None:
-        """Make whoever waits for a frame here give up, from any thread; sending goes on."""
+    def wait(self, timeout: float, others: Iterable[int] = ()) -> tuple[bool, set[int]]:
+        """Wait until bytes can be received, or another descriptor is readable.
+
+        ``timeout`` is in seconds. Returns whether bytes can be received, and the readable ones of
+        the other descriptors.
+        """
 
     @abstractmethod
-    def close(self) -> None:
-        """Give the socket or file back."""
+    def read_some(self, most: int) -> bytes:
+        """Return the bytes that are here, at most ``most``, without waiting. Raises LinkLost."""
+
+    @abstractmethod
+    def set_silence(self, seconds: float) -> None:
+        """Set how long a silent peer is waited for."""
+
+    @abstractmethod
+    def describe(self, packets: bool) -> messages.Welcome:
+        """Return the connection as this end sees it; ``packets``: they are handed over."""
+
+    @abstractmethod
+    def is_direct(self, seen: messages.Welcome) -> bool:
+        """Return whether nothing stands between the two ends, by what the other end has seen."""
+
+    @abstractmethod
+    def interrupt(self) -> None:
+        """Make all threads that wait on the connection give up, from any thread."""
+
+
+def send_pieces(parts: Parts, send: Callable[[list[bytes | memoryview]], int]) -> int:
+    """Have ``send`` take all parts, piece by piece; return the bytes.
+
+    ``send`` takes as much as it likes of the list that it is given, and returns how many bytes.
+    """
+    left: list[bytes | memoryview] = list(parts)
+    total = 0
+    while left:
+        total += advance(left, send(left))
+    return total
+
+
+def advance(left: list[memoryview] | list[bytes | memoryview], done: int) -> int:
+    """Drop the first ``done`` bytes of a list of buffers; return ``done``."""
+    taken = done
+    while left and taken >= len(left[0]):
+        taken -= len(left.pop(0))
+    if taken:
+        left[0] = memoryview(left[0])[taken:]
+    return done

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from godwit.errors import GuestError, StreamError
 from godwit.hw.memory import GuestMemory
-from godwit.hw.nic.rx_filter_info import FilterView
+from godwit.hw.nic.rx_filter_info import RxFilterInfo
 
 from . import regs
 from .eeprom import Eeprom
@@ -32,7 +32,7 @@ class Wires(NamedTuple):
     #: There are frames to send.
     transmit: Callable[[], None]
     #: The guest broke a rule.
-    offend: Callable[[str], None]
+    guest_error: Callable[[str], None]
     #: What is received has changed.
     filter: Callable[[], None]
 
@@ -181,19 +181,19 @@ class Mac:
         try:
             causes, more = self.transmitter.run()
         except GuestError as error:
-            self.offend(str(error))
+            self.guest_error(str(error))
         if causes:
             self.raise_causes(causes)
         return more
 
-    def offend(self, message: str) -> None:
+    def guest_error(self, message: str) -> None:
         """The guest broke a rule: no frames move until it resets the controller. The VM lives."""
         if not self.broken:
             self.broken = True
             self._wires.receive()
-            self._wires.offend(message)
+            self._wires.guest_error(message)
 
-    def view_filter(self) -> FilterView:
+    def view_filter(self) -> RxFilterInfo:
         """The receive filter in words."""
         return self.filter.view(self._registers[regs.RCTL])
 

@@ -1,4 +1,4 @@
-"""The e1000 as a NIC of the machine: the controller, PCI and a tap together.
+"""The e1000 as a device of the machine: the controller, PCI and a tap together.
 
 Registers are accessed by vCPUs, the tap is read by the event loop; one lock covers all of it. The
 guest's frames are sent by the vCPU that announces them, up to a budget, and the rest by the loop.
@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
-import msgspec
-
-from godwit.errors import ConfigError, GuestError, StreamError
+from godwit.errors import ConfigError, GuestError
 from godwit.host.net.tap import Tap
-from godwit.hw.nic.nic import Parts
-from godwit.hw.nic.rx_filter_info import FilterView
+from godwit.hw.device import Counts, Device, Slot
+from godwit.hw.nic.nic import Nic
+from godwit.hw.nic.rx_backlog import RxBacklog
+from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.hw.nic.tap_reader import TapReader
-from godwit.hw.setup_hints import Foresight
-from godwit.spec.config import NicConfig
+from godwit.spec.config import DeviceConfig, NicConfig
 
 from .mac import Mac, Wires
 from .pci import E1000Pci
 from .state import E1000State
 
 
-def _check(config: NicConfig) -> None:
-    """Refuse what only virtio-net has."""
+def make(config: DeviceConfig, slot: Slot) -> E1000:
+    """Return an e1000 on its tap.
+
+    Raises:
+        ConfigError: the configuration has what only virtio-net has.
+        HostError: the tap is missing.
+    """
+    assert isinstance(config, NicConfig)
     for key, given, remedy in (
         ("guest-announce=on", config.guest_announce is True, "the host announces it, by RARP"),
         ("mtu=", config.mtu is not None, "set the MTU in the guest"),
@@ -34,52 +39,64 @@ def _check(config: NicConfig) -> None:
     ):
         if given:
             raise ConfigError(
-                f"--nic {config.id}: {key} needs model=virtio-net; leave it out here ({remedy})"
+                f"NIC {config.id}: {key} needs model=virtio-net; leave it out here ({remedy})"
             )
+    tap = Tap(config.tap)
+    try:
+        return E1000(config.id, config.mac, tap, slot)
+    except BaseException:
+        tap.close()
+        raise
 
 
-class E1000:
-    """See :class:`..model.Nic`.
+class E1000(Device, Nic, Counts):
+    """The controller, on a tap that it owns and closes."""
 
-    Raises:
-        ConfigError: the configuration has what this model lacks.
-    """
+    kind = "e1000"
+    State = E1000State
 
-    model = "e1000"
-    version = 1
-    #: There is no negotiation: what a driver uses, it uses.
-    offered = 0
-    negotiated = 0
-
-    def __init__(self, config: NicConfig, parts: Parts) -> None:
-        _check(config)
-        self.name = config.id
-        #: Never told: the guest has no way to acknowledge.
+    def __init__(self, id: str, mac: bytes, tap: Tap, slot: Slot) -> None:
+        self.id = id
+        self.configured_mac = mac
+        #: Never called: the guest has no way to acknowledge.
         self.on_ack: Callable[[], None] = lambda: None
-        #: Told of changes of the filter, once for as many as come before the loop's turn.
+        #: Called once for all changes of the filter that come before the loop's turn.
         self.on_filter: Callable[[], None] = lambda: None
         self._filter_changed = False
-        self._loop = parts.loop
+        self._loop = slot.loop
         self._lock = threading.RLock()
         self._paused = True
         self._transmit_due = False
-        self._tap = Tap(config.tap)
-        self.tap_fd = self._tap.fd
+        self._sent = self._received = 0
+        self._tap = tap
+        self.tap, self.tap_fd = tap.name, tap.fd
+        self.rx_backlog = RxBacklog(tap, self._lock)
         wires = Wires(
             send=self._send,
             interrupt=lambda level: self.function.update_line(),
             receive=self._receive_changed,
             transmit=self._transmit,
-            offend=lambda message: parts.on_offence(config.id, message),
-            filter=self._tell_of_filter,
+            guest_error=lambda message: slot.on_guest_error(id, message),
+            filter=self._report_filter,
         )
-        self._mac = Mac(parts.memory, config.mac, wires)
+        self._mac = Mac(slot.memory, mac, wires)
         self.function = E1000Pci(
-            self._mac, self._lock, parts.bar, parts.port, parts.intx, self._dma_changed
+            self._mac, self._lock, slot.bar, slot.port, slot.intx.of(slot.number), self._dma_changed
         )
-        self._reader = TapReader(self._tap, parts.loop, self._mac.accepts, self._deliver)
+        self._reader = TapReader(
+            tap, self.rx_backlog, slot.loop, self._mac.accepts, self._deliver
+        )
+        slot.pci.add(slot.number, self.function)
 
-    # --- NicModel ---------------------------------------------------------------------------------
+    def properties(self) -> Mapping[str, str | int | None]:
+        """Return the configured MAC address."""
+        return {"mac": self.configured_mac.hex(":")}
+
+    def counters(self) -> Mapping[str, int]:
+        """Return how many frames were moved each way."""
+        return {"frames-sent": self._sent, "frames-received": self._received}
+
+    # --- Nic --------------------------------------------------------------------------------------
     @property
     def mac(self) -> bytes:
         """The MAC address in force."""
@@ -87,52 +104,46 @@ class E1000:
             return self._mac.filter.mac
 
     def announce(self) -> bool:
-        """False: this controller has no way to ask its driver for it."""
+        """Return False: this controller has no way to ask its driver for an announcement."""
         return False
 
     def send_from_host(self, frame: bytes) -> None:
-        """As if the guest had sent it. Raises OSError."""
+        """Send a frame as if the guest had. Raises OSError."""
         self._tap.send(frame)
 
-    def rx_filter(self) -> FilterView:
-        """What the receive filter takes."""
+    def rx_filter(self) -> RxFilterInfo:
+        """Return what the receive filter takes."""
         with self._lock:
             return self._mac.view_filter()
 
-    def _tell_of_filter(self) -> None:
-        def tell() -> None:
+    def _report_filter(self) -> None:
+        def report() -> None:
             self._filter_changed = False
             self.on_filter()
 
         if not self._filter_changed:
             self._filter_changed = True
-            self._loop.call_soon(tell)
+            self._loop.call_soon(report)
 
-    # --- Nic --------------------------------------------------------------------------------------
-    def foresight(self) -> None:
-        """Nothing of it is slow to set up."""
-
-    def foresee(self, negotiated: int, foresight: Foresight | None) -> None:
-        """Nothing to have ready."""
-
+    # --- Device -----------------------------------------------------------------------------------
     def pause(self) -> None:
-        """Move no frames. The line keeps its level: what holds it up is saved."""
+        """Move no frames. The interrupt line keeps its level: what holds the line up is saved."""
         with self._lock:
             self._paused = True
             self._reader.stop()
 
     def resume(self) -> None:
-        """Move frames. KVM forgets a line's level on the way to another host: tell it again."""
+        """Move frames. KVM forgets a line's level on the way to another host: set the level anew."""
         with self._lock:
             self._paused = False
             self.function.update_line(always=True)
             self._dma_changed()
 
     def reset(self) -> None:
-        """Power-on."""
+        """Become as after power-on."""
         with self._lock:
             self._mac.reset()
-            self._reader.clear()
+            self.rx_backlog.clear()
             self.function.reset_config()
             self.function.reset_io()
             self.function.update_line(always=True)
@@ -144,43 +155,8 @@ class E1000:
             self._reader.stop()
             self._tap.close()
 
-    def start_log(self) -> None:
-        """Nothing to do: guest memory marks what this process writes."""
-
-    def take_log(self) -> bytes | None:
-        """None: guest memory has it."""
-        return None
-
-    def stop_log(self) -> None:
-        """Nothing to do."""
-
-    def drain(self) -> int:
-        """Throw away what waits in the tap."""
-        with self._lock:
-            return self._reader.drain()
-
-    def hold(self) -> None:
-        """The tap has to wait."""
-        with self._lock:
-            self._reader.hold()
-
-    def put_ahead(self, frames: Iterable[bytes]) -> int:
-        """Before the tap's."""
-        with self._lock:
-            return self._reader.put_ahead(frames)
-
-    def release(self) -> int:
-        """The tap's turn."""
-        with self._lock:
-            return self._reader.release()
-
-    def take(self, limit: int) -> list[bytes]:
-        """What waits."""
-        with self._lock:
-            return self._reader.take(limit)
-
     def save(self) -> E1000State:
-        """The state."""
+        """Return the state."""
         with self._lock:
             io_bar, io_address = self.function.save_io()
             return E1000State(
@@ -190,15 +166,10 @@ class E1000:
                 mac=self._mac.save(),
             )
 
-    def load(self, state: msgspec.Struct) -> None:
+    def load(self, state: E1000State) -> None:
         """Take over a saved state. Raises StreamError."""
-        if not isinstance(state, E1000State):
-            raise StreamError(f"{self.name}: the state of another model")
         with self._lock:
-            try:
-                self._mac.load(state.mac)
-            except StreamError as error:
-                raise StreamError(f"{self.name}: {error}") from error
+            self._mac.load(state.mac)
             self.function.load_io(state.io_bar, state.io_address)
             self.function.load_config(state.pci)
 
@@ -211,12 +182,12 @@ class E1000:
         self._transmit()
 
     def _receive_changed(self) -> None:
-        """The receiver was turned on or off, or has more room."""
+        """The receiver was turned on or off, or has more space."""
         if not self._works() or not self._mac.receiving:
             self._reader.stop()
             return
         self._reader.start(self._receive)
-        if self._reader.holds:
+        if self._reader.waiting:
             self._loop.call_soon(self._receive)  # its readiness is no event of the tap's
 
     def _receive(self) -> None:
@@ -227,10 +198,12 @@ class E1000:
                 if self._reader.turn():
                     self._mac.received()
             except GuestError as error:
-                self._mac.offend(str(error))
+                self._mac.guest_error(str(error))
 
     def _deliver(self, frame: bytes) -> bool:
-        return self._mac.receiver.deliver(frame)
+        delivered = self._mac.receiver.deliver(frame)
+        self._received += delivered
+        return delivered
 
     def _transmit(self) -> None:
         if self._works() and self._mac.transmit() and not self._transmit_due:
@@ -245,6 +218,7 @@ class E1000:
     def _send(self, frame: bytes) -> None:
         try:
             os.write(self._tap.fd, frame)
+            self._sent += 1
         except OSError:
             # The tap is down or its queue is full, or the offload makes no sense: a NIC drops the
             # frame, and so do we.

@@ -54,7 +54,7 @@ class Ring:
         """Store the upper half of a descriptor, in one access."""
         index = (self._registers[self._base + regs.HEAD] + ahead) % self.count
         self._quads[2 * index + 1] = upper
-        self._memory.mark(self._at + 16 * index + 8, 8)
+        self._memory.mark_dirty(self._at + 16 * index + 8, 8)
 
     def advance(self, by: int) -> None:
         """Give the first ``by`` descriptors back to the driver."""

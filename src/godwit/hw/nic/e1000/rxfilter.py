@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from godwit.errors import StreamError
-from godwit.hw.nic.rx_filter_info import FilterView
+from godwit.hw.nic.rx_filter_info import RxFilterInfo
 
 from . import regs
 from .state import FilterState
@@ -84,7 +84,7 @@ class RxFilter:
         bit = hash_of(to, rctl >> regs.RCTL_MO_SHIFT & 3)
         return bool(self._mta[bit >> 5] >> (bit & 31) & 1)
 
-    def view(self, rctl: int) -> FilterView:
+    def view(self, rctl: int) -> RxFilterInfo:
         """As operators see it. The MTA is a hash: what it takes cannot be told from it."""
         vlans = [
             32 * index + bit
@@ -95,7 +95,7 @@ class RxFilter:
         ]
         by_table = bool(rctl & regs.RCTL_VFE)
         every = bool(rctl & regs.RCTL_MPE)
-        return FilterView(
+        return RxFilterInfo(
             promiscuous=bool(rctl & regs.RCTL_UPE) and every,
             unicast="all" if rctl & regs.RCTL_UPE else "normal",
             multicast="all" if every else "normal",

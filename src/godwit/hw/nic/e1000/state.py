@@ -6,11 +6,10 @@ from typing import Annotated
 
 import msgspec
 
+from godwit.spec.saved import U16, U32, U64
+
 from godwit.hw.pci import PciState
 
-_U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
-_U32 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-_U64 = Annotated[int, msgspec.Meta(ge=0)]  # msgpack has no integer beyond 64 bits
 
 
 class EepromState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -19,7 +18,7 @@ class EepromState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     eecd: Annotated[int, msgspec.Meta(ge=0, lt=1 << 7)]
     #: Start bit, two bits of opcode, six of address: those that came so far.
     command: Annotated[int, msgspec.Meta(ge=0, lt=1 << 9)]
-    output: _U16
+    output: U16
     #: Bits of ``output`` that the chip has presented; -1 while it takes a command.
     presented: Annotated[int, msgspec.Meta(ge=-1, le=16)]
 
@@ -27,9 +26,9 @@ class EepromState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class FilterState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The tables, register by register: RAL0, RAH0, RAL1 and so on; MTA; VFTA."""
 
-    ra: Annotated[list[_U32], msgspec.Meta(min_length=32, max_length=32)]
-    mta: Annotated[list[_U32], msgspec.Meta(min_length=128, max_length=128)]
-    vfta: Annotated[list[_U32], msgspec.Meta(min_length=128, max_length=128)]
+    ra: Annotated[list[U32], msgspec.Meta(min_length=32, max_length=32)]
+    mta: Annotated[list[U32], msgspec.Meta(min_length=128, max_length=128)]
+    vfta: Annotated[list[U32], msgspec.Meta(min_length=128, max_length=128)]
 
 
 class MacState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,22 +36,22 @@ class MacState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     #: By name, all of :data:`.regs.REGISTERS`.
     registers: Annotated[
-        dict[Annotated[str, msgspec.Meta(max_length=16)], _U32], msgspec.Meta(max_length=64)
+        dict[Annotated[str, msgspec.Meta(max_length=16)], U32], msgspec.Meta(max_length=64)
     ]
     filter: FilterState
-    statistics: Annotated[list[_U32], msgspec.Meta(min_length=64, max_length=64)]
-    phy: Annotated[list[_U16], msgspec.Meta(min_length=32, max_length=32)]
+    statistics: Annotated[list[U32], msgspec.Meta(min_length=64, max_length=64)]
+    phy: Annotated[list[U16], msgspec.Meta(min_length=32, max_length=32)]
     eeprom: EepromState
     #: The halves of the context descriptors for checksums and for segmentation.
-    contexts: Annotated[list[tuple[_U64, _U64]], msgspec.Meta(min_length=2, max_length=2)]
+    contexts: Annotated[list[tuple[U64, U64]], msgspec.Meta(min_length=2, max_length=2)]
     broken: bool
 
 
-class E1000State(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="e1000"):
+class E1000State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All of it."""
 
     pci: PciState
     #: The I/O BAR, and the register that its data port reaches.
-    io_bar: _U32
-    io_address: _U32
+    io_bar: U32
+    io_address: U32
     mac: MacState

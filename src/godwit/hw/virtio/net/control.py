@@ -15,7 +15,7 @@ _RX_SWITCHES = (
     "no_unicast",
     "no_broadcast",
 )
-_F_CTRL_RX, _F_CTRL_VLAN, _F_CTRL_RX_EXTRA = 1 << 18, 1 << 19, 1 << 20
+F_CTRL_RX, F_CTRL_VLAN, F_CTRL_RX_EXTRA = 1 << 18, 1 << 19, 1 << 20
 
 
 class Control:
@@ -36,14 +36,14 @@ class Control:
         return ERR
 
     def _rx(self, command: int, data: bytes) -> int:
-        needed = _F_CTRL_RX if command < 2 else _F_CTRL_RX_EXTRA
+        needed = F_CTRL_RX if command < 2 else F_CTRL_RX_EXTRA
         if command >= len(_RX_SWITCHES) or not self._negotiated & needed or len(data) != 1:
             return ERR
         setattr(self._filter, _RX_SWITCHES[command], bool(data[0]))
         return OK
 
     def _tables(self, data: bytes) -> int:
-        if not self._negotiated & _F_CTRL_RX:
+        if not self._negotiated & F_CTRL_RX:
             return ERR
         tables: list[list[bytes]] = []
         at = 0
@@ -62,7 +62,7 @@ class Control:
         return OK
 
     def _vlan(self, command: int, data: bytes) -> int:
-        if not self._negotiated & _F_CTRL_VLAN or command > 1 or len(data) != 2:
+        if not self._negotiated & F_CTRL_VLAN or command > 1 or len(data) != 2:
             return ERR
         vid = int.from_bytes(data, "little")
         if vid >= 4096:

@@ -6,31 +6,43 @@ The data queues belong to the backend. The control queue is served here, from th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from struct import Struct
-from typing import Annotated
 
 import msgspec
 
 from godwit.errors import GuestError, StreamError
+from godwit.host.eventfd import drain
 from godwit.host.loop import Loop
+from godwit.host.net.tap import Tap
+from godwit.hw.device import Counts, Slot
 from godwit.hw.memory import GuestMemory
-from godwit.hw.nic.rx_filter_info import FilterView
+from godwit.hw.nic.nic import Nic
+from godwit.hw.nic.rx_backlog import RxBacklog
+from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.hw.virtio.device import VirtioDevice
+from godwit.hw.virtio.pci import VirtioPci
 from godwit.hw.virtio.queue import Virtqueue
+from godwit.spec.config import QUEUE_SIZE, DeviceConfig, NicConfig
+from godwit.spec.saved import Mac
 
 from .backend import Backend, Ring
-from .control import ERR, OK, Control
+from .control import (
+    ERR,
+    F_CTRL_RX,
+    F_CTRL_RX_EXTRA,
+    F_CTRL_VLAN,
+    OK,
+    Control,
+)
 from .rxfilter import RxFilter, RxFilterState
+from .userspace import UserspaceBackend
+from .vhost import VhostBackend
 
 F_MTU = 1 << 3
 F_MAC = 1 << 5
-F_MRG_RXBUF = 1 << 15
 F_STATUS = 1 << 16
 F_CTRL_VQ = 1 << 17
-F_CTRL_RX = 1 << 18
-F_CTRL_VLAN = 1 << 19
-F_CTRL_RX_EXTRA = 1 << 20
 F_GUEST_ANNOUNCE = 1 << 21
 F_CTRL_MAC_ADDR = 1 << 23
 
@@ -42,64 +54,88 @@ S_LINK_UP = 1
 S_ANNOUNCE = 2
 
 RX, TX, CTRL = 0, 1, 2
+_CTRL_QUEUE_SIZE = 64
 _CONFIG = Struct("<6sHHH")  # mac, status, max_virtqueue_pairs, mtu
+
+#: Makes the backend of a NIC that is being made.
+MakeBackend = Callable[["VirtioNet"], Backend]
 
 
 class NetState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is saved of the network device, beside its transport."""
+    """The saved state of the network device, beside its transport's."""
 
-    mac: Annotated[bytes, msgspec.Meta(min_length=6, max_length=6)]
+    mac: Mac
     announce_pending: bool
     filter: RxFilterState
 
 
-class VirtioNet(VirtioDevice):
-    """The device. It is a :class:`godwit.hw.nic.nic.NicModel`.
+class VirtioNet(VirtioDevice, Nic, Counts):
+    """The network device; it owns its tap, and closes the tap."""
 
-    ``on_ack`` is told of each acknowledged announcement, from the event loop.
-    """
-
+    kind = "virtio-net"
+    State = NetState
     device_id = 1
     class_code = 0x020000
 
     def __init__(
         self,
-        name: str,
+        id: str,
         mac: bytes,
+        tap: Tap,
         memory: GuestMemory,
         loop: Loop,
-        make_backend: Callable[[VirtioNet], Backend],
+        make_backend: MakeBackend,
         *,
         mtu: int | None = None,
-        queue_size: int = 256,
+        queue_size: int = QUEUE_SIZE,
         guest_announce: bool = True,
     ) -> None:
-        queues = [Virtqueue(memory, size) for size in (queue_size, queue_size, 64)]
-        super().__init__(0, queues)
-        self.name = name
+        sizes = queue_size, queue_size, _CTRL_QUEUE_SIZE
+        super().__init__(id, _OWN_FEATURES, [Virtqueue(memory, size) for size in sizes])
         self.configured_mac = mac
         self._mac = mac
         self._mtu = mtu
+        self._queue_size = queue_size
         self._loop = loop
+        self._tap = tap
+        self.tap, self.tap_fd = tap.name, tap.fd
+        self.rx_backlog = RxBacklog(tap, self.lock)
         self.backend = make_backend(self)
-        self.offered |= self.backend.features | _OWN_FEATURES
+        self._offered |= self.backend.features
         if mtu is not None:
-            self.offered |= F_MTU
+            self._offered |= F_MTU
         if guest_announce:
-            self.offered |= F_GUEST_ANNOUNCE
+            self._offered |= F_GUEST_ANNOUNCE
         self._announce_pending = False
+        self._counts = {"control-requests": 0, "announcements": 0, "acknowledgements": 0}
         self.filter = RxFilter()
         self.on_ack: Callable[[], None] = lambda: None
         self.on_filter: Callable[[], None] = lambda: None
 
+    def properties(self) -> Mapping[str, str | int | None]:
+        """Return the configured MAC address, MTU and queue size."""
+        return {
+            "mac": self.configured_mac.hex(":"),
+            "mtu": self._mtu,
+            "queue-size": self._queue_size,
+        }
+
+    def parts(self) -> Sequence[object]:
+        """Return the device and its backend."""
+        return (self, self.backend)
+
+    def counters(self) -> Mapping[str, int]:
+        """Return how many control requests, announcements and acknowledgements there were."""
+        return dict(self._counts)
+
+    # --- Nic --------------------------------------------------------------------------------------
     @property
     def mac(self) -> bytes:
         """The MAC address in force."""
         return self._mac
 
-    # --- NicModel ---------------------------------------------------------------------------------
     def announce(self) -> bool:
-        """Ask the guest to announce itself (5.1.6.5.4); False when it cannot.
+        """Ask the guest to announce itself (5.1.6.5.4); return False when it cannot.
 
         Never before DRIVER_OK: kernels without be5dcaed694e deadlock in their probe.
         """
@@ -109,12 +145,18 @@ class VirtioNet(VirtioDevice):
             if not self.queues[CTRL].enabled:
                 return False  # there would be no way to acknowledge it
             self._announce_pending = True
+            self._counts["announcements"] += 1
             self.transport.signal_config()
             return True
 
     def send_from_host(self, frame: bytes) -> None:
-        """As if the guest had sent it. Raises OSError."""
-        self.backend.send(frame)
+        """Send a frame as if the guest had. Raises OSError."""
+        self._tap.send(frame)
+
+    def rx_filter(self) -> RxFilterInfo:
+        """Return what the driver asked for on the control queue."""
+        with self.lock:
+            return self.filter.view(self._mac, bool(self.negotiated & F_CTRL_VLAN))
 
     @property
     def announce_pending(self) -> bool:
@@ -122,19 +164,18 @@ class VirtioNet(VirtioDevice):
         return self._announce_pending
 
     def accepts(self, frame: memoryview) -> bool:
-        """Whether the driver's filter takes ``frame``; the in-process backend asks."""
+        """Return whether the driver's filter takes ``frame``; the userspace backend asks."""
         return self.filter.accepts(frame, self._mac, bool(self.negotiated & F_CTRL_VLAN))
-
-    def filter_view(self) -> FilterView:
-        """The filter, for operators and the address book."""
-        with self.lock:
-            return self.filter.view(self._mac, bool(self.negotiated & F_CTRL_VLAN))
 
     # --- VirtioDevice -----------------------------------------------------------------------------
     def config(self) -> bytes:
-        """Read-only for the guest, all of it: the MAC is set by CTRL_MAC_ADDR."""
+        """Return the configuration, which the guest cannot write: CTRL_MAC_ADDR sets the MAC."""
         status = S_LINK_UP | (S_ANNOUNCE if self._announce_pending else 0)
         return _CONFIG.pack(self._mac, status, 1, self._mtu or 0)
+
+    def prepare(self, features: int) -> None:
+        """Have the backend prepare for these features."""
+        self.backend.prepare(features)
 
     def start(self) -> None:
         """Hand the rings to the backend and serve the control queue."""
@@ -158,26 +199,32 @@ class VirtioNet(VirtioDevice):
 
     def reset(self) -> None:
         """Forget what the driver set."""
-        self.backend.clear()
+        self.rx_backlog.clear()
         self._announce_pending = False
         self._mac = self.configured_mac
         self.filter = RxFilter()
 
     def vector_changed(self, index: int) -> None:
-        """Interrupts of a data queue go elsewhere."""
+        """Interrupt by another eventfd for a data queue."""
         if index in (RX, TX):
             self.backend.set_call(index, self.transport.queue_fd(index))
+
+    def close(self) -> None:
+        """Give the backend's resources and the tap back."""
+        with self.lock:
+            self.backend.close()
+            self._tap.close()
 
     def _ring(self, index: int) -> Ring:
         transport = self.transport
         return Ring(self.queues[index], transport.kick_fd(index), transport.queue_fd(index))
 
     # --- saved state ------------------------------------------------------------------------------
-    def save_net(self) -> NetState:
-        """The state; paused."""
+    def save(self) -> NetState:
+        """Return the state; paused."""
         return NetState(self._mac, self._announce_pending, self.filter.save())
 
-    def load_net(self, state: NetState) -> None:
+    def load(self, state: NetState) -> None:
         """Take over a saved state; paused, and after the transport's.
 
         Raises:
@@ -196,16 +243,11 @@ class VirtioNet(VirtioDevice):
         with self.lock:
             if not self.started:
                 return
-            try:
-                os.eventfd_read(self.transport.kick_fd(CTRL))
-            except BlockingIOError:
-                pass
+            drain(self.transport.kick_fd(CTRL))
             before = self.filter.copy(), self._mac
-            try:
+            acked = 0
+            with self.guarded("control queue"):
                 acked = self.serve_control()
-            except GuestError as error:
-                self.on_offence(f"control queue: {error}")
-                return
             changed = (self.filter, self._mac) != before
         for _ in range(acked):
             self.on_ack()
@@ -213,10 +255,10 @@ class VirtioNet(VirtioDevice):
             self.on_filter()
 
     def serve_control(self) -> int:
-        """Answer what waits on the control queue; how many announcements were acknowledged.
+        """Answer the control queue's requests; return how many announcements were acknowledged.
 
         Raises:
-            GuestError: a request without room for its command or its answer.
+            GuestError: a request without space for its command or its answer.
         """
         queue = self.queues[CTRL]
         control = Control(self.filter, self.negotiated)
@@ -228,6 +270,7 @@ class VirtioNet(VirtioDevice):
                 break
             if chain.readable_size() < 2 or not chain.writable_size():
                 raise GuestError("a request needs a class, a command and a byte for the answer")
+            self._counts["control-requests"] += 1
             request = chain.read(1 << 16)
             kind, command, data = request[0], request[1], request[2:]
             if kind == 3:
@@ -246,12 +289,13 @@ class VirtioNet(VirtioDevice):
         return acked
 
     def _acknowledge(self, command: int, data: bytes) -> int:
-        """Class 3: the bit is cleared before the buffer is used (5.1.6.5.4.2)."""
+        """Execute a request of class 3: the bit is cleared before the buffer is used (5.1.6.5.4.2)."""
         if command != 0 or data or not self._announce_pending:
             return ERR
         if not self.negotiated & F_GUEST_ANNOUNCE:
             return ERR
         self._announce_pending = False
+        self._counts["acknowledgements"] += 1
         return OK
 
     def _set_mac(self, data: bytes) -> int:
@@ -259,3 +303,42 @@ class VirtioNet(VirtioDevice):
             return ERR
         self._mac = bytes(data)
         return OK
+
+
+def make(config: DeviceConfig, slot: Slot) -> VirtioPci:
+    """Return a virtio NIC on its tap, behind PCI.
+
+    Raises:
+        HostError: the tap or vhost-net is missing.
+    """
+    assert isinstance(config, NicConfig)
+    tap = Tap(config.tap)
+    announce = config.guest_announce
+    try:
+        device = VirtioNet(
+            config.id,
+            config.mac,
+            tap,
+            slot.memory,
+            slot.loop,
+            _vhost(tap, slot) if config.vhost else _userspace(tap, slot),
+            mtu=config.mtu,
+            queue_size=config.queue_size or QUEUE_SIZE,
+            guest_announce=slot.machine.guest_announce if announce is None else announce,
+        )
+    except BaseException:
+        tap.close()
+        raise
+    return VirtioPci(device, slot)
+
+
+def _vhost(tap: Tap, slot: Slot) -> MakeBackend:
+    return lambda net: VhostBackend(
+        tap, net.rx_backlog, slot.memory, slot.loop, net.lock, lambda m: net.on_guest_error(m)
+    )
+
+
+def _userspace(tap: Tap, slot: Slot) -> MakeBackend:
+    return lambda net: UserspaceBackend(
+        tap, net.rx_backlog, slot.loop, net.lock, net.accepts, lambda m: net.on_guest_error(m)
+    )

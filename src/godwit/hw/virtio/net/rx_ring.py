@@ -17,7 +17,7 @@ def place(queue: Virtqueue, frame: bytes, merge: bool) -> bool:
     than a buffer, if they are not merged, or than all that the ring can hold at once.
 
     Raises:
-        GuestError: a buffer without room, or another broken rule.
+        GuestError: a buffer without space, or another broken rule.
     """
     chains: list[tuple[Chain, int]] = []
     left = memoryview(frame)
@@ -34,7 +34,7 @@ def place(queue: Virtqueue, frame: bytes, merge: bool) -> bool:
             taken += size
             left = left[size:]
         if taken == 0:
-            raise GuestError("a receive buffer without room")
+            raise GuestError("a receive buffer without space")
         chains.append((chain, taken))
     first = chains[0][0].writable
     _put_u16(first, 10, len(chains))  # num_buffers (5.1.6.3)
@@ -47,14 +47,6 @@ def notify(ring: Ring) -> None:
     """Interrupt the guest, if it wants to know of what was used."""
     if ring.queue.should_notify() and ring.call >= 0:
         os.eventfd_write(ring.call, 1)
-
-
-def clear(fd: int) -> None:
-    """Take what an eventfd holds."""
-    try:
-        os.eventfd_read(fd)
-    except BlockingIOError:
-        pass
 
 
 def _put_u16(parts: list[memoryview], offset: int, value: int) -> None:

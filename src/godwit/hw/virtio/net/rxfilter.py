@@ -10,7 +10,9 @@ from typing import Annotated
 
 import msgspec
 
-from godwit.hw.nic.rx_filter_info import FilterView
+from godwit.spec.saved import Mac
+
+from godwit.hw.nic.rx_filter_info import RxFilterInfo
 
 #: More addresses than this and the table is given up: all of that kind are taken.
 TABLE_LIMIT = 64
@@ -20,7 +22,6 @@ def _how(none: bool, every: bool) -> str:
     return "none" if none else "all" if every else "normal"
 
 
-_Mac = Annotated[bytes, msgspec.Meta(min_length=6, max_length=6)]
 _Vid = Annotated[int, msgspec.Meta(ge=0, lt=4096)]
 _BROADCAST = b"\xff" * 6
 
@@ -34,8 +35,8 @@ class RxFilterState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     no_multicast: bool
     no_unicast: bool
     no_broadcast: bool
-    unicast: Annotated[list[_Mac], msgspec.Meta(max_length=TABLE_LIMIT)]
-    multicast: Annotated[list[_Mac], msgspec.Meta(max_length=TABLE_LIMIT)]
+    unicast: Annotated[list[Mac], msgspec.Meta(max_length=TABLE_LIMIT)]
+    multicast: Annotated[list[Mac], msgspec.Meta(max_length=TABLE_LIMIT)]
     unicast_overflow: bool
     multicast_overflow: bool
     vlans: Annotated[list[_Vid], msgspec.Meta(max_length=4096)]
@@ -85,9 +86,9 @@ class RxFilter(msgspec.Struct):
             return False
         return to == mac or self.all_unicast or self.unicast_overflow or to in self.unicast
 
-    def view(self, mac: bytes, filter_vlans: bool) -> FilterView:
+    def view(self, mac: bytes, filter_vlans: bool) -> RxFilterInfo:
         """As operators see it. ``filter_vlans``: the driver asked for VLANs one by one."""
-        return FilterView(
+        return RxFilterInfo(
             promiscuous=self.promiscuous,
             unicast=_how(self.no_unicast, self.all_unicast or self.unicast_overflow),
             multicast=_how(self.no_multicast, self.all_multicast or self.multicast_overflow),

@@ -1,50 +1,51 @@
-"""The in-process backend: the same road as vhost-net's, walked by Python in the event loop.
+"""The userspace backend (``vhost=off``): vhost-net's way, walked by Python in the event loop.
 
-For hosts without vhost-net, and for NIC models that are no virtio devices.
+For hosts without vhost-net.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from godwit.errors import GuestError
+from godwit.host.eventfd import drain
 from godwit.host.loop import Loop
 from godwit.host.net.tap import MAX_FRAME, Tap
-from godwit.hw.nic.tap_reader import BUDGET, TapReader
+from godwit.hw.nic.rx_backlog import RxBacklog
+from godwit.hw.nic.tap_reader import BUDGET, Accepts, TapReader
 from godwit.hw.virtio.queue import Chain
 
 from . import offloads
-from .backend import Accepts, Ring
-from .rx_ring import clear, notify, place
-
-_MRG_RXBUF = 1 << 15
+from .backend import F_MRG_RXBUF, Ring
+from .rx_ring import notify, place
 
 
-class InProcessBackend:
-    """A tap served by this process. See :class:`.backend.Backend` for the methods."""
+class UserspaceBackend:
+    """A tap served by this process: a :class:`.backend.Backend`."""
 
     def __init__(
         self,
         tap: Tap,
+        backlog: RxBacklog,
         loop: Loop,
         lock: threading.RLock,
         accepts: Accepts,
-        offend: Callable[[str], None],
+        on_guest_error: Callable[[str], None],
     ) -> None:
         self._tap = tap
         self._loop = loop
         self._lock = lock
-        self._reader = TapReader(tap, loop, accepts, self._receive_frame)
-        self._offend = offend
-        self.features = offloads.offered(tap.offloads) | _MRG_RXBUF
+        self._reader = TapReader(tap, backlog, loop, accepts, self._receive_frame)
+        self._on_guest_error = on_guest_error
+        self.features = offloads.offered(tap.offloads) | F_MRG_RXBUF
         self._rx: Ring | None = None
         self._tx: Ring | None = None
         self._merge = False
 
     def prepare(self, features: int) -> None:
-        """Have the tap's offloads set: the kernel tells all who stand on it. Raises OSError."""
+        """Set the tap's offloads: the kernel notifies all who stand on the tap. Raises OSError."""
         self._tap.set_offloads(offloads.tap_flags(features))
 
     def start(self, features: int, rx: Ring, tx: Ring) -> None:
@@ -53,16 +54,16 @@ class InProcessBackend:
             self._tap.set_offloads(offloads.tap_flags(features))
         except OSError as error:
             raise GuestError(f"the tap refused the offloads: {error}") from error
-        self._merge = bool(features & _MRG_RXBUF)
+        self._merge = bool(features & F_MRG_RXBUF)
         self._rx, self._tx = rx, tx
         self._loop.watch(rx.kick, self._rx_kicked)
         self._loop.watch(tx.kick, self._tx_kicked)
         self._reader.start(self._receive)
-        if self._reader.holds:
+        if self._reader.waiting:
             self._loop.call_soon(self._receive)
 
     def stop(self) -> None:
-        """Watch nothing; a frame that found no room waits for :meth:`start`, as the tap's do."""
+        """Watch nothing; a frame that found no space waits for :meth:`start`, as the tap's do."""
         for ring in (self._rx, self._tx):
             if ring is not None:
                 self._loop.unwatch(ring.kick)
@@ -70,55 +71,16 @@ class InProcessBackend:
         self._rx = self._tx = None
 
     def set_call(self, index: int, fd: int) -> None:
-        """Have ring ``index`` interrupt by another eventfd."""
+        """Interrupt by another eventfd for ring ``index``."""
         if self._rx is not None and self._tx is not None:
             if index == 0:
                 self._rx = self._rx._replace(call=fd)
             else:
                 self._tx = self._tx._replace(call=fd)
 
-    def start_log(self) -> None:
-        """Nothing to do: guest memory marks what this process writes."""
-
-    def take_log(self) -> bytes | None:
-        """None: guest memory has it."""
-        return None
-
-    def stop_log(self) -> None:
-        """Nothing to do."""
-
-    def send(self, frame: bytes) -> None:
-        """As if the guest had sent it."""
-        self._tap.send(frame)
-
-    def drain(self) -> int:
-        """Throw away what waits in the tap."""
-        return self._reader.drain()
-
-    def clear(self) -> None:
-        """What goes ahead was for the last driver."""
-        self._reader.clear()
-
-    def hold(self) -> None:
-        """Take nothing from the tap."""
-        self._reader.hold()
-
-    def put_ahead(self, frames: Iterable[bytes]) -> int:
-        """Before the tap's."""
-        return self._reader.put_ahead(frames)
-
-    def release(self) -> int:
-        """The tap's turn."""
-        return self._reader.release()
-
-    def take(self, limit: int) -> list[bytes]:
-        """What waits."""
-        return self._reader.take(limit)
-
     def close(self) -> None:
-        """Stop, and give the tap back."""
+        """Stop."""
         self.stop()
-        self._tap.close()
 
     # --- the event loop's side --------------------------------------------------------------------
     def _tx_kicked(self) -> None:
@@ -126,7 +88,7 @@ class InProcessBackend:
             ring = self._tx
             if ring is None:
                 return
-            clear(ring.kick)
+            drain(ring.kick)
             self._guarded(lambda: self._transmit(ring))
 
     def _transmit(self, ring: Ring) -> None:
@@ -153,9 +115,9 @@ class InProcessBackend:
     def _rx_kicked(self) -> None:
         with self._lock:
             if self._rx is not None:
-                clear(self._rx.kick)
+                drain(self._rx.kick)
                 self._reader.start(self._receive)
-                if self._reader.holds:
+                if self._reader.waiting:
                     self._guarded(self._receive_some)
 
     def _receive(self) -> None:
@@ -174,4 +136,4 @@ class InProcessBackend:
         try:
             work()
         except GuestError as error:
-            self._offend(str(error))
+            self._on_guest_error(str(error))

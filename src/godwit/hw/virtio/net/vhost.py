@@ -8,31 +8,32 @@ to the other (the ioctl takes each ring's mutex, drivers/vhost/vhost.c), then th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from godwit.errors import GuestError, HostError
+from godwit.host.eventfd import drain
 from godwit.host.ioctl import address_of
 from godwit.host.loop import Loop
 from godwit.host.net.tap import Tap
 from godwit.host.vhost import DEVICE, F_LOG_ALL, LOG_PAGE, Vhost
 from godwit.hw.memory import GuestMemory
-from godwit.hw.nic.rx_backlog import Ahead
+from godwit.hw.device import LogsDirtyPages
+from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
 
 from . import offloads
-from .backend import Ring
-from .rx_ring import clear, notify, place
+from .backend import F_MRG_RXBUF, Ring
+from .rx_ring import notify, place
 
-_MRG_RXBUF = 1 << 15
 _VERSION_1 = 1 << 32
-_RING_FEATURES = F_EVENT_IDX | F_INDIRECT_DESC | _MRG_RXBUF | _VERSION_1
+_RING_FEATURES = F_EVENT_IDX | F_INDIRECT_DESC | F_MRG_RXBUF | _VERSION_1
 
 
-class VhostBackend:
-    """A tap served by vhost-net. See :class:`.backend.Backend` for the methods.
+class VhostBackend(LogsDirtyPages):
+    """A tap served by vhost-net: a :class:`.backend.Backend`.
 
-    Around a move the receive ring is served here at first: what goes ahead of the tap's frames is
-    placed in it, and only then vhost gets it.
+    Around a migration the receive ring is served here at first: the backlog's frames are placed in
+    the ring, and only then vhost gets the ring.
 
     Raises:
         HostError: vhost-net is missing; the message names the other backend.
@@ -41,20 +42,22 @@ class VhostBackend:
     def __init__(
         self,
         tap: Tap,
+        backlog: RxBacklog,
         memory: GuestMemory,
         loop: Loop,
         lock: threading.RLock,
-        offend: Callable[[str], None],
+        on_guest_error: Callable[[str], None],
         device: Callable[[], Vhost] = Vhost,
     ) -> None:
         self._tap = tap
         self._memory = memory
         self._loop = loop
         self._lock = lock
-        self._offend = offend
-        self._ahead = Ahead(tap)
+        self._on_guest_error = on_guest_error
+        self._backlog = backlog
+        backlog.on_change = self._serve
         self._receiving = False  # vhost has the receive ring
-        self._starved = False  # the guest is to say when the receive ring has room
+        self._starved = False  # the guest is to say when the receive ring has space
         self._device = device()
         try:
             self._supported = self._device.features()
@@ -62,7 +65,7 @@ class VhostBackend:
         except OSError as error:
             self._device.close()
             raise HostError(f"{DEVICE}: {error}; use the in-process backend (vhost=off)") from error
-        self.features = offloads.offered(tap.offloads) | (self._supported & _MRG_RXBUF)
+        self.features = offloads.offered(tap.offloads) | (self._supported & F_MRG_RXBUF)
         self._closed = False
         self._rings: tuple[Ring, ...] = ()
         self._negotiated = 0
@@ -71,7 +74,7 @@ class VhostBackend:
         self._logs: list[bytearray] = []
 
     def prepare(self, features: int) -> None:
-        """Have the tap's offloads set: the kernel tells all who stand on it. Raises OSError."""
+        """Set the tap's offloads: the kernel notifies all who stand on the tap. Raises OSError."""
         self._tap.set_offloads(offloads.tap_flags(features))
 
     def start(self, features: int, rx: Ring, tx: Ring) -> None:
@@ -89,7 +92,7 @@ class VhostBackend:
                 self._device.set_call(index, ring.call)
                 self._device.set_kick(index, ring.kick)
             self._device.set_backend(1, self._tap.fd)
-            if not self._ahead.held:  # else the guest runs first, and gets what goes ahead then
+            if not self._backlog.held:  # else the guest runs first, and gets the backlog then
                 self._receive()
         except (OSError, GuestError) as error:
             # Its rings were never served: there are no positions to learn.
@@ -113,7 +116,7 @@ class VhostBackend:
             self._take_back(rings[0])
 
     def set_call(self, index: int, fd: int) -> None:
-        """Have ring ``index`` interrupt by another eventfd."""
+        """Interrupt by another eventfd for ring ``index``."""
         if self._rings:
             self._device.set_call(index, fd)
             rings = list(self._rings)
@@ -121,103 +124,70 @@ class VhostBackend:
             self._rings = tuple(rings)
 
     def start_log(self) -> None:
-        """Log what vhost writes, from now on, in the middle of traffic too."""
-        self._logs = [bytearray(self._log_size), bytearray(self._log_size)]
-        self._set_log_base()
-        self._set_features()
-        for index in range(len(self._rings)):
-            self._set_addresses(index)
+        """Log what vhost writes from now on, in the middle of traffic too."""
+        with self._lock:
+            self._logs = [bytearray(self._log_size), bytearray(self._log_size)]
+            self._set_log_base()
+            self._set_log_flags()
 
-    def take_log(self) -> bytes | None:
-        """Switch vhost to the other bitmap and take this one."""
-        self._logs.reverse()
-        self._set_log_base()
-        idle = self._logs[1]
-        taken = bytes(idle)
-        idle[:] = bytes(len(idle))
-        return taken
+    def take_log(self) -> bytes:
+        """Switch vhost to the other bitmap, and return this one."""
+        with self._lock:
+            self._logs.reverse()
+            self._set_log_base()
+            idle = self._logs[1]
+            taken = bytes(idle)
+            idle[:] = bytes(len(idle))
+            return taken
 
     def stop_log(self) -> None:
         """Log no more."""
-        self._logs, old = [], self._logs
-        self._set_features()
-        for index in range(len(self._rings)):
-            self._set_addresses(index)
-        del old  # kept alive until vhost was told
+        with self._lock:
+            self._logs, old = [], self._logs
+            self._set_log_flags()
+            del old  # kept alive until vhost was notified
 
-    def send(self, frame: bytes) -> None:
-        """As if the guest had sent it."""
-        self._tap.send(frame)
-
-    def drain(self) -> int:
-        """Throw away what waits in the tap."""
-        return self._ahead.drain()
-
-    def clear(self) -> None:
-        """What goes ahead was for the last driver."""
-        self._ahead.clear()
-
-    # --- what goes ahead --------------------------------------------------------------------------
-    def hold(self) -> None:
-        """Give vhost no receive ring at the next start."""
-        self._ahead.hold()
-
-    def put_ahead(self, frames: Iterable[bytes]) -> int:
-        """Into the ring, which vhost has to lend for it if it has it."""
-        refused = self._ahead.put(frames)
-        self._served()
-        return refused
-
-    def release(self) -> int:
-        """vhost's turn."""
-        dropped = self._ahead.release()
-        self._served()
-        return dropped
-
-    def take(self, limit: int) -> list[bytes]:
-        """What waits."""
-        return self._ahead.take(limit)
-
-    def _served(self) -> None:
+    # --- the receive ring ----------------------------------------------------------------------
+    def _serve(self) -> None:
         try:
             self._receive()
         except (OSError, GuestError) as error:
-            self._offend(f"receive ring: {error}")
+            self._on_guest_error(f"receive ring: {error}")
 
     def _receive(self) -> None:
-        """Place what goes ahead; when nothing does any more, the ring is vhost's."""
+        """Place the backlog's frames in the ring; give vhost the ring when none is left."""
         if not self._rings:
             return
         ring = self._rings[0]
-        if self._ahead.frames:
+        if self._backlog:
             if self._receiving:
                 self._take_back(ring)
             self._place(ring)
-        if self._ahead.frames:
+        if self._backlog:
             if not self._starved:
                 self._starved = True
-                self._loop.watch(ring.kick, self._room)
-        elif not self._ahead.held and not self._receiving:
+                self._loop.watch(ring.kick, self._more_space)
+        elif not self._backlog.held and not self._receiving:
             self._feed_no_more()
             self._device.set_base(0, ring.queue.last_avail)
             self._device.set_backend(0, self._tap.fd)
             self._receiving = True
 
     def _place(self, ring: Ring) -> None:
-        merge = bool(self._negotiated & _MRG_RXBUF)
-        while self._ahead.frames:
-            frame = self._ahead.next()
+        merge = bool(self._negotiated & F_MRG_RXBUF)
+        while self._backlog:
+            frame = self._backlog.next()
             if frame is not None and not place(ring.queue, frame, merge):
-                self._ahead.give_back(frame)
+                self._backlog.requeue(frame)
                 break
         notify(ring)
 
-    def _room(self) -> None:
-        """The guest put buffers into a ring that had too few."""
+    def _more_space(self) -> None:
+        """Serve the ring again: the guest put buffers into a ring that had too few."""
         with self._lock:
             if self._rings and self._starved:
-                clear(self._rings[0].kick)
-                self._served()
+                drain(self._rings[0].kick)
+                self._serve()
 
     def _feed_no_more(self) -> None:
         if self._starved:
@@ -231,20 +201,24 @@ class VhostBackend:
             self._learn(0, ring.queue)
 
     def _learn(self, index: int, queue: Virtqueue) -> None:
-        """Where the kernel was in a ring."""
+        """Learn where the kernel was in a ring."""
         queue.last_avail = self._device.base(index)
         queue.resync_used()
 
     def close(self) -> None:
-        """Stop, and give vhost and the tap back."""
+        """Stop, and give vhost back."""
         if not self._closed:
             self._closed = True
             self.stop()
             self._device.close()
-            self._tap.close()
 
     def _set_features(self) -> None:
         self._device.set_features(self._negotiated | (F_LOG_ALL if self._logs else 0))
+
+    def _set_log_flags(self) -> None:
+        self._set_features()
+        for index in range(len(self._rings)):
+            self._set_addresses(index)
 
     def _set_log_base(self) -> None:
         self._device.set_log(address_of(self._logs[0]))

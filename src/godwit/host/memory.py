@@ -1,0 +1,67 @@
+"""Memory mappings of this process: backed by a memfd, populated, given back.
+
+Python's mmap maps no file at a fixed address, and cannot populate: libc does (mmap(2), madvise(2)).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+
+_PROT_READ, _PROT_WRITE = 1, 2
+_MAP_SHARED, _MAP_FIXED = 1, 0x10
+_MADV_DONTNEED, _MADV_REMOVE = 4, 9  # asm-generic/mman-common.h
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_F_ADD_SEALS = 1033  # linux/fcntl.h
+_SEALS = 1 | 2 | 4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_madvise = _libc.madvise
+_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_mmap = _libc.mmap
+_mmap.argtypes = [
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int),
+    ctypes.c_long,
+]
+_mmap.restype = ctypes.c_void_p
+
+
+def sealed_memfd(name: str, size: int) -> int:
+    """Return a memfd of a fixed size: nobody who has the descriptor can truncate the file.
+
+    Raises:
+        OSError: the kernel does not give one.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def map_shared(address: int, size: int, fd: int, offset: int) -> None:
+    """Map a file over a part of a mapping that the caller owns. Raises OSError."""
+    got = _mmap(address, size, _PROT_READ | _PROT_WRITE, _MAP_SHARED | _MAP_FIXED, fd, offset)
+    if got != address:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+def advise_huge(address: int, size: int) -> None:
+    """Ask for huge pages; a kernel that has none for this mapping gives small ones."""
+    _madvise(address, size, _MADV_HUGEPAGE)
+
+
+def populate(address: int, size: int) -> None:
+    """Populate pages for writing, without holding the GIL; an older kernel does nothing."""
+    _madvise(address, size, _MADV_POPULATE_WRITE)
+
+
+def discard(address: int, size: int, shared: bool) -> None:
+    """Give pages back: they are zeros from now on; ``shared``: for all who map the file."""
+    _madvise(address, size, _MADV_REMOVE if shared else _MADV_DONTNEED)

@@ -1,0 +1,291 @@
+"""The device interface: one lifecycle for all devices, and the capabilities that some have.
+
+A device is made with its :class:`Slot`, so that a half-made one does not exist. A machine drives all
+of its devices the same way (:mod:`godwit.machine.machine`), and finds those that can do more by
+``machine.devices.having(Capability)``. A capability is a class of its own; the object that has it
+is the device, or one of its :meth:`Device.parts` (a virtio device behind its transport, a backend).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
+
+import msgspec
+
+from godwit.errors import StreamError
+from godwit.host.kvm.handles import Vm
+from godwit.host.loop import Loop
+from godwit.spec import saved
+from godwit.spec.machine_types import MachineType
+
+from .irq import IntxLines, Routes
+from .memory import GuestMemory
+
+if TYPE_CHECKING:
+    from .pci import PciBus
+    from .setup_hints import SetupHints
+
+_FIRST_BAR = 0xE000_0000
+_BAR_STRIDE = 1 << 20  # space for any device's BAR, aligned to its size
+#: I/O BARs: ports above all that a PC has by tradition.
+_FIRST_PORT, _PORT_STRIDE = 0xC000, 0x100
+#: PCI slots of a bus, the host bridge's among them.
+PCI_SLOTS = 32
+
+#: Receives a device's id and the rule that the guest broke.
+OnGuestError = Callable[[str, str], None]
+
+
+class Slot(NamedTuple):
+    """All that a device is made from beside its configuration."""
+
+    memory: GuestMemory
+    vm: Vm
+    routes: Routes
+    intx: IntxLines
+    pci: PciBus
+    loop: Loop
+    machine: MachineType
+    #: The device's number on the PCI bus, for a device that is plugged in there.
+    number: int
+    on_guest_error: OnGuestError
+
+    @property
+    def bar(self) -> int:
+        """The guest address where firmware would put BAR 0."""
+        return _FIRST_BAR + (self.number - 1) * _BAR_STRIDE
+
+    @property
+    def port(self) -> int:
+        """The port where firmware would put an I/O BAR."""
+        return _FIRST_PORT + (self.number - 1) * _PORT_STRIDE
+
+
+class Device(ABC):
+    """A device of the machine. vCPUs run only between :meth:`resume` and :meth:`pause`.
+
+    Attributes:
+        kind: the device's name in the registry, the stream and error texts.
+        id: the device's own name within its machine.
+        version: version of :attr:`State`.
+        State: the type of the saved state.
+    """
+
+    kind: ClassVar[str]
+    id: str
+    version: ClassVar[int] = 1
+    State: ClassVar[Any]
+
+    def properties(self) -> Mapping[str, str | int | None]:
+        """Return what the guest sees of the configuration, and a destination must have alike."""
+        return {}
+
+    def parts(self) -> Sequence[object]:
+        """Return the objects in which capabilities are looked for."""
+        return (self,)
+
+    def resume(self) -> None:
+        """Serve the guest: its vCPUs are about to run."""
+
+    def pause(self) -> None:
+        """Begin to stop serving: the vCPUs have stopped. Work in flight may go on."""
+
+    def paused(self, timeout: float) -> bool:
+        """Wait until no work is in flight, at most ``timeout`` seconds; return whether so.
+
+        Called after :meth:`pause` without any lock, so that workers can finish.
+        """
+        return True
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Become as after power-on; paused."""
+
+    @abstractmethod
+    def save(self) -> msgspec.Struct:
+        """Return the state, a :attr:`State`; paused."""
+
+    @abstractmethod
+    def load(self, state: Any) -> None:
+        """Take over a saved state, a :attr:`State`; paused.
+
+        Raises:
+            StreamError: the device cannot be in that state; the message names the field.
+        """
+
+    def close(self) -> None:
+        """Give the host's resources back; paused. Closing twice is harmless."""
+
+
+# --- capabilities --------------------------------------------------------------------------------
+class LogsDirtyPages(ABC):
+    """A part that writes guest memory behind both KVM's and the VMM's back."""
+
+    @abstractmethod
+    def start_log(self) -> None:
+        """Log written pages from now on, also in the middle of traffic."""
+
+    @abstractmethod
+    def take_log(self) -> bytes:
+        """Return the bitmap since the last call: a bit per 4 KiB page, little endian."""
+
+    @abstractmethod
+    def stop_log(self) -> None:
+        """Log no more."""
+
+
+class Negotiates(ABC):
+    """A part whose features the guest chooses from."""
+
+    @property
+    @abstractmethod
+    def offered(self) -> int:
+        """Feature bits that the guest may use."""
+
+    @property
+    @abstractmethod
+    def negotiated(self) -> int:
+        """Feature bits that the guest uses now."""
+
+
+class HasSetupHints(ABC):
+    """A part whose set-up is slow enough to be begun before a guest arrives."""
+
+    @abstractmethod
+    def hints(self) -> SetupHints:
+        """Return what a destination may set up before this device stops; from any thread."""
+
+    @abstractmethod
+    def prepare(self, hints: SetupHints) -> None:
+        """Set up what a device like that needs; paused.
+
+        Hints are a guess of the source's: :meth:`Device.load` counts. What the kernel refuses is
+        left out.
+        """
+
+
+class Counts(ABC):
+    """A part that counts what it does."""
+
+    @abstractmethod
+    def counters(self) -> Mapping[str, int]:
+        """Return the counters since the device was made; from any thread."""
+
+
+# --- all devices of a machine --------------------------------------------------------------------
+#: A device's id or kind in a stream.
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+
+
+class DeviceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A device's saved state in a stream; the kind's own type decodes ``state``."""
+
+    id: Name
+    kind: Name
+    version: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+    state: msgspec.Raw
+
+
+_Capability = TypeVar("_Capability")
+
+
+class Devices:
+    """The devices of a machine, in the order in which they were made."""
+
+    def __init__(self) -> None:
+        self._devices: dict[str, Device] = {}
+        self._found: dict[Any, list[Any]] = {}
+
+    def add(self, device: Device) -> None:
+        """Add a device; its id is new."""
+        assert device.id not in self._devices
+        self._devices[device.id] = device
+        self._found.clear()
+
+    def __iter__(self) -> Iterator[Device]:
+        return iter(self._devices.values())
+
+    def having(self, capability: type[_Capability]) -> list[_Capability]:
+        """Return the parts that have a capability, in the devices' order."""
+        if capability not in self._found:
+            self._found[capability] = [
+                part for device in self for part in device.parts() if isinstance(part, capability)
+            ]
+        return self._found[capability]
+
+    def part(self, device: Device, capability: type[_Capability]) -> _Capability | None:
+        """Return the part of a device that has a capability; None if no part has."""
+        return next((part for part in device.parts() if isinstance(part, capability)), None)
+
+    # --- one lifecycle ----------------------------------------------------------------------------
+    def resume(self) -> None:
+        """Resume all devices."""
+        for device in self:
+            device.resume()
+
+    def pause(self, timeout: float) -> Device | None:
+        """Pause all devices within ``timeout`` seconds; return the one that is not paused by then.
+
+        All begin to stop before any is waited for: one's work may be another's.
+        """
+        for device in self:
+            device.pause()
+        return next((device for device in self if not device.paused(timeout)), None)
+
+    def reset(self) -> None:
+        """Reset all devices."""
+        for device in self:
+            device.reset()
+
+    def save(self) -> list[DeviceState]:
+        """Return all devices' states."""
+        return [
+            DeviceState(
+                device.id, device.kind, device.version, msgspec.Raw(saved.encode(device.save()))
+            )
+            for device in self
+        ]
+
+    def decode(self, states: Iterable[DeviceState]) -> list[Any]:
+        """Return the states of exactly these devices, decoded, in the devices' order.
+
+        Raises:
+            StreamError: a device is missing, unknown, there twice, of another kind or version, or
+                has a state that its kind cannot have; the message names it.
+        """
+        given = list(states)
+        by_id = {state.id: state for state in given}
+        if len(by_id) != len(given):
+            raise StreamError("devices: one is there twice")
+        unknown = sorted(by_id.keys() - self._devices.keys())
+        if unknown:
+            raise StreamError(f"devices: {', '.join(map(repr, unknown))} not known here")
+        return [self._decode(device, by_id.get(device.id)) for device in self]
+
+    def _decode(self, device: Device, state: DeviceState | None) -> Any:
+        if state is None:
+            raise StreamError(f"device '{device.id}': missing in the stream")
+        for what, theirs, ours in (
+            ("kind", state.kind, device.kind),
+            ("version", state.version, device.version),
+        ):
+            if theirs != ours:
+                raise StreamError(f"device '{device.id}': {what} {theirs} in the stream, {ours} here")
+        try:
+            return saved.decode(state.state, device.State)
+        except StreamError as error:
+            raise StreamError(f"device '{device.id}': {error}") from error
+
+    def load(self, states: Iterable[Any]) -> None:
+        """Give all devices the states that :meth:`decode` returned.
+
+        Raises:
+            StreamError: a device cannot be in its state; the message names both.
+        """
+        for device, state in zip(self, states, strict=True):
+            try:
+                device.load(state)
+            except StreamError as error:
+                raise StreamError(f"device '{device.id}': {error}") from error

@@ -1,0 +1,47 @@
+"""The kinds of devices that can be configured: a new one is a file with a class, and a row here.
+
+A device's module has ``make(config, slot)``. A module is imported when the first device of its kind
+is made, so that a guest does not wait for the code of devices that it lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from godwit.errors import ConfigError
+from godwit.spec.config import DeviceConfig
+
+from .device import Device, Slot
+
+#: Makes a device. Raises ConfigError, HostError.
+Make = Callable[[DeviceConfig, Slot], Device]
+
+
+def _from(module: str) -> Make:
+    def make(config: DeviceConfig, slot: Slot) -> Device:
+        device: Device = import_module(f"godwit.hw.{module}").make(config, slot)
+        return device
+
+    return make
+
+
+KINDS: dict[str, Make] = {
+    "virtio-net": _from("virtio.net.device"),
+    "e1000": _from("nic.e1000.nic"),
+}
+
+
+def make(config: DeviceConfig, slot: Slot) -> Device:
+    """Return a device of the configured kind.
+
+    Raises:
+        ConfigError: no kind has that name (the message lists them), or the kind has no such option.
+        HostError: the host lacks what the device needs.
+    """
+    try:
+        kind = KINDS[config.kind]
+    except KeyError:
+        known = ", ".join(KINDS)
+        raise ConfigError(f"device kind '{config.kind}' is unknown; there are {known}") from None
+    return kind(config, slot)

@@ -1,0 +1,67 @@
+"""A guest as migrations see it: its machine, and the uplinks of its NICs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from godwit.announce.saved import AddressBookState
+from godwit.announce.uplink import Uplink
+from godwit.errors import StreamError
+from godwit.hw.nic.nic import Nic
+from godwit.machine.machine import Machine, OnPhase
+from godwit.machine.state import MachineState
+from godwit.spec import saved
+
+#: The name of the section with the address books.
+ADDRESSES = "addresses"
+#: The address book of each NIC, by the NIC's id.
+_Books = dict[str, AddressBookState]
+
+
+class Guest:
+    """The machine, and for each of its NICs, in order, the uplink.
+
+    ``now`` is the clock by which the address books' entries age.
+    """
+
+    def __init__(
+        self, machine: Machine, uplinks: Sequence[Uplink], now: Callable[[], float]
+    ) -> None:
+        self.machine = machine
+        self.uplinks = uplinks
+        self._now = now
+
+    @property
+    def nics(self) -> list[Nic]:
+        """The NICs, in the order of the uplinks."""
+        return self.machine.nics
+
+    def prepare(self) -> None:
+        """Build the decoders of a state that will be loaded."""
+        saved.prepare(_Books)
+        saved.prepare(MachineState)
+
+    def save(self) -> MachineState:
+        """Return the machine's state and the address books; paused."""
+        now = self._now()
+        books = {uplink.nic.id: uplink.observer.save(now) for uplink in self.uplinks}
+        return self.machine.save({ADDRESSES: msgspec.Raw(msgspec.msgpack.encode(books))})
+
+    def load(self, state: MachineState, received: float, on_phase: OnPhase) -> None:
+        """Take over a saved state; paused. See :meth:`.Machine.load`.
+
+        Raises:
+            StreamError: the state is not one of this guest; names what differs.
+        """
+        if state.sections.keys() != {ADDRESSES}:
+            odd = ", ".join(sorted(state.sections.keys() ^ {ADDRESSES}))
+            raise StreamError(f"sections: not the ones that a guest has ({odd})")
+        books = saved.decode(state.sections[ADDRESSES], _Books)
+        if books.keys() != {uplink.nic.id for uplink in self.uplinks}:
+            raise StreamError(f"section {ADDRESSES}: not of the NICs that this machine has")
+        self.machine.load(state, received, on_phase)
+        now = self._now()
+        for uplink in self.uplinks:
+            uplink.observer.load(books[uplink.nic.id], now)

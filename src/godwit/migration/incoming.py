@@ -1,0 +1,94 @@
+"""The half that all ways in have in common: a thread that loads a guest and hands it to its VM."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from godwit.errors import GodwitError, MigrationError
+
+from .guest import Guest
+from .packets.destination import PacketDestination
+from .receiver import Receiver
+from .times import TIMES, Times
+
+#: Takes the guest over: ``(incoming, running)``; ``running``: the guest ran when it was stopped.
+TakeOver = Callable[["Incoming", bool], None]
+
+
+class Incoming(ABC):
+    """Loads a guest in a thread of its own, where the callbacks are made.
+
+    ``take_over(incoming, running)`` starts the guest, or leaves it stopped, and has to call
+    :meth:`started`; ``on_failed(error)`` says that this machine's RAM is spoilt, and that no guest
+    will come.
+
+    Attributes:
+        packets: the guest's packet handover, if there is one.
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        take_over: TakeOver,
+        on_failed: Callable[[GodwitError], None],
+        times: Times = TIMES,
+    ) -> None:
+        self._guest = guest
+        self._take_over = take_over
+        self._on_failed = on_failed
+        self._times = times
+        self.packets: PacketDestination | None = None
+        self._receiver = Receiver(guest, times)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """Name of a phase -> ms since the state came, at the phase's end."""
+        return self._receiver.phases
+
+    def phase(self, name: str) -> None:
+        """Note the end of a phase."""
+        self._receiver.phase(name)
+
+    def start(self) -> None:
+        """Begin to wait for the guest."""
+        self._receiver.start()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait for the guest no more."""
+        self._closing.set()
+        self._interrupt()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(self._times.silence)
+        self._receiver.close()
+
+    def started(self, states: list[str]) -> None:  # noqa: B027 - a file need not be notified
+        """Notify the source that its guest is here, with the run states that led there."""
+
+    @abstractmethod
+    def _run(self) -> None:
+        """Load the guest and have it taken over. Raises GodwitError where no guest will come."""
+
+    @abstractmethod
+    def _interrupt(self) -> None:
+        """Make the thread give up."""
+
+    @abstractmethod
+    def _finish(self) -> None:
+        """Give back what the thread has; the last thing that it does."""
+
+    def _main(self) -> None:
+        try:
+            self._run()
+        except GodwitError as error:
+            if not self._closing.is_set():
+                self._on_failed(error)
+        except Exception as error:
+            self._on_failed(MigrationError(f"{type(error).__name__}: {error}"))
+        finally:
+            self._receiver.realtime.end()  # if the guest does not start at once
+            self._finish()

@@ -1,0 +1,231 @@
+"""A VM's migrations: out, in, and the take-over of a guest that arrived.
+
+The rule for every start: the machine runs first and the state says so second, so that what listens
+to the state (the announcer above all) acts after the VM has started, never before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from godwit.announce.uplink import Uplink
+from godwit.errors import GodwitError, MigrationError, StateError
+from godwit.machine.machine import Machine
+from godwit.spec.parameters import MigrationParameters
+from godwit.spec.runstate import RunState, RunStates
+
+if TYPE_CHECKING:
+    from godwit.migration.guest import Guest
+    from godwit.migration.incoming import Incoming
+    from godwit.migration.outgoing import Outgoing
+    from godwit.migration.times import Times
+
+_S = RunState
+
+
+class Migrations:
+    """The present or last migration out of a VM, and the one by which its guest came.
+
+    ``now`` is the clock of the uplinks; ``times`` are a migration's, by default the usual ones. What
+    only a migration needs is imported by the first one, not by a guest that boots.
+
+    The callbacks are called in the migrations' threads: ``on_status(outgoing, status)`` for each
+    status of a migration out, ``on_incoming_failed(error)`` when no guest will come.
+
+    Attributes:
+        parameters: the operator's parameters, replaced as a whole.
+        autostart: a guest that ran at its source runs here at once.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        uplinks: Sequence[Uplink],
+        states: RunStates,
+        now: Callable[[], float],
+        on_status: Callable[[Outgoing, str], None],
+        on_incoming_failed: Callable[[GodwitError], None],
+        *,
+        autostart: bool = True,
+        times: Times | None = None,
+    ) -> None:
+        self._machine = machine
+        self._uplinks = uplinks
+        self._states = states
+        self._now = now
+        self._on_status = on_status
+        self._on_incoming_failed = on_incoming_failed
+        self._times = times
+        self.parameters = MigrationParameters()
+        self.autostart = autostart
+        self._closing = False
+        self._outgoing: Outgoing | None = None
+        self._incoming: Incoming | None = None
+
+    # --- out --------------------------------------------------------------------------------------
+    @property
+    def active(self) -> bool:
+        """Whether a migration out is under way."""
+        return self._outgoing is not None and self._outgoing.active
+
+    def migrate(self, uri: str, insecure: bool) -> None:
+        """Start a migration of the guest to ``uri``, which may be a file.
+
+        Raises:
+            ConfigError: the URI is wrong, or leaves this host without ``insecure``.
+            StateError: a migration is under way, or the guest is dead.
+        """
+        if self.active:
+            raise StateError(
+                "a migration is under way already; see query-migrate, or migrate_cancel"
+            )
+        exited = self._machine.exited
+        if exited is not None:
+            raise StateError(f"the guest is dead ({exited[1]}); there is nothing to migrate")
+        self._outgoing = outgoing = self._make_outgoing(uri, insecure)
+        self._on_status(outgoing, "setup")
+        outgoing.start()
+
+    def _make_outgoing(self, uri: str, insecure: bool) -> Outgoing:
+        def report(status: str) -> None:
+            self._on_status(outgoing, status)
+
+        outgoing: Outgoing
+        common = self._guest(), self._states
+        times = self._known_times()
+        if uri.startswith("file:"):
+            from godwit.migration.snapshot import Saver, path_of
+
+            path = path_of(uri)
+            outgoing = Saver(*common, path, lambda: self.parameters, report, times)
+        else:
+            from godwit.migration.source import Source
+            from godwit.migration.wire.sockets import Address
+
+            address = Address(uri, insecure, times)
+            packets = self._incoming.packets if self._incoming is not None else None
+            outgoing = Source(
+                *common,
+                address,
+                lambda: self.parameters,
+                report,
+                lambda: packets is not None and packets.holding,
+                times,
+            )
+        return outgoing
+
+    def cancel(self) -> None:
+        """Give up the present migration out, if there is one.
+
+        Raises:
+            StateError: the guest was handed over already.
+        """
+        outgoing = self._outgoing
+        if outgoing is not None and outgoing.active and not outgoing.cancel():
+            raise StateError("too late to cancel: the guest was handed over")
+
+    def cancel_for_exit(self) -> None:
+        """End a migration of a guest that exited; not under the machine's lock, which it needs."""
+        if self._outgoing is not None and self._outgoing.active:
+            self._outgoing.cancel()
+            self._outgoing.join(10)
+
+    # --- in ---------------------------------------------------------------------------------------
+    def await_guest(self, uri: str, insecure: bool) -> None:
+        """Wait for a guest at ``uri``, or load it from a file.
+
+        Raises:
+            ConfigError: the URI is wrong, or is open to others without ``insecure``.
+            StateError: the VM waits already.
+        """
+        if self._incoming is not None:
+            raise StateError("the VM waits for a guest already")
+        times = self._known_times()
+        ends = self._take_over, self._on_incoming_failed
+        if uri.startswith("file:"):
+            from godwit.migration.snapshot import Restorer, path_of
+
+            self._incoming = Restorer(self._guest(), path_of(uri), *ends, times)
+        else:
+            from godwit.migration.destination import Destination
+            from godwit.migration.wire.sockets import Address
+
+            self._incoming = Destination(
+                self._guest(),
+                Address(uri, insecure, times),
+                *ends,
+                lambda: self.parameters.handover,
+                times,
+            )
+        self._incoming.start()
+
+    def _guest(self) -> Guest:
+        from godwit.migration.guest import Guest
+
+        return Guest(self._machine, self._uplinks, self._now)
+
+    def _known_times(self) -> Times:
+        if self._times is None:
+            from godwit.migration.times import TIMES
+
+            self._times = TIMES
+        return self._times
+
+    def switch_over(self) -> None:
+        """Switch the traffic of a guest over that is about to run; under the machine's lock."""
+        if self._incoming is not None and self._incoming.packets is not None:
+            self._incoming.packets.switch_over(lambda phase: None)
+
+    def _take_over(self, incoming: Incoming, running: bool) -> None:
+        """Take over the guest: the commit was received. In the incoming migration's thread."""
+        machine, packets = self._machine, incoming.packets
+        with machine.lock:
+            if self._closing:
+                raise MigrationError("the destination is ending")
+            self._states.set(_S.PRELAUNCH_MIGRATE)
+            if self.autostart and running:
+                if packets is not None:
+                    packets.switch_over(incoming.phase)
+                machine.resume(incoming.phase)
+                if packets is not None and packets.settle():
+                    incoming.phase("packets-handed-over")
+                # The source first: it waits, and those who listen to the state take their time.
+                incoming.started([*map(str, self._states.history), str(_S.RUNNING)])
+                self._states.set(_S.RUNNING)
+            else:
+                incoming.started([*map(str, self._states.history)])
+
+    # --- both -------------------------------------------------------------------------------------
+    def info(self, announcements: Callable[[], object]) -> dict[str, object]:
+        """Return the present or last migration, or the one by which the guest came."""
+        runstates = [str(state) for state in self._states.history]
+        if self._outgoing is not None:
+            info: dict[str, Any] = self._outgoing.report.info()
+            info["godwit"]["runstates"] = runstates
+            return info
+        if self._incoming is None:
+            return {}
+        arrived = self._states.current is not _S.INMIGRATE
+        own: dict[str, object] = {
+            "destination-phases": dict(self._incoming.phases),
+            "runstates": runstates,
+            "announce": announcements(),
+        }
+        if self._incoming.packets is not None:
+            own["handover"] = self._incoming.packets.info()
+        return {"status": "completed" if arrived else "setup", "godwit": own}
+
+    def close(self) -> None:
+        """End both; the guest stops before the connection to its source is closed.
+
+        A source that queries and finds nobody may let its guest go on.
+        """
+        if self._outgoing is not None:
+            self._outgoing.abandon()
+            self._outgoing.join(10)
+        with self._machine.lock:
+            self._closing = True
+            self._machine.pause()
+        if self._incoming is not None:
+            self._incoming.close()
