@@ -5,10 +5,10 @@ from collections.abc import Callable
 from godwit.announce.announcer import Announcer, no_verifier
 from godwit.announce.attempts import Verifier
 from godwit.announce.frames import TPID_8021Q, gratuitous_arp
-from godwit.announce.schedule import AnnounceOptions
 from godwit.announce.uplink import Station
 from godwit.hw.nic.rx_filter_info import FilterView
 from godwit.hw.virtio.net.rxfilter import RxFilter
+from godwit.spec.parameters import AnnounceOptions, MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
 from tests.fakes.clock import FakeClock
 
@@ -114,11 +114,14 @@ class Bench:
         self.events: list[tuple[str, dict[str, object]]] = []
         self.stations = [Station(nic, self.clock) for nic in self.nics]
         self.verifiers: dict[str, Verifier] = {}
+        #: What the operator wants; replace them at any time.
+        self.parameters = MigrationParameters()
         self.announcer = Announcer(
             self.stations,
             self.clock,
             lambda name, data: self.events.append((name, data)),
-            make_verifier=self._verifier,
+            lambda: self.parameters,
+            self._verifier,
         )
         for nic in self.nics:
             nic.on_ack = self._acked(nic.name)

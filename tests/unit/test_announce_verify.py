@@ -10,11 +10,11 @@ from announce_bench import GATEWAY, IP4, IP6, VLAN, Nic, Port
 from godwit.announce import frames
 from godwit.announce.frames import TPID_8021Q, Tag, arp_request, gratuitous_arp, solicitation
 from godwit.announce.policy import parse_policy
-from godwit.announce.schedule import Verify
 from godwit.announce.uplink import Station
 from godwit.announce.verify import PEERS, Verification
 from godwit.host.net import rtnetlink
 from godwit.host.net.rtnetlink import Forwarding
+from godwit.spec.parameters import Verify
 from tests.fakes.clock import FakeClock
 
 OTHER, PEER = bytes.fromhex("5254000000aa"), bytes.fromhex("5254000000bb")

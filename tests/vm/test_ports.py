@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from godwit.announce.frames import TPID_8021Q, rarp
-from godwit.announce.schedule import Verify
 from godwit.announce.uplink import Station
 from godwit.announce.verify import Verification
 from godwit.host.loop import Loop
@@ -26,6 +25,7 @@ from godwit.host.net.rtnetlink import Forwarding
 from godwit.host.net.tap import Tap
 from godwit.hw.nic.rx_filter_info import FilterView
 from godwit.hw.virtio.net.rxfilter import RxFilter
+from godwit.spec.parameters import Verify
 from lab.netns import inside
 
 MAC, OTHER = bytes.fromhex("525400123456"), bytes.fromhex("5254000000aa")

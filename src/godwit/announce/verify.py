@@ -15,12 +15,12 @@ from collections.abc import Callable
 
 from godwit.errors import GodwitError
 from godwit.host.net import rtnetlink
+from godwit.spec.parameters import Verify
 
 from . import frames
 from .addresses import Entry, Peer
 from .dissect import Malformed, Sighting, dissect
 from .frames import Tag
-from .schedule import Verify
 from .uplink import Station
 
 #: Peers asked in each VLAN and family, those met most often first: a gateway is likely among them.

@@ -11,7 +11,6 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 from godwit.errors import GodwitError, LinkLost, MigrationError, PeerRefused, StateError
 from godwit.hw.memory import PAGE
@@ -22,21 +21,15 @@ from godwit.migration.ram.throttle import Throttle
 from godwit.migration.wire.compatibility import describe
 from godwit.migration.wire.messages import Kind, Run
 from godwit.migration.wire.stream import Line
-from godwit.spec.parameters import ConvergenceParameters
+from godwit.spec.parameters import ConvergenceParameters, MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
 
 from .ram import dirty_log as ram
 from .report import Report, Round
 from .wire import messages as codec
 
-
-class Limits(Protocol):
-    """The operator's parameters."""
-
-    max_bandwidth: int  # bytes per second; 0: none
-    downtime_limit: int  # ms
-    handover: bool  # whether frames are sent after the guest
-    convergence: ConvergenceParameters
+#: Returns the operator's parameters of now: they may change while a guest is on its way.
+Limits = Callable[[], MigrationParameters]
 
 
 class Outgoing(ABC):
@@ -174,7 +167,7 @@ class Outgoing(ABC):
         while True:
             runs, looked = self._round(runs, looked)
             done = self.report.rounds[-1]
-            limit, parameters = self._limits.downtime_limit, self._convergence
+            limit, parameters = self._limits().downtime_limit, self._convergence
             verdict = judge.judge(done.pages, done.ms, done.dirty, limit, parameters)
             self.report.expected_ms = verdict.expected_ms
             if verdict.action is Action.ABORT:
@@ -222,7 +215,7 @@ class Outgoing(ABC):
     @property
     def _convergence(self) -> ConvergenceParameters:
         """What to do about a guest that writes faster than the line takes."""
-        return self._limits.convergence
+        return self._limits().convergence
 
     def _unthrottle(self) -> None:
         """The guest runs as it likes, or not at all; from now on."""
@@ -311,7 +304,7 @@ class Outgoing(ABC):
         self._on_status(status)
 
     def _send_pages(self, runs: list[Run]) -> None:
-        limit = self._limits.max_bandwidth
+        limit = self._limits().max_bandwidth
         # A slow line gets small frames: the peer takes long silence for a lost line.
         most = max(1, min(codec.MAX_PAGES, limit // 4 // PAGE)) if limit else codec.MAX_PAGES
         for batch in codec.batches(runs, most):
@@ -327,7 +320,7 @@ class Outgoing(ABC):
 
     def _pace(self, size: int) -> None:
         """Keep to the bandwidth limit, except in the stop, where it would only hurt."""
-        limit = self._limits.max_bandwidth
+        limit = self._limits().max_bandwidth
         if not limit or self.report.stopped is not None:
             return
         now = time.monotonic()

@@ -82,7 +82,7 @@ class Source(Outgoing):
         self._check_alive()
         self._line = self._socket = channel = self._address.connect()
         self.report.mark("connected")
-        if self._limits.handover and self._machine.nics:
+        if self._limits().handover and self._machine.nics:
             self._mark = os.urandom(16)
         self._introduce()  # the log starts while the destination compares
         welcome = channel.expect_struct(Kind.WELCOME, codec.Welcome)
@@ -101,7 +101,7 @@ class Source(Outgoing):
 
     def _stop(self) -> None:
         # A stop that is to be long (on-no-convergence) is no matter of milliseconds.
-        if (self.report.expected_ms or 0.0) <= min(self._limits.downtime_limit, LONGEST_S * 1000):
+        if (self.report.expected_ms or 0.0) <= min(self._limits().downtime_limit, LONGEST_S * 1000):
             self._urgency.begin()
         super()._stop()
 

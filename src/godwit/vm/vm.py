@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from godwit.announce.announcer import Announcer
 from godwit.announce.monitors import Taps
-from godwit.announce.schedule import AnnounceOptions, AnnounceParameters
 from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
 from godwit.host.loop import Loop
 from godwit.hw.console import Console
@@ -20,9 +19,11 @@ from godwit.hw.nic.rx_filter_info import FilterView
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine
 from godwit.machine.vcpu import Ending
-from godwit.qmp import commands, events
+from godwit.qmp import commands
 from godwit.qmp.server import Server
-from godwit.spec.parameters import ConvergenceParameters
+from godwit.spec import events
+from godwit.spec.events import Event
+from godwit.spec.parameters import AnnounceParameters, MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
 
 if TYPE_CHECKING:
@@ -65,10 +66,7 @@ class Vmm:
         self._reboot = reboot
         self._say = say
         self.states = RunStates()
-        self.max_bandwidth = 0
-        self.downtime_limit = 300
-        self.handover = True
-        self.convergence = ConvergenceParameters()
+        self.parameters = MigrationParameters()
         self.exit_code = 0
         self._closing = False
         self._source: Outgoing | None = None
@@ -86,7 +84,7 @@ class Vmm:
                 say,
             )
             self.announcer = Announcer(
-                stations, loop, self._emit, make_verifier=self._taps.verifier
+                stations, loop, self._emit, lambda: self.parameters, self._taps.verifier
             )
             self._taps.on_seen = self.announcer.seen
             self._taps.on_ready = self.announcer.port_ready
@@ -135,24 +133,6 @@ class Vmm:
             self._server.close()
 
     # --- Controller -------------------------------------------------------------------------------
-    @property
-    def announce_parameters(self) -> AnnounceParameters:
-        """The schedule of the announcement after a move."""
-        return self.announcer.parameters
-
-    @announce_parameters.setter
-    def announce_parameters(self, new: AnnounceParameters) -> None:
-        self.announcer.parameters = new
-
-    @property
-    def announce_options(self) -> AnnounceOptions:
-        """Deadline, verification, refreshing."""
-        return self.announcer.options
-
-    @announce_options.setter
-    def announce_options(self, new: AnnounceOptions) -> None:
-        self.announcer.options = new
-
     def announce_info(self) -> list[dict[str, object]]:
         """What became of each NIC's last announcement."""
         return self.announcer.info()
@@ -211,7 +191,7 @@ class Vmm:
         if uri.startswith("file:"):
             from godwit.migration.snapshot import Saver, path_of
 
-            source = Saver(self.machine, self.states, path_of(uri), self, tell)
+            source = Saver(self.machine, self.states, path_of(uri), lambda: self.parameters, tell)
         else:
             from godwit.migration.source import Source
             from godwit.migration.wire.sockets import Address
@@ -221,7 +201,7 @@ class Vmm:
                 self.machine,
                 self.states,
                 Address(uri, insecure),
-                self,
+                lambda: self.parameters,
                 tell,
                 lambda: arrival is not None and arrival.holding,
             )
@@ -244,7 +224,7 @@ class Vmm:
             from godwit.migration.wire.sockets import Address
 
             self._destination = Destination(
-                self.machine, Address(uri, insecure), *ends, lambda: self.handover
+                self.machine, Address(uri, insecure), *ends, lambda: self.parameters.handover
             )
         self._destination.start()
 
@@ -281,9 +261,9 @@ class Vmm:
     def _execute(self, name: str, arguments: Mapping[str, object]) -> object:
         return commands.execute(self, name, arguments)
 
-    def _emit(self, name: str, data: dict[str, object]) -> None:
+    def _emit(self, event: Event, data: dict[str, object]) -> None:
         if self._server is not None:
-            self._server.emit(name, data)
+            self._server.emit(event, data)
 
     def _loop_error(self, error: BaseException) -> None:
         self._say(f"internal error: {type(error).__name__}: {error}")
@@ -302,7 +282,7 @@ class Vmm:
 
     def _offence(self, nic: str, message: str) -> None:
         """A guest broke a device's rules: the device stops, the VM lives, the operator knows."""
-        self._emit("GUEST_OFFENCE", {"device": nic, "message": message})
+        self._emit(*Event.GUEST_ERROR.of(device=nic, message=message))
         self._say(
             f"{nic}: the guest broke the device's rules ({message}); its driver must reset it"
         )
