@@ -8,7 +8,7 @@ import pytest
 from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
 from godwit.hw.nic.rx_filter_info import FilterView
 from godwit.qmp import commands
-from godwit.qmp.commands import COMMANDS
+from godwit.qmp.commands import COMMANDS, announce, migration, network, vm
 from godwit.qmp.controller import Controller
 from godwit.qmp.protocol import CommandNotFound
 from godwit.spec import events
@@ -209,6 +209,8 @@ def test_query_migrate_shows_what_the_vm_says() -> None:
         ("migrate-set-parameters", {"max-cpu-throttle": 19}, "'cpu-throttle-initial', which is 20"),
         ("migrate-set-parameters", {"max-cpu-throttle": "50"}, "'max-cpu-throttle': Expected `int"),
         ("migrate-set-parameters", {"on-no-convergence": "wait"}, "'on-no-convergence': Invalid"),
+        ("migrate-set-parameters", {"auto-converge": True}, "'auto-converge' is unexpected"),
+        ("migrate-set-parameters", {"convergence": {}}, "'convergence' is unexpected"),
         ("migrate-set-capabilities", {}, "Parameter 'capabilities' is missing"),
         (
             "migrate-set-capabilities",
@@ -382,6 +384,14 @@ def test_parameters_change_all_or_none() -> None:
     with pytest.raises(ConfigError):
         run(vm, "migrate-set-parameters", announce_deadline=500, announce_rounds=-1)
     assert run(vm, "query-migrate-parameters") == before
+
+
+def test_each_command_is_in_one_features_table() -> None:
+    tables = [feature.COMMANDS for feature in (vm, migration, announce, network)]
+    names = [name for table in tables for name in table]
+    assert len(set(names)) == len(names)
+    assert set(COMMANDS) == set(names)
+    assert all(COMMANDS[name] is table[name] for table in tables for name in table)
 
 
 def test_query_commands_and_version() -> None:
