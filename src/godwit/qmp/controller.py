@@ -1,4 +1,4 @@
-"""The VM as the commands need it, feature by feature. The VM implements it; nothing here knows how.
+"""The VM as the commands need it, feature by feature, for the VM to implement.
 
 All methods are called in the event loop's thread and must not wait: what takes time (a migration)
 is started, and its end is reported by events. Refusals are GodwitErrors, and their text is what the
@@ -17,27 +17,27 @@ from godwit.spec.runstate import RunStates
 
 
 class VmController(Protocol):
-    """The guest's life."""
+    """The VM's life, and the guest's, in an operator's hands."""
 
     @property
     def states(self) -> RunStates:
-        """The VM's run state."""
+        """The run state of the VM, with its history."""
 
     def stop(self) -> None:
-        """Pause a running guest."""
+        """Pause a guest that runs."""
 
     def cont(self) -> None:
         """Start or resume a guest: from ``prelaunch``, ``prelaunch-migrate`` or ``paused``."""
 
     def powerdown(self) -> None:
-        """Press the power button; what the guest makes of it is its own affair."""
+        """Press the power button, which the guest may heed or not."""
 
     def quit(self) -> None:
-        """End the VM soon, whatever its state; the reply to this command still leaves."""
+        """End the VM soon, whatever its state, but after the reply to this command."""
 
 
 class MigrationController(Protocol):
-    """The guest's migrations."""
+    """The guest's migrations, in and out, and their parameters."""
 
     #: The operator's parameters; replaced as a whole.
     parameters: MigrationParameters
@@ -61,14 +61,14 @@ class MigrationController(Protocol):
         """
 
     def migration_info(self) -> dict[str, object]:
-        """Return the present or last migration as query-migrate shows it; empty if none was."""
+        """Return the present or last migration as query-migrate shows it, empty if none was."""
 
     def migrate_cancel(self) -> None:
-        """Give up the present migration; do nothing when there is none."""
+        """Give up the present migration, if there is one."""
 
 
 class AnnounceController(Protocol):
-    """The guest's announcements."""
+    """The announcements of the guest to its networks."""
 
     #: The operator's parameters; replaced as a whole.
     parameters: MigrationParameters
@@ -87,7 +87,7 @@ class AnnounceController(Protocol):
 
 
 class NetworkController(Protocol):
-    """The guest's NICs."""
+    """The guest's NICs, as its driver set them."""
 
     def rx_filters(self, name: str | None) -> list[tuple[str, FilterView]]:
         """Return (NIC, receive filter) of each NIC, or of the one of that name.

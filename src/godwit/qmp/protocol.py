@@ -28,7 +28,10 @@ _END = b"\r\n"
 
 
 class CommandNotFound(ConfigError):
-    """There is no such command, or not now; the one error class in use besides GenericError."""
+    """There is no such command, or not now.
+
+    Its class is the only one in use besides GenericError.
+    """
 
 
 class InternalError(GodwitError):
@@ -48,7 +51,7 @@ def version() -> dict[str, object]:
 
 
 def event(name: str, data: Mapping[str, object] | None = None, now_ns: int | None = None) -> bytes:
-    """Return an event as it is sent; ``now_ns`` is the wall clock's time, by default now."""
+    """Return an event as it is sent, at ``now_ns`` nanoseconds of the wall clock, or now."""
     now = time.time_ns() if now_ns is None else now_ns
     message: dict[str, object] = {
         "timestamp": {"seconds": now // 10**9, "microseconds": now % 10**9 // 1000},

@@ -37,7 +37,10 @@ class _Client:
         self.dropped = False
 
     def push(self, data: bytes) -> None:
-        """Add to what is to be sent, under the server's lock; drop a client that does not read."""
+        """Add to what is to be sent, or drop a client that does not read.
+
+        The caller holds the server's lock.
+        """
         if len(self.out) + len(data) > MAX_UNREAD:
             self.dropped = True
         elif not self.dropped:  # no gap in what it is sent until it is closed
@@ -83,7 +86,7 @@ class Server:
         self.close()
 
     def emit(self, event: Event, data: Mapping[str, object] | None = None) -> None:
-        """Send an event to each client that has finished the negotiation; from any thread."""
+        """Send an event to each client that has finished the negotiation, from any thread."""
         message = protocol.event(event, data)
         with self._lock:
             if self._closed:

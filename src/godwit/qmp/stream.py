@@ -30,7 +30,7 @@ _ESCAPE = ord("\\")
 
 
 class MalformedJson(Exception):
-    """The peer sent what is no JSON, or too much of it; the text says why."""
+    """The peer sent what is no JSON, or too much of it."""
 
 
 class JsonStream:
@@ -61,7 +61,7 @@ class JsonStream:
             yield text
 
     def _begin(self) -> bool:
-        """Drop the blanks before a value; return whether a value begins."""
+        """Drop the blanks before a value, and return whether a value begins."""
         if self._scanned:
             return True
         blank = len(self._buffer) - len(self._buffer.lstrip(_BLANK))
@@ -72,7 +72,7 @@ class JsonStream:
         return bool(self._buffer)
 
     def _end(self) -> int | None:
-        """Scan on; return where the value ends, or None when it has not ended yet."""
+        """Scan on, and return where the value ends, or None when it has not ended yet."""
         buffer = self._buffer
         while found := (_INSIDE if self._in_string else _OUTSIDE).search(buffer, self._scanned):
             at, byte = found.start(), buffer[found.start()]

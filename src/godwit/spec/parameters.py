@@ -100,10 +100,10 @@ class AnnounceParameters(_Parameters, frozen=True, rename=_announce):
     """The schedule of an announcement, with QEMU's defaults (migration/options.c).
 
     Attributes:
-        initial: delay before the second round, ms.
-        max: longest delay between two rounds, ms.
+        initial: delay before the second round, milliseconds.
+        max: longest delay between two rounds, milliseconds.
         rounds: how many rounds; 0 for no announcement.
-        step: what each delay is longer than the one before it, ms.
+        step: what each delay is longer than the one before it, milliseconds.
 
     Raises:
         ConfigError: a value is out of QEMU's range.
@@ -119,7 +119,7 @@ class AnnounceOptions(_Parameters, frozen=True, rename=_announce):
     """The options of an announcement that are Godwit's own.
 
     Attributes:
-        deadline: how long the guest has to acknowledge, each of two times, ms.
+        deadline: how long the guest has to acknowledge, each of two times, milliseconds.
         verify: ``fdb``: this host's bridge forwards to the tap; ``probe``: known peers, asked in
             the guest's name, answer to the tap.
         refresh: the guest's own neighbours, the gateway first, are asked where they are, and their
@@ -178,7 +178,7 @@ class MigrationParameters(_Parameters, frozen=True):
         announce: the schedule of the announcement after a migration.
         announce_options: the announcement's deadline, verification, refreshing and rate.
         max_bandwidth: the most a migration may send, bytes per second; 0 for no limit.
-        downtime_limit: for how long a migration may stop the guest, ms.
+        downtime_limit: for how long a migration may stop the guest, milliseconds.
         handover: frames that reach the old host are sent after the guest, at either end.
         convergence: the answer to a guest that writes faster than the connection takes.
 

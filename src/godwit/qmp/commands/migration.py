@@ -1,4 +1,4 @@
-"""Commands for migrations: start, cancel and show them; their parameters and capabilities."""
+"""Commands for migrations, and for their parameters and capabilities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _S = RunState
 
 
 class MigrateArguments(Arguments, frozen=True):
-    """Arguments of migrate and migrate-incoming; ``insecure`` is Godwit's own (default: false)."""
+    """Arguments of migrate and migrate-incoming, of which ``insecure`` is Godwit's own."""
 
     uri: str
     insecure: bool = False

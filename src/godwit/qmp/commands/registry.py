@@ -29,7 +29,7 @@ _WHY = {
 
 
 class Arguments(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, frozen=True):
-    """No arguments; the base of those that are."""
+    """No arguments at all, and the base of all others."""
 
 
 class Command(msgspec.Struct, frozen=True):
@@ -45,7 +45,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def states(*needed: RunState) -> frozenset[RunState]:
-    """Return the run states that a command needs."""
+    """Return the run states that a command needs, for its entry in a table."""
     return frozenset(needed)
 
 
@@ -53,8 +53,8 @@ def execute(controller: Controller, name: str, arguments: Mapping[str, object]) 
     """Execute a command and return its result.
 
     Raises:
-        CommandNotFound: there is none of this name.
-        ConfigError: the arguments are wrong; the message names the one.
+        CommandNotFound: there is no command of this name.
+        ConfigError: an argument is wrong; the message names it.
         StateError: not allowed in the present run state; the message names that state and those
             in which the command is allowed.
         GodwitError: what the controller raised.
