@@ -69,14 +69,14 @@ class Nic:
 class Port:
     """A port that the test makes ready."""
 
-    def __init__(self, trouble: str | None = None) -> None:
-        self.trouble = trouble
+    def __init__(self, not_ready_reason: str | None = None) -> None:
+        self.not_ready_reason = not_ready_reason
         self.index, self.bridge = 5, 3
-        self.doubt: str | None = None
-        self.looks = 0
+        self.warning: str | None = None
+        self.refreshes = 0
 
-    def look(self) -> None:
-        self.looks += 1
+    def refresh(self) -> None:
+        self.refreshes += 1
 
 
 class Questions:

@@ -141,8 +141,8 @@ def test_without_a_watch_nothing_is_said_to_be_missing() -> None:
 
 def test_a_port_that_nobody_can_be_asked_about_is_ready() -> None:
     port = Place().station.port
-    port.look()
-    assert (port.trouble, port.index, port.bridge) == (None, 0, 0)
+    port.refresh()
+    assert (port.not_ready_reason, port.index, port.bridge) == (None, 0, 0)
 
 
 # --- what the announcer tells of it ---------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_info_has_what_the_guest_showed_and_what_the_host_said() -> None:
     bench.clock.advance(1)
     held = bench.announcer.info()[0]
     assert (held["held"], held["ready-ms"], held["rounds"]) == ("down", None, 0)
-    port.trouble = None
+    port.not_ready_reason = None
     bench.announcer.port_ready("nic0")
     bench.clock.advance(0.003)
     bench.guest_sends(gratuitous_arp(mac, IP4))

@@ -88,7 +88,7 @@ def test_each_address_has_to_be_at_the_tap_in_its_vlan(monkeypatch: pytest.Monke
     asked = bridge(monkeypatch)
     assert place.verification.wanted
     assert place.verification.missing() == [mac, f"{mac} in VLAN 100", f"{other} in VLAN 100"]
-    assert (asked, place.port.looks) == ([3], 1)
+    assert (asked, place.port.refreshes) == ([3], 1)
     # Untagged is whatever the port's own VLAN is; another port, another VLAN: elsewhere.
     bridge(
         monkeypatch,

@@ -160,20 +160,20 @@ class Ladder:
 
     def _hold(self) -> bool:
         """Wait for the port, if it is not ready, or is gone since the last round."""
-        trouble = self.station.port.trouble
-        if trouble is None:
+        reason = self.station.port.not_ready_reason
+        if reason is None:
             return False
         if not self._held:
             self._held = True
-            self._record.held = trouble
-            self._report(*Event.ANNOUNCE_HELD.of(nic=self._record.nic, cause=trouble))
+            self._record.held = reason
+            self._report(*Event.ANNOUNCE_HELD.of(nic=self._record.nic, cause=reason))
         return True
 
     def _make_round(self) -> None:
         record = self._record
         record.rounds += 1
-        if self.station.port.doubt is not None:
-            self._failed(HostError(self.station.port.doubt))
+        if self.station.port.warning is not None:
+            self._failed(HostError(self.station.port.warning))
         record.mac = self.station.nic.mac.hex(":")
         if self._host:
             self._speak("no ack")

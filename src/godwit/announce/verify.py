@@ -78,7 +78,7 @@ class Verification:
     def _misplaced(self) -> list[str]:
         """Which MAC addresses the bridge has elsewhere, or not at all."""
         port = self._station.port
-        port.look()
+        port.refresh()
         if not port.bridge:
             return ["the tap is no bridge's port, so there is no forwarding database to ask"]
         try:
