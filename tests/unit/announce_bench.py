@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from godwit.announce.announcer import Announcer, no_verifier
 from godwit.announce.attempts import Verifier
-from godwit.announce.frames import TPID_8021Q, gratuitous_arp
+from godwit.announce.frames import gratuitous_arp
 from godwit.announce.uplink import Station
+from godwit.host.net.ethernet import TPID_8021Q
 from godwit.hw.nic.rx_filter_info import FilterView
 from godwit.hw.virtio.net.rxfilter import RxFilter
 from godwit.spec.parameters import AnnounceOptions, MigrationParameters

@@ -7,9 +7,10 @@ import pytest
 from announce_bench import IP4, IP6, VLAN, Bench, Nic, Port, S
 from godwit.announce.addresses import Source
 from godwit.announce.dissect import Kind, Sighting
-from godwit.announce.frames import TPID_8021Q, gratuitous_arp, rarp, unsolicited_na
+from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.policy import parse_policy
 from godwit.announce.uplink import Station
+from godwit.host.net.ethernet import TPID_8021Q
 from godwit.spec.events import Event
 from godwit.spec.parameters import AnnounceParameters
 from tests.fakes.clock import FakeClock

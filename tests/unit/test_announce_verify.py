@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from announce_bench import GATEWAY, IP4, IP6, VLAN, Nic, Port
 from godwit.announce import frames
-from godwit.announce.frames import TPID_8021Q, Tag, arp_request, gratuitous_arp, solicitation
+from godwit.announce.frames import Tag, arp_request, gratuitous_arp, solicitation
 from godwit.announce.policy import parse_policy
 from godwit.announce.uplink import Station
 from godwit.announce.verify import PEERS, Verification
 from godwit.host.net import rtnetlink
+from godwit.host.net.ethernet import TPID_8021Q
 from godwit.host.net.rtnetlink import Forwarding
 from godwit.spec.parameters import Verify
 from tests.fakes.clock import FakeClock

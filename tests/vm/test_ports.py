@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from godwit.announce.frames import TPID_8021Q, rarp
+from godwit.announce.frames import rarp
 from godwit.announce.uplink import Station
 from godwit.announce.verify import Verification
 from godwit.host.loop import Loop
 from godwit.host.net import rtnetlink
+from godwit.host.net.ethernet import TPID_8021Q
 from godwit.host.net.links import Port, Ports
 from godwit.host.net.rtnetlink import Forwarding
 from godwit.host.net.tap import Tap
