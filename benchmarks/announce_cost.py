@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from godwit.announce.frames import gratuitous_arp, unsolicited_na
 from godwit.announce.pacing import Pacer
-from godwit.announce.schedule import AnnounceParameters, delays
+from godwit.announce.schedule import delays
+from godwit.spec.parameters import AnnounceParameters
 
 GUESTS = 500
 VLANS = (1, 10, 100)

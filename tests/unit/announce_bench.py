@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 from godwit.announce.announcer import Announcer, no_verifier
 from godwit.announce.attempts import Verifier
-from godwit.announce.frames import TPID_8021Q, gratuitous_arp
-from godwit.announce.schedule import AnnounceOptions
+from godwit.announce.frames import gratuitous_arp
 from godwit.announce.uplink import Station
+from godwit.host.net.ethernet import TPID_8021Q
 from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.hw.virtio.net.rxfilter import RxFilter
+from godwit.spec.parameters import AnnounceOptions, MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
 from tests.fakes.clock import FakeClock
 
@@ -69,14 +70,14 @@ class Nic:
 class Port:
     """A port that the test makes ready."""
 
-    def __init__(self, trouble: str | None = None) -> None:
-        self.trouble = trouble
+    def __init__(self, not_ready_reason: str | None = None) -> None:
+        self.not_ready_reason = not_ready_reason
         self.index, self.bridge = 5, 3
-        self.doubt: str | None = None
-        self.looks = 0
+        self.warning: str | None = None
+        self.refreshes = 0
 
-    def look(self) -> None:
-        self.looks += 1
+    def refresh(self) -> None:
+        self.refreshes += 1
 
 
 class Questions:
@@ -114,11 +115,14 @@ class Bench:
         self.events: list[tuple[str, dict[str, object]]] = []
         self.stations = [Station(nic, self.clock) for nic in self.nics]
         self.verifiers: dict[str, Verifier] = {}
+        #: What the operator wants; replace them at any time.
+        self.parameters = MigrationParameters()
         self.announcer = Announcer(
             self.stations,
             self.clock,
             lambda name, data: self.events.append((name, data)),
-            make_verifier=self._verifier,
+            lambda: self.parameters,
+            self._verifier,
         )
         for nic in self.nics:
             nic.on_ack = self._acked(nic.name)

@@ -18,7 +18,7 @@ from godwit.migration.packets.destination import Arrival
 from godwit.migration.source import Source
 from godwit.migration.wire import messages as codec
 from godwit.migration.wire.sockets import Address
-from godwit.spec.parameters import ConvergenceParameters
+from godwit.spec.parameters import MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
 from handover_bench import Nic as HandoverNic
 from recorded import STREAMS
@@ -112,12 +112,6 @@ class Move:
         self._failed = threading.Event()
         #: The destination's process was ended from outside: what it does counts no more.
         self.dead = False
-        limits = SimpleNamespace(
-            max_bandwidth=0,
-            downtime_limit=300,
-            handover=True,
-            convergence=ConvergenceParameters(),
-        )
         self.destination = Destination(
             cast(Machine, self.there),
             Address(f"unix:{self.far}", False),
@@ -128,7 +122,7 @@ class Move:
             cast(Machine, self.here),
             self.states,
             Address(f"unix:{through or self.far}", False),
-            limits,
+            MigrationParameters,
             self._tell,
             lambda: self.arriving(),
         )

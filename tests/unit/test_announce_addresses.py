@@ -21,10 +21,11 @@ from godwit.announce.addresses import (
     announcements,
 )
 from godwit.announce.dissect import Kind, Sighting, dissect
-from godwit.announce.frames import TPID_8021AD, TPID_8021Q, gratuitous_arp, rarp, unsolicited_na
+from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.policy import parse_policy
 from godwit.announce.saved import ENTRIES, PEERS, AddressBookState, SavedEntry, SavedPeer
 from godwit.errors import StreamError
+from godwit.host.net.ethernet import TPID_8021AD, TPID_8021Q
 
 MAC, OTHER, THIRD = (bytes.fromhex("5254001234" + end) for end in ("56", "57", "58"))
 IP4, GATEWAY = bytes([192, 0, 2, 7]), bytes([192, 0, 2, 1])

@@ -3,10 +3,10 @@
 import pytest
 
 from announce_bench import ROUNDS, Bench, S
-from godwit.announce import announcer as module
 from godwit.announce.frames import rarp
-from godwit.announce.schedule import AnnounceParameters
 from godwit.errors import KvmError
+from godwit.spec.events import Event
+from godwit.spec.parameters import AnnounceParameters, MigrationParameters
 from godwit.spec.runstate import RunState
 
 
@@ -18,8 +18,8 @@ def test_a_move_is_announced_at_once_and_then_by_the_schedule() -> None:
     assert bench.nics[0].asked == pytest.approx(ROUNDS)
     assert bench.nics[0].sent == []
     assert bench.events == [
-        (module.STARTED, {"id": "migration", "nics": ["nic0"], "rounds": 5}),
-        (module.ACKED, {"nic": "nic0", "ms": 5.0}),
+        (Event.ANNOUNCE_STARTED, {"id": "migration", "nics": ["nic0"], "rounds": 5}),
+        (Event.ANNOUNCE_ACKED, {"nic": "nic0", "ms": 5.0}),
     ]
     (record,) = bench.announcer.records()
     assert (record.rounds, record.asked, record.acks, record.timeouts) == (5, 5, 5, 0)
@@ -35,7 +35,7 @@ def test_a_nic_that_declines_is_announced_by_the_host() -> None:
     assert nic.sent == [(pytest.approx(at), rarp(nic.mac)) for at in ROUNDS]
     assert nic.asked == pytest.approx(ROUNDS)
     assert bench.nics[0].sent == []
-    sent = [data for name, data in bench.events if name == module.HOST]
+    sent = [data for name, data in bench.events if name == Event.ANNOUNCE_HOST]
     assert [data["round"] for data in sent] == [1, 2, 3, 4, 5]
     assert sent[0] == {"nic": "nic1", "round": 1, "frames": 1, "why": "declined"}
     assert bench.announcer.records()[1].mac == nic.mac.hex(":")
@@ -135,7 +135,7 @@ def test_a_write_that_fails_is_reported_and_the_schedule_goes_on() -> None:
     bench.nics[0].error = OSError(5, "Input/output error")
     bench.go(S.RUNNING)
     cause = "[Errno 5] Input/output error"
-    assert (module.FAILED, {"nic": "nic0", "round": 1, "cause": cause}) in bench.events
+    assert (Event.ANNOUNCE_FAILED, {"nic": "nic0", "round": 1, "cause": cause}) in bench.events
     assert len(bench.nics[1].sent) == 1
     bench.nics[0].error = None
     bench.clock.advance(60)
@@ -148,7 +148,7 @@ def test_a_model_that_fails_is_spoken_for_by_the_host() -> None:
     bench = Bench(nic0=True)
     bench.nics[0].announce_error = KvmError("no interrupt")
     bench.go(S.RUNNING)
-    assert bench.names() == [module.FAILED, module.HOST, module.STARTED]
+    assert bench.names() == [Event.ANNOUNCE_FAILED, Event.ANNOUNCE_HOST, Event.ANNOUNCE_STARTED]
     assert len(bench.nics[0].sent) == 1
     assert bench.announcer.records()[0].method == "host"
 
@@ -171,8 +171,8 @@ def test_the_ack_is_timed_from_the_first_request() -> None:
     (record,) = bench.announcer.records()
     assert (record.method, record.acks) == ("guest", 5)
     assert record.ack_ms == pytest.approx(42)
-    assert [e for e in bench.events if e[0] == module.ACKED] == [
-        (module.ACKED, {"nic": "nic0", "ms": 42.0})
+    assert [e for e in bench.events if e[0] == Event.ANNOUNCE_ACKED] == [
+        (Event.ANNOUNCE_ACKED, {"nic": "nic0", "ms": 42.0})
     ]
 
 
@@ -184,7 +184,7 @@ def test_an_ack_may_come_before_the_model_has_returned() -> None:
     assert bench.announcer.records()[0].ack_ms == 0
     bench.clock.advance(60)
     assert bench.nics[0].asked == pytest.approx(ROUNDS)
-    assert bench.names() == [module.ACKED, module.STARTED]
+    assert bench.names() == [Event.ANNOUNCE_ACKED, Event.ANNOUNCE_STARTED]
 
 
 def test_acks_that_nobody_asked_for_change_nothing() -> None:
@@ -198,7 +198,7 @@ def test_acks_that_nobody_asked_for_change_nothing() -> None:
         "host", None, None, None,
     )  # fmt: skip
     assert record.host_sent_at == 1000.0
-    assert module.ACKED not in bench.names()
+    assert Event.ANNOUNCE_ACKED not in bench.names()
 
 
 def test_records_are_copies() -> None:
@@ -209,7 +209,9 @@ def test_records_are_copies() -> None:
 
 def test_the_schedule_of_the_next_move_can_be_changed() -> None:
     bench = Bench(nic0=True)
-    bench.announcer.parameters = AnnounceParameters(initial=1000, max=1000, rounds=2)
+    bench.parameters = MigrationParameters(
+        announce=AnnounceParameters(initial=1000, max=1000, rounds=2)
+    )
     bench.go(S.RUNNING)
     bench.clock.advance(60)
     assert bench.nics[0].asked == [0.0, 1.0]
@@ -217,6 +219,6 @@ def test_the_schedule_of_the_next_move_can_be_changed() -> None:
 
 def test_no_rounds_no_announcement() -> None:
     bench = Bench(nic0=True)
-    bench.announcer.parameters = AnnounceParameters(rounds=0)
+    bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=0))
     bench.go(S.RUNNING)
     assert (bench.nics[0].asked, bench.events, bench.clock.pending) == ([], [], [])

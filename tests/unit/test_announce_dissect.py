@@ -20,7 +20,8 @@ from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
 from godwit.announce.dissect import Kind, Malformed, Sighting, dissect, is_host_ip, is_host_mac
-from godwit.announce.frames import TPID_8021AD, TPID_8021Q, gratuitous_arp, rarp, unsolicited_na
+from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
+from godwit.host.net.ethernet import TPID_8021AD, TPID_8021Q
 
 MAC = bytes.fromhex("525400123456")
 TEXT = "52:54:00:12:34:56"

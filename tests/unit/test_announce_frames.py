@@ -20,8 +20,6 @@ from scapy.utils6 import in6_getnsma, in6_getnsmac
 
 from godwit.announce.dissect import Kind, dissect
 from godwit.announce.frames import (
-    TPID_8021AD,
-    TPID_8021Q,
     arp_request,
     gratuitous_arp,
     layer2_update,
@@ -31,6 +29,7 @@ from godwit.announce.frames import (
     stack_of,
     unsolicited_na,
 )
+from godwit.host.net.ethernet import TPID_8021AD, TPID_8021Q
 
 MAC = bytes.fromhex("525400123456")
 MAC_TEXT = "52:54:00:12:34:56"

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from announce_bench import ACK_S, IP4, IP6, ROUNDS, Bench, Port, Questions, S, hung
-from godwit.announce import announcer as module
 from godwit.announce.addresses import announcements
 from godwit.announce.attempts import EXTRA_S, SHOW_S, VERIFY_S
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
-from godwit.announce.schedule import AnnounceOptions, AnnounceParameters
 from godwit.errors import KvmError
+from godwit.spec.events import Event
+from godwit.spec.parameters import AnnounceOptions, AnnounceParameters, MigrationParameters
 
 DEADLINE = AnnounceOptions().deadline / 1000
 
@@ -22,17 +22,17 @@ def test_a_hung_guest_is_asked_twice_and_then_spoken_for_in_all_remaining_rounds
     bench = hung()
     nic = bench.nics[0]
     bench.clock.advance(DEADLINE - 0.001)
-    assert (nic.asked, bench.names()) == ([0.0], [module.STARTED])
+    assert (nic.asked, bench.names()) == ([0.0], [Event.ANNOUNCE_STARTED])
     bench.clock.advance(60)
     assert nic.asked == pytest.approx([0.0, DEADLINE])
     # The second round waited for the answer; the third and later follow at their distances.
     assert nic.sent_at == pytest.approx([0.8, 0.95, 1.2, 1.55])
     assert {frame for _, frame in nic.sent} == {rarp(nic.mac)}
-    assert bench.data(module.TIMEOUT) == [
+    assert bench.data(Event.ANNOUNCE_TIMEOUT) == [
         {"nic": "nic0", "asked": 1},
         {"nic": "nic0", "asked": 2},
     ]
-    assert bench.data(module.HOST) == [
+    assert bench.data(Event.ANNOUNCE_HOST) == [
         {"nic": "nic0", "round": number, "frames": 1, "why": "no ack"} for number in (2, 3, 4, 5)
     ]
     (record,) = bench.announcer.records()
@@ -45,7 +45,7 @@ def test_a_hung_guest_is_asked_twice_and_then_spoken_for_in_all_remaining_rounds
 def test_the_deadline_can_be_set() -> None:
     bench = Bench(nic0=True)
     bench.nics[0].acks_after = None
-    bench.announcer.options = AnnounceOptions(deadline=1000)
+    bench.parameters = MigrationParameters(announce_options=AnnounceOptions(deadline=1000))
     bench.go(S.RUNNING)
     bench.clock.advance(60)
     assert bench.nics[0].asked == pytest.approx([0.0, 1.0])
@@ -55,12 +55,12 @@ def test_the_deadline_can_be_set() -> None:
 def test_a_single_round_climbs_the_ladder_too() -> None:
     bench = Bench(nic0=True)
     bench.nics[0].acks_after = None
-    bench.announcer.parameters = AnnounceParameters(rounds=1)
+    bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=1))
     bench.go(S.RUNNING)
     bench.clock.advance(60)
     assert bench.nics[0].asked == pytest.approx([0.0, 0.4])
     assert bench.nics[0].sent_at == pytest.approx([0.8])
-    assert bench.data(module.HOST)[0]["why"] == "no ack"
+    assert bench.data(Event.ANNOUNCE_HOST)[0]["why"] == "no ack"
 
 
 def test_a_round_that_falls_due_waits_for_the_ack() -> None:
@@ -71,7 +71,7 @@ def test_a_round_that_falls_due_waits_for_the_ack() -> None:
     assert bench.nics[0].asked == [0.0]
     bench.clock.advance(60)
     assert bench.nics[0].asked == pytest.approx([0.0, 0.1, 0.25, 0.5, 0.85])
-    assert module.TIMEOUT not in bench.names()
+    assert Event.ANNOUNCE_TIMEOUT not in bench.names()
 
 
 def test_a_rounds_ack_that_is_in_time_cancels_the_deadline() -> None:
@@ -80,7 +80,7 @@ def test_a_rounds_ack_that_is_in_time_cancels_the_deadline() -> None:
     bench.announcer.acked("nic0")
     bench.nics[0].acks_after = ACK_S
     bench.clock.advance(60)
-    assert module.TIMEOUT not in bench.names()
+    assert Event.ANNOUNCE_TIMEOUT not in bench.names()
     assert bench.nics[0].asked == pytest.approx([0.0, 0.399, 0.549, 0.799, 1.149])
 
 
@@ -108,7 +108,7 @@ def test_after_a_late_ack_the_guest_is_asked_again() -> None:
     assert bench.nics[0].asked == pytest.approx([0.0, 0.4, 0.95, 1.2, 1.55])
     (record,) = bench.announcer.records()
     assert (record.method, record.rounds, record.timeouts) == ("guest", 5, 2)
-    assert bench.data(module.ACKED) == [{"nic": "nic0", "ms": 900.0}]
+    assert bench.data(Event.ANNOUNCE_ACKED) == [{"nic": "nic0", "ms": 900.0}]
 
 
 def test_a_guest_that_hangs_later_is_spoken_for_from_then_on() -> None:
@@ -119,7 +119,7 @@ def test_a_guest_that_hangs_later_is_spoken_for_from_then_on() -> None:
     bench.clock.advance(60)
     assert bench.nics[0].asked == pytest.approx([0.0, 0.05, 0.2, 0.6])
     assert bench.nics[0].sent_at == pytest.approx([1.0, 1.35])
-    assert bench.data(module.TIMEOUT) == [
+    assert bench.data(Event.ANNOUNCE_TIMEOUT) == [
         {"nic": "nic0", "asked": 1},
         {"nic": "nic0", "asked": 2},
     ]
@@ -142,14 +142,16 @@ def test_a_model_that_declines_the_second_request_loses_no_round() -> None:
     bench.nics[0].accepts = False  # its driver was reset
     bench.clock.advance(60)
     assert bench.nics[0].sent_at == pytest.approx([0.4, 0.55, 0.8, 1.15])
-    assert [data["why"] for data in bench.data(module.HOST)] == ["declined"] * 4
-    assert [data["round"] for data in bench.data(module.HOST)] == [2, 3, 4, 5]
+    assert [data["why"] for data in bench.data(Event.ANNOUNCE_HOST)] == ["declined"] * 4
+    assert [data["round"] for data in bench.data(Event.ANNOUNCE_HOST)] == [2, 3, 4, 5]
 
 
 def test_a_model_that_declines_the_second_request_between_two_rounds() -> None:
     bench = Bench(nic0=True)
     bench.nics[0].acks_after = None
-    bench.announcer.parameters = AnnounceParameters(initial=1000, max=1000, rounds=2)
+    bench.parameters = MigrationParameters(
+        announce=AnnounceParameters(initial=1000, max=1000, rounds=2)
+    )
     bench.go(S.RUNNING)
     bench.nics[0].accepts = False
     bench.clock.advance(60)
@@ -166,7 +168,7 @@ def test_each_nic_has_a_ladder_of_its_own() -> None:
     assert bench.nics[1].asked == pytest.approx([0.0, 0.4])
     assert len(bench.nics[1].sent) == 4
     assert bench.nics[2].sent_at == pytest.approx(ROUNDS)
-    assert {data["nic"] for data in bench.data(module.TIMEOUT)} == {"nic1"}
+    assert {data["nic"] for data in bench.data(Event.ANNOUNCE_TIMEOUT)} == {"nic1"}
 
 
 # --- a guest that never answers blocks nothing ----------------------------------------------------
@@ -176,7 +178,9 @@ def test_missing_acks_do_not_block_a_later_announcement() -> None:
     bench.announcer.announce_self(AnnounceParameters(rounds=1), id="now")
     assert bench.nics[0].asked == pytest.approx([0.0, 0.2])
     bench.clock.advance(10)
-    assert {"nic": "nic0", "round": 1, "frames": 1, "why": "no ack"} in bench.data(module.HOST)
+    assert {"nic": "nic0", "round": 1, "frames": 1, "why": "no ack"} in bench.data(
+        Event.ANNOUNCE_HOST
+    )
     bench.announcer.announce_self(AnnounceParameters(rounds=1), id="now")
     assert bench.nics[0].asked[-1] == pytest.approx(10.2)
 
@@ -201,7 +205,7 @@ def test_one_ack_serves_all_announcements_that_asked() -> None:
     bench.announcer.acked("nic0")
     bench.nics[0].acks_after = ACK_S
     bench.clock.advance(60)
-    assert module.TIMEOUT not in bench.names()
+    assert Event.ANNOUNCE_TIMEOUT not in bench.names()
     assert bench.nics[0].asked == pytest.approx(ROUNDS)
 
 
@@ -216,7 +220,7 @@ def test_a_pause_ends_deadlines_and_rounds_wherever_they_are(after: float) -> No
     bench.go(S.RUNNING)
     bench.announcer.acked("nic0")
     bench.clock.advance(60)
-    assert [name for name in bench.names() if name != module.ACKED] == known
+    assert [name for name in bench.names() if name != Event.ANNOUNCE_ACKED] == known
 
 
 def test_a_new_announcement_of_the_id_ends_the_old_ones_deadline() -> None:
@@ -237,7 +241,7 @@ def test_what_the_guest_leaves_out_is_said_by_the_host() -> None:
     bench = Bench(nic0=True)
     bench.watched()
     bench.guest_sends(unsolicited_na(bench.nics[0].mac, IP6))
-    bench.announcer.parameters = AnnounceParameters(rounds=1)
+    bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=1))
     bench.go(S.RUNNING)
     mac = bench.nics[0].mac
     bench.guest_sends(gratuitous_arp(mac, IP4))
@@ -246,7 +250,9 @@ def test_what_the_guest_leaves_out_is_said_by_the_host() -> None:
     bench.clock.advance(60)
     at = pytest.approx(ACK_S + SHOW_S)
     assert bench.nics[0].sent == [(at, rarp(mac)), (at, unsolicited_na(mac, IP6))]
-    assert bench.data(module.HOST) == [{"nic": "nic0", "round": 1, "frames": 2, "why": "not shown"}]
+    assert bench.data(Event.ANNOUNCE_HOST) == [
+        {"nic": "nic0", "round": 1, "frames": 2, "why": "not shown"}
+    ]
     assert bench.announcer.records()[0].method == "guest"
 
 
@@ -273,7 +279,7 @@ def test_a_guest_that_does_not_answer_is_spoken_for_with_all_it_has() -> None:
     bench = Bench(nic0=True)
     bench.nics[0].acks_after = None
     bench.watched()
-    bench.announcer.parameters = AnnounceParameters(rounds=1)
+    bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=1))
     bench.go(S.RUNNING)
     bench.guest_sends(gratuitous_arp(bench.nics[0].mac, IP4))  # it may be lost: no ack
     bench.clock.advance(60)
@@ -288,7 +294,7 @@ def test_each_error_of_the_model_is_reported_and_each_round_asks_anew() -> None:
     bench.nics[0].announce_error = KvmError("no interrupt")
     bench.go(S.RUNNING)
     bench.clock.advance(0.1)
-    assert bench.data(module.FAILED) == [
+    assert bench.data(Event.ANNOUNCE_FAILED) == [
         {"nic": "nic0", "round": number, "cause": "no interrupt"} for number in (1, 2)
     ]
     bench.nics[0].announce_error = None
@@ -313,7 +319,7 @@ def test_model_and_backend_may_both_fail() -> None:
     bench.nics[0].error = OSError(100, "Network is down")
     bench.go(S.RUNNING)
     bench.clock.advance(60)
-    causes = [(data["round"], data["cause"]) for data in bench.data(module.FAILED)]
+    causes = [(data["round"], data["cause"]) for data in bench.data(Event.ANNOUNCE_FAILED)]
     assert causes == [
         (number, cause)
         for number in (1, 2, 3, 4, 5)
@@ -327,7 +333,7 @@ def test_a_backend_that_fails_for_a_hung_guest_is_tried_in_each_round() -> None:
     bench = hung()
     bench.nics[0].error = OSError(100, "Network is down")
     bench.clock.advance(1)
-    assert [data["round"] for data in bench.data(module.FAILED)] == [2, 3]
+    assert [data["round"] for data in bench.data(Event.ANNOUNCE_FAILED)] == [2, 3]
     bench.nics[0].error = None
     bench.clock.advance(60)
     assert bench.nics[0].sent_at == pytest.approx([1.2, 1.55])
@@ -342,7 +348,7 @@ def test_what_is_verified_needs_no_more_rounds() -> None:
     assert (questions.begun, questions.asked) == ([0.0], pytest.approx([0.8]))
     assert questions.read == pytest.approx([0.8 + VERIFY_S])
     assert bench.nics[0].asked == pytest.approx(ROUNDS)
-    assert bench.data(module.VERIFIED) == [{"nic": "nic0", "ms": 1100.0}]
+    assert bench.data(Event.ANNOUNCE_VERIFIED) == [{"nic": "nic0", "ms": 1100.0}]
     assert bench.announcer.records()[0].verified_at == pytest.approx(1001.1)
 
 
@@ -355,8 +361,8 @@ def test_what_is_not_verified_gets_five_more_rounds_and_a_warning() -> None:
     assert extra == pytest.approx([1.8, 3.8, 7.8, 15.8, 31.8])
     assert bench.nics[0].asked == pytest.approx(ROUNDS + extra)
     assert questions.asked == pytest.approx([0.8, *extra])
-    assert bench.data(module.UNVERIFIED) == [{"nic": "nic0", "what": ["VLAN 7"]}]
-    assert module.VERIFIED not in bench.names()
+    assert bench.data(Event.ANNOUNCE_UNVERIFIED) == [{"nic": "nic0", "what": ["VLAN 7"]}]
+    assert Event.ANNOUNCE_VERIFIED not in bench.names()
     (record,) = bench.announcer.records()
     assert (record.rounds, record.unverified, record.verified_at) == (10, ["VLAN 7"], None)
     assert bench.clock.pending == []
@@ -370,7 +376,7 @@ def test_an_extra_round_may_verify_it() -> None:
     assert bench.announcer.records()[0].unverified == ["b"]
     bench.clock.advance(600)
     assert bench.nics[0].sent_at == pytest.approx([*ROUNDS, 1.8, 3.8])
-    assert bench.data(module.VERIFIED) == [{"nic": "nic0", "ms": 4100.0}]
+    assert bench.data(Event.ANNOUNCE_VERIFIED) == [{"nic": "nic0", "ms": 4100.0}]
     assert bench.announcer.records()[0].unverified == []
 
 
@@ -381,7 +387,7 @@ def test_the_extra_rounds_of_a_hung_guest_are_the_hosts() -> None:
     bench.go(S.RUNNING)
     bench.clock.advance(600)
     assert bench.nics[0].sent_at == pytest.approx([0.8, 0.95, 1.2, 1.55, 2.55])
-    assert bench.data(module.VERIFIED) == [{"nic": "nic0", "ms": 2850.0}]
+    assert bench.data(Event.ANNOUNCE_VERIFIED) == [{"nic": "nic0", "ms": 2850.0}]
 
 
 def test_a_verifier_that_is_not_wanted_is_not_asked() -> None:
@@ -420,7 +426,7 @@ def test_whatever_the_model_does_all_rounds_are_made_and_it_ends(
         nic.acks_after = does if isinstance(does, float) else None
 
     nic.during = during
-    bench.announcer.parameters = AnnounceParameters(rounds=rounds)
+    bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=rounds))
     bench.go(S.RUNNING)
     bench.clock.advance(600)
     (record,) = bench.announcer.records()
@@ -429,4 +435,4 @@ def test_whatever_the_model_does_all_rounds_are_made_and_it_ends(
     # Each round had its effect: the guest was asked, or the host spoke.
     assert record.asked - record.timeouts + record.host_sent >= 1
     assert record.asked + record.host_sent >= record.rounds
-    assert module.VERIFIED in bench.names()
+    assert Event.ANNOUNCE_VERIFIED in bench.names()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 
 from godwit.announce.dissect import Sighting
-from godwit.announce.frames import TPID_8021AD, TPID_8021Q, gratuitous_arp, rarp, unsolicited_na
+from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.observer import OWN_AGE_S, OWN_LIMIT, Observer
+from godwit.host.net.ethernet import TPID_8021AD, TPID_8021Q
 
 MAC, OTHER = bytes.fromhex("525400123456"), bytes.fromhex("525400123457")
 IP4 = bytes([192, 0, 2, 7])

@@ -6,8 +6,9 @@ import pytest
 
 from announce_bench import ROUNDS, Bench, S
 from godwit.announce import announcer as module
-from godwit.announce.schedule import AnnounceParameters
 from godwit.errors import ConfigError, StateError
+from godwit.spec.events import Event
+from godwit.spec.parameters import AnnounceParameters
 from godwit.spec.runstate import RunStates
 
 
@@ -23,7 +24,7 @@ class TestOnDemand:
         bench.clock.advance(60)
         assert bench.nics[0].asked == pytest.approx([0.0, 0.01])
         assert [at for at, _ in bench.nics[1].sent] == pytest.approx([0.0, 0.01])
-        started = [data for name, data in bench.events if name == module.STARTED]
+        started = [data for name, data in bench.events if name == Event.ANNOUNCE_STARTED]
         assert started == [{"id": "", "nics": ["nic0", "nic1"], "rounds": 2}]
 
     def test_interfaces_restrict_it(self, bench: Bench) -> None:

@@ -5,9 +5,14 @@ import math
 import pytest
 
 from announce_bench import Bench, S
-from godwit.announce.pacing import BURST_S, RATE, Pacer
-from godwit.announce.schedule import AnnounceOptions, AnnounceParameters
+from godwit.announce.pacing import BURST_S, Pacer
 from godwit.errors import ConfigError
+from godwit.spec.parameters import (
+    ANNOUNCE_RATE,
+    AnnounceOptions,
+    AnnounceParameters,
+    MigrationParameters,
+)
 
 
 def _send(pacer: Pacer, count: int, rate: int, now: float) -> list[float]:
@@ -53,10 +58,10 @@ def test_rates_out_of_range(rate: int) -> None:
         AnnounceOptions(rate=rate)
 
 
-@pytest.mark.parametrize("rate", [RATE, 200])
+@pytest.mark.parametrize("rate", [ANNOUNCE_RATE, 200])
 def test_two_hundred_nics_are_paced(rate: int) -> None:
     bench = Bench(**{f"nic{number}": False for number in range(200)})
-    bench.announcer.options = AnnounceOptions(rate=rate)
+    bench.parameters = MigrationParameters(announce_options=AnnounceOptions(rate=rate))
     bench.go(S.RUNNING)
     bench.clock.advance(60)
     times = sorted(at for nic in bench.nics for at, _ in nic.sent)
@@ -78,6 +83,6 @@ def test_two_hundred_nics_are_paced(rate: int) -> None:
 
 def test_a_vm_with_few_addresses_does_not_notice() -> None:
     bench = Bench(nic0=False, nic1=False)
-    bench.announcer.parameters = AnnounceParameters(rounds=2)
+    bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=2))
     bench.go(S.RUNNING)
     assert [nic.sent[0][0] for nic in bench.nics] == [0.0, 0.0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from announce_bench import ROUNDS, Bench, Port, S, hung
-from godwit.announce import announcer as module
-from godwit.announce.schedule import AnnounceParameters
+from godwit.spec.events import Event
+from godwit.spec.parameters import AnnounceParameters, MigrationParameters
 
 
 def test_a_port_that_is_not_ready_holds_everything() -> None:
@@ -17,11 +17,11 @@ def test_a_port_that_is_not_ready_holds_everything() -> None:
     assert (bench.nics[0].asked, bench.nics[0].sent) == ([], [])
     assert len(bench.nics[1].sent) == 5  # the other's is
     assert bench.events[0] == (
-        module.HELD,
+        Event.ANNOUNCE_HELD,
         {"nic": "nic0", "cause": "its bridge's port is learning"},
     )
     assert bench.announcer.records()[0].held == "its bridge's port is learning"
-    port.trouble = None
+    port.not_ready_reason = None
     bench.announcer.port_ready("nic0")
     assert bench.nics[0].asked == [30.0]
     bench.announcer.port_ready("nic0")  # once more: nothing is held
@@ -35,11 +35,11 @@ def test_a_port_that_goes_between_two_rounds_holds_the_rest_until_it_is_back() -
     bench = Bench(nic0=False)
     port = bench.stations[0].port = Port()
     bench.go(S.RUNNING)
-    port.trouble = "there is no interface 'tap0'"
+    port.not_ready_reason = "there is no interface 'tap0'"
     bench.clock.advance(30)
     assert len(bench.nics[0].sent) == 1
-    assert (module.HELD, {"nic": "nic0", "cause": port.trouble}) in bench.events
-    port.trouble = None
+    assert (Event.ANNOUNCE_HELD, {"nic": "nic0", "cause": port.not_ready_reason}) in bench.events
+    port.not_ready_reason = None
     bench.announcer.port_ready("nic0")
     bench.clock.advance(60)
     (record,) = bench.announcer.records()
@@ -51,8 +51,8 @@ def test_what_is_owed_when_the_port_goes_is_said_when_it_is_back() -> None:
     port = bench.stations[0].port = Port("down")
     bench.clock.advance(60)
     assert bench.nics[0].sent == []
-    assert bench.names().count(module.HELD) == 1
-    port.trouble = None
+    assert bench.names().count(Event.ANNOUNCE_HELD) == 1
+    port.not_ready_reason = None
     bench.announcer.port_ready("nic0")
     assert len(bench.nics[0].sent) > 0
     bench.clock.advance(60)
@@ -63,12 +63,12 @@ def test_the_hosts_word_waits_for_the_port_after_the_last_round_too() -> None:
     bench = Bench(nic0=True)
     port = bench.stations[0].port = Port()
     bench.nics[0].acks_after = None
-    bench.announcer.parameters = AnnounceParameters(rounds=1)
+    bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=1))
     bench.go(S.RUNNING)
-    port.trouble = "down"
+    port.not_ready_reason = "down"
     bench.clock.advance(30)
     assert bench.nics[0].sent == []
-    port.trouble = None
+    port.not_ready_reason = None
     bench.announcer.port_ready("nic0")
     assert len(bench.nics[0].sent) == 1
     bench.clock.advance(30)
@@ -79,9 +79,9 @@ def test_a_tap_that_left_its_bridge_is_named_each_round_and_the_rounds_go_on() -
     bench = Bench(nic0=False)
     port = bench.stations[0].port = Port()
     bench.go(S.RUNNING)
-    port.doubt = "'tap0' was in a bridge"
+    port.warning = "'tap0' was in a bridge"
     bench.clock.advance(60)
-    failed = [data for name, data in bench.events if name == module.FAILED]
+    failed = [data for name, data in bench.events if name == Event.ANNOUNCE_FAILED]
     assert [data["round"] for data in failed] == [2, 3, 4, 5]
     assert "in a bridge" in str(failed[0]["cause"])
     assert len(bench.nics[0].sent) == 5
@@ -93,7 +93,10 @@ def test_a_pause_ends_what_is_held() -> None:
     bench.go(S.RUNNING, S.PAUSED, S.RUNNING)
     bench.announcer.port_ready("nic0")
     bench.clock.advance(60)
-    assert (bench.nics[0].asked, bench.names()) == ([], [module.HELD, module.STARTED])
+    assert (bench.nics[0].asked, bench.names()) == (
+        [],
+        [Event.ANNOUNCE_HELD, Event.ANNOUNCE_STARTED],
+    )
 
 
 def test_what_is_held_is_not_forgotten_when_another_announcement_begins() -> None:

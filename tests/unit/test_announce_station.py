@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from announce_bench import IP4, IP6, VLAN, Bench, Nic, Port, S
-from godwit.announce import announcer as module
 from godwit.announce.addresses import Source
 from godwit.announce.dissect import Kind, Sighting
-from godwit.announce.frames import TPID_8021Q, gratuitous_arp, rarp, unsolicited_na
+from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.policy import parse_policy
-from godwit.announce.schedule import AnnounceParameters
 from godwit.announce.uplink import Station
+from godwit.host.net.ethernet import TPID_8021Q
+from godwit.spec.events import Event
+from godwit.spec.parameters import AnnounceParameters
 from tests.fakes.clock import FakeClock
 
 OTHER = bytes.fromhex("5254000000aa")
@@ -141,8 +142,8 @@ def test_without_a_watch_nothing_is_said_to_be_missing() -> None:
 
 def test_a_port_that_nobody_can_be_asked_about_is_ready() -> None:
     port = Place().station.port
-    port.look()
-    assert (port.trouble, port.index, port.bridge) == (None, 0, 0)
+    port.refresh()
+    assert (port.not_ready_reason, port.index, port.bridge) == (None, 0, 0)
 
 
 # --- what the announcer tells of it ---------------------------------------------------------------
@@ -160,14 +161,14 @@ def test_an_address_is_told_once() -> None:
         bench.guest_sends(rarp(mac))
     vlans = [{"tpid": TPID_8021Q, "vid": 100}]
     common = {"nic": "nic0", "mac": mac.hex(":"), "ms": 3.0}
-    assert bench.data(module.SEEN) == [
+    assert bench.data(Event.ANNOUNCE_SEEN) == [
         {**common, "vlans": [], "ip": "192.0.2.7", "kind": Kind.ARP.value},
         {**common, "vlans": vlans, "ip": "2001:db8::7", "kind": Kind.NA.value},
         {**common, "vlans": [], "ip": None, "kind": Kind.RARP.value},
     ]
     bench.announcer.announce_self(AnnounceParameters(rounds=1))
     bench.guest_sends(gratuitous_arp(mac, IP4))
-    assert len(bench.data(module.SEEN)) == 4
+    assert len(bench.data(Event.ANNOUNCE_SEEN)) == 4
 
 
 def test_a_guest_that_makes_addresses_up_is_told_of_up_to_a_limit() -> None:
@@ -177,7 +178,7 @@ def test_a_guest_that_makes_addresses_up_is_told_of_up_to_a_limit() -> None:
     for number in range(2000):
         address = (0xC0000000 + number).to_bytes(4, "big")
         bench.guest_sends(gratuitous_arp(bench.nics[0].mac, address))
-    assert len(bench.data(module.SEEN)) == 1024
+    assert len(bench.data(Event.ANNOUNCE_SEEN)) == 1024
 
 
 def test_the_hosts_own_frames_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,8 +186,8 @@ def test_the_hosts_own_frames_are_not_told(monkeypatch: pytest.MonkeyPatch) -> N
     bench.watched()
     monkeypatch.setattr(bench.nics[0], "send_from_host", bench.guest_sends)
     bench.go(S.RUNNING)
-    assert bench.data(module.HOST)[0]["frames"] == 2
-    assert bench.data(module.SEEN) == []
+    assert bench.data(Event.ANNOUNCE_HOST)[0]["frames"] == 2
+    assert bench.data(Event.ANNOUNCE_SEEN) == []
 
 
 def test_info_of_a_nic_that_never_was_announced() -> None:
@@ -214,7 +215,7 @@ def test_info_has_what_the_guest_showed_and_what_the_host_said() -> None:
     bench.clock.advance(1)
     held = bench.announcer.info()[0]
     assert (held["held"], held["ready-ms"], held["rounds"]) == ("down", None, 0)
-    port.trouble = None
+    port.not_ready_reason = None
     bench.announcer.port_ready("nic0")
     bench.clock.advance(0.003)
     bench.guest_sends(gratuitous_arp(mac, IP4))
@@ -237,7 +238,7 @@ def test_the_ids_that_clients_give_are_shown_as_given() -> None:
     for name in ("migration", "id:x", ""):
         bench.announcer.announce_self(AnnounceParameters(rounds=1), id=name)
         assert bench.announcer.info()[0]["id"] == name
-        assert bench.data(module.STARTED)[-1]["id"] == name
+        assert bench.data(Event.ANNOUNCE_STARTED)[-1]["id"] == name
 
 
 def test_a_guest_that_stays_after_all_is_announced_where_it_is() -> None:
@@ -246,6 +247,6 @@ def test_a_guest_that_stays_after_all_is_announced_where_it_is() -> None:
     assert bench.events == []
     bench.go(S.RUNNING)
     bench.announcer.returned()
-    assert bench.data(module.STARTED) == [{"id": "returned", "nics": ["nic0"], "rounds": 5}]
+    assert bench.data(Event.ANNOUNCE_STARTED) == [{"id": "returned", "nics": ["nic0"], "rounds": 5}]
     bench.clock.advance(60)
     assert len(bench.nics[0].asked) == 5

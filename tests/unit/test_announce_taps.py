@@ -16,9 +16,9 @@ from godwit.announce import monitors as module
 from godwit.announce.dissect import Sighting
 from godwit.announce.frames import Tag, arp_request, gratuitous_arp
 from godwit.announce.monitors import Taps
-from godwit.announce.schedule import AnnounceOptions, Verify
 from godwit.announce.uplink import Station, Wired
 from godwit.errors import HostError
+from godwit.spec.parameters import AnnounceOptions, Verify
 from tests.fakes.clock import FakeClock
 
 PEER = bytes.fromhex("5254000000bb")

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from announce_bench import GATEWAY, IP4, IP6, VLAN, Nic, Port
 from godwit.announce import frames
-from godwit.announce.frames import TPID_8021Q, Tag, arp_request, gratuitous_arp, solicitation
+from godwit.announce.frames import Tag, arp_request, gratuitous_arp, solicitation
 from godwit.announce.policy import parse_policy
-from godwit.announce.schedule import Verify
 from godwit.announce.uplink import Station
 from godwit.announce.verify import PEERS, Verification
 from godwit.host.net import rtnetlink
+from godwit.host.net.ethernet import TPID_8021Q
 from godwit.host.net.rtnetlink import Forwarding
+from godwit.spec.parameters import Verify
 from tests.fakes.clock import FakeClock
 
 OTHER, PEER = bytes.fromhex("5254000000aa"), bytes.fromhex("5254000000bb")
@@ -88,7 +89,7 @@ def test_each_address_has_to_be_at_the_tap_in_its_vlan(monkeypatch: pytest.Monke
     asked = bridge(monkeypatch)
     assert place.verification.wanted
     assert place.verification.missing() == [mac, f"{mac} in VLAN 100", f"{other} in VLAN 100"]
-    assert (asked, place.port.looks) == ([3], 1)
+    assert (asked, place.port.refreshes) == ([3], 1)
     # Untagged is whatever the port's own VLAN is; another port, another VLAN: elsewhere.
     bridge(
         monkeypatch,

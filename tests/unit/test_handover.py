@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from godwit.announce.frames import BROADCAST, TPID_8021Q, gratuitous_arp, layer2_update, read_note
+from godwit.announce.frames import gratuitous_arp, layer2_update, read_note
 from godwit.errors import LinkLost
+from godwit.host.net.ethernet import BROADCAST, TPID_8021Q
 from godwit.host.net.tap import HEADER
 from godwit.hw.nic import rx_backlog as ahead
 from godwit.migration.packets import destination as arrival_module

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from godwit.announce.frames import BROADCAST
+from godwit.host.net.ethernet import BROADCAST
 from godwit.migration.packets import destination as arrival_module
 from godwit.migration.packets import source as forwarder_module
 from godwit.migration.packets.destination import Hold

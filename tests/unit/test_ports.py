@@ -68,16 +68,16 @@ class HandLoop:
 def port(kernel: Kernel) -> tuple[Port, list[str | None]]:
     found = Port("tap0")
     ready: list[str | None] = []
-    found.on_ready = lambda: ready.append(found.trouble)
+    found.on_ready = lambda: ready.append(found.not_ready_reason)
     return found, ready
 
 
 def test_before_anybody_looked_it_is_not_ready(kernel: Kernel) -> None:
-    assert Port("tap0").trouble is not None
+    assert Port("tap0").not_ready_reason is not None
 
 
 @pytest.mark.parametrize(
-    ("link", "trouble"),
+    ("link", "not_ready_reason"),
     [
         (None, "there is no interface 'tap0'"),
         (READY._replace(carrier=False), "'tap0' has no carrier"),
@@ -89,17 +89,17 @@ def test_before_anybody_looked_it_is_not_ready(kernel: Kernel) -> None:
         (READY._replace(port_state=9), "its bridge's port is not forwarding"),
     ],
 )
-def test_why_frames_would_be_lost(kernel: Kernel, link: Link | None, trouble: str) -> None:
+def test_why_frames_would_be_lost(kernel: Kernel, link: Link | None, not_ready_reason: str) -> None:
     found, ready = port(kernel)
     kernel.links["tap0"] = link
-    found.look()
-    assert found.trouble is not None
-    assert found.trouble.startswith(trouble)
+    found.refresh()
+    assert found.not_ready_reason is not None
+    assert found.not_ready_reason.startswith(not_ready_reason)
     assert ready == []
     assert found.index == (5 if link else 0)
     kernel.links["tap0"] = READY
-    found.look()
-    found.look()
+    found.refresh()
+    found.refresh()
     assert ready == [None]
     assert (found.index, found.bridge) == (5, 3)
 
@@ -108,8 +108,8 @@ def test_what_is_no_bridges_port_has_no_bridge(kernel: Kernel) -> None:
     found, ready = port(kernel)
     # In a bond, say, or in Open vSwitch: a master that has no forwarding database to ask.
     kernel.links["tap0"] = READY._replace(port_state=None)
-    found.look()
-    assert (found.trouble, found.bridge, ready) == (None, 0, [None])
+    found.refresh()
+    assert (found.not_ready_reason, found.bridge, ready) == (None, 0, [None])
 
 
 def test_one_that_left_its_bridge_is_known_until_it_is_in_one_again(kernel: Kernel) -> None:
@@ -118,8 +118,8 @@ def test_one_that_left_its_bridge_is_known_until_it_is_in_one_again(kernel: Kern
     left = []
     for link in (alone, READY, alone, alone, None, alone, READY):
         kernel.links["tap0"] = link
-        found.look()
-        left.append(found.doubt is not None)
+        found.refresh()
+        left.append(found.warning is not None)
     assert left == [False, False, True, True, True, True, False]
 
 
@@ -127,15 +127,15 @@ def test_a_change_to_ready_is_told_once_each_time(kernel: Kernel) -> None:
     found, ready = port(kernel)
     for state in (2, 3, 3, 2, 4, 3, 3):
         kernel.links["tap0"] = READY._replace(port_state=state)
-        found.look()
+        found.refresh()
     assert len(ready) == 2
 
 
 def test_where_nobody_can_be_asked_nothing_is_held_up(kernel: Kernel) -> None:
     found, ready = port(kernel)
     kernel.links["tap0"] = OSError(1, "Operation not permitted")
-    found.look()
-    assert (found.trouble, ready) == (None, [None])
+    found.refresh()
+    assert (found.not_ready_reason, ready) == (None, [None])
 
 
 def test_all_are_looked_at_when_anything_changes(
@@ -146,7 +146,7 @@ def test_all_are_looked_at_when_anything_changes(
     kernel.links["tap1"] = READY
     both = Ports(["tap0", "tap1"], loop)  # type: ignore[arg-type]
     first, second = both.ports
-    assert (first.trouble is None, second.trouble is None) == (False, True)
+    assert (first.not_ready_reason is None, second.not_ready_reason is None) == (False, True)
     ready: list[str] = []
     first.on_ready = lambda: ready.append("tap0")
     second.on_ready = lambda: ready.append("tap1")

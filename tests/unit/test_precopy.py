@@ -13,13 +13,14 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+from msgspec.structs import replace
 
 from godwit.errors import LinkLost
 from godwit.hw.memory import PAGE, GuestMemory
 from godwit.machine.machine import Machine
 from godwit.migration.outgoing import Outgoing
 from godwit.migration.wire.stream import Line
-from godwit.spec.parameters import ConvergenceParameters, OnNoConvergence
+from godwit.spec.parameters import ConvergenceParameters, MigrationParameters, OnNoConvergence
 from godwit.spec.runstate import RunState, RunStates
 
 S = RunState
@@ -112,9 +113,9 @@ class Move(Outgoing):
     def __init__(self, guest: Guest, parameters: ConvergenceParameters) -> None:
         self.states = RunStates(S.RUNNING)
         self.told: list[tuple[str, int]] = []
-        limits = SimpleNamespace(max_bandwidth=0, downtime_limit=300, convergence=parameters)
+        self.parameters = MigrationParameters(convergence=parameters)
         machine = cast(Machine, guest)
-        super().__init__(machine, self.states, limits, self._tell)
+        super().__init__(machine, self.states, lambda: self.parameters, self._tell)
         self._guest = guest
         self._line = self.wire = Wire(guest)
         self.at_round: Callable[[int], object] = lambda number: None
@@ -259,13 +260,13 @@ def test_cancelled_is_throttled_no_more_even_before_the_thread_knows(guest: Gues
 
 def test_parameters_count_from_the_next_round_on(guest: Guest) -> None:
     move = Move(guest, ConvergenceParameters())
-    limits = move._limits
 
     def change(number: int) -> None:
         if number == 4:
-            limits.convergence = ConvergenceParameters(auto_converge=True, cpu_throttle_initial=95)
+            throttled = ConvergenceParameters(auto_converge=True, cpu_throttle_initial=95)
+            move.parameters = MigrationParameters(convergence=throttled)
         if number == 6:
-            limits.downtime_limit = 10_000
+            move.parameters = replace(move.parameters, downtime_limit=10_000)
 
     move.at_round = change
     move.run()

@@ -5,14 +5,21 @@ from typing import Any
 
 import pytest
 
-from godwit.announce.schedule import AnnounceOptions, AnnounceParameters, Verify
 from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
 from godwit.hw.nic.rx_filter_info import RxFilterInfo
-from godwit.qmp import commands, events
-from godwit.qmp.commands import COMMANDS
+from godwit.qmp import commands
+from godwit.qmp.commands import COMMANDS, announce, migration, network, vm
 from godwit.qmp.controller import Controller
 from godwit.qmp.protocol import CommandNotFound
-from godwit.spec.parameters import ConvergenceParameters, OnNoConvergence
+from godwit.spec import events
+from godwit.spec.parameters import (
+    AnnounceOptions,
+    AnnounceParameters,
+    ConvergenceParameters,
+    MigrationParameters,
+    OnNoConvergence,
+    Verify,
+)
 from godwit.spec.runstate import RunState, RunStates
 
 S = RunState
@@ -23,14 +30,9 @@ class Vm:
 
     def __init__(self, state: RunState = S.RUNNING) -> None:
         self.states = RunStates(state)
-        self.announce_parameters = AnnounceParameters()
-        self.announce_options = AnnounceOptions()
+        self.parameters = MigrationParameters()
         self.announced: list[dict[str, object]] = []
         self.filters: dict[str, RxFilterInfo] = {}
-        self.max_bandwidth = 0
-        self.downtime_limit = 300
-        self.handover = True
-        self.convergence = ConvergenceParameters()
         self.told: list[tuple[Any, ...]] = []
         self.info: dict[str, object] = {}
         self.error: GodwitError | None = None
@@ -207,6 +209,8 @@ def test_query_migrate_shows_what_the_vm_says() -> None:
         ("migrate-set-parameters", {"max-cpu-throttle": 19}, "'cpu-throttle-initial', which is 20"),
         ("migrate-set-parameters", {"max-cpu-throttle": "50"}, "'max-cpu-throttle': Expected `int"),
         ("migrate-set-parameters", {"on-no-convergence": "wait"}, "'on-no-convergence': Invalid"),
+        ("migrate-set-parameters", {"auto-converge": True}, "'auto-converge' is unexpected"),
+        ("migrate-set-parameters", {"convergence": {}}, "'convergence' is unexpected"),
         ("migrate-set-capabilities", {}, "Parameter 'capabilities' is missing"),
         (
             "migrate-set-capabilities",
@@ -247,7 +251,7 @@ def test_an_unknown_command() -> None:
 
 def test_announce_self_completes_its_schedule_from_the_parameters() -> None:
     vm = Vm()
-    vm.announce_parameters = AnnounceParameters(initial=7, rounds=9)
+    vm.parameters = MigrationParameters(announce=AnnounceParameters(initial=7, rounds=9))
     run(vm, "announce-self")
     run(vm, "announce-self", rounds=2, step=30, max=60, initial=1, interfaces=["nic1"], id="a")
     assert vm.told == [
@@ -290,9 +294,11 @@ def test_parameters_are_set_and_shown() -> None:
         assert run(vm, "query-migrate-parameters") == {**before, name: value}
     run(vm, "migrate-set-parameters")
     assert run(vm, "query-migrate-parameters") == {**dict.fromkeys(shown, 42), **others}
-    assert vm.announce_parameters == AnnounceParameters(42, 42, 42, 42)
-    assert vm.announce_options == AnnounceOptions(42, Verify.PROBE, True, 50)
-    assert vm.convergence == ConvergenceParameters(False, 42, 42, 42, OnNoConvergence.STOP_AND_COPY)
+    assert vm.parameters.announce == AnnounceParameters(42, 42, 42, 42)
+    assert vm.parameters.announce_options == AnnounceOptions(42, Verify.PROBE, True, 50)
+    assert vm.parameters.convergence == ConvergenceParameters(
+        False, 42, 42, 42, OnNoConvergence.STOP_AND_COPY
+    )
 
 
 def test_capabilities_are_set_and_shown() -> None:
@@ -301,7 +307,7 @@ def test_capabilities_are_set_and_shown() -> None:
         wanted = [{"capability": "auto-converge", "state": state}]
         assert run(vm, "migrate-set-capabilities", capabilities=wanted) is None
         assert run(vm, "query-migrate-capabilities") == wanted
-        assert vm.convergence == ConvergenceParameters(auto_converge=state)
+        assert vm.parameters.convergence == ConvergenceParameters(auto_converge=state)
     run(vm, "migrate-set-capabilities", capabilities=[])
     twice = [{"capability": "auto-converge", "state": state} for state in (False, True)]
     run(vm, "migrate-set-capabilities", capabilities=twice)
@@ -316,9 +322,9 @@ def test_capabilities_are_set_and_shown() -> None:
 def test_each_way_to_verify_can_be_chosen(how: Verify) -> None:
     vm = Vm()
     run(vm, "migrate-set-parameters", announce_verify=how.value, announce_refresh=True)
-    assert vm.announce_options == AnnounceOptions(verify=how, refresh=True)
+    assert vm.parameters.announce_options == AnnounceOptions(verify=how, refresh=True)
     run(vm, "migrate-set-parameters", announce_verify="off", announce_refresh=False)
-    assert vm.announce_options == AnnounceOptions()
+    assert vm.parameters.announce_options == AnnounceOptions()
 
 
 def test_query_announce_shows_what_the_vm_says() -> None:
@@ -378,6 +384,14 @@ def test_parameters_change_all_or_none() -> None:
     with pytest.raises(ConfigError):
         run(vm, "migrate-set-parameters", announce_deadline=500, announce_rounds=-1)
     assert run(vm, "query-migrate-parameters") == before
+
+
+def test_each_command_is_in_one_features_table() -> None:
+    tables = [feature.COMMANDS for feature in (vm, migration, announce, network)]
+    names = [name for table in tables for name in table]
+    assert len(set(names)) == len(names)
+    assert set(COMMANDS) == set(names)
+    assert all(COMMANDS[name] is table[name] for table in tables for name in table)
 
 
 def test_query_commands_and_version() -> None:

@@ -125,13 +125,17 @@ def test_a_client_that_asks_without_reading_is_not_listened_to(vm: Vm) -> None:
             assert len(greedy.read()["return"]) == 10_000
 
 
-def test_garbage_does_not_end_the_server(vm: Vm) -> None:
-    with Raw(vm.path) as client:
-        client.sock.sendall(b"\xff\x00}]garbage{{{\n\x01")
-        client.send({"execute": "after", "id": "x"})
-        while (reply := client.read()).get("id") != "x":
-            assert reply["error"]["class"] == "GenericError"
-        assert reply["return"] == {"did": "after"}
+@pytest.mark.parametrize("garbage", [b"garbage\n", b"\xff", b'{"execute": "x",}', b"{]"])
+def test_malformed_json_is_answered_and_ends_the_connection_only(vm: Vm, garbage: bytes) -> None:
+    with Raw(vm.path) as client, Client.connect(vm.path, DEADLINE) as other:
+        client.send({"execute": "before"})
+        assert client.read() == {"return": {"did": "before"}}
+        client.sock.sendall(garbage)
+        assert client.read()["error"]["class"] == "GenericError"
+        assert client.read() is None
+        assert other.execute("still here", deadline=DEADLINE) == {"did": "still here"}
+    with Client.connect(vm.path, DEADLINE) as again:
+        assert again.execute("hello", deadline=DEADLINE) == {"did": "hello"}
 
 
 def test_a_request_without_an_end_ends_the_connection_only(vm: Vm) -> None:

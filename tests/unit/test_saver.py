@@ -15,6 +15,7 @@ from godwit.hw.memory import PAGE, GuestMemory
 from godwit.machine.machine import Machine
 from godwit.migration.outgoing import Outgoing
 from godwit.migration.snapshot import FileLine, Saver
+from godwit.spec.parameters import MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
 
 S = RunState
@@ -53,9 +54,9 @@ class Save:
         memory.view(0, 4 * PAGE)[:] = bytes(range(256)) * (4 * PAGE // 256)
         self.states = RunStates(S.RUNNING)
         self.told: list[str] = []
-        limits = SimpleNamespace(max_bandwidth=0, downtime_limit=0, handover=True)
+        parameters = MigrationParameters(downtime_limit=0)
         machine = cast(Machine, self.machine)
-        self.saver = Saver(machine, self.states, path, limits, self.told.append)
+        self.saver = Saver(machine, self.states, path, lambda: parameters, self.told.append)
 
     def run(self) -> None:
         self.saver.start()

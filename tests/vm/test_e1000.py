@@ -173,7 +173,7 @@ def test_it_moves_to_another_host_and_back(bench: Bench, traveller: Guest, trip:
         lost = flow.lost(sender.counts()[flow.id])
         assert (lost, flow.duplicates, flow.reordered) == (0, 0, 0), flow
     assert traveller.agent.mem_check() == checksum
-    assert not [event for vm in trip.targets for event in vm.news("GUEST_OFFENCE")]
+    assert not [event for vm in trip.targets for event in vm.news("GUEST_ERROR")]
 
 
 def test_it_works_beside_virtio_and_after_a_reboot(bench: Bench) -> None:

@@ -15,17 +15,18 @@ from typing import Any
 
 import pytest
 
-from godwit.announce.frames import TPID_8021Q, rarp
-from godwit.announce.schedule import Verify
+from godwit.announce.frames import rarp
 from godwit.announce.uplink import Station
 from godwit.announce.verify import Verification
 from godwit.host.loop import Loop
 from godwit.host.net import rtnetlink
+from godwit.host.net.ethernet import TPID_8021Q
 from godwit.host.net.links import Port, Ports
 from godwit.host.net.rtnetlink import Forwarding
 from godwit.host.net.tap import Tap
 from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.hw.virtio.net.rxfilter import RxFilter
+from godwit.spec.parameters import Verify
 from lab.netns import inside
 
 MAC, OTHER = bytes.fromhex("525400123456"), bytes.fromhex("5254000000aa")
@@ -71,14 +72,14 @@ class Place:
         """Run the loop until it is so."""
         deadline = time.monotonic() + 60
         while not done():
-            assert time.monotonic() < deadline, (self.port.trouble, self.ready)
+            assert time.monotonic() < deadline, (self.port.not_ready_reason, self.ready)
             with inside(NETNS):
                 self.loop.run_once(1)
 
     def up(self) -> None:
         for name in (BRIDGE, TAP):
             ip("link", "set", name, "up")
-        self.until(lambda: self.port.trouble is None)
+        self.until(lambda: self.port.not_ready_reason is None)
 
     def forwarding(self) -> list[Forwarding]:
         with inside(NETNS):
@@ -90,7 +91,7 @@ class Place:
         self.loop.close()
 
     def _ready(self) -> None:
-        assert self.port.trouble is None
+        assert self.port.not_ready_reason is None
         self.ready += 1
 
 
@@ -134,21 +135,21 @@ def test_links_are_as_iproute2_shows_them(place: Place) -> None:
 
 
 def test_up_and_down(place: Place) -> None:
-    assert place.port.trouble is not None
-    assert "no carrier" in place.port.trouble
+    assert place.port.not_ready_reason is not None
+    assert "no carrier" in place.port.not_ready_reason
     ip("link", "set", BRIDGE, "up")
     ip("link", "set", TAP, "up")
     place.until(lambda: place.ready == 1)
     ip("link", "set", TAP, "down")
-    place.until(lambda: place.port.trouble)
+    place.until(lambda: place.port.not_ready_reason)
     ip("link", "set", TAP, "up")
     place.until(lambda: place.ready == 2)
     # A bridge that is down disables its ports.
     ip("link", "set", BRIDGE, "down")
-    place.until(lambda: place.port.trouble == "its bridge's port is disabled")
+    place.until(lambda: place.port.not_ready_reason == "its bridge's port is disabled")
     ip("link", "set", BRIDGE, "up")
     place.until(lambda: place.ready == 3)
-    assert place.port.trouble is None
+    assert place.port.not_ready_reason is None
 
 
 def test_the_ports_states(place: Place) -> None:
@@ -159,14 +160,14 @@ def test_the_ports_states(place: Place) -> None:
     states = {0: "disabled", 1: "listening", 2: "learning"}
     for number, name in states.items():
         bridge("link", "set", "dev", TAP, "state", str(number))
-        place.until(lambda name=name: place.port.trouble == f"its bridge's port is {name}")
+        place.until(lambda name=name: place.port.not_ready_reason == f"its bridge's port is {name}")
         found = link(place, TAP)
         assert found is not None
         assert (found.carrier, found.port_state) == (True, number)
     assert place.ready == 0
     bridge("link", "set", "dev", TAP, "state", "3")
     place.until(lambda: place.ready)
-    assert (place.ready, place.port.trouble) == (1, None)
+    assert (place.ready, place.port.not_ready_reason) == (1, None)
 
 
 def test_a_spanning_tree_lets_the_port_forward_in_its_own_time(place: Place) -> None:
@@ -176,7 +177,7 @@ def test_a_spanning_tree_lets_the_port_forward_in_its_own_time(place: Place) -> 
     ip("link", "set", TAP, "up")
 
     def forwards() -> bool:
-        seen.append(place.port.trouble)
+        seen.append(place.port.not_ready_reason)
         return place.ready > 0
 
     place.until(forwards)
@@ -197,7 +198,7 @@ def test_a_port_that_a_spanning_tree_blocks(place: Place) -> None:
     ready: list[str] = []
     port.on_ready = lambda: ready.append(port.tap)
     ip("link", "set", BRIDGE, "up")
-    place.until(lambda: port.trouble == "its bridge's port is blocking")
+    place.until(lambda: port.not_ready_reason == "its bridge's port is blocking")
     found = link(place, "veth1")
     assert found is not None
     assert (found.port_state, ready) == (4, [])
@@ -214,20 +215,20 @@ def test_a_tap_without_a_bridge(place: Place) -> None:
     place.until(lambda: not place.port.bridge)
     found = link(place, TAP)
     assert found is not None
-    assert (found.master, found.port_state, place.port.trouble) == (0, None, None)
+    assert (found.master, found.port_state, place.port.not_ready_reason) == (0, None, None)
 
 
 def test_a_tap_that_goes_and_comes(place: Place) -> None:
     place.up()
     place.ready, before = 0, place.port.index
     place.tap.close()  # it is not persistent
-    place.until(lambda: place.port.trouble == f"there is no interface '{TAP}'")
+    place.until(lambda: place.port.not_ready_reason == f"there is no interface '{TAP}'")
     assert (place.port.index, place.port.bridge) == (0, 0)
     with inside(NETNS):
         place.tap = Tap(TAP)
     ip("link", "set", TAP, "up")
     place.until(lambda: place.ready)
-    assert (place.ready, place.port.trouble) == (1, None)
+    assert (place.ready, place.port.not_ready_reason) == (1, None)
     assert place.port.index != before
 
 
@@ -239,9 +240,9 @@ def test_a_storm_of_changes_ends_with_the_truth(place: Place) -> None:
     subprocess.run(
         ["ip", "-n", NETNS, "-batch", "-"], input=batch, text=True, check=True, timeout=120
     )
-    place.until(lambda: place.port.trouble)
+    place.until(lambda: place.port.not_ready_reason)
     ip("link", "set", TAP, "up")
-    place.until(lambda: place.port.trouble is None)
+    place.until(lambda: place.port.not_ready_reason is None)
 
 
 def test_the_forwarding_database_is_what_bridge_shows(place: Place) -> None:

@@ -18,10 +18,11 @@ from vm_bench import Bench, Guest, announced
 
 from godwit.announce.addresses import Entry
 from godwit.announce.dissect import Sighting
-from godwit.announce.frames import TPID_8021AD, TPID_8021Q, gratuitous_arp, rarp, unsolicited_na
+from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.observer import Observer
 from godwit.errors import HostError
 from godwit.host.loop import Loop
+from godwit.host.net.ethernet import TPID_8021AD, TPID_8021Q
 from godwit.host.net.tap import HEADER, Tap
 from godwit.host.net.tap_watch import BATCH, WINDOW_S, TapWatch
 from godwit.spec.config import parse_mac

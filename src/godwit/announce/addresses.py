@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from godwit.host.net.ethernet import TPID_8021Q
+
 from . import frames, saved
 from .dissect import Sighting, is_host_mac
-from .frames import TPID_8021Q, Tag
+from .frames import Tag
 from .policy import Policy
 from .saved import ENTRIES, PEERS, AddressBookState, SavedEntry, SavedPeer
 

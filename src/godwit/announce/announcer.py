@@ -20,6 +20,8 @@ import msgspec
 
 from godwit.errors import ConfigError, StateError
 from godwit.host.loop import Clock, Timer
+from godwit.spec.events import Event
+from godwit.spec.parameters import AnnounceOptions, AnnounceParameters, MigrationParameters
 from godwit.spec.runstate import RunState
 
 from .addresses import Entry
@@ -27,19 +29,7 @@ from .attempts import Ladder, Report, Verifier
 from .dissect import Sighting
 from .pacing import Pacer
 from .record import NicRecord
-from .schedule import AnnounceOptions, AnnounceParameters
 from .uplink import Station
-
-# The events. Each but the first has ``nic``.
-STARTED = "ANNOUNCE_STARTED"  # id, nics, rounds
-HELD = "ANNOUNCE_HELD"  # cause: the port is not ready
-ACKED = "ANNOUNCE_ACKED"  # ms
-SEEN = "ANNOUNCE_SEEN"  # mac, vlans, ip, kind, ms: the guest's first frame for an address
-TIMEOUT = "ANNOUNCE_TIMEOUT"  # asked: no ack in time, for the first or second time
-HOST = "ANNOUNCE_HOST"  # round, frames, why
-VERIFIED = "ANNOUNCE_VERIFIED"  # ms
-UNVERIFIED = "ANNOUNCE_UNVERIFIED"  # what: a warning; nothing more is tried
-FAILED = "ANNOUNCE_FAILED"  # round, cause
 
 #: The id of the announcement that a resume after a move starts.
 RESUME = "migration"
@@ -85,6 +75,7 @@ class _Announcement:
 class Announcer:
     """Announces the NICs of one VM. Thread-safe; see the module for the order of locks.
 
+    ``parameters()`` returns what the operator wants now: an announcement that begins reads it once.
     ``make_verifier(station, options)`` gives a ladder its verifier.
     """
 
@@ -93,12 +84,10 @@ class Announcer:
         stations: Sequence[Station],
         clock: Clock,
         report: Report,
-        parameters: AnnounceParameters | None = None,
+        parameters: Callable[[], MigrationParameters] = MigrationParameters,
         make_verifier: Callable[[Station, AnnounceOptions], Verifier] = no_verifier,
     ) -> None:
-        #: What the next resume uses; replace them at any time.
-        self.parameters = parameters or AnnounceParameters()
-        self.options = AnnounceOptions()
+        self._parameters = parameters
         self._stations = {station.nic.name: station for station in stations}
         self._clock = clock
         self._report = report
@@ -120,19 +109,18 @@ class Announcer:
                     self._cancel(key)
             elif old is RunState.PRELAUNCH_MIGRATE:
                 try:
-                    self._start(RESUME, tuple(self._stations), self.parameters)
+                    self._start(RESUME, tuple(self._stations))
                 except Exception as error:
                     # The guest runs here: an error that got out of this transition would look
                     # like a guest that did not arrive, and its source would let it run as well.
-                    self._report(
-                        FAILED, {"nic": "", "round": 0, "cause": f"{type(error).__name__}: {error}"}
-                    )
+                    cause = f"{type(error).__name__}: {error}"
+                    self._report(*Event.ANNOUNCE_FAILED.of(nic="", round=0, cause=cause))
 
     def returned(self) -> None:
         """The guest runs on where it was, though a peer may have heard of it from elsewhere."""
         with self._rounds:
             if self._running:
-                self._start(RETURNED, tuple(self._stations), self.parameters)
+                self._start(RETURNED, tuple(self._stations))
 
     def announce_self(
         self,
@@ -170,7 +158,7 @@ class Announcer:
                     record.acked_at = now
                 latency = record.ack_ms
         if first:
-            self._report(ACKED, {"nic": nic, "ms": round(latency or 0.0, 3)})
+            self._report(*Event.ANNOUNCE_ACKED.of(nic=nic, ms=round(latency or 0.0, 3)))
         # The ladder needs the outer lock.
         self._clock.call_later(0, lambda: self._tell(nic, Ladder.acked))
 
@@ -183,13 +171,12 @@ class Announcer:
                 return
             self._shown.add(key)
         self._report(
-            SEEN,
-            {
-                "nic": nic,
+            *Event.ANNOUNCE_SEEN.of(
+                nic=nic,
                 **_address(sighting.mac, sighting.tags, sighting.ip),
-                "kind": sighting.kind.value,
-                "ms": record.since(self._clock.now()),
-            },
+                kind=sighting.kind.value,
+                ms=record.since(self._clock.now()),
+            )
         )
 
     def port_ready(self, nic: str) -> None:
@@ -250,8 +237,12 @@ class Announcer:
             raise ConfigError(f"'interfaces' is empty: leave it out for all, or choose: {names}")
         return tuple(name for name in self._stations if name in interfaces)
 
-    def _start(self, key: str, names: Sequence[str], parameters: AnnounceParameters) -> None:
+    def _start(
+        self, key: str, names: Sequence[str], schedule: AnnounceParameters | None = None
+    ) -> None:
         self._cancel(key)
+        wanted = self._parameters()
+        parameters, options = schedule or wanted.announce, wanted.announce_options
         for old in [old for old, one in self._current.items() if all(x.over for x in one.ladders)]:
             del self._current[old]
         if not parameters.rounds:
@@ -268,19 +259,20 @@ class Announcer:
                 station,
                 record,
                 parameters,
-                self.options,
+                options,
                 self._clock,
                 lambda delay, call: self._later(announcement, delay, call),
                 self._report,
-                self._make_verifier(station, self.options),
+                self._make_verifier(station, options),
                 self._pacer,
             )
             announcement.ladders.append(ladder)
             # The frames first: an event costs the guest's peers time.
             ladder.begin()
         self._report(
-            STARTED,
-            {"id": key.removeprefix("id:"), "nics": list(names), "rounds": parameters.rounds},
+            *Event.ANNOUNCE_STARTED.of(
+                id=key.removeprefix("id:"), nics=list(names), rounds=parameters.rounds
+            )
         )
 
     def _cancel(self, key: str) -> None:

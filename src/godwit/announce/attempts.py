@@ -20,10 +20,12 @@ from typing import Protocol
 
 from godwit.errors import GodwitError, HostError
 from godwit.host.loop import Clock, Timer
+from godwit.spec.events import Event
+from godwit.spec.parameters import AnnounceOptions, AnnounceParameters
 
 from .pacing import Pacer
 from .record import NicRecord
-from .schedule import AnnounceOptions, AnnounceParameters, delays
+from .schedule import delays
 from .uplink import Station
 
 #: After an ack, the time in which the guest's frames must have come by, s. Linux sends them before
@@ -35,8 +37,8 @@ EXTRA_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 #: From a question to its answer, s.
 VERIFY_S = 0.3
 
-#: Receives an event's name and data.
-Report = Callable[[str, dict[str, object]], None]
+#: Receives an event and its data.
+Report = Callable[[Event, dict[str, object]], None]
 #: Has a call made later, under the announcer's lock, unless the announcement is over by then.
 Later = Callable[[float, Callable[[], None]], Timer]
 
@@ -158,20 +160,20 @@ class Ladder:
 
     def _hold(self) -> bool:
         """Wait for the port, if it is not ready, or is gone since the last round."""
-        trouble = self.station.port.trouble
-        if trouble is None:
+        reason = self.station.port.not_ready_reason
+        if reason is None:
             return False
         if not self._held:
             self._held = True
-            self._record.held = trouble
-            self._report("ANNOUNCE_HELD", {"nic": self._record.nic, "cause": trouble})
+            self._record.held = reason
+            self._report(*Event.ANNOUNCE_HELD.of(nic=self._record.nic, cause=reason))
         return True
 
     def _make_round(self) -> None:
         record = self._record
         record.rounds += 1
-        if self.station.port.doubt is not None:
-            self._failed(HostError(self.station.port.doubt))
+        if self.station.port.warning is not None:
+            self._failed(HostError(self.station.port.warning))
         record.mac = self.station.nic.mac.hex(":")
         if self._host:
             self._speak("no ack")
@@ -197,12 +199,12 @@ class Ladder:
             if record.verified_at is None:
                 record.verified_at = self._clock.now()
                 ms = (record.verified_at - record.began_at) * 1000
-                self._report("ANNOUNCE_VERIFIED", {"nic": record.nic, "ms": round(ms, 3)})
+                self._report(*Event.ANNOUNCE_VERIFIED.of(nic=record.nic, ms=round(ms, 3)))
         elif self._extra:
             delay, self._extra = self._extra[0], self._extra[1:]
             self._after(delay - VERIFY_S, self._round)
         else:
-            self._report("ANNOUNCE_UNVERIFIED", {"nic": record.nic, "what": record.unverified})
+            self._report(*Event.ANNOUNCE_UNVERIFIED.of(nic=record.nic, what=record.unverified))
 
     # --- rungs ------------------------------------------------------------------------------------
     def _ask(self) -> bool:
@@ -228,7 +230,7 @@ class Ladder:
     def _unanswered(self) -> None:
         self._deadline = None
         self._record.timeouts += 1
-        self._report("ANNOUNCE_TIMEOUT", {"nic": self._record.nic, "asked": self._awaited})
+        self._report(*Event.ANNOUNCE_TIMEOUT.of(nic=self._record.nic, asked=self._awaited))
         if self._awaited < 2:
             if self._ask():
                 return
@@ -267,14 +269,12 @@ class Ladder:
         if record.host_sent_at is None:
             record.host_sent_at = self._clock.now()
         self._report(
-            "ANNOUNCE_HOST",
-            {"nic": record.nic, "round": record.rounds, "frames": count, "why": why},
+            *Event.ANNOUNCE_HOST.of(nic=record.nic, round=record.rounds, frames=count, why=why)
         )
 
     def _failed(self, error: Exception) -> None:
         cause = str(error) or type(error).__name__
         self._record.error = cause
         self._report(
-            "ANNOUNCE_FAILED",
-            {"nic": self._record.nic, "round": self._record.rounds, "cause": cause},
+            *Event.ANNOUNCE_FAILED.of(nic=self._record.nic, round=self._record.rounds, cause=cause)
         )

@@ -12,13 +12,21 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from .frames import BROADCAST, TPID_8021AD, TPID_8021Q, Tag
+from godwit.host.net.ethernet import (
+    BROADCAST,
+    ETH_ALEN,
+    ETH_P_ARP,
+    ETH_P_IP,
+    ETH_P_IPV6,
+    ETH_P_RARP,
+    TPID_8021AD,
+    TPID_8021Q,
+)
+
+from .frames import Tag
 
 #: More tags than this on a frame, and it is malformed.
 MAX_TAGS = 2
-
-# IANA ethertypes (linux/if_ether.h).
-_ETH_ARP, _ETH_RARP, _ETH_IPV4, _ETH_IPV6 = 0x0806, 0x8035, 0x0800, 0x86DD
 
 # RFC 826 and RFC 903: operations; hardware type Ethernet.
 _ARP_REQUEST, _ARP_REPLY, _RARP_REQUEST, _RARP_REPLY = 1, 2, 3, 4
@@ -81,9 +89,9 @@ def dissect(frame: bytes | memoryview, outer: Tag | None = None) -> Sighting | N
     """
     data = bytes(frame)
     tags, ethertype, at = _tags(data, outer)
-    if ethertype not in (_ETH_ARP, _ETH_RARP, _ETH_IPV6):
+    if ethertype not in (ETH_P_ARP, ETH_P_RARP, ETH_P_IPV6):
         return None
-    if ethertype == _ETH_IPV6:
+    if ethertype == ETH_P_IPV6:
         return _neighbour(data, tags, at)
     return _arp(data, tags, ethertype, at)
 
@@ -105,7 +113,7 @@ def is_host_ip(ip: bytes) -> bool:
 
 def is_host_mac(mac: bytes) -> bool:
     """Whether it is one station's address: six bytes, not multicast, not null."""
-    return len(mac) == 6 and not mac[0] & 1 and mac != bytes(6)
+    return len(mac) == ETH_ALEN and not mac[0] & 1 and mac != bytes(6)
 
 
 def _tags(data: bytes, outer: Tag | None) -> tuple[tuple[Tag, ...], int, int]:
@@ -153,12 +161,12 @@ def _arp(data: bytes, tags: tuple[Tag, ...], ethertype: int, at: int) -> Sightin
     if len(body) < 8:
         raise Malformed("truncated ARP")
     operation = int.from_bytes(body[6:8], "big")
-    reverse = ethertype == _ETH_RARP
+    reverse = ethertype == ETH_P_RARP
     if operation not in ((_RARP_REQUEST, _RARP_REPLY) if reverse else (_ARP_REQUEST, _ARP_REPLY)):
         return None
-    if int.from_bytes(body[:2], "big") != _HW_ETHERNET or body[4] != 6:
+    if int.from_bytes(body[:2], "big") != _HW_ETHERNET or body[4] != ETH_ALEN:
         raise Malformed("ARP: not Ethernet addresses")
-    if int.from_bytes(body[2:4], "big") != _ETH_IPV4 or body[5] != 4:
+    if int.from_bytes(body[2:4], "big") != ETH_P_IP or body[5] != 4:
         raise Malformed("ARP: not IPv4 addresses")
     if len(body) < _ARP_LENGTH:
         raise Malformed("truncated ARP")

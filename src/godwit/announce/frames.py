@@ -10,25 +10,27 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+from godwit.host.net.ethernet import (
+    BROADCAST,
+    ETH_ALEN,
+    ETH_HLEN,
+    ETH_P_ARP,
+    ETH_P_IP,
+    ETH_P_IPV6,
+    ETH_P_RARP,
+    ETH_ZLEN,
+    TPID_8021AD,
+    TPID_8021Q,
+)
+
 #: (tpid, vid), IEEE 802.1Q-2018 section 9.6.
 Tag = tuple[int, int]
 Tags = Sequence[Tag]
 
-#: IEEE 802.1Q-2018 table 9-1: customer and service VLAN tag.
-TPID_8021Q = 0x8100
-TPID_8021AD = 0x88A8
-
-BROADCAST = b"\xff" * 6
 #: RFC 2464 section 7: 33:33 and the low 32 bits of ff02::1.
 ALL_NODES_MAC = bytes.fromhex("333300000001")
 #: RFC 4291 section 2.7.1.
 ALL_NODES = bytes.fromhex("ff020000000000000000000000000001")
-
-# IANA ethertypes (linux/if_ether.h).
-_ETH_ARP = 0x0806
-_ETH_RARP = 0x8035
-_ETH_IPV4 = 0x0800
-_ETH_IPV6 = 0x86DD
 
 # RFC 826 and RFC 903: hardware type Ethernet, operations.
 _HW_ETHERNET = 1
@@ -43,13 +45,10 @@ _SOURCE_LINK_LAYER_ADDRESS, _TARGET_LINK_LAYER_ADDRESS = 1, 2  # RFC 4861 sectio
 #: RFC 4291 section 2.7.1: ff02::1:ff00:0/104.
 _SOLICITED_NODE = bytes.fromhex("ff0200000000000000000001ff")
 
-#: ETH_ZLEN (linux/if_ether.h): the least an untagged frame has without its FCS.
-_MIN_FRAME = 60
-
 #: IEEE 802.2: null DSAP, null SSAP with the response bit (so nobody answers), XID, its information.
 _XID = bytes.fromhex("0001af810100")
 #: What a layer 2 update has room for beside that without growing, bytes.
-NOTE = _MIN_FRAME - 14 - len(_XID)
+NOTE = ETH_ZLEN - ETH_HLEN - len(_XID)
 _TPIDS = (TPID_8021Q.to_bytes(2, "big"), TPID_8021AD.to_bytes(2, "big"))
 
 
@@ -63,7 +62,7 @@ def rarp(mac: bytes, tags: Tags = ()) -> bytes:
         ValueError: ``mac`` or a tag is not valid.
     """
     payload = _arp(_RARP_REQUEST, mac, b"\0" * 4, mac, b"\0" * 4)
-    return _ethernet(BROADCAST, mac, tags, _ETH_RARP, payload)
+    return _ethernet(BROADCAST, mac, tags, ETH_P_RARP, payload)
 
 
 def gratuitous_arp(mac: bytes, ip4: bytes, tags: Tags = ()) -> bytes:
@@ -76,7 +75,7 @@ def gratuitous_arp(mac: bytes, ip4: bytes, tags: Tags = ()) -> bytes:
         ValueError: ``mac``, ``ip4`` (four bytes) or a tag is not valid.
     """
     _check(ip4, 4, "IPv4 address")
-    return _ethernet(BROADCAST, mac, tags, _ETH_ARP, _arp(_ARP_REQUEST, mac, ip4, b"\0" * 6, ip4))
+    return _ethernet(BROADCAST, mac, tags, ETH_P_ARP, _arp(_ARP_REQUEST, mac, ip4, b"\0" * 6, ip4))
 
 
 def unsolicited_na(mac: bytes, ip6: bytes, tags: Tags = ()) -> bytes:
@@ -88,11 +87,11 @@ def unsolicited_na(mac: bytes, ip6: bytes, tags: Tags = ()) -> bytes:
     Raises:
         ValueError: ``mac``, ``ip6`` (sixteen bytes) or a tag is not valid.
     """
-    _check(mac, 6, "MAC address")
+    _check(mac, ETH_ALEN, "MAC address")
     _check(ip6, 16, "IPv6 address")
     body = struct.pack("!I16sBB6s", _NA_OVERRIDE, ip6, _TARGET_LINK_LAYER_ADDRESS, 1, mac)
     ip = _icmpv6(ip6, ALL_NODES, _NEIGHBOR_ADVERTISEMENT, body)
-    return _ethernet(ALL_NODES_MAC, mac, tags, _ETH_IPV6, ip)
+    return _ethernet(ALL_NODES_MAC, mac, tags, ETH_P_IPV6, ip)
 
 
 def arp_request(mac: bytes, ip4: bytes, target: bytes, tags: Tags = ()) -> bytes:
@@ -104,7 +103,7 @@ def arp_request(mac: bytes, ip4: bytes, target: bytes, tags: Tags = ()) -> bytes
     _check(ip4, 4, "IPv4 address")
     _check(target, 4, "IPv4 address")
     return _ethernet(
-        BROADCAST, mac, tags, _ETH_ARP, _arp(_ARP_REQUEST, mac, ip4, b"\0" * 6, target)
+        BROADCAST, mac, tags, ETH_P_ARP, _arp(_ARP_REQUEST, mac, ip4, b"\0" * 6, target)
     )
 
 
@@ -115,13 +114,13 @@ def solicitation(mac: bytes, ip6: bytes, target: bytes, tags: Tags = ()) -> byte
     Raises:
         ValueError: an address or a tag is not valid.
     """
-    _check(mac, 6, "MAC address")
+    _check(mac, ETH_ALEN, "MAC address")
     _check(ip6, 16, "IPv6 address")
     _check(target, 16, "IPv6 address")
     body = struct.pack("!I16sBB6s", 0, target, _SOURCE_LINK_LAYER_ADDRESS, 1, mac)
     to = _SOLICITED_NODE + target[13:]
     ip = _icmpv6(ip6, to, _NEIGHBOR_SOLICITATION, body)
-    return _ethernet(b"\x33\x33" + to[12:], mac, tags, _ETH_IPV6, ip)
+    return _ethernet(b"\x33\x33" + to[12:], mac, tags, ETH_P_IPV6, ip)
 
 
 def layer2_update(mac: bytes, tags: Tags = (), note: bytes = b"") -> bytes:
@@ -134,7 +133,7 @@ def layer2_update(mac: bytes, tags: Tags = (), note: bytes = b"") -> bytes:
     Raises:
         ValueError: ``mac`` or a tag is not valid, or ``note`` is longer than :data:`NOTE`.
     """
-    _check(mac, 6, "MAC address")
+    _check(mac, ETH_ALEN, "MAC address")
     if len(note) > NOTE:
         raise ValueError(f"a note of {len(note)} bytes; {NOTE} are the most")
     return _ethernet(BROADCAST, mac, tags, len(_XID), _XID + note)
@@ -169,9 +168,9 @@ def _icmpv6(source: bytes, destination: bytes, kind: int, body: bytes) -> bytes:
 
 
 def _arp(operation: int, sha: bytes, spa: bytes, tha: bytes, tpa: bytes) -> bytes:
-    _check(sha, 6, "MAC address")
+    _check(sha, ETH_ALEN, "MAC address")
     return struct.pack(
-        "!HHBBH6s4s6s4s", _HW_ETHERNET, _ETH_IPV4, 6, 4, operation, sha, spa, tha, tpa
+        "!HHBBH6s4s6s4s", _HW_ETHERNET, ETH_P_IP, ETH_ALEN, 4, operation, sha, spa, tha, tpa
     )
 
 
@@ -186,7 +185,7 @@ def _ethernet(dst: bytes, src: bytes, tags: Tags, ethertype: int, payload: bytes
         stack += struct.pack("!HH", tpid, vid)
     frame = dst + src + stack + struct.pack("!H", ethertype) + payload
     # Padded as if untagged, so that a switch that takes tags off leaves no short frame.
-    return frame.ljust(_MIN_FRAME + len(stack), b"\0")
+    return frame.ljust(ETH_ZLEN + len(stack), b"\0")
 
 
 def _checksum(data: bytes) -> int:

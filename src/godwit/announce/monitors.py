@@ -13,12 +13,12 @@ from godwit.errors import HostError
 from godwit.host.loop import Loop
 from godwit.host.net.links import Ports
 from godwit.host.net.tap_watch import TapWatch
+from godwit.spec.parameters import AnnounceOptions, Verify
 
 from .announcer import no_verifier
 from .attempts import Verifier
 from .dissect import Sighting
 from .frames import Tag
-from .schedule import AnnounceOptions, Verify
 from .uplink import Station
 from .verify import Verification
 

@@ -8,9 +8,6 @@ sums.
 
 from __future__ import annotations
 
-#: Frames a second that one VM may cause; a guest with a hundred addresses is told of within its
-#: first tenth of a second.
-RATE = 1000
 #: What may go at once, as the time that it would take at the rate, s.
 BURST_S = 0.1
 

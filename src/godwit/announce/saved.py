@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 import msgspec
 
 from godwit.errors import StreamError
+from godwit.host.net.ethernet import ETH_ALEN, TPID_8021AD, TPID_8021Q
 
 from .dissect import MAX_TAGS, is_host_ip, is_host_mac
-from .frames import TPID_8021AD, TPID_8021Q, Tag
+from .frames import Tag
 
 #: Addresses learned from frames, at most.
 ENTRIES = 512
@@ -29,7 +30,7 @@ _Age = Annotated[float, msgspec.Meta(ge=0, le=_LONGEST_S)]
 class SavedEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An address; ``age`` is how long ago it was heard of, s: two hosts' clocks share nothing."""
 
-    mac: Annotated[bytes, msgspec.Meta(min_length=6, max_length=6)]
+    mac: Annotated[bytes, msgspec.Meta(min_length=ETH_ALEN, max_length=ETH_ALEN)]
     tags: _Tags
     ip: _Ip | None
     age: _Age

@@ -27,25 +27,25 @@ class Wiring(Protocol):
     """Whether what the tap sends reaches the network: :class:`godwit.host.net.links.Port`."""
 
     #: Why it would not; None: it does.
-    trouble: str | None
+    not_ready_reason: str | None
     #: Index of the tap, and of its bridge; 0: none.
     index: int
     bridge: int
     #: What may be wrong, or meant so.
-    doubt: str | None
+    warning: str | None
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Ask anew."""
 
 
 class Wired:
     """A port that nobody can be asked about, and so is taken for ready."""
 
-    trouble: str | None = None
+    not_ready_reason: str | None = None
     index = bridge = 0
-    doubt: str | None = None
+    warning: str | None = None
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Nothing to ask."""
 
 

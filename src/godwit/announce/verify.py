@@ -15,12 +15,12 @@ from collections.abc import Callable
 
 from godwit.errors import GodwitError
 from godwit.host.net import rtnetlink
+from godwit.spec.parameters import Verify
 
 from . import frames
 from .addresses import Entry, Peer
 from .dissect import Malformed, Sighting, dissect
 from .frames import Tag
-from .schedule import Verify
 from .uplink import Station
 
 #: Peers asked in each VLAN and family, those met most often first: a gateway is likely among them.
@@ -78,7 +78,7 @@ class Verification:
     def _misplaced(self) -> list[str]:
         """Which MAC addresses the bridge has elsewhere, or not at all."""
         port = self._station.port
-        port.look()
+        port.refresh()
         if not port.bridge:
             return ["the tap is no bridge's port, so there is no forwarding database to ask"]
         try:

@@ -1,1 +1,1 @@
-"""See docs/design.md."""
+"""The QEMU Machine Protocol: server, stream and commands (docs/design.md)."""

@@ -1,4 +1,4 @@
-"""The QEMU Machine Protocol, one client's side of it. Bytes in, bytes out; no sockets.
+"""The QEMU Machine Protocol with one client: bytes in, bytes out, no sockets.
 
 After QEMU's docs/interop/qmp-spec, and for the texts of errors what QEMU 7.2 answers
 (qapi/qmp-dispatch.c, monitor/qmp.c), so that clients made for QEMU understand Godwit.
@@ -14,12 +14,12 @@ import msgspec
 from godwit import __version__
 from godwit.errors import ConfigError, GodwitError
 
-from .stream import JsonStream, MalformedJson, TooLong, decode
+from .stream import JsonStream, MalformedJson, decode
 
-#: Executes a command: its name and arguments to the value of 'return'. Raises GodwitError.
+#: Executes a command: its name and arguments to the value of 'return'; raises GodwitError.
 Execute = Callable[[str, Mapping[str, object]], object]
 
-#: What a request may hold; 'exec-oob' is not offered.
+#: The members that a request may have; 'exec-oob' is not offered.
 _MEMBERS = frozenset({"execute", "arguments", "id"})
 
 _ENCODER = msgspec.json.Encoder()
@@ -28,7 +28,10 @@ _END = b"\r\n"
 
 
 class CommandNotFound(ConfigError):
-    """No such command, or not now; the one error class besides GenericError that is in use."""
+    """There is no such command, or not now.
+
+    Its class is the only one in use besides GenericError.
+    """
 
 
 class InternalError(GodwitError):
@@ -36,9 +39,9 @@ class InternalError(GodwitError):
 
 
 def version() -> dict[str, object]:
-    """The VersionInfo of QEMU's qapi/control.json, with Godwit's own version.
+    """Return the VersionInfo of QEMU's qapi/control.json, with Godwit's own version.
 
-    Clients insist on the member 'qemu'; 'package' is where a downstream says what it is.
+    Clients insist on the member 'qemu'; 'package' is where a downstream names itself.
     """
     major, minor, micro = (int(part) for part in __version__.split(".")[:3])
     return {
@@ -48,7 +51,7 @@ def version() -> dict[str, object]:
 
 
 def event(name: str, data: Mapping[str, object] | None = None, now_ns: int | None = None) -> bytes:
-    """An event on the wire; ``now_ns`` is the wall clock's time, by default now."""
+    """Return an event as it is sent, at ``now_ns`` nanoseconds of the wall clock, or now."""
     now = time.time_ns() if now_ns is None else now_ns
     message: dict[str, object] = {
         "timestamp": {"seconds": now // 10**9, "microseconds": now % 10**9 // 1000},
@@ -60,16 +63,16 @@ def event(name: str, data: Mapping[str, object] | None = None, now_ns: int | Non
 
 
 def short(text: str, most: int = 80) -> str:
-    """What a client sent, cut to a length that is fit for a message."""
+    """Return a client's text, cut to a length that is fit for an error."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 class Session:
-    """What one client has said so far: negotiation, and its half-received requests.
+    """One client's connection so far: its negotiation, and its half-received request.
 
     Attributes:
-        negotiated: whether the client has finished the negotiation; it hears no events before.
-        broken: the client sent what no parser finds its way out of; close the connection.
+        negotiated: whether the client has finished the negotiation; it is sent no events before.
+        broken: the client sent malformed JSON; close the connection once the error is sent.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class Session:
         self._stream = JsonStream()
 
     def greeting(self) -> bytes:
-        """What the server says first."""
+        """Return the greeting, which the server sends first."""
         return _ENCODER.encode({"QMP": {"version": version(), "capabilities": []}}) + _END
 
     def feed(self, data: bytes) -> bytes:
@@ -93,18 +96,17 @@ class Session:
         replies = bytearray()
         if self.broken:
             return b""
-        for item in self._stream.feed(data):
-            if isinstance(item, MalformedJson):
-                replies += self._error(item, None)
-                self.broken = isinstance(item, TooLong)
-            else:
-                replies += self._reply(item)
+        try:
+            for text in self._stream.feed(data):
+                replies += self._reply(text, decode(text))
+        except MalformedJson as error:
+            replies += self._error(error, None)
+            self.broken = True
         return bytes(replies)
 
-    def _reply(self, text: bytes) -> bytes:
+    def _reply(self, text: bytes, request: object) -> bytes:
         tag: msgspec.Raw | None = None
         try:
-            request = decode(text)
             if not isinstance(request, dict):
                 raise ConfigError("QMP input must be a JSON object")
             if "id" in request:
@@ -116,10 +118,10 @@ class Session:
             if tag is not None:
                 reply["id"] = tag
             return _ENCODER.encode(reply) + _END
-        except (GodwitError, MalformedJson) as error:
+        except GodwitError as error:
             return self._error(error, tag)
         except Exception as error:
-            # One client's command must not end the VM: say so, and let the owner hear of it.
+            # One client's command must not end the VM: both the client and the owner are notified.
             if self._on_error:
                 self._on_error(error)
             unforeseen = f"internal error: {type(error).__name__}: {short(str(error), 200)}"

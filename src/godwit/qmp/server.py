@@ -1,4 +1,4 @@
-"""QMP on a Unix socket, in the event loop. Nothing that a client does makes the VM wait."""
+"""QMP on a Unix socket, in the event loop: nothing that a client does makes the VM wait."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
-from types import TracebackType
 
 from godwit.host import unixsocket
 from godwit.host.loop import Loop
+from godwit.spec import events
+from godwit.spec.events import Event
 from godwit.spec.runstate import RunState
 
-from . import events, protocol
+from . import protocol
 
-#: Clients at once. A VM has an operator, perhaps a monitor; not a crowd.
+#: The most clients at once: a VM has an operator, perhaps a monitor, not a crowd.
 MAX_CLIENTS = 32
-#: What a client may leave unread, bytes, before it is dropped.
+#: The most that a client may leave unread, bytes, before the client is dropped.
 MAX_UNREAD = 1 << 20
-#: A client with this much unread, bytes, is not listened to until it has read some.
+#: A client with this much unread, bytes, is not read from until some of it was taken.
 PAUSE_AT = 64 << 10
-# Small, since each byte may cause an error reply of a hundred.
+# Small, since every two bytes may cause an error reply of a hundred.
 _CHUNK = 4096
 # When there were no descriptors left for a client, seconds.
 _ACCEPT_AGAIN = 1.0
@@ -32,26 +33,29 @@ class _Client:
         self.sock = sock
         self.session = session
         self.out = bytearray()
-        self.ended = False  # it has said its last word; close when it has heard ours
+        self.ended = False  # nothing more comes from it; close when all was sent to it
         self.dropped = False
 
     def push(self, data: bytes) -> None:
-        """Add to what is to be sent; too much of it is the end. Call with the server's lock."""
+        """Add to what is to be sent, or drop a client that does not read.
+
+        The caller holds the server's lock.
+        """
         if len(self.out) + len(data) > MAX_UNREAD:
             self.dropped = True
-        elif not self.dropped:  # no gap in what it hears until it is closed
+        elif not self.dropped:  # no gap in what it is sent until it is closed
             self.out += data
 
 
 class Server:
-    """Listens on ``path`` (mode 0600) from construction to :meth:`close`.
+    """A listener on ``path`` (mode 0600) from construction to :meth:`close`, and its clients.
 
     ``execute`` is called in the loop's thread; :meth:`emit` and :meth:`run_state_changed` may be
     called from any. An event that a command causes reaches clients before the command's reply, as
     with QEMU.
 
     Raises:
-        ConfigError: ``path`` is too long, not a socket, or somebody listens on it.
+        ConfigError: ``path`` is too long, not a socket, or somebody listens there.
         HostError: the socket cannot be made; the message says why.
     """
 
@@ -78,31 +82,26 @@ class Server:
     def __enter__(self) -> Server:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def emit(self, name: str, data: Mapping[str, object] | None = None) -> None:
-        """Send an event to each client that has finished the negotiation; from any thread."""
-        message = protocol.event(name, data)
+    def emit(self, event: Event, data: Mapping[str, object] | None = None) -> None:
+        """Send an event to each client that has finished the negotiation, from any thread."""
+        message = protocol.event(event, data)
         with self._lock:
             if self._closed:
                 return
-            hearing = [client for client in self._clients.values() if client.session.negotiated]
-            for client in hearing:
+            ready = [client for client in self._clients.values() if client.session.negotiated]
+            for client in ready:
                 client.push(message)
-            if hearing:
+            if ready:
                 # Under the lock, so that the loop is still open: close() comes before it ends.
                 self._loop.call_soon(self._flush_all)
 
     def run_state_changed(self, old: RunState, new: RunState) -> None:
-        """A listener of the run states."""
-        for name, data in events.of_transition(old, new):
-            self.emit(name, data)
+        """Send the events of a transition: listen to the run states with this."""
+        for event, data in events.of_transition(old, new):
+            self.emit(event, data)
 
     def close(self) -> None:
         """Send what can be sent without waiting, hang up, and remove the socket's file.
@@ -187,8 +186,8 @@ class Server:
         def writable() -> None:
             self._flush(client)
 
-        listening = not client.ended and unread < PAUSE_AT
-        self._loop.watch(fd, readable if listening else None, writable if unread else None)
+        reading = not client.ended and unread < PAUSE_AT
+        self._loop.watch(fd, readable if reading else None, writable if unread else None)
 
     def _drop(self, client: _Client) -> None:
         fd = client.sock.fileno()

@@ -1,8 +1,9 @@
-"""Cuts a stream of bytes into JSON values, however they were split or joined on the way.
+"""A stream of bytes cut into JSON values, however they were split or joined on the way.
 
 QMP is a stream of JSON values, not of lines (QEMU's docs/interop/qmp-spec, 'General definitions').
 Each byte is looked at once, so that a peer who sends one byte at a time costs no more than one who
-does not; what is kept is bounded in length and in nesting.
+does not; what is kept is bounded in length and in nesting. Nothing behind malformed JSON is
+understood: see docs/decisions/0018-qmp-lists.md.
 """
 
 from __future__ import annotations
@@ -18,18 +19,10 @@ MAX_VALUE = 1 << 20
 #: The deepest nesting. QEMU allows 1,024 (qobject/json-streamer.c); no command needs more than 3.
 MAX_NESTING = 100
 
-# What a JSON text never contains outside and inside of a string: control characters, and 0xff,
-# which is not UTF-8. qmp-spec, 'Forcing the JSON parser into known-good state', has clients send
-# them on purpose. A line end inside a string is one too, so a forgotten quote costs one line.
+# Control characters and 0xff, which is not UTF-8, are in no JSON text, outside or inside of a
+# string: found here, a forgotten quote is an error at the line's end, not a wait without one.
 _OUTSIDE = re.compile(rb'[{}\[\]"\x00-\x08\x0b\x0c\x0e-\x1f\xff]')
-_NEVER = re.compile(rb"[\x00-\x1f\xff]")
 _INSIDE = re.compile(rb'["\\\x00-\x1f\xff]')
-# Where a number or a word at the top level ends.
-_AFTER_SCALAR = re.compile(rb'[\s{}\[\]"\x00-\x1f\xff]')
-# After an error the rest of the line says nothing, unless an object begins in it: ...
-_RESUME = re.compile(rb"[\n{]")
-# ... which it does all the time in what is nested too deeply.
-_RESUME_LINE = re.compile(rb"[\n\x00-\x08\x0b\x0c\x0e-\x1f\xff]")
 _BLANK = b" \t\r\n"
 _OPEN_TO_CLOSE = {ord("{"): ord("}"), ord("["): ord("]")}
 _QUOTE = ord('"')
@@ -37,80 +30,57 @@ _ESCAPE = ord("\\")
 
 
 class MalformedJson(Exception):
-    """What came in is no JSON; the text says why. The stream goes on behind it."""
-
-
-class TooLong(MalformedJson):
-    """A value has no end within :data:`MAX_VALUE`; nothing behind it can be understood."""
+    """The peer sent what is no JSON, or too much of it."""
 
 
 class JsonStream:
-    """Give it bytes, take values."""
+    """The values in one peer's bytes."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._scanned = 0
         self._closers = bytearray()
         self._in_string = False
-        self._skip_to: re.Pattern[bytes] | None = None
 
-    def feed(self, data: bytes) -> Iterator[bytes | MalformedJson]:
-        """Yield each complete JSON text, or what is wrong, in order.
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Take bytes, and yield each text that is complete by now, in order.
 
-        After a :class:`TooLong` the stream is of no use any more.
+        Raises:
+            MalformedJson: what follows is no JSON; the stream is of no use any more.
         """
         self._buffer += data
-        while True:
-            try:
-                text = self._next()
-            except MalformedJson as error:
-                yield error
-                if isinstance(error, TooLong):
-                    return
-                continue
-            if text is None:
+        while self._begin():
+            end = self._end()
+            if (end or len(self._buffer)) > MAX_VALUE:
+                _refuse(f"a value is longer than {MAX_VALUE} bytes")
+            if end is None:
                 return
+            text = bytes(self._buffer[:end])
+            del self._buffer[:end]
+            self._scanned = 0
             yield text
 
-    def _next(self) -> bytes | None:
-        """The next complete text; None when more bytes are needed."""
-        if self._scanned == 0 and not self._begin():
-            return None
-        end = self._end()
-        if (end or len(self._buffer)) > MAX_VALUE:
-            raise TooLong(f"JSON parse error, a value is longer than {MAX_VALUE} bytes")
-        return None if end is None else self._take(end)
-
     def _begin(self) -> bool:
-        """Drop what stands before a value; whether one begins."""
-        if self._skip_to:
-            found = self._skip_to.search(self._buffer)
-            if not found:
-                self._buffer.clear()
-                return False
-            del self._buffer[: found.start()]
-            self._skip_to = None
+        """Drop the blanks before a value, and return whether a value begins."""
+        if self._scanned:
+            return True
         blank = len(self._buffer) - len(self._buffer.lstrip(_BLANK))
         del self._buffer[:blank]
+        # Numbers and words are values too, but no requests, and have no end of their own.
+        if self._buffer and self._buffer[0] not in b'{["':
+            raise MalformedJson("QMP input must be a JSON object")
         return bool(self._buffer)
 
     def _end(self) -> int | None:
-        """Scan on; where the value ends, or None when it has not ended yet."""
+        """Scan on, and return where the value ends, or None when it has not ended yet."""
         buffer = self._buffer
-        if not self._closers and not self._in_string and buffer[0] not in b'{["':
-            return self._end_of_scalar()
-        while True:
-            found = (_INSIDE if self._in_string else _OUTSIDE).search(buffer, self._scanned)
-            if not found:
-                self._scanned = len(buffer)
-                return None
+        while found := (_INSIDE if self._in_string else _OUTSIDE).search(buffer, self._scanned):
             at, byte = found.start(), buffer[found.start()]
             if self._in_string and byte == _ESCAPE:
                 if at + 1 == len(buffer):
                     self._scanned = at  # the escaped byte is still to come
                     return None
-                # What no text contains is no escaped byte either: it is looked at as any other.
-                self._scanned = at + 1 + (not _NEVER.match(buffer, at + 1))
+                self._scanned = at + 2
                 continue
             self._scanned = at + 1
             if byte == _QUOTE:
@@ -118,60 +88,32 @@ class JsonStream:
             elif byte in _OPEN_TO_CLOSE:
                 self._closers.append(_OPEN_TO_CLOSE[byte])
                 if len(self._closers) > MAX_NESTING:
-                    self._refuse(f"nested more than {MAX_NESTING} levels deep", _RESUME_LINE)
+                    _refuse(f"nested more than {MAX_NESTING} levels deep")
             elif self._closers and byte == self._closers[-1]:
                 self._closers.pop()
             else:
-                self._refuse(f"unexpected {_shown(byte)}")
+                _refuse(f"unexpected {_shown(byte)}")
             if not self._closers and not self._in_string:
                 return self._scanned
-
-    def _end_of_scalar(self) -> int | None:
-        """The end of a number or word at the top level: the next blank or bracket."""
-        found = _AFTER_SCALAR.search(self._buffer, self._scanned)
-        if not found:
-            self._scanned = len(self._buffer)
-            return None
-        end = found.start()
-        if end == 0:
-            self._scanned = 1
-            self._refuse(f"unexpected {_shown(self._buffer[0])}")
-        try:
-            decode(bytes(self._buffer[:end]))
-        except MalformedJson:
-            word = self._buffer[: min(end, 40)].decode("utf-8", "replace")
-            self._scanned = end
-            self._refuse(f"invalid keyword '{word}'")
-        return end
-
-    def _take(self, end: int) -> bytes:
-        text = bytes(self._buffer[:end])
-        self._drop(end)
-        return text
-
-    def _refuse(self, why: str, skip_to: re.Pattern[bytes] = _RESUME) -> NoReturn:
-        self._drop(self._scanned)
-        self._skip_to = skip_to
-        raise MalformedJson(f"JSON parse error, {why}")
-
-    def _drop(self, end: int) -> None:
-        del self._buffer[:end]
-        self._scanned = 0
-        self._closers.clear()
-        self._in_string = False
+        self._scanned = len(buffer)
+        return None
 
 
 def decode(text: bytes) -> object:
-    """The value of one JSON text.
+    """Return the value of one JSON text.
 
     Raises:
-        MalformedJson: it has none.
+        MalformedJson: the text has none.
     """
     try:
         value: object = msgspec.json.decode(text)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise MalformedJson(f"JSON parse error, {error}") from error
     return value
+
+
+def _refuse(why: str) -> NoReturn:
+    raise MalformedJson(f"JSON parse error, {why}")
 
 
 def _shown(byte: int) -> str:

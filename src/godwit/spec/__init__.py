@@ -1,1 +1,1 @@
-"""The vocabulary: configuration, machine types, parameters, run states."""
+"""The vocabulary: configuration, machine types, parameters, run states, events."""

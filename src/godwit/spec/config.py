@@ -1,4 +1,4 @@
-"""What a machine is made of, validated once; the parsers of the command line's values."""
+"""The parts of a machine, checked once, and the parsers of the command line's values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DeviceConfig(Protocol):
 
 
 class NicConfig(NamedTuple):
-    """One NIC."""
+    """One NIC as its operator describes it."""
 
     id: str
     tap: str
@@ -41,17 +41,17 @@ class NicConfig(NamedTuple):
     kind: str = "virtio-net"
     #: The data path: vhost-net in the kernel, or in this process.
     vhost: bool = True
-    #: None: as the machine type has it.
+    #: None: as the machine type says.
     guest_announce: bool | None = None
     mtu: int | None = None
-    #: None: as the model has it.
+    #: None: the model's own.
     queue_size: int | None = None
-    #: Which of its guest's addresses the host may announce, as typed; None: all that it used.
+    #: The guest's addresses that the host may announce, as typed; None: all that the guest used.
     announce_allow: str | None = None
 
 
 class VmConfig:
-    """One VM: ``memory`` in bytes, ``kernel`` and ``initrd`` as paths.
+    """One VM, with ``memory`` in bytes and ``kernel`` and ``initrd`` as paths.
 
     Raises:
         ConfigError: there are too many of something, or two NICs share what is each one's own.
@@ -98,7 +98,11 @@ def _check_own(owners: str, what: str, values: Sequence[str]) -> None:
 
 
 def parse_size(text: str) -> int:
-    """``256M`` and the like, in bytes; units K, M, G (powers of 1,024). Raises ConfigError."""
+    """Return the bytes in a size like ``256M``: units are K, M and G (powers of 1,024).
+
+    Raises:
+        ConfigError: the size is not understood.
+    """
     match = re.fullmatch(r"(\d{1,12})([KMG]?)", text.strip().upper())
     if not match:
         raise ConfigError(f"size '{text}' is not understood; write it like 256M or 2G")
@@ -106,7 +110,11 @@ def parse_size(text: str) -> int:
 
 
 def parse_mac(text: str) -> bytes:
-    """``52:54:00:12:34:56``, a unicast address. Raises ConfigError."""
+    """Return the bytes of a unicast address like ``52:54:00:12:34:56``.
+
+    Raises:
+        ConfigError: the address is not understood, or is not one NIC's own.
+    """
     if not re.fullmatch(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}", text):
         raise ConfigError(
             f"MAC address '{text}' is not understood; write it like 52:54:00:12:34:56"
@@ -120,12 +128,12 @@ def parse_mac(text: str) -> bytes:
 
 
 def format_mac(mac: bytes) -> str:
-    """As people write it."""
+    """Return a MAC address as people write it."""
     return mac.hex(":")
 
 
 def default_mac(tap: str, index: int) -> bytes:
-    """An address of our own for a NIC without one: the same at each start, unlike its neighbours'.
+    """Return an address for a NIC without one: the same at each start, unlike its neighbours'.
 
     52:54:00 is what KVM guests use; the rest comes from the tap's name.
     """
@@ -133,12 +141,13 @@ def default_mac(tap: str, index: int) -> bytes:
 
 
 def parse_nic(text: str, index: int) -> NicConfig:
-    """``tap=tap0,mac=...,vhost=on|off,guest-announce=on|off,announce-allow=...,mtu=...``.
+    """Return the NIC that ``--nic`` describes, the VM's ``index``-th.
 
-    Also ``queue-size=``, ``id=``, ``model=``.
+    Like ``tap=tap0,mac=...,vhost=on|off,guest-announce=on|off,announce-allow=...,mtu=...``; also
+    ``queue-size=``, ``id=``, ``model=``.
 
     Raises:
-        ConfigError: names the key or value, and what may stand there.
+        ConfigError: a key or value is wrong; the message names it, and what may stand there.
     """
     known = (
         *("tap", "mac", "model", "vhost", "guest-announce", "announce-allow"),
@@ -148,7 +157,9 @@ def parse_nic(text: str, index: int) -> NicConfig:
     for part in text.split(","):
         key, equals, value = part.partition("=")
         if not equals or key not in known or key in values:
-            raise ConfigError(f"--nic: '{part}' in '{text}'; KEY=VALUE with {', '.join(known)}")
+            raise ConfigError(
+                f"--nic: '{part}' in '{text}'; write KEY=VALUE with {', '.join(known)}"
+            )
         values[key] = value
     tap = values.get("tap", "")
     if not re.fullmatch(r"[^\s/:]{1,15}", tap) or len(tap.encode()) > 15:
@@ -156,13 +167,13 @@ def parse_nic(text: str, index: int) -> NicConfig:
     name = values.get("id", f"nic{index}")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII):
         raise ConfigError(
-            f"--nic: id={name}; 1 to 64 letters, digits, '.', '_' and '-', please, "
-            "the first a letter or digit"
+            f"--nic: id={name}; choose 1 to 64 letters, digits, '.', '_' and '-', "
+            "the first of them a letter or digit"
         )
     mtu = _number(values, "mtu", 68, 65535)
     size = _number(values, "queue-size", 16, 1024)
     if size is not None and size & size - 1:
-        raise ConfigError(f"--nic: queue-size={size}; a power of two, please")
+        raise ConfigError(f"--nic: queue-size={size}; choose a power of two")
     return NicConfig(
         id=name,
         tap=tap,
@@ -180,7 +191,7 @@ def _switch(values: dict[str, str], key: str, default: bool | None) -> bool | No
     if key not in values:
         return default
     if values[key] not in ("on", "off"):
-        raise ConfigError(f"--nic: {key}={values[key]}; on or off, please")
+        raise ConfigError(f"--nic: {key}={values[key]}; choose on or off")
     return values[key] == "on"
 
 
@@ -188,5 +199,5 @@ def _number(values: dict[str, str], key: str, low: int, high: int) -> int | None
     if key not in values:
         return None
     if not values[key].isdecimal() or not low <= int(values[key]) <= high:
-        raise ConfigError(f"--nic: {key}={values[key]}; a number from {low} to {high}, please")
+        raise ConfigError(f"--nic: {key}={values[key]}; choose a number from {low} to {high}")
     return int(values[key])

@@ -1,4 +1,4 @@
-"""Versioned machines: what a guest sees never changes under its feet.
+"""Versioned machines, so that nothing a guest sees changes under its feet.
 
 A stream of one type loads only in the same type. An older type switches off what came later.
 """
@@ -30,10 +30,10 @@ DEFAULT = "godwit-0.2"
 
 
 def machine_type(name: str) -> MachineType:
-    """The type of that name.
+    """Return the machine type of a name.
 
     Raises:
-        ConfigError: there is none; the message lists them.
+        ConfigError: there is none of this name; the message lists those that exist.
     """
     try:
         return _TYPES[name]

@@ -1,4 +1,4 @@
-"""Run states of a VM: one table of transitions, one setter, listeners that hear ``(old, new)``.
+"""Run states of a VM: one table of transitions, one setter, listeners called with ``(old, new)``.
 
 The names are QEMU's (qapi/run-state.json) where QEMU has the state. ``prelaunch-migrate`` is the
 state of 'Send the gratuitous by guest' V7 (Jason Wang, qemu-devel, 2013-03-07): the incoming state
@@ -16,7 +16,7 @@ from godwit.errors import StateError
 
 
 class RunState(StrEnum):
-    """What the VM is doing; the values are what QMP shows."""
+    """The states of a VM, with the values that QMP shows."""
 
     PRELAUNCH = "prelaunch"
     INMIGRATE = "inmigrate"
@@ -90,7 +90,7 @@ Listener = Callable[[RunState, RunState], None]
 
 
 class RunStates:
-    """The VM's run state. Thread-safe; listeners are called in the setter's thread, in order.
+    """The VM's run state, thread-safe, with listeners called in the setter's thread and in order.
 
     ``history`` keeps every state in order (bounded by the table: a VM makes few transitions; the
     newest 256 are kept).
@@ -104,15 +104,15 @@ class RunStates:
 
     @property
     def current(self) -> RunState:
-        """The state now."""
+        """The run state of this moment."""
         return self._state
 
     def listen(self, listener: Listener) -> None:
-        """Have ``listener(old, new)`` called after each transition."""
+        """Call ``listener(old, new)`` after each transition from now on."""
         self._listeners.append(listener)
 
     def set(self, new: RunState) -> None:
-        """Go to ``new``.
+        """Change the run state to ``new``.
 
         Raises:
             StateError: the table has no such transition.
@@ -128,7 +128,11 @@ class RunStates:
                 listener(old, new)
 
     def require(self, *allowed: RunState) -> None:
-        """Raise StateError unless the state is one of ``allowed``."""
+        """Check that the run state is one of ``allowed``.
+
+        Raises:
+            StateError: the state is another; the message names all of them.
+        """
         if self._state not in allowed:
             names = ", ".join(f"'{s}'" for s in allowed)
             raise StateError(f"the VM is in state '{self._state}'; this is allowed in {names}")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from . import packet
+from .ethernet import ETH_P_ARP, ETH_P_IPV6, ETH_P_RARP, TPID_8021AD, TPID_8021Q
 
 # include/uapi/linux/bpf_common.h: classes, sizes, modes and sources, put together.
 LD_W_ABS, LD_H_ABS, LD_B_ABS = 0x20, 0x28, 0x30  # A = frame[k]
@@ -25,9 +26,6 @@ PKTTYPE = 0xFFFFF000 + 4
 
 #: How much of a frame is kept, bytes. A signed advertisement (RFC 3971) is longer than most.
 SNAP = 1024
-
-_ETH_ARP, _ETH_RARP, _ETH_IPV6 = 0x0806, 0x8035, 0x86DD  # linux/if_ether.h
-_TPID_8021Q, _TPID_8021AD = 0x8100, 0x88A8
 
 
 class Op(NamedTuple):
@@ -95,24 +93,24 @@ def addresses_filter(answers: bool = False) -> list[Instruction]:
         # X is what the tags take: all offsets below are those of an untagged frame.
         Op(LDX_IMM, 0),
         Op(LD_H_ABS, 12),  # ethertype
-        Op(JEQ, _TPID_8021Q, "one tag"),
-        Op(JEQ, _TPID_8021AD, "one tag", "ethertype"),
+        Op(JEQ, TPID_8021Q, "one tag"),
+        Op(JEQ, TPID_8021AD, "one tag", "ethertype"),
         "one tag",
         Op(LDX_IMM, 4),
         Op(LD_H_IND, 12),
-        Op(JEQ, _TPID_8021Q, "two tags"),
-        Op(JEQ, _TPID_8021AD, "two tags", "ethertype"),
+        Op(JEQ, TPID_8021Q, "two tags"),
+        Op(JEQ, TPID_8021AD, "two tags", "ethertype"),
         "two tags",
         Op(LDX_IMM, 8),
         Op(LD_H_IND, 12),
         "ethertype",
-        Op(JEQ, _ETH_IPV6, "ipv6"),
-        Op(JEQ, _ETH_ARP, "arp"),
+        Op(JEQ, ETH_P_IPV6, "ipv6"),
+        Op(JEQ, ETH_P_ARP, "arp"),
     )
     arp: Sequence[Op | str] = (
         ("arp", Op(LD_H_IND, 14 + 6), Op(JEQ, 2, "pass", "drop"))  # RFC 826: a reply
         if answers
-        else (Op(JEQ, _ETH_RARP, "arp", "drop"), "arp", Op(JA, yes="pass"))
+        else (Op(JEQ, ETH_P_RARP, "arp", "drop"), "arp", Op(JA, yes="pass"))
     )
     ipv6: Sequence[Op | str] = (
         "ipv6",

@@ -19,43 +19,43 @@ _STATES = {0: "disabled", 1: "listening", 2: "learning", 4: "blocking"}
 
 class Port:
     """A tap as the host's network sees it. All methods belong to the loop's thread, except
-    :attr:`trouble`, which may be read from any."""
+    :attr:`not_ready_reason`, which may be read from any."""
 
     def __init__(self, tap: str) -> None:
         self.tap = tap
         #: Why frames would be lost; None: they would not, as far as this host can tell.
-        self.trouble: str | None = "it was not looked at yet"
+        self.not_ready_reason: str | None = "it was not looked at yet"
         #: Index of the interface and of its bridge; 0 while there is none.
         self.index = self.bridge = 0
-        #: What may be wrong, or meant so: frames leave. Read as :attr:`trouble` is.
-        self.doubt: str | None = None
+        #: What may be wrong, or meant so: frames leave. Read as :attr:`not_ready_reason` is.
+        self.warning: str | None = None
         #: Called when it became ready, in the loop's thread.
         self.on_ready: Callable[[], None] = lambda: None
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Ask the kernel how it is."""
-        before = self.trouble
+        before = self.not_ready_reason
         try:
             link = rtnetlink.link(self.tap)
         except OSError:
-            self.trouble = None  # where nobody can be asked, nothing is held up
+            self.not_ready_reason = None  # where nobody can be asked, nothing is held up
         else:
             bridge = link.master if link and link.port_state is not None else 0
             if bridge:
-                self.doubt = None
+                self.warning = None
             elif self.bridge:
-                self.doubt = (
+                self.warning = (
                     f"'{self.tap}' was in a bridge and is in none any more; if it should be: "
                     f"ip link set {self.tap} master BRIDGE"
                 )
             self.index = link.number if link else 0
             self.bridge = bridge
-            self.trouble = _trouble(self.tap, link)
-        if before is not None and self.trouble is None:
+            self.not_ready_reason = _not_ready_reason(self.tap, link)
+        if before is not None and self.not_ready_reason is None:
             self.on_ready()
 
 
-def _trouble(tap: str, link: rtnetlink.Link | None) -> str | None:
+def _not_ready_reason(tap: str, link: rtnetlink.Link | None) -> str | None:
     if link is None:
         return f"there is no interface '{tap}'"
     if not link.carrier:
@@ -78,12 +78,12 @@ class Ports:
             raise HostError(f"rtnetlink: {error}") from error
         # Subscribed first, looked second: no change is missed.
         loop.watch(self._events.sock.fileno(), self._changed)
-        self.look()
+        self.refresh()
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Ask anew how all of them are."""
         for port in self.ports:
-            port.look()
+            port.refresh()
 
     def close(self) -> None:
         """Give the socket back."""
@@ -92,4 +92,4 @@ class Ports:
 
     def _changed(self) -> None:
         if self._events.changed():
-            self.look()
+            self.refresh()

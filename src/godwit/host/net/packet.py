@@ -8,8 +8,6 @@ from __future__ import annotations
 from struct import Struct
 
 SOL_PACKET = 263  # include/linux/socket.h
-#: include/uapi/linux/if_ether.h: every protocol.
-ETH_P_ALL = 0x0003
 
 PACKET_STATISTICS = 6
 PACKET_AUXDATA = 8

@@ -14,6 +14,8 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from .ethernet import ETH_ALEN
+
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
 _IFINFO = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 _NDMSG = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, flags, type
@@ -121,7 +123,7 @@ def forwarding(bridge: int) -> list[Forwarding]:
             attributes = dict(_attributes(body[_NDMSG.size :]))
             mac = attributes.get(_NDA_LLADDR, b"")
             # NTF_SELF: the card's own list of addresses, not the bridge's database.
-            if family == _AF_BRIDGE and len(mac) == 6 and not flags & _NTF_SELF:
+            if family == _AF_BRIDGE and len(mac) == ETH_ALEN and not flags & _NTF_SELF:
                 vlan = int.from_bytes(attributes.get(_NDA_VLAN, b"")[:2], "little")
                 found.append(Forwarding(mac, vlan, port))
     return found

@@ -15,6 +15,7 @@ from godwit.errors import HostError
 from godwit.host.loop import Loop, Timer
 
 from . import bpf, packet
+from .ethernet import ETH_P_ALL, TPID_8021Q
 
 #: A guest may send more of these frames than Python can read. At most so many are read in each
 #: window, 1,280 a second; some 200 more wait in the socket (net.core.rmem_default), and the kernel
@@ -26,7 +27,6 @@ WINDOW_S = 0.05
 Outer = tuple[int, int]
 OnFrame = Callable[[bytes, Outer | None], None]
 
-_TPID_8021Q = 0x8100
 _ROOM = socket.CMSG_SPACE(packet.AUXDATA.size)
 
 
@@ -43,7 +43,7 @@ def open_socket(tap: str, answers: bool) -> socket.socket:
                 sock.setsockopt(packet.SOL_PACKET, packet.PACKET_IGNORE_OUTGOING, 1)
             except OSError:
                 pass
-        sock.bind((tap, packet.ETH_P_ALL))
+        sock.bind((tap, ETH_P_ALL))
     except BaseException:
         sock.close()
         raise
@@ -183,5 +183,5 @@ def _outer(extra: Iterable[tuple[int, int, bytes]]) -> Outer | None:
             status, _, _, _, _, tci, tpid = packet.AUXDATA.unpack(data)
             if status & packet.STATUS_VLAN_VALID:
                 # 802.1Q-2018 section 9.6: priority 3 bits, drop eligible 1, VLAN id 12.
-                return tpid if status & packet.STATUS_VLAN_TPID_VALID else _TPID_8021Q, tci & 0xFFF
+                return tpid if status & packet.STATUS_VLAN_TPID_VALID else TPID_8021Q, tci & 0xFFF
     return None

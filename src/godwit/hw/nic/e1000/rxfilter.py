@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from godwit.errors import StreamError
+from godwit.host.net.ethernet import BROADCAST
 from godwit.hw.nic.rx_filter_info import RxFilterInfo
 
 from . import regs
 from .state import FilterState
 
-_BROADCAST = b"\xff" * 6
 #: RAH: the address is valid, and it is compared with a frame's destination (address select 0).
 _VALID = 1 << 31
 _VALID_MASK = _VALID | 3 << 16
@@ -77,7 +77,7 @@ class RxFilter:
         to = bytes(frame[:6])
         if not to[0] & 1:
             return bool(rctl & regs.RCTL_UPE) or to in self._exact
-        if rctl & regs.RCTL_MPE or (to == _BROADCAST and rctl & regs.RCTL_BAM):
+        if rctl & regs.RCTL_MPE or (to == BROADCAST and rctl & regs.RCTL_BAM):
             return True
         if to in self._exact:
             return True

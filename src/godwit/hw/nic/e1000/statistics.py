@@ -5,6 +5,8 @@ A counter is cleared by reading it; one of 64 bits by reading its upper half.
 
 from __future__ import annotations
 
+from godwit.host.net.ethernet import BROADCAST
+
 from . import regs
 
 _PRC64 = 0x405C  # received, by size: six counters
@@ -14,7 +16,6 @@ _GPRC, _BPRC, _MPRC, _GPTC = 0x4074, 0x4078, 0x407C, 0x4080
 _GORCL, _GOTCL, _TORL, _TOTL = 0x4088, 0x4090, 0x40C0, 0x40C8
 _TPR, _TPT, _MPTC, _BPTC = 0x40D0, 0x40D4, 0x40F0, 0x40F4
 _WIDE = (_GORCL, _GOTCL, _TORL, _TOTL)
-_BROADCAST = b"\xff" * 6
 _FCS = 4
 _MAX = 0xFFFF_FFFF
 
@@ -62,7 +63,7 @@ class Statistics:
         self, multicast: int, broadcast: int, frame: bytes | bytearray | memoryview, count: int = 1
     ) -> None:
         if frame[0] & 1:
-            self._bump(broadcast if frame[:6] == _BROADCAST else multicast, count)
+            self._bump(broadcast if frame[:6] == BROADCAST else multicast, count)
 
     def _bump(self, offset: int, count: int) -> None:
         index = (offset - regs.STATISTICS) // 4

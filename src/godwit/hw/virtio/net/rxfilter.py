@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 
 from godwit.spec.saved import Mac
-
+from godwit.host.net.ethernet import BROADCAST
 from godwit.hw.nic.rx_filter_info import RxFilterInfo
 
 #: More addresses than this and the table is given up: all of that kind are taken.
@@ -23,7 +23,6 @@ def _how(none: bool, every: bool) -> str:
 
 
 _Vid = Annotated[int, msgspec.Meta(ge=0, lt=4096)]
-_BROADCAST = b"\xff" * 6
 
 
 class RxFilterState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -77,7 +76,7 @@ class RxFilter(msgspec.Struct):
             return False
         to = bytes(frame[:6])
         if to[0] & 1:
-            if to == _BROADCAST:
+            if to == BROADCAST:
                 return not self.no_broadcast
             if self.no_multicast:
                 return False

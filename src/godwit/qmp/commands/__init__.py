@@ -1,0 +1,12 @@
+"""The commands: one module for each feature, each with a table of its commands.
+
+Names, arguments and results are QEMU's (qapi/*.json of 7.2) unless a docstring says otherwise.
+"""
+
+from . import announce, migration, network, vm
+from .registry import COMMANDS, execute
+
+__all__ = ["COMMANDS", "execute"]
+
+for _feature in (vm, migration, announce, network):
+    COMMANDS.update(_feature.COMMANDS)
