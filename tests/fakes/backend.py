@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from godwit.hw.virtio.net import offloads
-from godwit.hw.virtio.net.backend import Ring
+from godwit.hw.virtio.net.backend import F_MRG_RXBUF, Ring
 
-_MRG_RXBUF = 1 << 15
 #: As a tap of a present kernel with vhost-net.
 FEATURES = (
     offloads.CSUM
@@ -16,7 +13,7 @@ FEATURES = (
     | offloads.GUEST_TSO6
     | offloads.HOST_TSO4
     | offloads.HOST_TSO6
-    | _MRG_RXBUF
+    | F_MRG_RXBUF
 )
 
 
@@ -31,13 +28,6 @@ class FakeBackend:
         self.negotiated = self.prepared = 0
         self.rings: tuple[Ring, Ring] | None = None
         self.calls: dict[int, int] = {}
-        self.sent: list[bytes] = []
-        self.held = False
-        self.ahead: list[bytes] = []
-        #: What :meth:`take` gives.
-        self.waiting: list[bytes] = []
-        self.logging = False
-        self.log: bytes | None = None
         #: Raised by the next :meth:`start`.
         self.error: Exception | None = None
 
@@ -63,50 +53,6 @@ class FakeBackend:
     def set_call(self, index: int, fd: int) -> None:
         """Note it."""
         self.calls[index] = fd
-
-    def start_log(self) -> None:
-        """Note it."""
-        self.logging = True
-
-    def take_log(self) -> bytes | None:
-        """:attr:`log`, once."""
-        taken, self.log = self.log, None
-        return taken
-
-    def stop_log(self) -> None:
-        """Note it."""
-        self.logging = False
-
-    def send(self, frame: bytes) -> None:
-        """Keep the frame in :attr:`sent`."""
-        self.sent.append(frame)
-
-    def drain(self) -> int:
-        """Nothing ever waits."""
-        return 0
-
-    def clear(self) -> None:
-        """Throw away :attr:`ahead`."""
-        self.ahead.clear()
-
-    def hold(self) -> None:
-        """Note it."""
-        self.held = True
-
-    def put_ahead(self, frames: Iterable[bytes]) -> int:
-        """Keep them in :attr:`ahead`."""
-        self.ahead += frames
-        return 0
-
-    def release(self) -> int:
-        """Note it."""
-        self.held = False
-        return 0
-
-    def take(self, limit: int) -> list[bytes]:
-        """From :attr:`waiting`."""
-        taken, self.waiting = self.waiting[:limit], self.waiting[limit:]
-        return taken
 
     def close(self) -> None:
         """Note it."""

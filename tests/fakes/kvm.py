@@ -1,11 +1,26 @@
-"""A VM's handle that notes what is asked of it, and asks no kernel."""
+"""KVM's handles without a kernel: they keep what they are given, and note what is asked of them.
+
+A machine on them is a real one: board, vCPU threads, devices and saved state are the product's. A
+fake vCPU's guest idles until it is kicked, or does what a test has it do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ctypes
+import mmap
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from godwit.host.kvm.handles import Vm
+from godwit.host.kvm import abi
+from godwit.host.kvm.handles import System, Vcpu, Vm
+
+_RUN_SIZE = 3 * 4096
+#: MSRs that the fake KVM lists: PAT, and one of a clock.
+MSRS = (0x277, 0x4B564D00)
 
 
 class Call(NamedTuple):
@@ -23,7 +38,9 @@ class FakeVm(Vm):
     """
 
     def __init__(self) -> None:
-        self.fd = -1
+        self.fd = os.memfd_create("fake-vm")
+        self._structs: dict[int, bytes] = {}
+        self._clock_at = time.monotonic_ns()
         self.calls: list[Call] = []
         #: eventfd -> GSI
         self.irqfds: dict[int, int] = {}
@@ -35,6 +52,40 @@ class FakeVm(Vm):
         self.memory: dict[int, tuple[int, int, int, bool]] = {}
         #: slot -> the bitmap that the next :meth:`dirty_log` gives, and clears.
         self.dirty: dict[int, bytes] = {}
+
+    def create_vcpu(self, index: int) -> FakeVcpu:
+        """Make a vCPU."""
+        return FakeVcpu(index)
+
+    def get(self, request: int, size: int, first: bytes = b"") -> bytes:
+        """Return what was set, or zeros; of interrupt controllers by their number."""
+        key = request << 8 | (first[0] if first else 0)
+        return self._structs.get(key, first.ljust(size, b"\0"))
+
+    def set(self, request: int, data: bytes) -> int:
+        """Keep a struct for :meth:`get`."""
+        if request == abi.SET_IRQCHIP:
+            self._structs[abi.GET_IRQCHIP << 8 | data[0]] = data
+        elif request == abi.SET_PIT2:
+            self._structs[abi.GET_PIT2 << 8] = data
+        return 0
+
+    def ioctl(self, request: int, argument: int = 0) -> int:
+        """Answer KVM_GET_CLOCK, whose struct is at an address."""
+        if request == abi.GET_CLOCK:
+            now = time.monotonic_ns() - self._clock_at
+            _store(argument, abi.CLOCK_DATA.pack(now, abi.CLOCK_REALTIME, 0, time.time_ns(), 0))
+        return 0
+
+    def set_clock(self, clock: int) -> None:
+        """Set the guest's clock, ns."""
+        self._clock_at = time.monotonic_ns() - clock
+
+    def dirty_log(self, slot: int, bitmap_address: int) -> None:
+        """Give the slot's bitmap from :attr:`dirty`, once."""
+        bitmap = self.dirty.pop(slot, b"")
+        if bitmap:
+            _store(bitmap_address, bitmap)
 
     def count(self, name: str) -> int:
         """How often a method was called."""
@@ -79,3 +130,156 @@ class FakeVm(Vm):
 
     def _note(self, name: str, *arguments: object) -> None:
         self.calls.append(Call(name, arguments))
+
+
+class FakeVcpu(Vcpu):
+    """As :class:`godwit.host.kvm.handles.Vcpu`; a guest that idles until it is kicked.
+
+    Attributes:
+        exits: what the guest does next, each a call in the vCPU's thread.
+        structs: request -> what was set.
+        tsc_hertz: of the guest's TSC, which follows the host's time.
+    """
+
+    tsc_hertz = 1_000_000_000
+
+    def __init__(self, index: int) -> None:
+        self.fd = os.memfd_create(f"fake-vcpu{index}")
+        os.ftruncate(self.fd, _RUN_SIZE)
+        self.index = index
+        self.run_page = mmap.mmap(self.fd, _RUN_SIZE)
+        self.xsave_size = abi.XSAVE_SIZE
+        self.exits: deque[Callable[[], None]] = deque()
+        self.structs: dict[int, bytes] = {}
+        self.msrs: dict[int, int] = dict.fromkeys(MSRS, 0)
+        self._offset = 0
+        self._kicked = threading.Condition()
+
+    def run(self) -> None:
+        """Do what a test has queued, or idle until a kick."""
+        with self._kicked:
+            self._kicked.wait_for(
+                lambda: self.exits or self.run_page[abi.RUN_IMMEDIATE_EXIT], timeout=60
+            )
+            if self.run_page[abi.RUN_IMMEDIATE_EXIT]:
+                raise InterruptedError
+            work = self.exits.popleft()
+        work()
+
+    def kick(self, thread: int | None) -> None:
+        """Have :meth:`run` return."""
+        with self._kicked:
+            self.run_page[abi.RUN_IMMEDIATE_EXIT] = 1
+            self._kicked.notify_all()
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Have the guest do something next; ``work`` fills the shared page."""
+        with self._kicked:
+            self.exits.append(work)
+            self._kicked.notify_all()
+
+    def out(self, port: int, value: int) -> None:
+        """Have the guest write a byte to a port next."""
+
+        def exit_for_port() -> None:
+            page = memoryview(self.run_page)
+            page[abi.RUN_EXIT_REASON : abi.RUN_EXIT_REASON + 4] = abi.EXIT_IO.to_bytes(4, "little")
+            abi.RUN_IO.pack_into(page, abi.RUN_UNION, 1, 1, port, 1, 4096)
+            page[4096] = value
+            page.release()
+
+        self.do(exit_for_port)
+
+    def get(self, request: int, size: int, first: bytes = b"") -> bytes:
+        """Return what was set, or zeros."""
+        return self.structs.get(_SET_OF.get(request, request), bytes(size))
+
+    def set(self, request: int, data: bytes) -> int:
+        """Keep a struct for :meth:`get`."""
+        self.structs[request] = data
+        return 0
+
+    def set_cpuid(self, entries: Iterable[tuple[int, int, int, int, int, int, int]]) -> None:
+        """Take what CPUID says."""
+
+    def ioctl(self, request: int, argument: int = 0) -> int:
+        """Answer KVM_GET_MSRS of the TSC, whose struct is at an address."""
+        if request == abi.GET_MSRS:
+            entry = abi.MSR_ENTRY.pack(abi.MSR_TSC, 0, self.tsc())
+            _store(argument, abi.MSRS_HEADER.pack(1, 0) + entry)
+            return 1
+        if request == abi.GET_TSC_KHZ:
+            return self.tsc_hertz // 1000
+        return 0
+
+    def tsc(self) -> int:
+        """Return the guest's TSC."""
+        return time.monotonic_ns() * self.tsc_hertz // 10**9 + self._offset & (1 << 64) - 1
+
+    def tsc_offset(self) -> int | None:
+        """Return how far the guest's TSC is ahead of the host's."""
+        return self._offset & (1 << 64) - 1
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """Set how far the guest's TSC is ahead of the host's."""
+        self._offset = offset
+
+    def get_msrs(self, indices: list[int]) -> list[tuple[int, int]]:
+        """Return (index, value) of MSRs up to the first that is not there."""
+        found = []
+        for index in indices:
+            if index not in self.msrs:
+                break
+            found.append((index, self.msrs[index]))
+        return found
+
+    def set_msrs(self, msrs: list[tuple[int, int]]) -> int:
+        """Set MSRs; return how many were taken."""
+        for count, (index, value) in enumerate(msrs):
+            if index not in self.msrs:
+                return count
+            self.msrs[index] = value
+        return len(msrs)
+
+
+#: KVM's requests that read -> those that write the same.
+_SET_OF = {
+    abi.GET_REGS: abi.SET_REGS,
+    abi.GET_SREGS: abi.SET_SREGS,
+    abi.GET_XSAVE: abi.SET_XSAVE,
+    abi.GET_XCRS: abi.SET_XCRS,
+    abi.GET_LAPIC: abi.SET_LAPIC,
+    abi.GET_MP_STATE: abi.SET_MP_STATE,
+    abi.GET_VCPU_EVENTS: abi.SET_VCPU_EVENTS,
+    abi.GET_DEBUGREGS: abi.SET_DEBUGREGS,
+}
+
+
+class FakeSystem(System):
+    """As :class:`godwit.host.kvm.handles.System`; :attr:`vms` has the VMs that were made."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("fake-kvm")
+        self.vcpu_mmap_size = _RUN_SIZE
+        self.vms: list[FakeVm] = []
+
+    def check(self, capability: int) -> int:
+        """Have every capability but the larger XSAVE."""
+        return 0 if capability == abi.CAP_XSAVE2 else 1
+
+    def create_vm(self) -> FakeVm:
+        """Make a VM."""
+        self.vms.append(FakeVm())
+        return self.vms[-1]
+
+    def supported_cpuid(self) -> list[tuple[int, int, int, int, int, int, int]]:
+        """Return one leaf."""
+        return [(1, 0, 0, 0, 0, 0, 0)]
+
+    def msr_indices(self) -> list[int]:
+        """Return the MSRs of the fake vCPUs, the TSC, and one that no vCPU has."""
+        return [*MSRS, abi.MSR_TSC, 0xDEAD]
+
+
+def _store(address: int, data: bytes) -> None:
+    ctypes.memmove(address, data, len(data))

@@ -13,9 +13,10 @@ from typing import Self
 import msgspec
 
 from godwit.errors import GodwitError
-from godwit.migration.wire import messages as codec
+from godwit.migration.wire import messages
 from godwit.migration.wire.messages import Kind
-from godwit.migration.wire.sockets import Address, Channel
+from godwit.migration.wire.sockets import Address, SocketConnection
+from godwit.spec import saved
 
 
 class LineCutter:
@@ -48,7 +49,7 @@ class LineCutter:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(near))
         self._listener.listen()
-        self._channels: list[Channel] = []
+        self._channels: list[SocketConnection] = []
         self._threads: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
@@ -81,7 +82,7 @@ class LineCutter:
     def _accept(self) -> None:
         while True:
             try:
-                source = Channel(self._listener.accept()[0])
+                source = SocketConnection(self._listener.accept()[0])
             except OSError:
                 return
             self.lines += 1
@@ -92,13 +93,13 @@ class LineCutter:
                 continue
             self._channels += [source, target]
             for one, other in ((source, target), (target, source)):
-                one.set_timeout(120)
+                one.set_silence(120)
                 arguments = (one, other, self.lines == 1)
                 thread = threading.Thread(target=self._pass, args=arguments, daemon=True)
                 self._threads.append(thread)
                 thread.start()
 
-    def _pass(self, one: Channel, other: Channel, first: bool) -> None:
+    def _pass(self, one: SocketConnection, other: SocketConnection, first: bool) -> None:
         try:
             while True:
                 kind, length = one.receive()
@@ -116,7 +117,7 @@ class LineCutter:
                         self._hang_up()
                 if not cutting or self._delivered:
                     try:
-                        other.send_parts([codec.header(kind, len(payload)), memoryview(payload)])
+                        other.send_parts([messages.header(kind, len(payload)), memoryview(payload)])
                     except GodwitError:
                         # It hung up: what it said before is passed the other way first.
                         if not cutting:
@@ -132,5 +133,5 @@ class LineCutter:
     @staticmethod
     def _as_ours(payload: bytearray) -> bytearray:
         """So that the source takes the line for a direct one, as it would be without us."""
-        welcome = codec.decode(payload, codec.Welcome)
-        return bytearray(codec.encode(msgspec.structs.replace(welcome, pid=os.getpid())))
+        welcome = saved.decode(payload, messages.Welcome)
+        return bytearray(saved.encode(msgspec.structs.replace(welcome, pid=os.getpid())))

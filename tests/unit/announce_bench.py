@@ -5,7 +5,7 @@ from collections.abc import Callable
 from godwit.announce.announcer import Announcer, no_verifier
 from godwit.announce.attempts import Verifier
 from godwit.announce.frames import gratuitous_arp
-from godwit.announce.uplink import Station
+from godwit.announce.uplink import Uplink
 from godwit.host.net.ethernet import TPID_8021Q
 from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.hw.virtio.net.rxfilter import RxFilter
@@ -113,12 +113,12 @@ class Bench:
         self.clock = FakeClock()
         self.nics = [Nic(self.clock, name, does) for name, does in accepts.items()]
         self.events: list[tuple[str, dict[str, object]]] = []
-        self.stations = [Station(nic, self.clock) for nic in self.nics]
+        self.uplinks = [Uplink(nic, self.clock) for nic in self.nics]
         self.verifiers: dict[str, Verifier] = {}
         #: What the operator wants; replace them at any time.
         self.parameters = MigrationParameters()
         self.announcer = Announcer(
-            self.stations,
+            self.uplinks,
             self.clock,
             lambda name, data: self.events.append((name, data)),
             lambda: self.parameters,
@@ -142,20 +142,20 @@ class Bench:
 
     def guest_sends(self, frame: bytes, nic: int = 0) -> None:
         """The watch brings a frame of the guest's."""
-        self.stations[nic].observer.frame(frame, None, self.clock.now())
+        self.uplinks[nic].observer.frame(frame, None, self.clock.now())
 
     def watched(self, nic: int = 0) -> None:
         """The NIC's tap is watched, and its guest was seen to use :data:`IP4`."""
-        station = self.stations[nic]
-        station.watched = True
-        station.on_seen = lambda sighting: self.announcer.seen(station.nic.name, sighting)
-        self.guest_sends(gratuitous_arp(station.nic.mac, IP4), nic)
+        uplink = self.uplinks[nic]
+        uplink.watched = True
+        uplink.on_seen = lambda sighting: self.announcer.seen(uplink.nic.name, sighting)
+        self.guest_sends(gratuitous_arp(uplink.nic.mac, IP4), nic)
 
     def _acked(self, name: str) -> Callable[[], None]:
         return lambda: self.announcer.acked(name)
 
-    def _verifier(self, station: Station, options: AnnounceOptions) -> Verifier:
-        return self.verifiers.get(station.nic.name) or no_verifier(station, options)
+    def _verifier(self, uplink: Uplink, options: AnnounceOptions) -> Verifier:
+        return self.verifiers.get(uplink.nic.name) or no_verifier(uplink, options)
 
 
 ROUNDS = [0.0, 0.05, 0.2, 0.45, 0.8]

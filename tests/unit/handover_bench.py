@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 
 from announce_bench import Nic as Announced
-from godwit.announce.uplink import Station
+from godwit.announce.uplink import Uplink
 from godwit.host.net.tap import HEADER
 from godwit.hw.nic.rx_backlog import Ahead
 from godwit.machine.machine import Machine
@@ -69,8 +69,8 @@ class Side:
 
     def __init__(self, count: int) -> None:
         self.nics = [Nic(f"nic{number}") for number in range(count)]
-        self.stations = [Station(nic, FakeClock()) for nic in self.nics]
-        self.machine = cast(Machine, SimpleNamespace(nics=self.nics, stations=self.stations))
+        self.uplinks = [Uplink(nic, FakeClock()) for nic in self.nics]
+        self.machine = cast(Machine, SimpleNamespace(nics=self.nics, uplinks=self.uplinks))
 
 
 class Handover:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from godwit.announce.uplink import Station
+from godwit.announce.uplink import Uplink
 from godwit.errors import GodwitError, StreamError
 from godwit.hw.memory import PAGE, GuestMemory
 from godwit.machine.machine import Machine, Mark
@@ -53,7 +53,7 @@ class Standin:
         self.memory = GuestMemory(32 << 20)
         self.vm = SimpleNamespace(dirty_log=lambda slot, address: None)
         self.nics = [Nic("nic0")]
-        self.stations = [Station(nic, FakeClock()) for nic in self.nics]
+        self.uplinks = [Uplink(nic, FakeClock()) for nic in self.nics]
         nic = SimpleNamespace(mac=self.nics[0].mac, mtu=None, queue_size=None)
         self.config = SimpleNamespace(
             machine=SimpleNamespace(name="godwit-0.2"), cpus=1, nics=(nic,)

@@ -117,7 +117,7 @@ def test_peers_are_counted() -> None:
 def test_the_filter_tells_of_addresses_without_ip() -> None:
     book = AddressBook(MAC)
     book.learn(said(IP4, tags=VLAN), 1.0)
-    # What is no station's address or no VLAN is passed over.
+    # What is no uplink's address or no VLAN is passed over.
     macs = [OTHER, bytes.fromhex("333300000001"), bytes(6), b"\2"]
     book.set_filter(macs, [0, 100, 4095], 2.0)
     assert keys(book.entries()) == [

@@ -24,7 +24,7 @@ from godwit.announce.frames import (
     gratuitous_arp,
     layer2_update,
     rarp,
-    read_note,
+    read_cookie,
     solicitation,
     stack_of,
     unsolicited_na,
@@ -187,7 +187,7 @@ def test_the_note_and_the_tags_of_a_layer2_update_are_found(
     mac: bytes, tags: list[tuple[int, int]], note: bytes
 ) -> None:
     frame = layer2_update(mac, tags, note)
-    assert read_note(frame) == note.ljust(40, b"\0")
+    assert read_cookie(frame) == note.ljust(40, b"\0")
     assert stack_of(frame) == b"".join(struct.pack("!HH", *tag) for tag in tags)
     if len(tags) < 3:
         assert dissect(frame) is None
@@ -195,8 +195,8 @@ def test_the_note_and_the_tags_of_a_layer2_update_are_found(
 
 @given(st.binary(max_size=80))
 def test_no_other_frame_has_a_note(data: bytes) -> None:
-    assert read_note(data) is None
-    assert read_note(b"\xff" * 6 + data[6:]) is None or data[12:14] == b"\0\6"
+    assert read_cookie(data) is None
+    assert read_cookie(b"\xff" * 6 + data[6:]) is None or data[12:14] == b"\0\6"
 
 
 def test_a_note_that_does_not_fit() -> None:

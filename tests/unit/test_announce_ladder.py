@@ -199,9 +199,9 @@ def test_missing_acks_do_not_block_the_next_move() -> None:
 def test_one_ack_serves_all_announcements_that_asked() -> None:
     bench = hung()
     bench.clock.advance(0.01)
-    bench.stations[0].port = Port("down")
+    bench.uplinks[0].port = Port("down")
     bench.announcer.announce_self(AnnounceParameters(), id="held")  # asks nobody yet
-    bench.stations[0].port = Port()
+    bench.uplinks[0].port = Port()
     bench.announcer.acked("nic0")
     bench.nics[0].acks_after = ACK_S
     bench.clock.advance(60)
@@ -269,7 +269,7 @@ def test_what_comes_after_the_ack_is_shown_too() -> None:
 def test_an_unwatched_guest_is_taken_at_its_word() -> None:
     bench = Bench(nic0=True)
     bench.watched()
-    bench.stations[0].watched = False
+    bench.uplinks[0].watched = False
     bench.go(S.RUNNING)
     bench.clock.advance(60)
     assert bench.nics[0].sent == []
@@ -283,7 +283,7 @@ def test_a_guest_that_does_not_answer_is_spoken_for_with_all_it_has() -> None:
     bench.go(S.RUNNING)
     bench.guest_sends(gratuitous_arp(bench.nics[0].mac, IP4))  # it may be lost: no ack
     bench.clock.advance(60)
-    every = list(announcements(bench.stations[0].entries()))
+    every = list(announcements(bench.uplinks[0].entries()))
     assert [frame for _, frame in bench.nics[0].sent] == every
     assert every == [rarp(bench.nics[0].mac), gratuitous_arp(bench.nics[0].mac, IP4)]
 

@@ -11,7 +11,7 @@ from godwit.spec.parameters import AnnounceParameters, MigrationParameters
 
 def test_a_port_that_is_not_ready_holds_everything() -> None:
     bench = Bench(nic0=True, nic1=False)
-    port = bench.stations[0].port = Port("its bridge's port is learning")
+    port = bench.uplinks[0].port = Port("its bridge's port is learning")
     bench.go(S.RUNNING)
     bench.clock.advance(30)
     assert (bench.nics[0].asked, bench.nics[0].sent) == ([], [])
@@ -33,7 +33,7 @@ def test_a_port_that_is_not_ready_holds_everything() -> None:
 
 def test_a_port_that_goes_between_two_rounds_holds_the_rest_until_it_is_back() -> None:
     bench = Bench(nic0=False)
-    port = bench.stations[0].port = Port()
+    port = bench.uplinks[0].port = Port()
     bench.go(S.RUNNING)
     port.not_ready_reason = "there is no interface 'tap0'"
     bench.clock.advance(30)
@@ -48,7 +48,7 @@ def test_a_port_that_goes_between_two_rounds_holds_the_rest_until_it_is_back() -
 
 def test_what_is_owed_when_the_port_goes_is_said_when_it_is_back() -> None:
     bench = hung()  # the first round has asked, and nobody answers
-    port = bench.stations[0].port = Port("down")
+    port = bench.uplinks[0].port = Port("down")
     bench.clock.advance(60)
     assert bench.nics[0].sent == []
     assert bench.names().count(Event.ANNOUNCE_HELD) == 1
@@ -61,7 +61,7 @@ def test_what_is_owed_when_the_port_goes_is_said_when_it_is_back() -> None:
 
 def test_the_hosts_word_waits_for_the_port_after_the_last_round_too() -> None:
     bench = Bench(nic0=True)
-    port = bench.stations[0].port = Port()
+    port = bench.uplinks[0].port = Port()
     bench.nics[0].acks_after = None
     bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=1))
     bench.go(S.RUNNING)
@@ -77,7 +77,7 @@ def test_the_hosts_word_waits_for_the_port_after_the_last_round_too() -> None:
 
 def test_a_tap_that_left_its_bridge_is_named_each_round_and_the_rounds_go_on() -> None:
     bench = Bench(nic0=False)
-    port = bench.stations[0].port = Port()
+    port = bench.uplinks[0].port = Port()
     bench.go(S.RUNNING)
     port.warning = "'tap0' was in a bridge"
     bench.clock.advance(60)
@@ -89,7 +89,7 @@ def test_a_tap_that_left_its_bridge_is_named_each_round_and_the_rounds_go_on() -
 
 def test_a_pause_ends_what_is_held() -> None:
     bench = Bench(nic0=True)
-    bench.stations[0].port = Port("down")
+    bench.uplinks[0].port = Port("down")
     bench.go(S.RUNNING, S.PAUSED, S.RUNNING)
     bench.announcer.port_ready("nic0")
     bench.clock.advance(60)
@@ -101,11 +101,11 @@ def test_a_pause_ends_what_is_held() -> None:
 
 def test_what_is_held_is_not_forgotten_when_another_announcement_begins() -> None:
     bench = Bench(nic0=True, nic1=True)
-    bench.stations[0].port = Port("down")
+    bench.uplinks[0].port = Port("down")
     bench.go(S.RUNNING)
     bench.clock.advance(60)
     bench.announcer.announce_self(AnnounceParameters(rounds=1), ["nic1"])
-    bench.stations[0].port = Port()
+    bench.uplinks[0].port = Port()
     bench.announcer.port_ready("nic0")
     assert bench.nics[0].asked == [60.0]
 

@@ -9,7 +9,7 @@ from godwit.announce.addresses import Source
 from godwit.announce.dissect import Kind, Sighting
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.policy import parse_policy
-from godwit.announce.uplink import Station
+from godwit.announce.uplink import Uplink
 from godwit.host.net.ethernet import TPID_8021Q
 from godwit.spec.events import Event
 from godwit.spec.parameters import AnnounceParameters
@@ -22,14 +22,14 @@ class Place:
     def __init__(self, allow: str | None = None) -> None:
         self.clock = FakeClock()
         self.nic = Nic(self.clock)
-        self.station = Station(self.nic, self.clock, parse_policy(allow) if allow else None)
-        self.station.watched = True
+        self.uplink = Uplink(self.nic, self.clock, parse_policy(allow) if allow else None)
+        self.uplink.watched = True
         self.seen: list[Sighting] = []
-        self.station.on_seen = self.seen.append
+        self.uplink.on_seen = self.seen.append
 
     def guest_sends(self, *frames: bytes) -> None:
         for frame in frames:
-            self.station.observer.frame(frame, None, self.clock.now())
+            self.uplink.observer.frame(frame, None, self.clock.now())
 
     def sent(self) -> list[bytes]:
         return [frame for _, frame in self.nic.sent]
@@ -42,32 +42,32 @@ def test_the_observer_knows_of_a_frame_before_it_is_sent(monkeypatch: pytest.Mon
     monkeypatch.setattr(place.nic, "send_from_host", place.guest_sends)
     place.guest_sends(gratuitous_arp(place.nic.mac, IP4))
     place.seen.clear()
-    place.station.begin()
-    assert place.station.announce(place.station.entries()) == 2
-    assert (place.station.observer.own, place.seen) == (2, [])
-    assert len(place.station.missing()) == 2
+    place.uplink.begin()
+    assert place.uplink.announce(place.uplink.entries()) == 2
+    assert (place.uplink.observer.own, place.seen) == (2, [])
+    assert len(place.uplink.missing()) == 2
 
 
 def test_all_entries_are_announced_and_noted() -> None:
     place = Place()
     mac = place.nic.mac
     place.guest_sends(gratuitous_arp(mac, IP4), unsolicited_na(OTHER, IP6))
-    place.station.begin()
-    entries = place.station.entries()
-    assert place.station.announce(iter(entries)) == 4
+    place.uplink.begin()
+    entries = place.uplink.entries()
+    assert place.uplink.announce(iter(entries)) == 4
     assert place.sent() == [
         rarp(mac), rarp(OTHER), gratuitous_arp(mac, IP4), unsolicited_na(OTHER, IP6),
     ]  # fmt: skip
     place.clock.advance(1)
-    place.station.announce(entries)
-    assert [place.station.said_at(entry) for entry in entries] == [1000.0] * 3
-    place.station.begin()
-    assert [place.station.said_at(entry) for entry in entries] == [None] * 3
+    place.uplink.announce(entries)
+    assert [place.uplink.said_at(entry) for entry in entries] == [1000.0] * 3
+    place.uplink.begin()
+    assert [place.uplink.said_at(entry) for entry in entries] == [None] * 3
 
 
 def test_nothing_to_announce_sends_nothing() -> None:
     place = Place()
-    assert place.station.announce([]) == 0
+    assert place.uplink.announce([]) == 0
     assert place.sent() == []
 
 
@@ -75,8 +75,8 @@ def test_a_backend_that_fails_raises_and_the_rest_is_not_sent() -> None:
     place = Place()
     place.nic.error = OSError(100, "Network is down")
     with pytest.raises(OSError, match="Network is down"):
-        place.station.announce(place.station.entries())
-    assert place.station.said_at(place.station.entries()[0]) is None
+        place.uplink.announce(place.uplink.entries())
+    assert place.uplink.said_at(place.uplink.entries()[0]) is None
 
 
 # --- policy ---------------------------------------------------------------------------------------
@@ -88,60 +88,60 @@ def test_the_policy_decides_what_the_host_may_say() -> None:
         gratuitous_arp(mac, b"\xc6\x33\x64\1", VLAN),
         unsolicited_na(mac, IP6),
     )
-    place.station.begin()
-    entries = place.station.entries()
+    place.uplink.begin()
+    entries = place.uplink.entries()
     assert [(entry.ip, entry.tags) for entry in entries] == [(None, ()), (IP4, ())]
-    assert place.station.missing() == entries
-    place.station.announce(place.station.observer.entries(place.clock.now()))
+    assert place.uplink.missing() == entries
+    place.uplink.announce(place.uplink.observer.entries(place.clock.now()))
     assert place.sent() == [rarp(mac), rarp(mac, VLAN), gratuitous_arp(mac, IP4)]
 
 
 def test_a_policy_of_mac_addresses_may_forbid_the_nics_own() -> None:
     place = Place(OTHER.hex(":"))
     place.guest_sends(gratuitous_arp(place.nic.mac, IP4))
-    assert place.station.entries() == []
+    assert place.uplink.entries() == []
     place.guest_sends(gratuitous_arp(OTHER, IP4))
-    assert [entry.mac for entry in place.station.entries()] == [OTHER]
+    assert [entry.mac for entry in place.uplink.entries()] == [OTHER]
 
 
 # --- what the NIC says ----------------------------------------------------------------------------
 def test_entries_follow_the_drivers_filter_and_mac() -> None:
     place = Place()
     mac = place.nic.mac
-    assert [(e.mac, e.tags) for e in place.station.entries()] == [(mac, ())]
+    assert [(e.mac, e.tags) for e in place.uplink.entries()] == [(mac, ())]
     place.nic.filter.unicast.append(OTHER)
     place.nic.filter.vlans += [0, 100]
-    found = [(entry.mac, entry.tags) for entry in place.station.entries()]
+    found = [(entry.mac, entry.tags) for entry in place.uplink.entries()]
     assert found == [(mac, ()), (mac, VLAN), (OTHER, ()), (OTHER, VLAN)]
-    assert place.station.entries()[-1].source is Source.FILTER
+    assert place.uplink.entries()[-1].source is Source.FILTER
     place.nic.mac = changed = b"\x02\0\0\0\0\1"
     place.nic.filter.unicast.clear()
     place.nic.filter.vlans.clear()
-    assert [entry.mac for entry in place.station.entries()] == [changed]
+    assert [entry.mac for entry in place.uplink.entries()] == [changed]
 
 
 def test_a_beginning_takes_over_the_filter_and_forgets_what_was_shown() -> None:
     place = Place()
-    place.station.begin()
+    place.uplink.begin()
     place.guest_sends(gratuitous_arp(place.nic.mac, IP4))
-    assert place.station.missing() == []
+    assert place.uplink.missing() == []
     place.nic.filter.vlans.append(100)
-    place.station.begin()
-    assert [(entry.tags, entry.ip) for entry in place.station.missing()] == [
+    place.uplink.begin()
+    assert [(entry.tags, entry.ip) for entry in place.uplink.missing()] == [
         ((), None), ((), IP4), (VLAN, None),
     ]  # fmt: skip
 
 
 def test_without_a_watch_nothing_is_said_to_be_missing() -> None:
     place = Place()
-    place.station.watched = False
-    place.station.begin()
-    assert place.station.missing() == []
-    assert len(place.station.entries()) == 1
+    place.uplink.watched = False
+    place.uplink.begin()
+    assert place.uplink.missing() == []
+    assert len(place.uplink.entries()) == 1
 
 
 def test_a_port_that_nobody_can_be_asked_about_is_ready() -> None:
-    port = Place().station.port
+    port = Place().uplink.port
     port.refresh()
     assert (port.not_ready_reason, port.index, port.bridge) == (None, 0, 0)
 
@@ -210,7 +210,7 @@ def test_info_has_what_the_guest_showed_and_what_the_host_said() -> None:
     mac = bench.nics[0].mac
     bench.guest_sends(unsolicited_na(mac, IP6))
     bench.guest_sends(b"\xff" * 12 + b"\x08\x06")
-    port = bench.stations[0].port = Port("down")
+    port = bench.uplinks[0].port = Port("down")
     bench.go(S.RUNNING)
     bench.clock.advance(1)
     held = bench.announcer.info()[0]

@@ -1,4 +1,4 @@
-"""The stations' eyes and ears, with fakes for the watch and the ports.
+"""The uplinks' eyes and ears, with fakes for the watch and the ports.
 
 tests/unit/test_watch.py and tests/vm/test_ports.py have the real ones.
 """
@@ -16,7 +16,7 @@ from godwit.announce import monitors as module
 from godwit.announce.dissect import Sighting
 from godwit.announce.frames import Tag, arp_request, gratuitous_arp
 from godwit.announce.monitors import Taps
-from godwit.announce.uplink import Station, Wired
+from godwit.announce.uplink import AlwaysReady, Uplink
 from godwit.errors import HostError
 from godwit.spec.parameters import AnnounceOptions, Verify
 from tests.fakes.clock import FakeClock
@@ -91,12 +91,12 @@ class Place:
     def __init__(self, count: int = 2) -> None:
         self.loop: Any = FakeClock()
         self.nics = [Nic(self.loop, f"nic{number}") for number in range(count)]
-        self.stations = {f"tap{n}": Station(nic, self.loop) for n, nic in enumerate(self.nics)}
-        self.first = next(iter(self.stations.values()), None)
+        self.uplinks = {f"tap{n}": Uplink(nic, self.loop) for n, nic in enumerate(self.nics)}
+        self.first = next(iter(self.uplinks.values()), None)
         self.said: list[str] = []
 
     def taps(self) -> Taps:
-        return Taps(self.stations, self.loop, self.said.append)
+        return Taps(self.uplinks, self.loop, self.said.append)
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_each_tap_is_watched_for_its_station(place: Place) -> None:
     Watch.all[1].on_frame(frame, None)
     Watch.all[0].on_frame(frame[:20], None)
     assert [(nic, sighting.ip) for nic, sighting in seen] == [("nic1", IP4)]
-    first, second = place.stations.values()
+    first, second = place.uplinks.values()
     assert (first.watched, second.watched, first.observer.malformed) == (True, True, 1)
     assert (len(first.entries()), len(second.entries())) == (1, 2)
     assert place.said == []
@@ -133,7 +133,7 @@ def test_ports_are_followed(place: Place) -> None:
     ready: list[str] = []
     taps.on_ready = ready.append
     (ports,) = Ports.all
-    assert [station.port for station in place.stations.values()] == ports.ports
+    assert [uplink.port for uplink in place.uplinks.values()] == ports.ports
     for port in reversed(ports.ports):
         port.on_ready()
     assert ready == ["nic1", "nic0"]
@@ -154,9 +154,9 @@ def test_what_cannot_be_watched_is_said_and_done_without(place: Place) -> None:
         "nic1: cannot watch tap: not permitted",
         "whether taps are ready is not known: rtnetlink: no",
     ]
-    for station in place.stations.values():
-        assert not station.watched
-        assert isinstance(station.port, Wired)
+    for uplink in place.uplinks.values():
+        assert not uplink.watched
+        assert isinstance(uplink.port, AlwaysReady)
     assert place.first is not None
     verifier = taps.verifier(place.first, AnnounceOptions(verify=Verify.PROBE, refresh=True))
     assert place.said[3:] == ["nic0: cannot watch tap: not permitted"]
@@ -169,7 +169,7 @@ def test_a_watch_that_is_lost_is_said(place: Place) -> None:
     place.taps()
     Watch.all[0].on_error(OSError(100, "Network is down"))
     assert place.said == ["nic0: its tap is watched no more: Network is down"]
-    assert [station.watched for station in place.stations.values()] == [False, True]
+    assert [uplink.watched for uplink in place.uplinks.values()] == [False, True]
 
 
 def test_all_is_given_back(place: Place) -> None:
@@ -207,11 +207,11 @@ def test_answers_are_watched_only_where_wanted(
 @pytest.mark.parametrize("refresh", [False, True])
 def test_answers_come_to_the_verifier_and_go_to_the_guest(place: Place, refresh: bool) -> None:
     taps = place.taps()
-    station = place.first
-    assert station is not None
+    uplink = place.first
+    assert uplink is not None
     Watch.all[0].on_frame(arp_request(place.nics[0].mac, IP4, GATEWAY), None)
     options = AnnounceOptions(verify=Verify.PROBE, refresh=refresh)
-    verifier = taps.verifier(station, options)
+    verifier = taps.verifier(uplink, options)
     watch = Watch.all[-1]
     verifier.ask()
     assert verifier.missing() == ["no answer over IPv4"]

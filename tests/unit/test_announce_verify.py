@@ -10,7 +10,7 @@ from announce_bench import GATEWAY, IP4, IP6, VLAN, Nic, Port
 from godwit.announce import frames
 from godwit.announce.frames import Tag, arp_request, gratuitous_arp, solicitation
 from godwit.announce.policy import parse_policy
-from godwit.announce.uplink import Station
+from godwit.announce.uplink import Uplink
 from godwit.announce.verify import PEERS, Verification
 from godwit.host.net import rtnetlink
 from godwit.host.net.ethernet import TPID_8021Q
@@ -40,11 +40,11 @@ class Place:
     def __init__(self, how: Verify = Verify.PROBE, refresh: bool = False, allow: str = "") -> None:
         self.clock = FakeClock()
         self.nic = Nic(self.clock)
-        self.station = Station(self.nic, self.clock, parse_policy(allow) if allow else None)
-        self.port = self.station.port = Port()
+        self.uplink = Uplink(self.nic, self.clock, parse_policy(allow) if allow else None)
+        self.port = self.uplink.port = Port()
         self.injected: list[bytes] = []
         self.verification = Verification(
-            self.station, how, self.injected.append if refresh else None
+            self.uplink, how, self.injected.append if refresh else None
         )
 
     @property
@@ -53,7 +53,7 @@ class Place:
 
     def guest_sends(self, *sent: bytes) -> None:
         for frame in sent:
-            self.station.observer.frame(frame, None, self.clock.now())
+            self.uplink.observer.frame(frame, None, self.clock.now())
 
     def talks(self) -> None:
         """The guest knows its gateway, untagged in both families and in a VLAN."""
@@ -242,7 +242,7 @@ def test_the_questions_are_not_taken_for_the_guests(monkeypatch: pytest.MonkeyPa
     place.talks()
     monkeypatch.setattr(place.nic, "send_from_host", place.guest_sends)
     place.verification.ask()
-    assert place.station.observer.own == 3
+    assert place.uplink.observer.own == 3
 
 
 # --- hostile answers ------------------------------------------------------------------------------

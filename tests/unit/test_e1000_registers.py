@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
+from godwit.hw.nic.models import MODELS
 
 from e1000_bench import BAR, GSI, INTX_OFF, IO, MAC, MASTER, MEMORY, PORT, Bench, make_frame
 from godwit.errors import ConfigError
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.e1000 import regs
 from godwit.hw.nic.e1000.nic import E1000
-from godwit.hw.nic.models import MODELS
 from godwit.spec.config import NicConfig, parse_nic
 
 SK, CS, DI, DO, REQ, GNT = 1, 2, 4, 8, 1 << 6, 1 << 7

@@ -5,6 +5,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from godwit.hw.nic.models import NicState
+from godwit.hw.virtio.net.nic import VirtioNicState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,8 +15,6 @@ from godwit.errors import StreamError
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.e1000 import regs
 from godwit.hw.nic.e1000.state import E1000State
-from godwit.hw.nic.models import NicState
-from godwit.hw.virtio.net.nic import VirtioNicState
 from tests.fakes.e1000 import EOP
 
 DECODER = msgspec.msgpack.Decoder(NicState)

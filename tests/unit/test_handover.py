@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from godwit.announce.frames import gratuitous_arp, layer2_update, read_note
+from godwit.announce.frames import gratuitous_arp, layer2_update, read_cookie
 from godwit.errors import LinkLost
 from godwit.host.net.ethernet import BROADCAST, TPID_8021Q
 from godwit.host.net.tap import HEADER
@@ -106,7 +106,7 @@ def test_each_network_has_its_own_mark(handover: Handover) -> None:
     tags = ((TPID_8021Q, 100),)
     for side in (handover.source, handover.target):
         frame = gratuitous_arp(guest, bytes([192, 0, 2, 7]), tags)
-        side.stations[0].observer.frame(frame, None, 1000.0)
+        side.uplinks[0].observer.frame(frame, None, 1000.0)
     handover.arrival.prepare()
     source, _ = taps(handover)
     draw(handover)
@@ -270,7 +270,7 @@ def test_only_the_moves_own_marks_are_marks(handover: Handover) -> None:
     source.put(stranger)
     handover.forwarder.serve(time.monotonic())
     assert handover.forwarder.info()["marks-seen"] == 0
-    assert read_note(stranger) is not None
+    assert read_cookie(stranger) is not None
 
 
 def test_a_mark_of_one_nic_is_none_of_anothers() -> None:

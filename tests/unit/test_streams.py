@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from godwit.hw.nic.models import MODELS
+from godwit.hw.virtio.net.nic import VirtioNic, VirtioNicState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
@@ -22,9 +24,7 @@ from godwit.host.kvm.cpustate import tsc_of
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.e1000.nic import E1000
 from godwit.hw.nic.e1000.state import E1000State
-from godwit.hw.nic.models import MODELS
 from godwit.hw.virtio.net import offloads
-from godwit.hw.virtio.net.nic import VirtioNic, VirtioNicState
 from godwit.machine.machine import Machine
 from godwit.machine.state import MachineState
 from godwit.migration.wire import compatibility as hello

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from godwit.announce.frames import rarp
-from godwit.announce.uplink import Station
+from godwit.announce.uplink import Uplink
 from godwit.announce.verify import Verification
 from godwit.host.loop import Loop
 from godwit.host.net import rtnetlink
@@ -322,9 +322,9 @@ class Nic:
 
 def test_verification_by_the_bridge(place: Place) -> None:
     place.up()
-    station = Station(Nic(place.tap), place.loop)
-    station.port = place.port
-    verification = Verification(station, Verify.FDB)
+    uplink = Uplink(Nic(place.tap), place.loop)
+    uplink.port = place.port
+    verification = Verification(uplink, Verify.FDB)
 
     def missing() -> list[str]:
         with inside(NETNS):
@@ -332,9 +332,9 @@ def test_verification_by_the_bridge(place: Place) -> None:
 
     mac = MAC.hex(":")
     assert missing() == [mac, f"{mac} in VLAN 100"]
-    station.announce(station.entries()[:1])
+    uplink.announce(uplink.entries()[:1])
     place.until(lambda: missing() == [f"{mac} in VLAN 100"] or place.loop.run_once(0.1))
-    station.announce(station.entries())
+    uplink.announce(uplink.entries())
     place.until(lambda: not missing() or place.loop.run_once(0.1))
     # It spoke elsewhere since: the bridge has it there.
     ip("link", "add", "veth0", "master", BRIDGE, "type", "veth", "peer", "name", "veth1")

@@ -9,12 +9,12 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from godwit.hw.virtio.net.nic import VirtioNic
 from vm_bench import Bench
 
 from godwit.host.loop import Loop
 from godwit.hw.console import Console
 from godwit.hw.memory import PAGE
-from godwit.hw.virtio.net.nic import VirtioNic
 from godwit.hw.virtio.net.vhost import VhostBackend
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine

@@ -2,8 +2,8 @@
 
 The seed's rule ('Send the gratuitous by guest' V7): the announcement starts on the transition
 ``prelaunch-migrate`` to ``running``, and at no other. What is done for each NIC is its
-:class:`.ladder.Ladder`. The first round is made inside the transition, the others by timers;
-leaving ``running`` ends them all.
+:class:`.ladder.NicAnnouncement`. The first round is made inside the transition, the others by
+timers; leaving ``running`` ends them all.
 
 Locks, outermost first. ``_rounds`` is held while NICs are asked, so that once a VM has left
 ``running`` (and this listener has returned) no further frame leaves. Hence **no caller may hold a
@@ -25,11 +25,11 @@ from godwit.spec.parameters import AnnounceOptions, AnnounceParameters, Migratio
 from godwit.spec.runstate import RunState
 
 from .addresses import Entry
-from .attempts import Ladder, Report, Verifier
+from .attempts import NicAnnouncement, Report, Verifier
 from .dissect import Sighting
 from .pacing import Pacer
 from .record import NicRecord
-from .uplink import Station
+from .uplink import Uplink
 
 #: The id of the announcement that a resume after a move starts.
 RESUME = "migration"
@@ -52,7 +52,7 @@ class _Unverified:
         return []
 
 
-def no_verifier(station: Station, options: AnnounceOptions) -> Verifier:
+def no_verifier(uplink: Uplink, options: AnnounceOptions) -> Verifier:
     """For those who do not want one."""
     return _Unverified()
 
@@ -61,7 +61,7 @@ class _Announcement:
     """One announcement under way, of some NICs."""
 
     def __init__(self) -> None:
-        self.ladders: list[Ladder] = []
+        self.ladders: list[NicAnnouncement] = []
         self.timers: set[Timer] = set()
         self.live = True
 
@@ -76,19 +76,19 @@ class Announcer:
     """Announces the NICs of one VM. Thread-safe; see the module for the order of locks.
 
     ``parameters()`` returns what the operator wants now: an announcement that begins reads it once.
-    ``make_verifier(station, options)`` gives a ladder its verifier.
+    ``make_verifier(uplink, options)`` gives a ladder its verifier.
     """
 
     def __init__(
         self,
-        stations: Sequence[Station],
+        uplinks: Sequence[Uplink],
         clock: Clock,
         report: Report,
         parameters: Callable[[], MigrationParameters] = MigrationParameters,
-        make_verifier: Callable[[Station, AnnounceOptions], Verifier] = no_verifier,
+        make_verifier: Callable[[Uplink, AnnounceOptions], Verifier] = no_verifier,
     ) -> None:
         self._parameters = parameters
-        self._stations = {station.nic.name: station for station in stations}
+        self._uplinks = {uplink.nic.id: uplink for uplink in uplinks}
         self._clock = clock
         self._report = report
         self._make_verifier = make_verifier
@@ -97,7 +97,7 @@ class Announcer:
         self._lock = threading.Lock()
         self._running = False
         self._current: dict[str, _Announcement] = {}
-        self._records = {name: NicRecord(name) for name in self._stations}
+        self._records = {name: NicRecord(name) for name in self._uplinks}
         self._shown: set[tuple[str, bytes, object, bytes | None]] = set()
 
     def run_state_changed(self, old: RunState, new: RunState) -> None:
@@ -109,7 +109,7 @@ class Announcer:
                     self._cancel(key)
             elif old is RunState.PRELAUNCH_MIGRATE:
                 try:
-                    self._start(RESUME, tuple(self._stations))
+                    self._start(RESUME, tuple(self._uplinks))
                 except Exception as error:
                     # The guest runs here: an error that got out of this transition would look
                     # like a guest that did not arrive, and its source would let it run as well.
@@ -120,7 +120,7 @@ class Announcer:
         """The guest runs on where it was, though a peer may have heard of it from elsewhere."""
         with self._rounds:
             if self._running:
-                self._start(RETURNED, tuple(self._stations))
+                self._start(RETURNED, tuple(self._uplinks))
 
     def announce_self(
         self,
@@ -160,7 +160,7 @@ class Announcer:
         if first:
             self._report(*Event.ANNOUNCE_ACKED.of(nic=nic, ms=round(latency or 0.0, 3)))
         # The ladder needs the outer lock.
-        self._clock.call_later(0, lambda: self._tell(nic, Ladder.acked))
+        self._clock.call_later(0, lambda: self._tell(nic, NicAnnouncement.acked))
 
     def seen(self, nic: str, sighting: Sighting) -> None:
         """The guest announced an address; told of each such frame."""
@@ -181,7 +181,7 @@ class Announcer:
 
     def port_ready(self, nic: str) -> None:
         """The NIC's port is ready: what waited for it begins."""
-        self._tell(nic, Ladder.port_ready)
+        self._tell(nic, NicAnnouncement.port_ready)
 
     def records(self) -> list[NicRecord]:
         """What became of each NIC's last announcement: copies, in the order of the NICs."""
@@ -194,20 +194,20 @@ class Announcer:
 
     # --- inside -----------------------------------------------------------------------------------
     def _info(self, record: NicRecord) -> dict[str, object]:
-        station = self._stations[record.nic]
-        observer = station.observer
+        uplink = self._uplinks[record.nic]
+        observer = uplink.observer
 
         def address(entry: Entry) -> dict[str, object]:
             return {
                 **_address(entry.mac, entry.tags, entry.ip),
                 "seen-ms": record.since(observer.announced_at(entry)),
-                "host-ms": record.since(station.said_at(entry)),
+                "host-ms": record.since(uplink.said_at(entry)),
             }
 
         return {
             "nic": record.nic,
             "id": record.id.removeprefix("id:"),
-            "mac": record.mac or station.nic.mac.hex(":"),
+            "mac": record.mac or uplink.nic.mac.hex(":"),
             "method": record.method,
             "rounds": record.rounds,
             "asked": record.asked,
@@ -221,21 +221,21 @@ class Announcer:
             "verified-ms": record.since(record.verified_at),
             "unverified": record.unverified,
             "error": record.error,
-            "watched": station.watched,
+            "watched": uplink.watched,
             "malformed": observer.malformed,
-            "addresses": [address(entry) for entry in station.entries()],
+            "addresses": [address(entry) for entry in uplink.entries()],
         }
 
     def _chosen(self, interfaces: Sequence[str] | None) -> tuple[str, ...]:
         if interfaces is None:
-            return tuple(self._stations)
-        names = ", ".join(self._stations) or "none"
+            return tuple(self._uplinks)
+        names = ", ".join(self._uplinks) or "none"
         for name in interfaces:
-            if name not in self._stations:
+            if name not in self._uplinks:
                 raise ConfigError(f"there is no NIC '{name}'; this VM has: {names}")
         if not interfaces:
             raise ConfigError(f"'interfaces' is empty: leave it out for all, or choose: {names}")
-        return tuple(name for name in self._stations if name in interfaces)
+        return tuple(name for name in self._uplinks if name in interfaces)
 
     def _start(
         self, key: str, names: Sequence[str], schedule: AnnounceParameters | None = None
@@ -249,21 +249,21 @@ class Announcer:
             return
         self._current[key] = announcement = _Announcement()
         for name in names:
-            station = self._stations[name]
+            uplink = self._uplinks[name]
             record = NicRecord(name, id=key, began_at=self._clock.now())
-            station.begin()
+            uplink.begin()
             with self._lock:
                 self._records[name] = record
                 self._shown = {one for one in self._shown if one[0] != name}
-            ladder = Ladder(
-                station,
+            ladder = NicAnnouncement(
+                uplink,
                 record,
                 parameters,
                 options,
                 self._clock,
                 lambda delay, call: self._later(announcement, delay, call),
                 self._report,
-                self._make_verifier(station, options),
+                self._make_verifier(uplink, options),
                 self._pacer,
             )
             announcement.ladders.append(ladder)
@@ -292,11 +292,11 @@ class Announcer:
         announcement.timers.add(timer)
         return timer
 
-    def _tell(self, nic: str, what: Callable[[Ladder], None]) -> None:
+    def _tell(self, nic: str, what: Callable[[NicAnnouncement], None]) -> None:
         with self._rounds:
             for announcement in tuple(self._current.values()):
                 for ladder in announcement.ladders:
-                    if ladder.station.nic.name == nic and announcement.live:
+                    if ladder.uplink.nic.id == nic and announcement.live:
                         what(ladder)
 
 

@@ -1,7 +1,7 @@
 """The ladder of one NIC: ask the guest; ask once more; then the host speaks for it.
 
-One :class:`Ladder` is one announcement of one NIC. It begins when the NIC's port is ready, makes
-its rounds by the schedule, and takes a rung at a time:
+One :class:`NicAnnouncement` is one announcement of one NIC. It begins when the NIC's port is ready,
+makes its rounds by the schedule, and takes a rung at a time:
 
 1. The model is asked. If it declines, the host announces, in this round and all others.
 2. No acknowledgement by the deadline: it is asked once more.
@@ -26,7 +26,7 @@ from godwit.spec.parameters import AnnounceOptions, AnnounceParameters
 from .pacing import Pacer
 from .record import NicRecord
 from .schedule import delays
-from .uplink import Station
+from .uplink import Uplink
 
 #: After an ack, the time in which the guest's frames must have come by, s. Linux sends them before
 #: it acknowledges (drivers/net/virtio_net.c, virtnet_config_changed_work), so this is only how
@@ -59,12 +59,12 @@ class Verifier(Protocol):
         """What is not verified, in words; empty: all is."""
 
 
-class Ladder:
+class NicAnnouncement:
     """See the module."""
 
     def __init__(
         self,
-        station: Station,
+        uplink: Uplink,
         record: NicRecord,
         parameters: AnnounceParameters,
         options: AnnounceOptions,
@@ -74,7 +74,7 @@ class Ladder:
         verifier: Verifier,
         pacer: Pacer,
     ) -> None:
-        self.station = station
+        self.uplink = uplink
         self._record = record
         self._clock = clock
         self._later = later
@@ -150,7 +150,7 @@ class Ladder:
             self._round_held = True
             return
         # Whoever speaks, guest or host, has so much to say.
-        frames = len(self.station.entries())
+        frames = len(self.uplink.entries())
         first = not self._record.rounds
         wait = self._pacer.take(frames, self._rate, self._clock.now(), first)
         if wait > 0:
@@ -160,7 +160,7 @@ class Ladder:
 
     def _hold(self) -> bool:
         """Wait for the port, if it is not ready, or is gone since the last round."""
-        reason = self.station.port.not_ready_reason
+        reason = self.uplink.port.not_ready_reason
         if reason is None:
             return False
         if not self._held:
@@ -172,9 +172,9 @@ class Ladder:
     def _make_round(self) -> None:
         record = self._record
         record.rounds += 1
-        if self.station.port.warning is not None:
-            self._failed(HostError(self.station.port.warning))
-        record.mac = self.station.nic.mac.hex(":")
+        if self.uplink.port.warning is not None:
+            self._failed(HostError(self.uplink.port.warning))
+        record.mac = self.uplink.nic.mac.hex(":")
         if self._host:
             self._speak("no ack")
         elif not self._ask():
@@ -214,7 +214,7 @@ class Ladder:
         if first:  # before the model is asked: the ack may be quicker than its return
             record.asked_at = self._clock.now()
         try:
-            accepted = self.station.nic.announce()
+            accepted = self.uplink.nic.announce()
         except (GodwitError, OSError) as error:
             accepted = False
             self._failed(error)
@@ -247,7 +247,7 @@ class Ladder:
 
     def _fill_in(self) -> None:
         """The guest acknowledged; what did it leave out?"""
-        if self.station.missing():
+        if self.uplink.missing():
             self._speak("not shown")
 
     def _speak(self, why: str) -> None:
@@ -255,11 +255,11 @@ class Ladder:
             self._owed = why
             return
         record = self._record
-        entries = self.station.missing() if why == "not shown" else self.station.entries()
+        entries = self.uplink.missing() if why == "not shown" else self.uplink.entries()
         if why != "not shown":
             record.method = "host"
         try:
-            count = self.station.announce(entries)
+            count = self.uplink.announce(entries)
         except (GodwitError, OSError) as error:
             self._failed(error)
             return

@@ -112,7 +112,7 @@ def is_host_ip(ip: bytes) -> bool:
 
 
 def is_host_mac(mac: bytes) -> bool:
-    """Whether it is one station's address: six bytes, not multicast, not null."""
+    """Whether it is one uplink's address: six bytes, not multicast, not null."""
     return len(mac) == ETH_ALEN and not mac[0] & 1 and mac != bytes(6)
 
 

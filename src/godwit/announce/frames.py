@@ -126,9 +126,9 @@ def solicitation(mac: bytes, ip6: bytes, target: bytes, tags: Tags = ()) -> byte
 def layer2_update(mac: bytes, tags: Tags = (), note: bytes = b"") -> bytes:
     """A broadcast from ``mac`` that tells bridges the port and hosts nothing.
 
-    It is what an access point sends for a station that has roamed to it (IEEE 802.11F, 'Layer 2
+    It is what an access point sends for a uplink that has roamed to it (IEEE 802.11F, 'Layer 2
     Update frame'; net/wireless/util.c, cfg80211_send_layer2_update). ``note`` takes the place of
-    the padding: :func:`read_note` finds it.
+    the padding: :func:`read_cookie` finds it.
 
     Raises:
         ValueError: ``mac`` or a tag is not valid, or ``note`` is longer than :data:`NOTE`.
@@ -147,7 +147,7 @@ def stack_of(frame: bytes | memoryview) -> bytes:
     return bytes(frame[12:at])
 
 
-def read_note(frame: bytes | memoryview) -> bytes | None:
+def read_cookie(frame: bytes | memoryview) -> bytes | None:
     """The note in a layer 2 update, and what padding follows; None: it is another frame."""
     if bytes(frame[:6]) != BROADCAST:
         return None

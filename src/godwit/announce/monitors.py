@@ -1,4 +1,4 @@
-"""The stations' eyes and ears: their taps watched, their ports followed, their peers asked.
+"""The uplinks' eyes and ears: their taps watched, their ports followed, their peers asked.
 
 What cannot be had (no right to look, no such interface) is said once and done without: then the
 guest's word has to do, and the host knows fewer addresses.
@@ -6,7 +6,7 @@ guest's word has to do, and the host knows fewer addresses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from weakref import WeakSet
 
 from godwit.errors import HostError
@@ -19,19 +19,16 @@ from .announcer import no_verifier
 from .attempts import Verifier
 from .dissect import Sighting
 from .frames import Tag
-from .uplink import Station
+from .uplink import Uplink
 from .verify import Verification
 
 
-class Taps:
-    """See the module. ``stations``: tap's name -> station; ``say(text)`` is for the operator."""
+class Monitors:
+    """The monitors of some uplinks; ``log(text)`` is for the operator."""
 
-    def __init__(
-        self, stations: Mapping[str, Station], loop: Loop, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, uplinks: Sequence[Uplink], loop: Loop, log: Callable[[str], None]) -> None:
         self._loop = loop
-        self._say = say
-        self._tap_of = {station.nic.name: tap for tap, station in stations.items()}
+        self._log = log
         self._watches: list[TapWatch] = []
         self._answers: dict[str, TapWatch] = {}
         # Of all announcements under way: one on demand may begin while a move's is verified.
@@ -41,22 +38,22 @@ class Taps:
         self.on_seen: Callable[[str, Sighting], None] = lambda nic, sighting: None
         #: A NIC's port became ready.
         self.on_ready: Callable[[str], None] = lambda nic: None
-        for tap, station in stations.items():
-            self._watch(tap, station)
-        if stations:
-            self._follow(stations)
+        for uplink in uplinks:
+            self._watch(uplink)
+        if uplinks:
+            self._follow(uplinks)
 
-    def verifier(self, station: Station, options: AnnounceOptions) -> Verifier:
+    def verifier(self, uplink: Uplink, options: AnnounceOptions) -> Verifier:
         """For an announcement that begins."""
         if options.verify is Verify.OFF and not options.refresh:
-            return no_verifier(station, options)
-        name = station.nic.name
+            return no_verifier(uplink, options)
+        name = uplink.nic.id
         watch = self._answers.get(name)
         if options.verify is Verify.PROBE or options.refresh:
             try:
                 if watch is None:
                     watch = self._answers[name] = TapWatch(
-                        self._tap_of[name],
+                        uplink.nic.tap,
                         lambda frame, outer: self._answered(name, frame, outer),
                         self._loop,
                         answers=True,
@@ -64,9 +61,9 @@ class Taps:
                 elif watch.closed:  # the interface was gone; there may be another by now
                     watch.reopen()
             except HostError as error:
-                self._say(f"{name}: {error}")
+                self._log(f"{name}: {error}")
         inject = watch.inject if watch and options.refresh else None
-        verification = Verification(station, options.verify, inject)
+        verification = Verification(uplink, options.verify, inject)
         # Replaced, not changed: another thread may be going through it.
         self._asking[name] = WeakSet([*self._asking.get(name, ()), verification])
         return verification
@@ -82,36 +79,37 @@ class Taps:
         for verification in tuple(self._asking.get(name, ())):
             verification.answer(frame, outer)
 
-    def _watch(self, tap: str, station: Station) -> None:
-        name = station.nic.name
-        observer = station.observer
+    def _watch(self, uplink: Uplink) -> None:
+        name = uplink.nic.id
+        observer = uplink.observer
         clock = self._loop.now
 
         def lost(error: OSError) -> None:
-            station.watched = False
-            self._say(f"{name}: its tap is watched no more: {error.strerror or error}")
+            uplink.watched = False
+            self._log(f"{name}: its tap is watched no more: {error.strerror or error}")
 
         def look(frame: bytes, outer: Tag | None) -> None:
             observer.frame(frame, outer, clock())
 
-        station.on_seen = lambda sighting: self.on_seen(name, sighting)
+        uplink.on_seen = lambda sighting: self.on_seen(name, sighting)
         try:
-            self._watches.append(TapWatch(tap, look, self._loop, lost))
+            self._watches.append(TapWatch(uplink.nic.tap, look, self._loop, lost))
         except HostError as error:
-            self._say(f"{name}: {error}")
+            self._log(f"{name}: {error}")
         else:
-            station.watched = True
+            uplink.watched = True
 
-    def _follow(self, stations: Mapping[str, Station]) -> None:
+    def _follow(self, uplinks: Sequence[Uplink]) -> None:
         try:
-            self._ports = Ports(list(stations), self._loop)
+            self._ports = Ports([uplink.nic.tap for uplink in uplinks], self._loop)
         except HostError as error:
-            self._say(f"whether taps are ready is not known: {error}")
+            self._log(f"whether taps are ready is not known: {error}")
             return
+        by_tap = {uplink.nic.tap: uplink for uplink in uplinks}
         for port in self._ports.ports:
-            station = stations[port.tap]
-            station.port = port
-            port.on_ready = self._ready(station.nic.name)
+            uplink = by_tap[port.tap]
+            uplink.port = port
+            port.on_ready = self._ready(uplink.nic.id)
 
     def _ready(self, name: str) -> Callable[[], None]:
         return lambda: self.on_ready(name)

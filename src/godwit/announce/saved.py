@@ -75,7 +75,7 @@ def check(state: AddressBookState) -> None:
         where = f"entries[{index}]"
         _check(entry.tags, entry.age, where)
         if not is_host_mac(entry.mac):
-            raise StreamError(f"{where}.mac: {entry.mac.hex(':')} is not a station's address")
+            raise StreamError(f"{where}.mac: {entry.mac.hex(':')} is not a uplink's address")
         if entry.ip is not None and not is_host_ip(entry.ip):
             raise StreamError(f"{where}.ip: {entry.ip.hex()} is not a host's address")
         addresses.add((tuple(entry.tags), entry.ip or entry.mac))

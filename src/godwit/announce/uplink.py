@@ -11,7 +11,7 @@ from typing import Protocol
 
 from godwit.errors import GodwitError
 from godwit.host.loop import Clock
-from godwit.hw.nic.nic import NicModel
+from godwit.hw.nic.nic import Nic
 
 from . import frames
 from .addresses import Entry, Peer, announcements
@@ -23,7 +23,7 @@ from .policy import Policy
 _MOST = 64
 
 
-class Wiring(Protocol):
+class PortState(Protocol):
     """Whether what the tap sends reaches the network: :class:`godwit.host.net.links.Port`."""
 
     #: Why it would not; None: it does.
@@ -38,7 +38,7 @@ class Wiring(Protocol):
         """Ask anew."""
 
 
-class Wired:
+class AlwaysReady:
     """A port that nobody can be asked about, and so is taken for ready."""
 
     not_ready_reason: str | None = None
@@ -49,7 +49,7 @@ class Wired:
         """Nothing to ask."""
 
 
-class Station:
+class Uplink:
     """See the module. Thread-safe as its parts are.
 
     Attributes:
@@ -60,13 +60,13 @@ class Station:
         policy: which addresses the host may announce.
     """
 
-    def __init__(self, nic: NicModel, clock: Clock, policy: Policy | None = None) -> None:
+    def __init__(self, nic: Nic, clock: Clock, policy: Policy | None = None) -> None:
         self.nic = nic
         #: Told of each announcement of the guest's.
         self.on_seen: Callable[[Sighting], None] = lambda sighting: None
         self.observer = Observer(nic.mac, clock.now(), lambda sighting: self.on_seen(sighting))
         self.watched = False
-        self.port: Wiring = Wired()
+        self.port: PortState = AlwaysReady()
         self.policy = policy or Policy()
         self._clock = clock
         self._said: dict[tuple[bytes, tuple[tuple[int, int], ...], bytes | None], float] = {}
@@ -121,7 +121,7 @@ class Station:
             for number, (mac, tags) in enumerate(places)
         ]
 
-    def draw_back(self) -> None:
+    def switch_back(self) -> None:
         """Have switches learn that the guest is here; what they do not hear, they learn later."""
         try:
             for frame in self.layer2_updates(lambda number: b"", _MOST):

@@ -21,7 +21,7 @@ from . import frames
 from .addresses import Entry, Peer
 from .dissect import Malformed, Sighting, dissect
 from .frames import Tag
-from .uplink import Station
+from .uplink import Uplink
 
 #: Peers asked in each VLAN and family, those met most often first: a gateway is likely among them.
 PEERS = 2
@@ -38,11 +38,11 @@ class Verification:
     """
 
     def __init__(
-        self, station: Station, how: Verify, inject: Callable[[bytes], None] | None = None
+        self, uplink: Uplink, how: Verify, inject: Callable[[bytes], None] | None = None
     ) -> None:
         self.wanted = how is not Verify.OFF
         self._how = how
-        self._station = station
+        self._station = uplink
         self._inject = inject
         self._asked: dict[_Key, bool] = {}  # peer -> whether it answered
 

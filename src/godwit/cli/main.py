@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from godwit import __version__
 from godwit.errors import GodwitError
+from godwit.spec.config import DEVICE_OPTIONS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,16 +56,23 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--kernel", help="a bzImage: /boot/vmlinuz-...")
     run.add_argument("--initrd", help="an initial RAM disk")
     run.add_argument("--append", default="console=ttyS0", help="the kernel's command line")
-    run.add_argument("--memory", default="256M", help="RAM: 256M, 2G (default %(default)s)")
-    run.add_argument("--cpus", type=int, default=1, help="vCPUs (default %(default)s)")
     run.add_argument(
-        "--nic",
-        action="append",
-        default=[],
-        metavar="tap=NAME[,KEY=VALUE...]",
-        help="a NIC on a tap; keys: mac, id, model=virtio-net|e1000, mtu, queue-size, "
-        "vhost=on|off, guest-announce=on|off, announce-allow=NET;MAC;...",
+        "--memory",
+        default="256M",
+        metavar="SIZE[,shared=on]",
+        help="RAM: 256M, 2G (default %(default)s); shared=on: a memfd that others can map",
     )
+    run.add_argument("--cpus", type=int, default=1, help="vCPUs (default %(default)s)")
+    for option, device in DEVICE_OPTIONS.items():
+        run.add_argument(
+            option,
+            dest="devices",
+            action="append",
+            default=[],
+            type=_named(option),
+            metavar=device.metavar,
+            help=device.help,
+        )
     run.add_argument("--machine", default=None, help="machine type (default: the newest)")
     run.add_argument("--qmp", metavar="PATH", help="QMP's Unix socket")
     run.add_argument(
@@ -110,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     inside.add_argument("command", nargs=argparse.REMAINDER)
     inside.set_defaults(action=_lab_run)
     return parser
+
+
+def _named(option: str) -> Callable[[str], tuple[str, str]]:
+    return lambda value: (option, value)
 
 
 def _run(arguments: argparse.Namespace) -> int:

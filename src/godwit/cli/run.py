@@ -22,7 +22,7 @@ from godwit.host.loop import Loop
 from godwit.hw.console import Console
 from godwit.machine.board import Board
 from godwit.machine.vcpu import install_kick_handler
-from godwit.spec.config import VmConfig, parse_nic, parse_size
+from godwit.spec.config import VmConfig, parse_devices, parse_memory
 from godwit.spec.machine_types import DEFAULT, machine_type
 
 if TYPE_CHECKING:
@@ -37,13 +37,15 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         GodwitError: it could not be made.
     """
+    memory, shared = parse_memory(arguments.memory)
     config = VmConfig(
-        memory=parse_size(arguments.memory),
+        memory=memory,
+        shared_memory=shared,
         cpus=arguments.cpus,
         kernel=arguments.kernel,
         initrd=arguments.initrd,
         command_line=arguments.append,
-        nics=tuple(parse_nic(text, index) for index, text in enumerate(arguments.nic)),
+        devices=parse_devices(arguments.devices),
         machine=machine_type(arguments.machine or DEFAULT),
     )
     if arguments.kernel is None and arguments.incoming is None:

@@ -15,8 +15,8 @@ class Console:
     """Writes bytes to ``fd`` from a thread of its own.
 
     The descriptor may be a terminal that somebody stopped: a blocking write then holds this thread
-    and no vCPU. ``has_space()`` is False while more than ``limit`` bytes wait, and the UART tells the
-    guest so; nothing is dropped.
+    and no vCPU. ``has_space()`` is False while more than ``limit`` bytes wait, and the UART tells
+    the guest so; nothing is dropped.
     """
 
     def __init__(self, fd: int, limit: int = 1 << 16) -> None:
@@ -38,7 +38,8 @@ class Console:
     def write(self, data: bytes) -> None:
         """Take ``data``; never blocks.
 
-        A writer that does not heed :meth:`has_space` overruns it in the end, as it would a real UART.
+        A writer that does not heed :meth:`has_space` overruns it in the end, as it would a real
+        UART.
         """
         with self._changed:
             if len(self._waiting) >= _OVERRUN:

@@ -1,7 +1,7 @@
 """The device interface: one lifecycle for all devices, and the capabilities that some have.
 
-A device is made with its :class:`Slot`, so that a half-made one does not exist. A machine drives all
-of its devices the same way (:mod:`godwit.machine.machine`), and finds those that can do more by
+A device is made with its :class:`Slot`, so that a half-made one does not exist. A machine drives
+all of its devices the same way (:mod:`godwit.machine.machine`), and finds those that can do more by
 ``machine.devices.having(Capability)``. A capability is a class of its own; the object that has it
 is the device, or one of its :meth:`Device.parts` (a virtio device behind its transport, a backend).
 """
@@ -272,7 +272,9 @@ class Devices:
             ("version", state.version, device.version),
         ):
             if theirs != ours:
-                raise StreamError(f"device '{device.id}': {what} {theirs} in the stream, {ours} here")
+                raise StreamError(
+                    f"device '{device.id}': {what} {theirs} in the stream, {ours} here"
+                )
         try:
             return saved.decode(state.state, device.State)
         except StreamError as error:

@@ -244,4 +244,3 @@ class PciBus(Device):
         if not address >> 31 or address >> 8 & 0xFF07:  # enabled; bus and function are 0
             return None, 0
         return self._functions.get(address >> 11 & 31), (address & 0xFC) + offset - 4
-

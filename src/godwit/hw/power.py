@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+
 import msgspec
 
 from godwit.spec.saved import U16
 
 from .device import Device
-
 from .layout import RESET_PORT, SLEEP_TYPE_S5
 
 _STS_PWRBTN = 1 << 8
 _CNT_SCI_EN = 1
 _CNT_SLP_EN = 1 << 13
-
 
 
 class PowerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -25,7 +25,6 @@ _MSR_CTS, _MSR_DSR, _MSR_DCD = 0x10, 0x20, 0x80
 _RX_LIMIT = 1 << 16
 
 
-
 class Sink(Protocol):
     """Where the transmitted bytes go."""
 

@@ -52,8 +52,8 @@ class PowerOn(NamedTuple):
 class Machine:
     """A machine, paused at first; from now on the machine closes ``board``.
 
-    ``on_exit(reason, detail)`` is called in a vCPU's thread when the guest will not go on by itself,
-    ``on_guest_error(device's id, message)`` from any thread.
+    ``on_exit(reason, detail)`` is called in a vCPU's thread when the guest will not go on by
+    itself, ``on_guest_error(device's id, message)`` from any thread.
 
     Raises:
         HostError: a tap or vhost-net is missing.
@@ -227,7 +227,8 @@ class Machine:
                 self.devices.resume()
                 self._resume_vcpus()
                 raise KvmError(
-                    f"device '{busy.id}' did not finish its work in {PAUSE_S:g} s; the guest goes on"
+                    f"device '{busy.id}' did not finish its work in {PAUSE_S:g} s; "
+                    "the guest goes on"
                 )
             self.running = False
             on_phase("devices-paused")
@@ -304,8 +305,8 @@ class Machine:
     def load(self, state: MachineState, received: float, on_phase: OnPhase = _ignore) -> None:
         """Take over a saved state; paused. The guest's clock makes up for what it missed.
 
-        ``received`` is the ``time.monotonic()`` at which the state came; ``on_phase`` is called when
-        a part is done.
+        ``received`` is the ``time.monotonic()`` at which the state came; ``on_phase`` is called
+        when a part is done.
 
         Raises:
             StreamError: the state is not one of this machine; names what differs.

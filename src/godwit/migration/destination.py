@@ -86,7 +86,7 @@ class Destination(Incoming):
                 return
 
     def _accept(self, timeout: float | None) -> WaitingConnection | None:
-        """Return the next connection; None when ``timeout`` seconds went by, or it is time to close."""
+        """Return the next connection; None after ``timeout`` seconds, or at the close."""
         until = None if timeout is None else self._times.now() + timeout
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
@@ -118,9 +118,7 @@ class Destination(Incoming):
             hands_over = bool(hello.cookie) and self._hands_over()
             connection.send(Kind.WELCOME, connection.describe(hands_over))
             if hands_over:
-                self.packets = PacketDestination(
-                    self._guest, connection, hello.cookie, self._times
-                )
+                self.packets = PacketDestination(self._guest, connection, hello.cookie, self._times)
             self._guest.machine.prepare(
                 {device.id: device.hints for device in hello.devices if device.hints is not None}
             )

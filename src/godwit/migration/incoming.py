@@ -66,7 +66,7 @@ class Incoming(ABC):
             self._thread.join(self._times.silence)
         self._receiver.close()
 
-    def started(self, states: list[str]) -> None:  # noqa: B027 - a file need not be notified
+    def started(self, states: list[str]) -> None:
         """Notify the source that its guest is here, with the run states that led there."""
 
     @abstractmethod

@@ -130,14 +130,14 @@ class Outgoing(ABC):
                 self._connection.close()
             self._end_log()  # if it has not ended; what is wrong with it harms nobody any more
 
-    def _post_completion(self) -> None:  # noqa: B027 - most ways out need none
+    def _post_completion(self) -> None:
         """Do what is left to do for a guest that is gone, and whose operator was notified."""
 
     def _reason(self, error: Exception) -> Exception:
         """Return why the migration failed, if more is known than its error says."""
         return error
 
-    def _before_return(self) -> None:  # noqa: B027
+    def _before_return(self) -> None:
         """Prepare for the guest, which is about to go on here."""
 
     @property
@@ -189,7 +189,7 @@ class Outgoing(ABC):
         self._left = runs
 
     def _round(self, runs: list[Run], looked: float) -> tuple[list[Run], float]:
-        """Send these pages while the guest runs; return which are dirty then, and when that was seen.
+        """Send these pages while the guest runs; return the dirty ones then, and the time.
 
         ``looked`` is when the dirty log was looked at before, by the migration's clock.
         """
@@ -289,13 +289,13 @@ class Outgoing(ABC):
             except GodwitError:
                 pass
         with self._machine.lock:
-            if self._states.current is RunState.FINISH_MIGRATE and not self._committed:
-                if self._machine.exited is None:
-                    # Running first, state second: whoever is notified of the state finds it true.
-                    self._before_return()
-                    if self._before is RunState.RUNNING:
-                        self._machine.resume()
-                    self._states.set(self._before)
+            stopped = self._states.current is RunState.FINISH_MIGRATE and not self._committed
+            if stopped and self._machine.exited is None:
+                # Running first, state second: whoever is notified of the state finds it true.
+                self._before_return()
+                if self._before is RunState.RUNNING:
+                    self._machine.resume()
+                self._states.set(self._before)
         if self._cancelled.is_set():
             self._finish("cancelled")
         else:

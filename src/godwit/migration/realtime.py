@@ -3,8 +3,8 @@
 Nor is garbage looked for meanwhile: what Python counts as new includes all of a state.
 
 On a busy host a thread that wakes waits for milliseconds until it runs, and loses its CPU again in
-the middle; a migration's downtime has a dozen such moments. So both ends take real-time priority for
-it (docs/decisions/0015-realtime.md).
+the middle; a migration's downtime has a dozen such moments. So both ends take real-time priority
+for it (docs/decisions/0015-realtime.md).
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Report(msgspec.Struct):
             self.stop_phases[phase] = round((self.now() - self.stopped) * 1000, 3)
 
     def info(self) -> dict[str, Any]:
-        """Return the report as query-migrate shows it: QEMU's MigrationInfo members, and our own under ``godwit``."""
+        """Return QEMU's MigrationInfo for query-migrate, and our own members under ``godwit``."""
         now = self.ended if self.ended is not None else self.now()
         pages = sum(r.pages for r in self.rounds)
         # What QEMU measures several times a second, we do once a round; the stop is none.

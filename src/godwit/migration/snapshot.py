@@ -1,9 +1,9 @@
 """A guest kept in a file: ``migrate file:PATH`` saves it there, ``--incoming file:PATH`` loads it.
 
-The file is a migration's stream with the source's messages only: HELLO, RAM in rounds while the guest
-runs, STATE, the last pages, and COMMIT. It has its name only once it is whole and on the disk,
-which is the commit: before, the guest runs where it ran; afterwards, it is in the file and nowhere
-else. What a file says is believed as little as what a peer says.
+The file is a migration's stream with the source's messages only: HELLO, RAM in rounds while the
+guest runs, STATE, the last pages, and COMMIT. It has its name only once it is whole and on the
+disk, which is the commit: before, the guest runs where it ran; afterwards, it is in the file and
+nowhere else. What a file says is believed as little as what a peer says.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Saver(Outgoing):
         self._status("active")
 
     def _settle(self) -> None:
-        """Sync what was written while the guest runs, and what the guest changes meanwhile after it.
+        """Sync what was written while the guest runs, and then what it changed meanwhile.
 
         Little is left for the stop then.
         """

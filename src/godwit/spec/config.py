@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from godwit.errors import ConfigError
@@ -140,6 +140,70 @@ def default_mac(tap: str, index: int) -> bytes:
     return b"\x52\x54\x00" + zlib.crc32(f"{tap}/{index}".encode()).to_bytes(4, "big")[1:]
 
 
+class _Values:
+    """The ``KEY=VALUE,...`` of an option, each key known and there once.
+
+    Raises:
+        ConfigError: names the option, the key or value, and what may stand there.
+    """
+
+    def __init__(self, option: str, text: str, known: Sequence[str]) -> None:
+        self._option = option
+        self._values: dict[str, str] = {}
+        for part in text.split(",") if text else ():
+            key, equals, value = part.partition("=")
+            if not equals or key not in known or key in self._values:
+                raise ConfigError(
+                    f"{option}: '{part}' in '{text}'; write KEY=VALUE with {', '.join(known)}"
+                )
+            self._values[key] = value
+
+    def get(self, key: str) -> str | None:
+        """Return a value as typed; None without one."""
+        return self._values.get(key)
+
+    def id(self, default: str) -> str:
+        """Return the device's id."""
+        name = self._values.get("id", default)
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII):
+            raise ConfigError(
+                f"{self._option}: id={name}; choose 1 to 64 letters, digits, '.', '_' and '-', "
+                "the first of them a letter or digit"
+            )
+        return name
+
+    def switch(self, key: str, default: bool | None) -> bool | None:
+        """Return a switch."""
+        value = self._values.get(key)
+        if value is None:
+            return default
+        if value not in ("on", "off"):
+            raise ConfigError(f"{self._option}: {key}={value}; choose on or off")
+        return value == "on"
+
+    def number(self, key: str, low: int, high: int) -> int | None:
+        """Return a number from ``low`` to ``high``; None without one."""
+        value = self._values.get(key)
+        if value is None:
+            return None
+        if not value.isdecimal() or not low <= int(value) <= high:
+            raise ConfigError(
+                f"{self._option}: {key}={value}; choose a number from {low} to {high}"
+            )
+        return int(value)
+
+
+def parse_memory(text: str) -> tuple[int, bool]:
+    """Return bytes and whether RAM is shared, from a value like ``256M`` or ``256M,shared=on``.
+
+    Raises:
+        ConfigError: the value is not understood.
+    """
+    size, _, rest = text.partition(",")
+    values = _Values("--memory", rest, ("shared",))
+    return parse_size(size), values.switch("shared", False) is True
+
+
 def parse_nic(text: str, index: int) -> NicConfig:
     """Return the NIC that ``--nic`` describes, the VM's ``index``-th.
 
@@ -153,51 +217,56 @@ def parse_nic(text: str, index: int) -> NicConfig:
         *("tap", "mac", "model", "vhost", "guest-announce", "announce-allow"),
         *("mtu", "queue-size", "id"),
     )
-    values: dict[str, str] = {}
-    for part in text.split(","):
-        key, equals, value = part.partition("=")
-        if not equals or key not in known or key in values:
-            raise ConfigError(
-                f"--nic: '{part}' in '{text}'; write KEY=VALUE with {', '.join(known)}"
-            )
-        values[key] = value
-    tap = values.get("tap", "")
+    values = _Values("--nic", text, known)
+    tap = values.get("tap") or ""
     if not re.fullmatch(r"[^\s/:]{1,15}", tap) or len(tap.encode()) > 15:
         raise ConfigError(f"--nic '{text}': tap= needs an interface name of 1 to 15 bytes")
-    name = values.get("id", f"nic{index}")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII):
-        raise ConfigError(
-            f"--nic: id={name}; choose 1 to 64 letters, digits, '.', '_' and '-', "
-            "the first of them a letter or digit"
-        )
-    mtu = _number(values, "mtu", 68, 65535)
-    size = _number(values, "queue-size", 16, 1024)
+    size = values.number("queue-size", 16, 1024)
     if size is not None and size & size - 1:
         raise ConfigError(f"--nic: queue-size={size}; choose a power of two")
+    mac = values.get("mac")
     return NicConfig(
-        id=name,
+        id=values.id(f"nic{index}"),
         tap=tap,
-        mac=parse_mac(values["mac"]) if "mac" in values else default_mac(tap, index),
-        kind=values.get("model", "virtio-net"),
-        vhost=_switch(values, "vhost", True) is not False,
-        guest_announce=_switch(values, "guest-announce", None),
-        mtu=mtu,
+        mac=parse_mac(mac) if mac is not None else default_mac(tap, index),
+        kind=values.get("model") or "virtio-net",
+        vhost=values.switch("vhost", True) is not False,
+        guest_announce=values.switch("guest-announce", None),
+        mtu=values.number("mtu", 68, 65535),
         queue_size=size,
         announce_allow=values.get("announce-allow"),
     )
 
 
-def _switch(values: dict[str, str], key: str, default: bool | None) -> bool | None:
-    if key not in values:
-        return default
-    if values[key] not in ("on", "off"):
-        raise ConfigError(f"--nic: {key}={values[key]}; choose on or off")
-    return values[key] == "on"
+class DeviceOption(NamedTuple):
+    """An option of ``godwit run`` that adds a device."""
+
+    #: Returns the device that an option's value describes, the ``index``-th of this option.
+    parse: Callable[[str, int], DeviceConfig]
+    metavar: str
+    help: str
 
 
-def _number(values: dict[str, str], key: str, low: int, high: int) -> int | None:
-    if key not in values:
-        return None
-    if not values[key].isdecimal() or not low <= int(values[key]) <= high:
-        raise ConfigError(f"--nic: {key}={values[key]}; choose a number from {low} to {high}")
-    return int(values[key])
+#: The options that add devices; a further kind of device adds a row.
+DEVICE_OPTIONS = {
+    "--nic": DeviceOption(
+        parse_nic,
+        "tap=NAME[,KEY=VALUE...]",
+        "a NIC on a tap; keys: mac, id, model=virtio-net|e1000, mtu, queue-size, "
+        "vhost=on|off, guest-announce=on|off, announce-allow=NET;MAC;...",
+    ),
+}
+
+
+def parse_devices(given: Iterable[tuple[str, str]]) -> tuple[DeviceConfig, ...]:
+    """Return the devices of ``(option, value)`` pairs, in their order, which is that of the slots.
+
+    Raises:
+        ConfigError: a value is wrong; the message names it, and what may stand there.
+    """
+    counts = dict.fromkeys(DEVICE_OPTIONS, 0)
+    devices = []
+    for option, text in given:
+        devices.append(DEVICE_OPTIONS[option].parse(text, counts[option]))
+        counts[option] += 1
+    return tuple(devices)

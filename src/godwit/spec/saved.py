@@ -46,7 +46,10 @@ def decode(payload: bytes | bytearray | memoryview | msgspec.Raw, kind: type[_T]
     try:
         value: _T = _decoders[kind].decode(payload)
         return value
-    except (ValueError, RecursionError) as error:  # DecodeError and UnicodeDecodeError are the first
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # DecodeError and UnicodeDecodeError are the first
         raise StreamError(f"{_name(kind)}: {error}") from error
 
 

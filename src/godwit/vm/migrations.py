@@ -27,8 +27,8 @@ _S = RunState
 class Migrations:
     """The present or last migration out of a VM, and the one by which its guest came.
 
-    ``now`` is the clock of the uplinks; ``times`` are a migration's, by default the usual ones. What
-    only a migration needs is imported by the first one, not by a guest that boots.
+    ``now`` is the clock of the uplinks; ``times`` are a migration's, by default the usual ones.
+    What only a migration needs is imported by the first one, not by a guest that boots.
 
     The callbacks are called in the migrations' threads: ``on_status(outgoing, status)`` for each
     status of a migration out, ``on_incoming_failed(error)`` when no guest will come.

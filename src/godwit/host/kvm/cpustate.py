@@ -12,9 +12,8 @@ from typing import Annotated
 
 import msgspec
 
-from godwit.spec.saved import U32, U64
-
 from godwit.errors import KvmError, StreamError
+from godwit.spec.saved import U32, U64
 
 from . import abi
 from .clocks import Clock

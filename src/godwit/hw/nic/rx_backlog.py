@@ -60,8 +60,8 @@ class RxBacklog:
     def inject(self, frames: Iterable[bytes]) -> int:
         """Give the guest these frames before the tap's; return how many were refused.
 
-        A frame is refused if there are too many (:data:`MAX_FRAMES`, :data:`MAX_BYTES`), or if it is
-        too short or too long.
+        A frame is refused if there are too many (:data:`MAX_FRAMES`, :data:`MAX_BYTES`), or if it
+        is too short or too long.
         """
         refused = 0
         with self._lock:

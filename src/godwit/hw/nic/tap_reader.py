@@ -19,8 +19,8 @@ Accepts = Callable[[memoryview], bool]
 class TapReader:
     """Reads while its owner has space. The owner's lock covers it.
 
-    ``deliver(frame)``, header included, returns False when there is no space now: the frame is kept,
-    and the rest stays in the tap.
+    ``deliver(frame)``, header included, returns False when there is no space now: the frame is
+    kept, and the rest stays in the tap.
     """
 
     def __init__(
@@ -56,7 +56,10 @@ class TapReader:
         self._update()
 
     def turn(self) -> bool:
-        """Deliver some of the waiting frames; return whether any was. Raises as ``deliver`` does."""
+        """Deliver some of the waiting frames; return whether any was.
+
+        Raises as ``deliver`` does.
+        """
         moved = False
         for _ in range(BUDGET):
             frame = self._backlog.next()

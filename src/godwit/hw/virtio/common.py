@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
 
 import msgspec
 
-from godwit.spec.saved import U16, U32, U64, U8
+from godwit.spec.saved import U8, U16, U32, U64
 
 from .device import DRIVER_OK, FEATURES_OK, VirtioDevice
 
@@ -15,7 +14,6 @@ SIZE = 0x38  # struct virtio_pci_common_cfg up to queue_device
 NO_VECTOR = 0xFFFF
 
 _QUEUE_ADDRESSES = ((0x20, "desc"), (0x28, "avail"), (0x30, "used"))
-
 
 
 class CommonState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

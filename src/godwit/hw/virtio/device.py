@@ -133,7 +133,10 @@ class VirtioDevice(Negotiates):
         raise NotImplementedError
 
     def load(self, state: Any) -> None:
-        """Take over the device's own state; paused, and after the transport's. Raises StreamError."""
+        """Take over the device's own state; paused, and after the transport's.
+
+        Raises StreamError.
+        """
         raise NotImplementedError
 
     def close(self) -> None:

@@ -237,7 +237,7 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
 
     # --- configuration space ----------------------------------------------------------------------
     def read_config(self, offset: int, size: int) -> int:
-        """Read as PCI does; message control is the MSI-X object's, the access capability the BAR's."""
+        """Read configuration space: control from MSI-X, the access capability from BAR 0."""
         if offset < self._msix_at + 4 and offset + size > self._msix_at + 2:
             pack_into("<H", self.config, self._msix_at + 2, self.msix.control())
         if offset == self._cfg_access.data:
@@ -296,7 +296,7 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
             return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Take what the guest writes in the BAR; the device says which of its bytes are writable."""
+        """Take what the guest writes in the BAR: the device knows its writable bytes."""
         with self.device.lock:
             if offset < _ISR:
                 self._common.write(offset, size, value)

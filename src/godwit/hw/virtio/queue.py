@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import threading
 from struct import Struct
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
-from godwit.spec.saved import U16, U64
-
 from godwit.errors import GuestError
 from godwit.hw.memory import GuestMemory
+from godwit.spec.saved import U16, U64
 
 _DESC = Struct("<QIHH")  # addr, len, flags, next
 _NEXT, _WRITE, _INDIRECT = 1, 2, 4
@@ -25,7 +24,6 @@ _MAX_INDIRECT = 1024
 
 F_INDIRECT_DESC = 1 << 28
 F_EVENT_IDX = 1 << 29
-
 
 
 class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

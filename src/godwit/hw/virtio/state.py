@@ -6,15 +6,13 @@ from typing import Annotated
 
 import msgspec
 
-from godwit.spec.saved import U64
-
 from godwit.hw.irq import MsixState
 from godwit.hw.pci import PciState
+from godwit.spec.saved import U64
 
 from .cfg_access import CfgAccess
 from .common import CommonState
 from .queue import QueueState
-
 
 
 class TransportState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,7 +24,5 @@ class TransportState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     negotiated: U64
     isr: Annotated[int, msgspec.Meta(ge=0, le=3)]
     #: The configuration access capability: a driver may stand between setting and using it.
-    cfg_access: Annotated[
-        bytes, msgspec.Meta(min_length=CfgAccess.SIZE, max_length=CfgAccess.SIZE)
-    ]
+    cfg_access: Annotated[bytes, msgspec.Meta(min_length=CfgAccess.SIZE, max_length=CfgAccess.SIZE)]
     queues: Annotated[list[QueueState], msgspec.Meta(max_length=64)]

@@ -2,9 +2,9 @@
 
 From the guest's stop on they wait in its tap's queue, and go on coming until the network has
 learned where the guest is now. The destination switches the traffic over with a marker frame on
-each of the guest's networks (:mod:`.destination`), a broadcast that floods to this tap as well: what
-the tap gives before the marker came by the old path, what came after it took the new path. So no
-timer decides when the old path is drained, unless a marker does not come.
+each of the guest's networks (:mod:`.destination`), a broadcast that floods to this tap as well:
+what the tap gives before the marker came by the old path, what came after it took the new path. So
+no timer decides when the old path is drained, unless a marker does not come.
 docs/decisions/0013-handover.md has the argument; 802.1AX's Marker protocol is the same idea.
 """
 
@@ -86,7 +86,7 @@ class OldPath:
         return {name: round((when - switched_at) * 1000, 3) for name, when in at.items() if when}
 
     def is_theirs(self, frame: bytes) -> bool:
-        """Return whether the new tap has this frame as well, or the frame is none of the guest's."""
+        """Return whether the new tap has this frame too, or the frame is none of the guest's."""
         if frame[HEADER + 6 : HEADER + 12] in self.macs:
             return True  # its own, from where it is now
         if frame[HEADER] & 1:

@@ -110,8 +110,8 @@ class SocketConnection(WaitingConnection):
         self._silence = times.silence
         self._receive_until = 0.0
         self._set = {socket.SO_RCVTIMEO: -1.0, socket.SO_SNDTIMEO: -1.0}
-        # Blocking, with the kernel's own time-outs: a whole message is then one call each way, where
-        # Python's would poll before each piece.
+        # Blocking, with the kernel's own time-outs: a whole message is then one call each way,
+        # where Python's would poll before each piece.
         sock.setblocking(True)
         self.begin()
         if sock.family != socket.AF_UNIX:

@@ -83,9 +83,7 @@ class E1000(Device, Nic, Counts):
         self.function = E1000Pci(
             self._mac, self._lock, slot.bar, slot.port, slot.intx.of(slot.number), self._dma_changed
         )
-        self._reader = TapReader(
-            tap, self.rx_backlog, slot.loop, self._mac.accepts, self._deliver
-        )
+        self._reader = TapReader(tap, self.rx_backlog, slot.loop, self._mac.accepts, self._deliver)
         slot.pci.add(slot.number, self.function)
 
     def properties(self) -> Mapping[str, str | int | None]:
@@ -133,7 +131,10 @@ class E1000(Device, Nic, Counts):
             self._reader.stop()
 
     def resume(self) -> None:
-        """Move frames. KVM forgets a line's level on the way to another host: set the level anew."""
+        """Move frames.
+
+        KVM forgets a line's level on the way to another host: set the level anew.
+        """
         with self._lock:
             self._paused = False
             self.function.update_line(always=True)

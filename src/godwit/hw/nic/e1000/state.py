@@ -6,10 +6,8 @@ from typing import Annotated
 
 import msgspec
 
-from godwit.spec.saved import U16, U32, U64
-
 from godwit.hw.pci import PciState
-
+from godwit.spec.saved import U16, U32, U64
 
 
 class EepromState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -289,7 +289,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
         return acked
 
     def _acknowledge(self, command: int, data: bytes) -> int:
-        """Execute a request of class 3: the bit is cleared before the buffer is used (5.1.6.5.4.2)."""
+        """Execute a request of class 3: clear the bit before the buffer is used (5.1.6.5.4.2)."""
         if command != 0 or data or not self._announce_pending:
             return ERR
         if not self.negotiated & F_GUEST_ANNOUNCE:

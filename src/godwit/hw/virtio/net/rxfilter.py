@@ -10,9 +10,9 @@ from typing import Annotated
 
 import msgspec
 
-from godwit.spec.saved import Mac
 from godwit.host.net.ethernet import BROADCAST
 from godwit.hw.nic.rx_filter_info import RxFilterInfo
+from godwit.spec.saved import Mac
 
 #: More addresses than this and the table is given up: all of that kind are taken.
 TABLE_LIMIT = 64
