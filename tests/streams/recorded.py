@@ -6,7 +6,7 @@ import lzma
 from dataclasses import dataclass
 from pathlib import Path
 
-from godwit.migration.wire import messages as codec
+from godwit.migration.wire import messages
 from godwit.migration.wire.messages import Kind
 
 _FOLDER = Path(__file__).parent
@@ -36,9 +36,9 @@ class Stream:
         data = lzma.decompress(self.path().read_bytes())
         payloads = []
         for due in (Kind.HELLO, Kind.STATE):
-            kind, length = codec.parse_header(data[: codec.HEADER.size])
+            kind, length = messages.parse_header(data[: messages.HEADER.size])
             assert kind is due
-            data = data[codec.HEADER.size :]
+            data = data[messages.HEADER.size :]
             payloads.append(data[:length])
             data = data[length:]
         assert not data
@@ -46,7 +46,7 @@ class Stream:
 
     def write(self, folder: Path, hello: bytes, state: bytes) -> None:
         """Keep a new one, as the frames were on the line. What is there is never replaced."""
-        frames = codec.frame(Kind.HELLO, hello) + codec.frame(Kind.STATE, state)
+        frames = messages.message(Kind.HELLO, hello) + messages.message(Kind.STATE, state)
         with self.path(folder).open("xb") as file:
             file.write(lzma.compress(frames, preset=9 | lzma.PRESET_EXTREME))
 

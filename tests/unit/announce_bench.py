@@ -26,7 +26,8 @@ class Nic:
     """A NIC that notes what it is asked, and when; its guest acknowledges, if ``acks_after``."""
 
     def __init__(self, clock: FakeClock, name: str = "nic0", accepts: bool = True) -> None:
-        self.name = name
+        self.id = name
+        self.tap = f"tap{name[-1:]}"
         self.mac = bytes.fromhex("5254000000") + name[-1:].encode()
         self.accepts = accepts
         self.acks_after: float | None = ACK_S

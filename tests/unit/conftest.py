@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from godwit.hw.memory import GuestMemory
-from handover_bench import Handover, set_no_luck
+from handover_bench import Handover
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,3 @@ def handover() -> Iterator[Handover]:
     handover = Handover()
     yield handover
     handover.close()
-
-
-@pytest.fixture
-def no_luck(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A handover's waits end only with what is waited for."""
-    set_no_luck(monkeypatch)

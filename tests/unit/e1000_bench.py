@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import zlib
 
-from godwit.host.loop import Loop
-from godwit.hw.bus import MmioBus, PortBus
-from godwit.hw.irq import IntxLines, Routes
 from godwit.hw.memory import GuestMemory
-from godwit.hw.nic.e1000 import nic as e1000_nic
 from godwit.hw.nic.e1000 import regs
 from godwit.hw.nic.e1000.nic import E1000
-from godwit.hw.nic.nic import Parts
-from godwit.hw.pci import PciBus
-from godwit.spec.config import NicConfig
 from tests.fakes.e1000 import Driver
-from tests.fakes.kvm import FakeVm
+from tests.fakes.slot import Board
 from tests.fakes.tap import FakeTap
 
 MAC = bytes.fromhex("525400123456")
@@ -32,31 +25,12 @@ class Bench:
     """The machine's side, and the guest's :attr:`driver`."""
 
     def __init__(self, memory: GuestMemory, *, size: int = 16, enable: bool = True) -> None:
-        self.memory = memory
-        self.vm = FakeVm()
-        self.loop = Loop()
-        self.ports, self.mmio = PortBus(), MmioBus()
-        self.bus = PciBus(self.mmio, self.ports)
-        self.ports.map(0xCF8, 8, self.bus)
+        self.board = board = Board(memory)
+        self.memory, self.vm, self.loop = memory, board.vm, board.loop
+        self.ports, self.mmio, self.bus = board.ports, board.mmio, board.bus
+        self.errors = board.errors
         self.tap = FakeTap()
-        self.offences: list[tuple[str, str]] = []
-        parts = Parts(
-            memory=memory,
-            vm=self.vm,
-            routes=Routes(self.vm),
-            loop=self.loop,
-            bar=BAR,
-            port=PORT,
-            intx=IntxLines(self.vm).of(SLOT),
-            guest_announce=True,
-            on_offence=lambda nic, message: self.offences.append((nic, message)),
-        )
-        before, e1000_nic.Tap = e1000_nic.Tap, lambda name: self.tap  # type: ignore[misc]
-        try:
-            self.nic = E1000(NicConfig("nic0", "tap0", MAC, model="e1000"), parts)
-        finally:
-            e1000_nic.Tap = before  # type: ignore[misc]
-        self.bus.add(SLOT, self.nic.function)
+        self.nic = E1000("nic0", MAC, self.tap, board.slot(SLOT))
         self.driver = Driver(memory, self.read, self.write, size=size)
         if enable:
             self.write_config(4, 2, IO | MEMORY | MASTER)
@@ -65,7 +39,7 @@ class Bench:
     def close(self) -> None:
         self.nic.pause()
         self.nic.close()
-        self.loop.close()
+        self.board.close()
 
     # --- what the guest does ----------------------------------------------------------------------
     def read(self, offset: int) -> int:

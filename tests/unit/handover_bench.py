@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
-from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import cast
-
-import pytest
 
 from announce_bench import Nic as Announced
 from godwit.announce.uplink import Uplink
 from godwit.host.net.tap import HEADER
-from godwit.hw.nic.rx_backlog import Ahead
+from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.machine.machine import Machine
-from godwit.migration.packets import destination as arrival_module
-from godwit.migration.packets import source as forwarder_module
-from godwit.migration.packets.destination import Arrival
-from godwit.migration.packets.source import Forwarder
-from godwit.migration.wire import messages as codec
+from godwit.migration.guest import Guest
+from godwit.migration.packets.destination import PacketDestination
+from godwit.migration.packets.source import PacketSource
+from godwit.migration.times import Times
+from godwit.migration.wire import messages
 from godwit.migration.wire.messages import Kind
-from godwit.migration.wire.sockets import Channel
+from godwit.migration.wire.sockets import SocketConnection
+from godwit.spec import saved
 from tests.fakes.clock import FakeClock
 from tests.fakes.tap import FakeTap
 
-MARK = bytes(range(16))
+COOKIE = bytes(range(16))
 OTHER = bytes.fromhex("020000000099")
 MINUTE = 60.0
+#: Only what a test waits for ends a wait; a test of a time-out replaces one of them.
+PATIENT = Times(
+    marker=MINUTE,
+    old_path=MINUTE,
+    quiet=MINUTE,
+    start=MINUTE,
+    late=MINUTE,
+    hold=MINUTE,
+    hold_longest=MINUTE,
+    settle=MINUTE,
+)
 
 
 class Nic(Announced):
@@ -35,31 +45,14 @@ class Nic(Announced):
 
     def __init__(self, name: str) -> None:
         super().__init__(FakeClock(), name)
-        self.tap = FakeTap()
-        self.tap_fd = self.tap.fd
-        self.ahead = Ahead(self.tap)
-        self.drained = 0
-
-    def take(self, limit: int) -> list[bytes]:
-        return self.ahead.take(limit)
-
-    def hold(self) -> None:
-        self.ahead.hold()
-
-    def put_ahead(self, frames: Iterable[bytes]) -> int:
-        return self.ahead.put(frames)
-
-    def release(self) -> int:
-        return self.ahead.release()
-
-    def drain(self) -> int:
-        self.drained += 1
-        return self.ahead.drain()
+        self.fake_tap = FakeTap()
+        self.tap, self.tap_fd = "tap0", self.fake_tap.fd
+        self.rx_backlog = RxBacklog(self.fake_tap, threading.RLock())
 
     def given(self) -> list[bytes]:
         """What its guest would get now, without the tap's header."""
         frames = []
-        while (frame := self.ahead.next()) is not None:
+        while (frame := self.rx_backlog.next()) is not None:
             frames.append(frame[HEADER:])
         return frames
 
@@ -70,31 +63,32 @@ class Side:
     def __init__(self, count: int) -> None:
         self.nics = [Nic(f"nic{number}") for number in range(count)]
         self.uplinks = [Uplink(nic, FakeClock()) for nic in self.nics]
-        self.machine = cast(Machine, SimpleNamespace(nics=self.nics, uplinks=self.uplinks))
+        machine = cast(Machine, SimpleNamespace(nics=self.nics))
+        self.guest = Guest(machine, self.uplinks, FakeClock().now)
 
 
 class Handover:
     """Both hosts, at the moment of the commit."""
 
-    def __init__(self, nics: int = 1) -> None:
+    def __init__(self, nics: int = 1, times: Times = PATIENT) -> None:
         near, far = socket.socketpair()
         self.source, self.target = Side(nics), Side(nics)
-        self.near, self.far = Channel(near), Channel(far)
-        self.forwarder = Forwarder(self.source.machine, self.near, MARK)
-        self.arrival = Arrival(self.target.machine, self.far, MARK)
-        self.arrival.prepare()
+        self.near, self.far = SocketConnection(near), SocketConnection(far)
+        self.sender = PacketSource(self.source.guest, self.near, COOKIE, times)
+        self.receiver = PacketDestination(self.target.guest, self.far, COOKIE, times)
+        self.receiver.prepare()
 
     def flood(self, number: int = 0) -> None:
         """What the target's NIC has sent reaches the source's tap, as broadcasts do."""
         sent = self.target.nics[number].sent
         for _, frame in sent:
-            self.source.nics[number].tap.put(frame)
+            self.source.nics[number].fake_tap.put(frame)
         sent.clear()
 
     def close(self) -> None:
         for side in (self.source, self.target):
             for nic in side.nics:
-                nic.tap.close()
+                nic.fake_tap.close()
         self.near.close()
         self.far.close()
 
@@ -104,40 +98,32 @@ def to(mac: bytes, number: int, tags: bytes = b"") -> bytes:
     return mac + OTHER + tags + b"\x08\0" + number.to_bytes(2, "big") + bytes(44)
 
 
-def set_no_luck(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what a test waits for ends a wait; a test of a time-out sets it to nothing."""
-    for name in ("MARKS_S", "LONGEST_S", "QUIET_S", "PATIENCE_S", "LATE_S"):
-        monkeypatch.setattr(forwarder_module, name, MINUTE)
-    for name in ("HOLD_S", "LONGEST_S", "SETTLE_S"):
-        monkeypatch.setattr(arrival_module, name, MINUTE)
-
-
 def until() -> float:
     return time.monotonic() + MINUTE
 
 
-def word(handover: Handover) -> Kind:
-    """Wait for the destination's next word, forwarding meanwhile."""
-    assert handover.forwarder.serve(until())
-    kind, payload = handover.near.expect_one(Kind.DRAWN, Kind.STARTED)
-    if kind is Kind.DRAWN:
-        handover.forwarder.drawn(codec.decode(payload, codec.Drawn).marks)
+def next_message(handover: Handover) -> Kind:
+    """Wait for the destination's next message, sending packets meanwhile."""
+    assert handover.sender.serve(until())
+    kind, payload = handover.near.expect_one(Kind.SWITCHED, Kind.STARTED)
+    if kind is Kind.SWITCHED:
+        handover.sender.switched(saved.decode(payload, messages.Switched).markers)
     return kind
 
 
-def draw(handover: Handover) -> None:
-    handover.arrival.draw(lambda phase: None)
+def switch_over(handover: Handover) -> None:
+    handover.receiver.switch_over(lambda phase: None)
 
 
 def finish(handover: Handover, number: int = 0) -> None:
-    """The marks come back, and the road ends."""
+    """The markers come back, and the old path is drained."""
     handover.flood(number)
-    handover.forwarder.serve(time.monotonic())  # takes what is there
-    handover.far.send(Kind.STARTED, codec.Started({}, []))
-    assert handover.forwarder.serve(until())
-    handover.near.expect_struct(Kind.STARTED, codec.Started)
+    handover.sender.serve(time.monotonic())  # takes what is there
+    handover.far.send(Kind.STARTED, messages.Started({}, []))
+    assert handover.sender.serve(until())
+    handover.near.expect_struct(Kind.STARTED, messages.Started)
 
 
 def taps(handover: Handover) -> tuple[FakeTap, FakeTap]:
     """The source's and the destination's."""
-    return handover.source.nics[0].tap, handover.target.nics[0].tap
+    return handover.source.nics[0].fake_tap, handover.target.nics[0].fake_tap

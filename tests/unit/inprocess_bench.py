@@ -5,8 +5,9 @@ import threading
 
 from godwit.host.loop import Loop
 from godwit.hw.memory import GuestMemory
+from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.virtio.net.backend import Ring
-from godwit.hw.virtio.net.userspace import InProcessBackend
+from godwit.hw.virtio.net.userspace import UserspaceBackend
 from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
 from tests.fakes.driver import Driver, Part
 from tests.fakes.tap import FakeTap
@@ -23,10 +24,12 @@ class Bench:
         self.memory = memory
         self.loop = Loop()
         self.tap = FakeTap()
-        self.offences: list[str] = []
+        self.errors: list[str] = []
         self.refused: set[bytes] = set()
-        self.backend = InProcessBackend(
-            self.tap, self.loop, threading.RLock(), self._accepts, self._offend
+        lock = threading.RLock()
+        self.backlog = RxBacklog(self.tap, lock)
+        self.backend = UserspaceBackend(
+            self.tap, self.backlog, self.loop, lock, self._accepts, self._guest_error
         )
         event_idx = bool(features & F_EVENT_IDX)
         self.drivers = [
@@ -51,12 +54,13 @@ class Bench:
     def _accepts(self, frame: memoryview) -> bool:
         return bytes(frame[:6]) not in self.refused
 
-    def _offend(self, message: str) -> None:
-        self.offences.append(message)
+    def _guest_error(self, message: str) -> None:
+        self.errors.append(message)
         self.backend.stop()
 
     def close(self) -> None:
         self.backend.close()
+        self.tap.close()
         for fd in self.kicks + self.calls:
             os.close(fd)
         self.loop.close()

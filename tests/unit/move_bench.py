@@ -14,10 +14,10 @@ from godwit.hw.memory import PAGE, GuestMemory
 from godwit.machine.machine import Machine, Mark
 from godwit.machine.state import MachineState
 from godwit.migration.destination import Destination
-from godwit.migration.packets.destination import Arrival
+from godwit.migration.packets.destination import PacketDestination
 from godwit.migration.source import Source
-from godwit.migration.wire import messages as codec
 from godwit.migration.wire.sockets import Address
+from godwit.spec import saved
 from godwit.spec.parameters import MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
 from handover_bench import Nic as HandoverNic
@@ -25,7 +25,7 @@ from recorded import STREAMS
 from tests.fakes.clock import FakeClock
 
 S = RunState
-_STATE = codec.decode(STREAMS[1].read()[1], MachineState)
+_STATE = saved.decode(STREAMS[1].read()[1], MachineState)
 
 
 class Nic(HandoverNic):
@@ -136,7 +136,7 @@ class Move:
         self,
         ran: bool,
         mark: Callable[[str], None],
-        arrival: Arrival | None,
+        arrival: PacketDestination | None,
         tell: Callable[[list[str]], None],
     ) -> None:
         """As godwit.vm.vm does it."""

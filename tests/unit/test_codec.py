@@ -12,8 +12,9 @@ from godwit.errors import StreamError
 from godwit.hw.memory import PAGE
 from godwit.hw.power import PowerState
 from godwit.hw.serial import SerialState
-from godwit.migration.wire import messages as codec
+from godwit.migration.wire import messages
 from godwit.migration.wire.messages import Handover, Hello, Kind, NicHello, Run, Started, Text
+from godwit.spec import saved
 
 NIC = NicHello("nic0", "virtio-net", 1, b"\x52\x54\0\0\0\1", None, 256, 1 << 63)
 HELLO = Hello("godwit-0.2", bytes(16), 2, [(0, 1 << 28)], [NIC], {"vcpu": 1})
@@ -31,25 +32,25 @@ STRUCTS: list[msgspec.Struct] = [
 # --- headers --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", Kind)
 def test_headers_round_trip(kind: Kind) -> None:
-    assert codec.parse_header(codec.header(kind, 1234)) == (kind, 1234)
-    whole = codec.frame(kind, b"payload")
-    assert codec.parse_header(whole[:8]) == (kind, 7)
+    assert messages.parse_header(messages.header(kind, 1234)) == (kind, 1234)
+    whole = messages.message(kind, b"payload")
+    assert messages.parse_header(whole[:8]) == (kind, 7)
     assert whole[8:] == b"payload"
 
 
 @pytest.mark.parametrize("kind", Kind)
 def test_each_kind_has_a_limit(kind: Kind) -> None:
     limits = {
-        Kind.TOUCH: 1 << 20,
+        Kind.PREFAULT: 1 << 20,
         Kind.ZERO: 1 << 20,
         Kind.STATE: 4 << 20,
-        Kind.FRAMES: 4 << 20,
-        Kind.RAM: codec.table_size(codec.MAX_RUNS) + codec.MAX_PAGES * PAGE,
+        Kind.PACKETS: 4 << 20,
+        Kind.RAM: messages.table_size(messages.MAX_RUNS) + messages.MAX_PAGES * PAGE,
     }
     limit = limits.get(kind, 64 << 10)
-    assert codec.parse_header(codec.header(kind, limit)) == (kind, limit)
+    assert messages.parse_header(messages.header(kind, limit)) == (kind, limit)
     with pytest.raises(StreamError, match=kind.name):
-        codec.parse_header(codec.header(kind, limit + 1))
+        messages.parse_header(messages.header(kind, limit + 1))
 
 
 @pytest.mark.parametrize(
@@ -67,44 +68,44 @@ def test_each_kind_has_a_limit(kind: Kind) -> None:
 )
 def test_headers_that_are_none(raw: bytes, says: str) -> None:
     with pytest.raises(StreamError, match=says):
-        codec.parse_header(raw)
+        messages.parse_header(raw)
 
 
 @given(st.binary(max_size=16))
 def test_any_header_is_one_or_a_stream_error(raw: bytes) -> None:
     try:
-        kind, length = codec.parse_header(raw)
+        kind, length = messages.parse_header(raw)
     except StreamError:
         return
-    assert codec.header(kind, length) == raw
+    assert messages.header(kind, length) == raw
 
 
 # --- structs --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("value", STRUCTS, ids=lambda value: type(value).__name__)
 def test_structs_round_trip(value: msgspec.Struct) -> None:
-    assert codec.decode(codec.encode(value), type(value)) == value
+    assert saved.decode(saved.encode(value), type(value)) == value
 
 
 @pytest.mark.parametrize("value", STRUCTS, ids=lambda value: type(value).__name__)
 def test_every_truncation_is_a_stream_error(value: msgspec.Struct) -> None:
-    payload = codec.encode(value)
+    payload = saved.encode(value)
     for end in range(len(payload)):
         with pytest.raises(StreamError, match=type(value).__name__):
-            codec.decode(payload[:end], type(value))
+            saved.decode(payload[:end], type(value))
     with pytest.raises(StreamError):
-        codec.decode(payload + b"\0", type(value))
+        saved.decode(payload + b"\0", type(value))
 
 
 @pytest.mark.parametrize("value", STRUCTS, ids=lambda value: type(value).__name__)
 def test_a_missing_or_unknown_field_is_named(value: msgspec.Struct) -> None:
-    fields: dict[str, Any] = msgspec.msgpack.decode(codec.encode(value))
+    fields: dict[str, Any] = msgspec.msgpack.decode(saved.encode(value))
     required = [f.encode_name for f in msgspec.structs.fields(value) if f.required]
     for name in required:
         less = {key: content for key, content in fields.items() if key != name}
         with pytest.raises(StreamError, match=name):
-            codec.decode(msgspec.msgpack.encode(less), type(value))
+            saved.decode(msgspec.msgpack.encode(less), type(value))
     with pytest.raises(StreamError, match="surprise"):
-        codec.decode(msgspec.msgpack.encode({**fields, "surprise": 1}), type(value))
+        saved.decode(msgspec.msgpack.encode({**fields, "surprise": 1}), type(value))
 
 
 @pytest.mark.parametrize(
@@ -129,14 +130,14 @@ def test_a_missing_or_unknown_field_is_named(value: msgspec.Struct) -> None:
     ],
 )
 def test_a_field_out_of_range_is_named(value: msgspec.Struct, field: str, content: object) -> None:
-    fields: dict[str, Any] = msgspec.msgpack.decode(codec.encode(value))
+    fields: dict[str, Any] = msgspec.msgpack.decode(saved.encode(value))
     with pytest.raises(StreamError, match=field):
-        codec.decode(msgspec.msgpack.encode({**fields, field: content}), type(value))
+        saved.decode(msgspec.msgpack.encode({**fields, field: content}), type(value))
 
 
 def test_a_struct_of_another_type_is_refused() -> None:
     with pytest.raises(StreamError):
-        codec.decode(codec.encode(Text("x")), Handover)
+        saved.decode(saved.encode(Text("x")), Handover)
 
 
 @pytest.mark.parametrize(
@@ -156,19 +157,19 @@ def test_a_struct_of_another_type_is_refused() -> None:
 )
 def test_what_no_peer_sends_is_a_stream_error(payload: bytes) -> None:
     with pytest.raises(StreamError):
-        codec.decode(payload, Text)
+        saved.decode(payload, Text)
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_garbage_is_a_stream_error_or_a_struct(data: st.DataObject) -> None:
     value = data.draw(st.sampled_from(STRUCTS))
-    payload = bytearray(codec.encode(value))
+    payload = bytearray(saved.encode(value))
     for at in data.draw(st.lists(st.integers(0, len(payload) - 1), max_size=6)):
         payload[at] = data.draw(st.integers(0, 255))
     payload = payload[data.draw(st.integers(0, 3)) :]
     try:
-        decoded = codec.decode(payload, type(value))
+        decoded = saved.decode(payload, type(value))
     except StreamError:
         return
     assert isinstance(decoded, type(value))
@@ -183,37 +184,37 @@ _runs = st.lists(
 
 @given(_runs)
 def test_tables_round_trip(runs: list[Run]) -> None:
-    table = codec.encode_runs(runs)
-    assert len(table) == codec.table_size(len(runs))
-    count = codec.decode_count(table, len(table))
-    assert codec.decode_runs(memoryview(table)[4:], count) == runs
+    table = messages.encode_runs(runs)
+    assert len(table) == messages.table_size(len(runs))
+    count = messages.decode_count(table, len(table))
+    assert messages.decode_runs(memoryview(table)[4:], count) == runs
 
 
 def test_tables_that_end_too_early() -> None:
-    table = codec.encode_runs([(0, 1), (PAGE, 2)])
+    table = messages.encode_runs([(0, 1), (PAGE, 2)])
     for end in range(len(table)):
         with pytest.raises(StreamError):
-            codec.decode_count(table[:end], end)
+            messages.decode_count(table[:end], end)
         with pytest.raises(StreamError):
-            codec.decode_runs(table[4:end], 2)
+            messages.decode_runs(table[4:end], 2)
     with pytest.raises(StreamError):
-        codec.decode_count(struct.pack("<I", 0xFFFF_FFFF), 1 << 20)
+        messages.decode_count(struct.pack("<I", 0xFFFF_FFFF), 1 << 20)
 
 
 @pytest.mark.parametrize("run", [(1, 1), (PAGE - 1, 1), (0, 0), (PAGE, 0), ((1 << 64) - 1, 1)])
 def test_runs_that_are_none(run: Run) -> None:
     with pytest.raises(StreamError, match=f"{run[0]:#x}"):
-        codec.decode_runs(struct.pack("<QI", *run), 1)
+        messages.decode_runs(struct.pack("<QI", *run), 1)
 
 
 @given(st.binary(max_size=100), st.integers(0, 1 << 21))
 def test_any_table_is_one_or_a_stream_error(raw: bytes, length: int) -> None:
     try:
-        count = codec.decode_count(raw, length)
-        runs = codec.decode_runs(raw[4:], count)
+        count = messages.decode_count(raw, length)
+        runs = messages.decode_runs(raw[4:], count)
     except StreamError:
         return
-    assert codec.encode_runs(runs) == raw[: codec.table_size(count)]
+    assert messages.encode_runs(runs) == raw[: messages.table_size(count)]
 
 
 _small = st.lists(
@@ -224,20 +225,20 @@ _small = st.lists(
 @settings(max_examples=50, deadline=None)
 @given(_small)
 def test_batches_are_exactly_the_runs_and_fit(runs: list[Run]) -> None:
-    groups = codec.batches(runs)
+    groups = page_runs.chunks(runs)
     assert [page for group in groups for page in _pages(group)] == list(_pages(runs))
     for group in groups:
-        assert 0 < len(group) <= codec.MAX_RUNS
-        assert 0 < sum(pages for _, pages in group) <= codec.MAX_PAGES
-        size = codec.table_size(len(group)) + PAGE * sum(pages for _, pages in group)
-        codec.parse_header(codec.header(Kind.RAM, size))
+        assert 0 < len(group) <= messages.MAX_RUNS
+        assert 0 < sum(pages for _, pages in group) <= messages.MAX_PAGES
+        size = messages.table_size(len(group)) + PAGE * sum(pages for _, pages in group)
+        messages.parse_header(messages.header(Kind.RAM, size))
 
 
 def test_many_small_runs_are_cut_by_their_number() -> None:
     runs = [(2 * i * PAGE, 1) for i in range(2000)]
-    groups = codec.batches(runs)
+    groups = page_runs.chunks(runs)
     assert [len(group) for group in groups] == [512, 512, 512, 464]
-    assert codec.batches([]) == []
+    assert page_runs.chunks([]) == []
 
 
 def _pages(runs: list[Run]) -> list[int]:

@@ -359,10 +359,10 @@ def test_an_offence_stops_the_controller_until_its_reset(
 ) -> None:
     wrong(bench)
     bench.receive(make_frame(1))
-    assert [nic for nic, _ in bench.offences] == ["nic0"]
+    assert [nic for nic, _ in bench.errors] == ["nic0"]
     bench.tap.put(make_frame(2))
     bench.serve()
-    assert len(bench.offences) == 1
+    assert len(bench.errors) == 1
     bench.write(regs.CTRL, regs.CTRL_RST)
     bench.driver.start()
     bench.driver.offer(3)

@@ -102,7 +102,7 @@ def test_a_fresh_one_is_off(bench: Bench) -> None:
 def test_a_broken_one_stays_broken(memory: GuestMemory, bench: Bench) -> None:
     bench.driver.start()
     bench.write(regs.TDT, 0xFFFF)
-    assert len(bench.offences) == 1
+    assert len(bench.errors) == 1
     other = Bench(memory, enable=False)
     try:
         other.nic.load(_save(bench))

@@ -321,7 +321,7 @@ def test_segmentation_that_makes_no_sense_drops_the_frame(
     bench.driver.kick()
     assert bench.sent() == []
     assert bench.driver.tx_done(1)
-    assert not bench.offences
+    assert not bench.errors
 
 
 # --- what breaks the rules ------------------------------------------------------------------------
@@ -396,12 +396,12 @@ def test_an_offence_stops_the_controller_until_its_reset(
     wrong(bench)
     if wrong is _head_beyond:
         bench.write(regs.TDT, 1)
-    assert [nic for nic, _ in bench.offences] == ["nic0"]
+    assert [nic for nic, _ in bench.errors] == ["nic0"]
     bench.driver.kick()
     bench.write(regs.TDT, 2)
     bench.serve()
     assert bench.sent() == []
-    assert len(bench.offences) == 1
+    assert len(bench.errors) == 1
     bench.write(regs.CTRL, regs.CTRL_RST)
     bench.driver.start()
     bench.driver.send(make_frame(9))
@@ -415,11 +415,11 @@ def test_a_frame_without_an_end_is_an_offence(memory: GuestMemory) -> None:
         for _ in range(255):
             bench.driver.legacy(b"", 0)
         bench.driver.kick()
-        assert not bench.offences
+        assert not bench.errors
         for _ in range(255):
             bench.driver.legacy(b"", 0)
         bench.driver.kick()
-        assert len(bench.offences) == 1
+        assert len(bench.errors) == 1
     finally:
         bench.close()
 
@@ -457,7 +457,7 @@ def test_whatever_is_in_the_ring_the_vm_lives(
             bench.write(offset, value)
         bench.driver.kick()
         bench.serve()
-        assert len(bench.offences) <= 1
+        assert len(bench.errors) <= 1
         for frame in bench.sent():
             assert len(frame) >= HEADER + 14
     finally:

@@ -25,19 +25,19 @@ from tests.fakes.line_cutter import LineCutter
 PHASES = (
     Kind.HELLO,
     Kind.WELCOME,
-    Kind.TOUCH,
+    Kind.PREFAULT,
     Kind.RAM,
     Kind.ROUND,
     Kind.STATE,
     Kind.READY,
     Kind.COMMIT,
-    Kind.DRAWN,
-    Kind.ROAD_ENDS,
+    Kind.SWITCHED,
+    Kind.PATH_DRAINED,
     Kind.STARTED,
-    Kind.HEARD,
+    Kind.ACK,
 )
 #: From here on the guest may be at its destination; before, it is not.
-HANDED_OVER = (Kind.COMMIT, Kind.DRAWN, Kind.ROAD_ENDS, Kind.STARTED, Kind.HEARD)
+HANDED_OVER = (Kind.COMMIT, Kind.SWITCHED, Kind.PATH_DRAINED, Kind.STARTED, Kind.ACK)
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_the_line_breaks(tmp_path: Path, kind: Kind, delivered: bool) -> None:
 def test_the_destination_is_killed(tmp_path: Path, kind: Kind, delivered: bool) -> None:
     move = _run(tmp_path, kind, delivered, "killed")
     # Its own kernel refuses for it: the guest is not there. What was heard counts.
-    heard = kind is Kind.HEARD or (kind is Kind.STARTED and delivered)
+    heard = kind is Kind.ACK or (kind is Kind.STARTED and delivered)
     assert (move.told[-1] == "completed") == heard
 
 
@@ -190,7 +190,7 @@ def test_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bo
 
     def shown(kind: Kind, payload: object) -> None:
         seen.append(kind)
-        if kind is Kind.ROAD_ENDS:
+        if kind is Kind.PATH_DRAINED:
             road_ends.set()
 
     move.on_told = told
@@ -203,7 +203,7 @@ def test_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bo
         assert move.there.memory.view(0, size) == move.here.memory.view(0, size)
         assert road_ends.wait(30)  # it may be on its way yet
         move.close()
-    assert (seen.index(Kind.STARTED) < seen.index(Kind.ROAD_ENDS)) is late
+    assert (seen.index(Kind.STARTED) < seen.index(Kind.PATH_DRAINED)) is late
     assert move.failed == []
 
 

@@ -14,9 +14,9 @@ from godwit.migration.packets import destination as arrival_module
 from godwit.migration.packets import source as forwarder_module
 from godwit.migration.packets.destination import Hold
 from godwit.migration.packets.source import Road
-from handover_bench import OTHER, Handover, draw, finish, taps, to, word
+from handover_bench import OTHER, Handover, switch_over, finish, taps, to, next_message
 
-pytestmark = pytest.mark.usefixtures("no_luck")
+pytestmark = pytest.mark.
 
 
 @pytest.mark.parametrize("seen", [False, True])
@@ -24,27 +24,27 @@ def test_a_mark_that_does_not_come_is_waited_for_only_so_long(
     handover: Handover, monkeypatch: pytest.MonkeyPatch, seen: bool
 ) -> None:
     monkeypatch.setattr(forwarder_module, "QUIET_S" if seen else "MARKS_S", 0.0)
-    draw(handover)
-    word(handover)
-    handover.forwarder.drawn([2])  # on a network that nobody carries
+    switch_over(handover)
+    next_message(handover)
+    handover.sender.switched([2])  # on a network that nobody carries
     if seen:
         handover.flood()
-    handover.forwarder.serve(time.monotonic())
-    handover.arrival.settle()
-    assert handover.target.nics[0].ahead.held is False
-    assert handover.forwarder.info()["marks-seen"] == int(seen)
+    handover.sender.serve(time.monotonic())
+    handover.receiver.settle()
+    assert handover.target.nics[0].rx_backlog.held is False
+    assert handover.sender.info()["marks-seen"] == int(seen)
 
 
 def test_only_frames_to_the_guest_tell_of_a_mark_that_is_late(handover: Handover) -> None:
     source, _ = taps(handover)
     source.put(to(BROADCAST, 1))
-    draw(handover)
-    word(handover)
-    handover.forwarder.serve(time.monotonic())
-    assert "last-frame" not in handover.forwarder.info()["roads"][0]
+    switch_over(handover)
+    next_message(handover)
+    handover.sender.serve(time.monotonic())
+    assert "last-frame" not in handover.sender.info()["roads"][0]
     source.put(to(handover.source.nics[0].mac, 2))
-    handover.forwarder.serve(time.monotonic())
-    assert "last-frame" in handover.forwarder.info()["roads"][0]
+    handover.sender.serve(time.monotonic())
+    assert "last-frame" in handover.sender.info()["roads"][0]
 
 
 def test_a_mark_that_is_late_ends_the_road_and_nothing_is_late(
@@ -55,20 +55,20 @@ def test_a_mark_that_is_late_ends_the_road_and_nothing_is_late(
     for name, seconds in (("MARKS_S", 0.25), ("LONGEST_S", 2.0), ("QUIET_S", 0.05)):
         monkeypatch.setattr(forwarder_module, name, seconds)
     guest, source, target = handover.source.nics[0].mac, *taps(handover)
-    draw(handover)
-    word(handover)
+    switch_over(handover)
+    next_message(handover)
     target.put(to(guest, 4))
     for number, at in enumerate((100.2, 100.4, 100.47), 1):
         now = at
         source.put(to(guest, number))
-        handover.forwarder.serve(now)
+        handover.sender.serve(now)
     now = 100.48
     handover.flood()
-    handover.forwarder.serve(now)
-    handover.arrival.settle()
+    handover.sender.serve(now)
+    handover.receiver.settle()
     assert handover.target.nics[0].given() == [to(guest, number) for number in (1, 2, 3, 4)]
-    assert handover.forwarder.info()["late"] == 0
-    assert handover.forwarder.info()["roads"] == [
+    assert handover.sender.info()["late"] == 0
+    assert handover.sender.info()["roads"] == [
         {"last-frame": 470.0, "first-mark": 480.0, "last-mark": 480.0, "end": 480.0}
     ]
 
@@ -88,32 +88,32 @@ def test_a_road_that_is_over_keeps_nobody_busy(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(forwarder_module, "LATE_S", 0.0)
     both = Handover(nics=2)
     try:
-        both.arrival.draw(lambda phase: None)
-        word(both)
+        both.receiver.switch_over(lambda phase: None)
+        next_message(both)
         both.flood(0)
-        assert not both.forwarder.serve(time.monotonic())
-        polls = Polls(both.forwarder._poll)
+        assert not both.sender.serve(time.monotonic())
+        polls = Polls(both.sender._poll)
         monkeypatch.setattr(both.forwarder, "_poll", polls)
-        assert not both.forwarder.serve(time.monotonic() + 0.1)
+        assert not both.sender.serve(time.monotonic() + 0.1)
         assert polls.count < 10
     finally:
         both.close()
 
 
 def test_a_second_draw_begins_nothing_anew(handover: Handover) -> None:
-    draw(handover)
-    word(handover)
-    handover.forwarder.drawn([])
-    assert handover.forwarder.info()["marks-sent"] == 1
+    switch_over(handover)
+    next_message(handover)
+    handover.sender.switched([])
+    assert handover.sender.info()["marks-sent"] == 1
 
 
 def test_a_nic_of_which_no_count_is_given_waits_for_none() -> None:
     both = Handover(nics=2)
     try:
-        both.arrival.draw(lambda phase: None)
-        both.forwarder.drawn([1])
-        both.forwarder.serve(time.monotonic())
-        first, second = both.forwarder.info()["roads"]
+        both.receiver.switch_over(lambda phase: None)
+        both.sender.switched([1])
+        both.sender.serve(time.monotonic())
+        first, second = both.sender.info()["roads"]
         assert "end" not in first
         assert "end" in second
     finally:
@@ -127,7 +127,7 @@ def test_a_nic_of_which_no_count_is_given_waits_for_none() -> None:
         ((), 9.0, 10.25),
         ((), 10.2, 10.45),  # frames on the old road still come: they are late
         ((), 11.99, 12.0),  # within reason
-        ((9.9,), 0.0, 10.05),  # one came before the source heard of the draw
+        ((9.9,), 0.0, 10.05),  # one came before the source acknowledged of the switch_over
         ((10.1,), 0.0, 10.15),
         ((10.1, 10.12), 0.0, 10.17),
         ((10.1, 10.12), 10.16, 10.21),
@@ -161,12 +161,12 @@ def test_the_tap_waits_longer_while_the_old_hosts_frames_come(
     monkeypatch.setattr(arrival_module, "HOLD_S", 1.0)
     monkeypatch.setattr(arrival_module, "LONGEST_S", 3.0)
     hold = Hold()
-    hold.heard(99.0)  # before the draw they say nothing
+    hold.acknowledged(99.0)  # before the switch_over they say nothing
     assert not hold.over(200.0)
     hold.begin(100.0)
     assert [hold.over(now) for now in (100.9, 101.0)] == [False, True]
     for now in (100.9, 101.8, 102.7):
-        hold.heard(now)
+        hold.acknowledged(now)
         assert not hold.over(now + 0.2)
     assert hold.over(103.0)
 
@@ -176,9 +176,9 @@ def test_a_source_that_says_nothing_is_waited_for_only_so_long(
 ) -> None:
     monkeypatch.setattr(arrival_module, "HOLD_S", 0.0)
     _, target = taps(handover)
-    draw(handover)
+    switch_over(handover)
     target.put(to(OTHER, 1))
-    handover.arrival.settle()
+    handover.receiver.settle()
     assert handover.target.nics[0].given() == [to(OTHER, 1)]
 
 
@@ -187,24 +187,24 @@ def test_what_is_there_is_taken_however_long_the_start_took(
 ) -> None:
     guest, (source, target) = handover.source.nics[0].mac, taps(handover)
     source.put(to(guest, 1))
-    draw(handover)
-    word(handover)
+    switch_over(handover)
+    next_message(handover)
     target.put(to(guest, 2))
     finish(handover)
     monkeypatch.setattr(arrival_module, "SETTLE_S", 0.0)
-    assert handover.arrival.holding
-    assert handover.arrival.settle()
-    assert not handover.arrival.holding
+    assert handover.receiver.holding
+    assert handover.receiver.settle()
+    assert not handover.receiver.holding
     assert handover.target.nics[0].given() == [to(guest, 1), to(guest, 2)]
 
 
 def test_frames_are_expected_from_the_draw_to_the_roads_end(handover: Handover) -> None:
-    assert not handover.forwarder.expecting, "nobody knows when, or whether, the guest starts"
-    draw(handover)
-    word(handover)
-    assert handover.forwarder.expecting
+    assert not handover.sender.expecting, "nobody knows when, or whether, the guest starts"
+    switch_over(handover)
+    next_message(handover)
+    assert handover.sender.expecting
     finish(handover)
-    assert not handover.forwarder.expecting
+    assert not handover.sender.expecting
 
 
 def test_the_announcement_waits_only_so_long_and_the_tap_waits_on(
@@ -212,13 +212,13 @@ def test_the_announcement_waits_only_so_long_and_the_tap_waits_on(
 ) -> None:
     guest, (source, target) = handover.source.nics[0].mac, taps(handover)
     monkeypatch.setattr(arrival_module, "SETTLE_S", 0.0)
-    draw(handover)
+    switch_over(handover)
     target.put(to(guest, 2))
-    assert not handover.arrival.settle()
+    assert not handover.receiver.settle()
     assert handover.target.nics[0].given() == []
-    word(handover)
+    next_message(handover)
     source.put(to(guest, 1))
     finish(handover)
     handover.near.close()
-    handover.arrival.listen()
+    handover.receiver.listen()
     assert handover.target.nics[0].given() == [to(guest, 1), to(guest, 2)]

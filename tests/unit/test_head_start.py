@@ -16,7 +16,7 @@ import pytest
 from godwit.host.kvm import abi
 from godwit.host.kvm.handles import Vcpu
 from godwit.hw.bus import MmioBus, PortBus
-from godwit.machine.vcpu import Ending, VcpuThread
+from godwit.machine.vcpu import StopReason, VcpuThread
 
 PORT, VALUE, DATA_AT = 0x80, 0x5A, 0x100
 
@@ -46,7 +46,7 @@ class Guest:
         self.runs = 0
         self.fails = False
         self.ended = threading.Event()
-        self.told: list[tuple[Ending, str]] = []
+        self.told: list[tuple[StopReason, str]] = []
         monkeypatch.setattr("godwit.machine.vcpu.fcntl", SimpleNamespace(ioctl=self._run))
         monkeypatch.setattr("godwit.machine.vcpu.signal", SimpleNamespace(pthread_kill=self._kick))
         monkeypatch.setattr("godwit.machine.vcpu.KICK_SIGNAL", 0, raising=False)
@@ -71,7 +71,7 @@ class Guest:
         self.left.set()
         return 0
 
-    def _tell(self, ending: Ending, detail: str) -> None:
+    def _tell(self, ending: StopReason, detail: str) -> None:
         self.told.append((ending, detail))
         self.ended.set()
 
@@ -88,7 +88,7 @@ def guest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
 
 
 def test_the_first_exit_is_served_by_a_device_that_came_later(guest: Guest) -> None:
-    guest.thread.head_start()
+    guest.thread.start_early()
     assert guest.left.wait(60)
     assert guest.thread.ahead
     guest.ports.map(PORT, 1, guest.device)
@@ -107,7 +107,7 @@ def test_devices_that_are_there_first_are_not_waited_for(guest: Guest) -> None:
 
 def test_one_whose_devices_never_come_can_be_ended(guest: Guest) -> None:
     guest.ports.map(PORT, 1, guest.device)
-    guest.thread.head_start()
+    guest.thread.start_early()
     assert guest.left.wait(60)
     guest.thread.stop()
     assert not guest.thread._thread.is_alive()
@@ -116,7 +116,7 @@ def test_one_whose_devices_never_come_can_be_ended(guest: Guest) -> None:
 
 def test_a_guest_that_was_ahead_is_paused_as_any_other(guest: Guest) -> None:
     guest.ports.map(PORT, 1, guest.device)
-    guest.thread.head_start()
+    guest.thread.start_early()
     assert guest.left.wait(60)
     guest.thread.resume()
     assert guest.device.came.wait(60)
@@ -127,9 +127,9 @@ def test_a_guest_that_was_ahead_is_paused_as_any_other(guest: Guest) -> None:
 
 def test_an_error_of_kvms_waits_for_somebody_to_be_told(guest: Guest) -> None:
     guest.fails = True
-    guest.thread.head_start()
+    guest.thread.start_early()
     assert guest.left.wait(60)
     assert guest.thread.ending is None
     guest.thread.resume()
     assert guest.ended.wait(60)
-    assert guest.told == [(Ending.INTERNAL_ERROR, "KVM_RUN: [Errno 14] Bad address")]
+    assert guest.told == [(StopReason.INTERNAL_ERROR, "KVM_RUN: [Errno 14] Bad address")]

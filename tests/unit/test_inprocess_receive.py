@@ -115,7 +115,7 @@ def test_70000_frames_arrive(memory: GuestMemory) -> None:
                 bench.rx.add([part])
             bench.kick(0)
             got += len(taken)
-        assert not bench.offences
+        assert not bench.errors
         assert bench.queues[0].last_used == got & 0xFFFF
     finally:
         bench.close()
@@ -129,7 +129,7 @@ def test_without_merging_a_frame_that_does_not_fit_is_dropped(memory: GuestMemor
         bench.tap.put(make_frame(2))
         bench.serve()
         assert [piece[HEADER:] for piece in bench.received(buffers)] == [make_frame(2)]
-        assert not bench.offences
+        assert not bench.errors
     finally:
         bench.close()
 
@@ -186,7 +186,7 @@ def test_a_buffer_without_room_for_the_header_is_an_offence(
         bench.kick(0)
         bench.tap.put(make_frame(1))
         bench.serve()
-        assert len(bench.offences) == 1  # 5.1.6.3.1: each buffer has room for the header
+        assert len(bench.errors) == 1  # 5.1.6.3.1: each buffer has room for the header
     finally:
         bench.close()
 
@@ -196,7 +196,7 @@ def test_a_readable_buffer_in_the_receive_ring_is_an_offence(bench: Bench) -> No
     bench.kick(0)
     bench.tap.put(make_frame(1))
     bench.serve()
-    assert len(bench.offences) == 1
+    assert len(bench.errors) == 1
 
 
 # --- around a move --------------------------------------------------------------------------------

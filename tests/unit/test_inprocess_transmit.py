@@ -50,7 +50,7 @@ def test_70000_frames_leave(memory: GuestMemory, features: int) -> None:
                 sent += 1
             bench.tx.take_all()
         assert sent == bench.tx.taken
-        assert not bench.offences
+        assert not bench.errors
     finally:
         bench.close()
 
@@ -81,7 +81,7 @@ def test_a_network_that_takes_nothing_loses_frames_not_buffers(bench: Bench) -> 
     bench.kick(1)
     bench.serve()
     assert len(bench.tx.take_all()) == 1
-    assert not bench.offences
+    assert not bench.errors
 
 
 def test_a_frame_too_long_for_any_network_is_an_offence(bench: Bench) -> None:
@@ -89,7 +89,7 @@ def test_a_frame_too_long_for_any_network_is_an_offence(bench: Bench) -> None:
     bench.tx.add([Part(at, 0x4000)] * 5, indirect=True)
     bench.kick(1)
     bench.serve()
-    assert "81920" in bench.offences[0]
+    assert "81920" in bench.errors[0]
 
 
 # --- start, stop, interrupts ----------------------------------------------------------------------

@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 
 from godwit.errors import ConfigError, LinkLost, PeerRefused, StreamError
-from godwit.migration.wire import messages as codec
+from godwit.migration.wire import messages
 from godwit.migration.wire.messages import Kind, Text
-from godwit.migration.wire.sockets import Address, Channel
+from godwit.migration.wire.sockets import Address, SocketConnection
+from godwit.spec import saved
 
 
 @pytest.fixture(params=["unix", "tcp"])
-def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Channel, Channel]]:
+def ends(request: pytest.FixtureRequest) -> Iterator[tuple[SocketConnection, SocketConnection]]:
     if request.param == "unix":
         a, b = socket.socketpair()
     else:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             a = socket.create_connection(listener.getsockname())
             b, _ = listener.accept()
-    near, far = Channel(a), Channel(b)
+    near, far = SocketConnection(a), SocketConnection(b)
     yield near, far
     near.close()
     far.close()
@@ -80,32 +81,34 @@ def test_a_unix_address_is_for_its_owner_and_a_dead_socket_is_no_obstacle(tmp_pa
     address.listen().close()
 
 
-def test_frames_arrive_whole_and_counted(ends: tuple[Channel, Channel]) -> None:
+def test_frames_arrive_whole_and_counted(ends: tuple[SocketConnection, SocketConnection]) -> None:
     near, far = ends
     near.send(Kind.FAILED, Text("because"))
-    near.send_parts([codec.header(Kind.RAM, 6), memoryview(b"abc"), b"", b"def"])
+    near.send_parts([messages.header(Kind.RAM, 6), memoryview(b"abc"), b"", b"def"])
     with pytest.raises(PeerRefused, match="because"):
         far.expect(Kind.READY)
     assert far.receive() == (Kind.RAM, 6)
     first, second = bytearray(2), bytearray(4)
     far.read_into([memoryview(first), memoryview(second)])
     assert (bytes(first), bytes(second)) == (b"ab", b"cdef")
-    assert near.sent == 8 + len(codec.encode(Text("because"))) + 8 + 6
+    assert near.sent == 8 + len(saved.encode(Text("because"))) + 8 + 6
 
 
-def test_another_frame_or_a_payload_where_none_is_due(ends: tuple[Channel, Channel]) -> None:
+def test_another_frame_or_a_payload_where_none_is_due(
+    ends: tuple[SocketConnection, SocketConnection],
+) -> None:
     near, far = ends
     near.send(Kind.ROUND)
     with pytest.raises(StreamError, match="ROUND where READY was due"):
         far.expect(Kind.READY)
-    near.send_parts([codec.frame(Kind.READY, b"x")])
+    near.send_parts([messages.message(Kind.READY, b"x")])
     with pytest.raises(StreamError, match="payload"):
         far.expect(Kind.READY)
 
 
-def test_a_silent_peer_and_a_gone_one(ends: tuple[Channel, Channel]) -> None:
+def test_a_silent_peer_and_a_gone_one(ends: tuple[SocketConnection, SocketConnection]) -> None:
     near, far = ends
-    near.set_timeout(0.01)
+    near.set_silence(0.01)
     with pytest.raises(LinkLost, match="silent"):
         near.read(1)
     far.interrupt()
@@ -113,13 +116,17 @@ def test_a_silent_peer_and_a_gone_one(ends: tuple[Channel, Channel]) -> None:
         near.read(1)
 
 
-def test_a_line_that_both_ends_see_alike_is_direct(ends: tuple[Channel, Channel]) -> None:
+def test_a_line_that_both_ends_see_alike_is_direct(
+    ends: tuple[SocketConnection, SocketConnection],
+) -> None:
     near, far = ends
     assert near.is_direct(far.as_seen())
 
 
-def test_a_line_with_something_between_is_not(ends: tuple[Channel, Channel]) -> None:
+def test_a_line_with_something_between_is_not(
+    ends: tuple[SocketConnection, SocketConnection],
+) -> None:
     near, far = ends
     seen = far.as_seen()
-    other = codec.Welcome(os.getpid() + 1, seen.near, seen.far and f"{seen.far}1")
+    other = messages.Welcome(os.getpid() + 1, seen.near, seen.far and f"{seen.far}1")
     assert not near.is_direct(other)

@@ -14,7 +14,7 @@ import pytest
 from godwit.hw.memory import PAGE, GuestMemory
 from godwit.machine.machine import Machine
 from godwit.migration.outgoing import Outgoing
-from godwit.migration.snapshot import FileLine, Saver
+from godwit.migration.snapshot import FileConnection, Saver
 from godwit.spec.parameters import MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
 
@@ -92,13 +92,13 @@ def test_a_disk_that_fails_leaves_the_guest_where_it_was(
 ) -> None:
     calls = 0
 
-    def sync(line: FileLine) -> None:
+    def sync(line: FileConnection) -> None:
         nonlocal calls
         calls += 1
         if calls == at:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(FileLine, "sync", sync)
+    monkeypatch.setattr(FileConnection, "sync", sync)
     save = Save(memory, path)
     save.run()
     _goes_on(save, path, "failed")
@@ -128,11 +128,11 @@ def test_a_process_that_ends_leaves_no_memory_of_the_guest(
 ) -> None:
     entered, leave = threading.Event(), threading.Event()
 
-    def stuck(line: FileLine) -> None:
+    def stuck(line: FileConnection) -> None:
         entered.set()
         assert leave.wait(60)
 
-    monkeypatch.setattr(FileLine, "sync", stuck)
+    monkeypatch.setattr(FileConnection, "sync", stuck)
     save = Save(memory, path)
     save.saver.start()
     assert entered.wait(60)

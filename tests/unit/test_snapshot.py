@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from godwit.errors import ConfigError, LinkLost, StreamError
-from godwit.migration.snapshot import FileLine, path_of
-from godwit.migration.wire import messages as codec
+from godwit.migration.snapshot import FileConnection, path_of
 from godwit.migration.wire.messages import Kind, Text
+from godwit.spec import saved
 
 
-def _open(path: Path | str, flags: int) -> FileLine:
-    return FileLine(os.open(path, flags | os.O_CLOEXEC, 0o600), str(path))
+def _open(path: Path | str, flags: int) -> FileConnection:
+    return FileConnection(os.open(path, flags | os.O_CLOEXEC, 0o600), str(path))
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     line = _open(path, os.O_RDONLY)
     kind, length = line.receive()
     assert kind is Kind.FAILED
-    assert codec.decode(line.read(length), Text) == Text("first")
+    assert saved.decode(line.read(length), Text) == Text("first")
     read = [bytearray(4096) for _ in pages]
     line.read_into([memoryview(page) for page in read])
     assert read == pages

@@ -28,8 +28,8 @@ from godwit.hw.virtio.net import offloads
 from godwit.machine.machine import Machine
 from godwit.machine.state import MachineState
 from godwit.migration.wire import compatibility as hello
-from godwit.migration.wire import messages as codec
-from godwit.spec import machine_types
+from godwit.migration.wire import messages
+from godwit.spec import machine_types, saved
 from godwit.spec.config import NicConfig, VmConfig, parse_size
 from godwit.spec.machine_types import machine_type
 from recorded import STREAMS, Stream
@@ -61,12 +61,12 @@ def memory() -> Iterator[GuestMemory]:
     memory.close()
 
 
-def _hello(stream: Stream) -> codec.Hello:
-    return codec.decode(stream.read()[0], codec.Hello)
+def _hello(stream: Stream) -> messages.Hello:
+    return saved.decode(stream.read()[0], messages.Hello)
 
 
 def _state(stream: Stream) -> MachineState:
-    return codec.decode(stream.read()[1], MachineState)
+    return saved.decode(stream.read()[1], MachineState)
 
 
 def _machine(stream: Stream, kind: str = "") -> Machine:
@@ -77,7 +77,7 @@ def _machine(stream: Stream, kind: str = "") -> Machine:
         nics=(NicConfig("nic0", "tap0", MAC, model=stream.model),),
         machine=machine_type(kind or stream.machine),
     )
-    offered = codec.decode(stream.read()[0], codec.Hello).nics[0].negotiated
+    offered = saved.decode(stream.read()[0], messages.Hello).nics[0].negotiated
     nic = SimpleNamespace(
         name="nic0",
         model=stream.model,
@@ -115,8 +115,8 @@ def test_hello_and_state_are_those_of_that_machine(stream: Stream) -> None:
 @each
 def test_what_was_decoded_encodes_to_the_same_bytes(stream: Stream) -> None:
     said, state = stream.read()
-    assert codec.encode(_hello(stream)) == said
-    assert codec.encode(_state(stream)) == state
+    assert saved.encode(_hello(stream)) == said
+    assert saved.encode(_state(stream)) == state
 
 
 @virtio
@@ -176,7 +176,7 @@ def test_a_virtio_net_takes_the_state_and_goes_on(stream: Stream, memory: GuestM
         assert bench.backend.running
         assert bench.backend.negotiated == state.transport.negotiated
         assert bench.net.announce() is announce
-        assert not bench.offences
+        assert not bench.errors
     finally:
         bench.close()
 
@@ -203,7 +203,7 @@ def test_an_e1000_takes_the_state_and_goes_on(memory: GuestMemory) -> None:
         assert {100, 200} <= set(view.vlan_table)
         bench.nic.resume()
         bench.serve()
-        assert not bench.offences
+        assert not bench.errors
         assert bench.read_config(4, 2) & 7 == 7
     finally:
         bench.close()
@@ -251,23 +251,23 @@ def _maps(value: Any, replace: Callable[[Any], Any]) -> Iterator[tuple[dict[str,
 
 
 @each
-@pytest.mark.parametrize(("index", "kind"), [(0, codec.Hello), (1, MachineState)])
+@pytest.mark.parametrize(("index", "kind"), [(0, messages.Hello), (1, MachineState)])
 def test_a_missing_and_an_unknown_field_are_named(stream: Stream, index: int, kind: Any) -> None:
     plain = msgspec.msgpack.decode(stream.read()[index])
     fields = 0
     for at, put in _maps(plain, lambda new: new):
         with pytest.raises(StreamError, match="`surprise`"):
-            codec.decode(msgspec.msgpack.encode(put({**at, "surprise": 1})), kind)
+            saved.decode(msgspec.msgpack.encode(put({**at, "surprise": 1})), kind)
         for field in at:
             changed = put({key: value for key, value in at.items() if key != field})
             payload = msgspec.msgpack.encode(changed)
             if field == _OPTIONAL and "id" not in at:
-                codec.decode(payload, kind)
+                saved.decode(payload, kind)
                 continue
             with pytest.raises(StreamError, match=f"`{field}`"):
-                codec.decode(payload, kind)
+                saved.decode(payload, kind)
             fields += 1
-    assert fields > (12 if kind is codec.Hello else 80)
+    assert fields > (12 if kind is messages.Hello else 80)
 
 
 @pytest.mark.parametrize(
@@ -279,14 +279,14 @@ def test_a_clock_leaves_room_for_the_time_to_come(clock: int, fits: bool) -> Non
     plain["platform"]["clock_ns"] = clock
     payload = msgspec.msgpack.encode(plain)
     if fits:
-        assert codec.decode(payload, MachineState).platform.clock_ns == clock
+        assert saved.decode(payload, MachineState).platform.clock_ns == clock
     else:
         with pytest.raises(StreamError, match="clock_ns"):
-            codec.decode(payload, MachineState)
+            saved.decode(payload, MachineState)
 
 
 def test_a_vcpu_without_a_tsc_is_refused() -> None:
-    vcpu = codec.decode(STREAMS[0].read()[1], MachineState).vcpus[0]
+    vcpu = saved.decode(STREAMS[0].read()[1], MachineState).vcpus[0]
     assert tsc_of(vcpu) > 0
     without = [pair for pair in vcpu.msrs if pair[0] != abi.MSR_TSC]
     with pytest.raises(StreamError, match="the TSC is not among them"):
@@ -302,7 +302,7 @@ def test_another_version_is_named(stream: Stream) -> None:
             if "version" in at:
                 payload = msgspec.msgpack.encode(put({**at, "version": version}))
                 with pytest.raises(StreamError, match=r"\.version`"):
-                    codec.decode(payload, MachineState)
+                    saved.decode(payload, MachineState)
                 found += 1
     assert found == 2 * len(("machine", "serial", "power", "nic0"))
 
@@ -318,7 +318,7 @@ def test_a_truncated_state_is_a_stream_error(name: str, data: st.DataObject) -> 
     whole = _STATES[name]
     end = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(StreamError):
-        codec.decode(whole[:end], MachineState)
+        saved.decode(whole[:end], MachineState)
 
 
 @settings(max_examples=400, deadline=None)
@@ -363,7 +363,7 @@ def test_any_value_anywhere_is_a_stream_error_or_a_state(
 
 def _decodes_or_is_refused(payload: bytes) -> None:
     try:
-        state = codec.decode(payload, MachineState)
+        state = saved.decode(payload, MachineState)
     except StreamError:
         return
     assert isinstance(state, MachineState)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from godwit.host.kvm import abi
 from godwit.host.kvm.handles import Vcpu
 from godwit.hw.bus import MmioBus, PortBus
-from godwit.machine.vcpu import SLICE_S, Ending, VcpuThread, rest_after
+from godwit.machine.vcpu import SLICE_S, StopReason, VcpuThread, rest_after
 from godwit.migration.ram.throttle import Throttle
 
 
@@ -58,7 +58,7 @@ class Guest:
             assert self._kicked.wait(60)
         self._kicked.clear()
         if self.ends.is_set():
-            self.thread.end(Ending.RESET, "the guest reset the machine")
+            self.thread.end(StopReason.RESET, "the guest reset the machine")
             return 0
         raise InterruptedError
 

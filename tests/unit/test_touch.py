@@ -8,7 +8,7 @@ import pytest
 
 from godwit.hw.memory import HUGE, PAGE, GuestMemory, Region
 from godwit.migration.ram import prefault as touch
-from godwit.migration.ram.prefault import Toucher
+from godwit.migration.ram.prefault import Prefault
 
 SIZE = 64 << 20
 
@@ -40,7 +40,7 @@ def test_what_is_wanted_stays_and_the_rest_is_given_back(
     memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _available(monkeypatch, 1 << 40)
-    toucher = Toucher(memory)
+    toucher = Prefault(memory)
     toucher.start()
     memory.write(40 << 20, b"data")
     toucher.want([memory.view(10 << 20, 3 * PAGE), memory.view((20 << 20) - PAGE, 2 * PAGE)])
@@ -59,7 +59,7 @@ def test_without_memory_to_spare_only_what_is_wanted_is_populated(
     memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _available(monkeypatch, 0)
-    toucher = Toucher(memory)
+    toucher = Prefault(memory)
     toucher.want([memory.view(0, PAGE), memory.view(SIZE - PAGE, PAGE)])
     ahead = toucher._ahead()
     taken = []
@@ -76,9 +76,9 @@ def test_ahead_ends_at_the_share_of_what_is_available(
     memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _available(monkeypatch, 20 << 20)
-    assert len(list(Toucher(memory)._ahead())) == 5
+    assert len(list(Prefault(memory)._ahead())) == 5
     _available(monkeypatch, 1 << 40)
-    assert len(list(Toucher(memory)._ahead())) == SIZE // HUGE
+    assert len(list(Prefault(memory)._ahead())) == SIZE // HUGE
 
 
 def test_ahead_ends_when_others_take_what_there_was(
@@ -87,11 +87,11 @@ def test_ahead_ends_when_others_take_what_there_was(
     left = iter([1 << 40, 0])
     monkeypatch.setattr(touch, "_available", lambda: next(left))
     monkeypatch.setattr(touch, "_LOOK", 8)
-    assert len(list(Toucher(memory)._ahead())) == 7
+    assert len(list(Prefault(memory)._ahead())) == 7
 
 
 def test_finishing_twice_or_before_the_start_is_harmless(memory: GuestMemory) -> None:
-    toucher = Toucher(memory)
+    toucher = Prefault(memory)
     toucher.finish()
     toucher.finish()
     assert _populated(memory) == set()

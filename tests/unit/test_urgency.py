@@ -14,11 +14,12 @@ import pytest
 
 from godwit.machine.machine import Machine
 from godwit.migration import realtime as urgency
-from godwit.migration.realtime import Urgency
+from godwit.migration.realtime import RealtimeSection
 from godwit.migration.snapshot import Restorer
-from godwit.migration.wire import messages as codec
+from godwit.migration.wire import messages
 from godwit.migration.wire.compatibility import describe
 from godwit.migration.wire.messages import Kind
+from godwit.spec import saved
 from move_bench import Move, Standin
 from recorded import STREAMS
 
@@ -70,12 +71,12 @@ def test_a_guest_from_a_file_is_not_urgent_for_ever(
     machine, path, ran = Standin(), tmp_path / "guest", list[bool]()
     token = bytes(16)
     frames = (
-        (Kind.HELLO, codec.encode(describe(cast(Machine, machine), token))),
+        (Kind.HELLO, saved.encode(describe(cast(Machine, machine), token))),
         (Kind.STATE, STREAMS[1].read()[1]),
         (Kind.ROUND, b""),
-        (Kind.COMMIT, codec.encode(codec.Handover(token, starts))),
+        (Kind.COMMIT, saved.encode(messages.Commit(token, starts))),
     )
-    path.write_bytes(b"".join(codec.frame(kind, payload) for kind, payload in frames))
+    path.write_bytes(b"".join(messages.message(kind, payload) for kind, payload in frames))
 
     def start(running: bool, mark: Callable[[str], None], *others: object) -> None:
         ran.append(running)
@@ -98,7 +99,7 @@ def test_a_peer_that_comes_to_no_end_is_not_urgent_for_long(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(urgency, "time", SimpleNamespace(monotonic=lambda: now))
-    one = Urgency()
+    one = RealtimeSection()
     one.begin()
     for at in (100.9, 101.1, 101.2):
         now = at
@@ -111,7 +112,7 @@ def test_nobody_looks_for_garbage_meanwhile(
     monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int]], policy: int
 ) -> None:
     monkeypatch.setattr(urgency.os, "sched_getscheduler", lambda pid: policy)
-    one = Urgency()
+    one = RealtimeSection()
     assert gc.isenabled()
     one.begin()
     one.begin()
@@ -145,7 +146,7 @@ def test_who_may_not_goes_on_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError
 
     monkeypatch.setattr(urgency.os, "sched_setscheduler", refuse)
-    one = Urgency()
+    one = RealtimeSection()
     one.begin()
     assert not gc.isenabled()
     one.end()
@@ -157,7 +158,7 @@ def test_an_operators_policy_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int]], policy: int
 ) -> None:
     monkeypatch.setattr(urgency.os, "sched_getscheduler", lambda pid: policy)
-    one = Urgency()
+    one = RealtimeSection()
     one.begin()
     one.end()
     assert asked == []
@@ -170,7 +171,7 @@ def test_a_thread_that_is_started_meanwhile_is_ordinary() -> None:
         policies.append(os.sched_getscheduler(0) & ~FLAG)
 
     def urgent() -> None:
-        one = Urgency()
+        one = RealtimeSection()
         one.begin()
         look()
         thread = threading.Thread(target=look)

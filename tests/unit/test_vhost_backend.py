@@ -35,13 +35,13 @@ class Bench:
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory, self.loop, self.tap, self.device = memory, Loop(), FakeTap(), FakeVhost()
-        self.offences: list[str] = []
+        self.errors: list[str] = []
         self.backend = VhostBackend(
             self.tap,
             memory,
             self.loop,
             threading.RLock(),
-            self.offences.append,
+            self.errors.append,
             lambda: self.device,
         )
         self.rx, self.tx = (
@@ -242,7 +242,7 @@ def test_a_ring_that_vhost_refuses_later_is_an_offence_and_no_error(bench: Bench
     bench.start()
     bench.device.refuses.add("set_backend 0")
     bench.backend.release()
-    assert bench.offences == ["receive ring: [Errno 14] set_backend 0"]
+    assert bench.errors == ["receive ring: [Errno 14] set_backend 0"]
 
 
 def test_a_receive_buffer_without_room_is_an_offence(bench: Bench) -> None:
@@ -250,7 +250,7 @@ def test_a_receive_buffer_without_room_is_an_offence(bench: Bench) -> None:
     bench.backend.hold()
     bench.start()
     bench.backend.put_ahead([frame(1)])
-    assert len(bench.offences) == 1
+    assert len(bench.errors) == 1
     assert not bench.vhost_receives
 
 

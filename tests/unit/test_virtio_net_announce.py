@@ -88,7 +88,7 @@ def test_after_an_offence_it_declines(bench: Bench) -> None:
     bench.guest.queues[2].publish(9999)
     bench.guest.kick(2)
     bench.serve()
-    assert bench.offences
+    assert bench.errors
     bench.guest.interrupts(0)
     _declines(bench)
 

@@ -109,7 +109,7 @@ def test_malformed_and_unknown_requests_fail_and_change_nothing(
     assert bench.guest.command(kind, command, data) == ERR
     assert bench.net.filter == before
     assert bench.net.mac == MAC
-    assert not bench.offences
+    assert not bench.errors
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_a_request_without_room_needs_a_reset(
     bench.serve()
     assert guest.status & NEEDS_RESET
     assert guest.interrupts(0) == 1
-    assert len(bench.offences) == 1
+    assert len(bench.errors) == 1
     assert not bench.backend.running
     guest.probe()
     assert guest.command(0, 0, b"\1") == OK
@@ -177,7 +177,7 @@ def test_more_than_65536_requests(bench: Bench, features: int) -> None:
         assert driver.take_all() == [(head, 1) for head in added]
     assert bench.memory.read(parts[2].address, 1) == b"\0"
     assert bench.net.queues[2].last_used == count - 65_536
-    assert not bench.offences
+    assert not bench.errors
 
 
 def test_a_full_ring_is_answered_and_the_loop_gets_its_turn(bench: Bench) -> None:

@@ -55,7 +55,7 @@ def test_a_driver_gets_from_reset_to_driver_ok(bench: Bench) -> None:
     assert bench.net.started
     assert bench.backend.running
     assert bench.backend.negotiated == guest.offered()
-    assert not bench.offences
+    assert not bench.errors
     assert bench.backend.rings is not None
     rx, tx = bench.backend.rings
     assert bench.vm.ioeventfds == {
@@ -140,7 +140,7 @@ def test_a_driver_that_skips_the_features_needs_a_reset(bench: Bench) -> None:
     guest.write_config(4, 2, 2)
     guest.status = ACK | DRIVER | DRIVER_OK
     assert guest.status & NEEDS_RESET
-    assert len(bench.offences) == 1
+    assert len(bench.errors) == 1
     guest.probe()
     assert guest.status == ACK | DRIVER | FEATURES_OK | DRIVER_OK
     assert bench.net.started
@@ -168,7 +168,7 @@ def test_a_bad_ring_stops_the_device_and_tells_the_driver(bench: Bench) -> None:
     assert not bench.net.started
     assert not bench.backend.running
     assert guest.interrupts(0) == 1
-    assert "0x4000000000000" in bench.offences[0]
+    assert "0x4000000000000" in bench.errors[0]
     bench.pci.pause()
     bench.pci.resume()
     assert guest.interrupts(0) == 1, "it may have been lost with the stop"
@@ -183,4 +183,4 @@ def test_driver_ok_without_queues_is_an_offence(bench: Bench) -> None:
     assert guest.status & NEEDS_RESET
     bench.pci.pause()
     bench.pci.resume()
-    assert len(bench.offences) == 1
+    assert len(bench.errors) == 1

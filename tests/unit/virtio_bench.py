@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 
-from godwit.host.loop import Loop
-from godwit.hw.bus import MmioBus, PortBus
-from godwit.hw.irq import Routes
 from godwit.hw.memory import GuestMemory
-from godwit.hw.pci import PciBus
 from godwit.hw.virtio.net.device import NetState, VirtioNet
-from godwit.hw.virtio.pci import TransportState, VirtioPci
+from godwit.hw.virtio.pci import VirtioPci, VirtioState
 from tests.fakes.backend import FEATURES, FakeBackend
 from tests.fakes.driver import Driver, Part
-from tests.fakes.kvm import FakeVm
+from tests.fakes.slot import Board
+from tests.fakes.tap import FakeTap
 
 MAC = bytes.fromhex("525400123456")
 BAR = 0xE000_0000
@@ -39,16 +36,15 @@ class Bench:
         resume: bool = True,
         features: int = FEATURES,
     ) -> None:
-        self.memory = memory
-        self.vm = FakeVm()
-        self.loop = Loop()
-        self.ports, self.mmio = PortBus(), MmioBus()
-        self.bus = PciBus(self.mmio)
-        self.ports.map(0xCF8, 8, self.bus)
+        self.board = board = Board(memory)
+        self.memory, self.vm, self.loop = memory, board.vm, board.loop
+        self.ports, self.mmio, self.bus = board.ports, board.mmio, board.bus
+        self.tap = FakeTap()
         self.backend = FakeBackend(features)
         self.net = VirtioNet(
             "nic0",
             MAC,
+            self.tap,
             memory,
             self.loop,
             lambda device: self.backend,
@@ -58,12 +54,15 @@ class Bench:
         )
         self.acks = 0
         self.net.on_ack = self._acked
-        self.offences: list[str] = []
-        self.pci = VirtioPci(self.net, self.vm, Routes(self.vm), BAR, self.offences.append)
-        self.bus.add(SLOT, self.pci)
+        self.pci = VirtioPci(self.net, board.slot(SLOT))
         self.guest = Guest(self)
         if resume:
             self.pci.resume()
+
+    @property
+    def errors(self) -> list[str]:
+        """The guest errors."""
+        return [message for _, message in self.board.errors]
 
     def _acked(self) -> None:
         self.acks += 1
@@ -71,19 +70,18 @@ class Bench:
     def close(self) -> None:
         self.pci.pause()
         self.pci.close()
-        self.loop.close()
+        self.board.close()
 
     def serve(self) -> None:
         """Let the event loop do what is due."""
         self.loop.run_once(0)
 
-    def save(self) -> tuple[TransportState, NetState]:
+    def save(self) -> VirtioState[NetState]:
         self.pci.pause()
-        return self.pci.save_transport(), self.net.save_net()
+        return self.pci.save()
 
-    def load(self, state: tuple[TransportState, NetState]) -> None:
-        self.pci.load_transport(state[0])
-        self.net.load_net(state[1])
+    def load(self, state: VirtioState[NetState]) -> None:
+        self.pci.load(state)
 
 
 class Guest:

@@ -11,7 +11,7 @@ import pytest
 from vm_bench import Bench, Guest, Watched, held, resident
 
 from godwit.migration.wire.messages import Kind
-from godwit.migration.wire.sockets import Channel
+from godwit.migration.wire.sockets import SocketConnection
 from lab.scenario import wait_for
 from lab.traffic import FLOWS
 
@@ -99,7 +99,7 @@ def _broken_off(vm: Watched, path: Path, after: int | None) -> None:
         listener.listen()
         listener.settimeout(60)
         vm.start_move(f"unix:{path}")
-        peer = Channel(listener.accept()[0])
+        peer = SocketConnection(listener.accept()[0])
     path.unlink()
     peer.expect_one(Kind.HELLO)
     if after is not None:

@@ -24,7 +24,7 @@ from tests.fakes.line_cutter import LineCutter
 pytestmark = ONE_BACKEND
 
 #: From here on the guest may be at its destination; before, it is not.
-_COMMITTED = (Kind.COMMIT, Kind.DRAWN, Kind.ROAD_ENDS, Kind.STARTED, Kind.HEARD)
+_COMMITTED = (Kind.COMMIT, Kind.SWITCHED, Kind.PATH_DRAINED, Kind.STARTED, Kind.ACK)
 #: The frame at which the fault strikes. (TOUCH and ROUND come while RAM does.)
 _PHASES = (Kind.HELLO, Kind.WELCOME, Kind.RAM, Kind.STATE, Kind.READY, *_COMMITTED)
 #: Bytes that a source may keep of moves that failed: what it imported for the first one.
@@ -99,7 +99,7 @@ class Move:
 def test_the_line_breaks(bench: Bench, guest: Guest, kind: Kind) -> None:
     completes = kind in _COMMITTED
     move = Move(bench, guest, stays=not completes)
-    move.unheard = kind is Kind.HEARD
+    move.unheard = kind is Kind.ACK
     with move.line(kind) as line:
         move.start()
         info = move.source.end_of_move()

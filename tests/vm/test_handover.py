@@ -130,7 +130,7 @@ def test_traffic_that_was_drawn_to_a_destination_that_dies_comes_back(
     far = bench.listen(target).removeprefix("unix:")
     near = bench.folder / f"{target.name}.cut"
     pings = [bench.ping(flow.id) for flow in FLOWS]
-    with LineCutter(near, Path(far), Kind.DRAWN, False, before=target.kill):
+    with LineCutter(near, Path(far), Kind.SWITCHED, False, before=target.kill):
         for ping in pings:
             ping.wait_answer(0.0)
         source.start_move(f"unix:{near}")

@@ -10,8 +10,8 @@ from vm_bench import ONE_BACKEND, Bench, Guest, Watched
 
 from godwit.client.qmp import CommandRefused
 from godwit.errors import PeerRefused
-from godwit.migration.wire import messages as codec
-from godwit.migration.wire.sockets import Address, Channel
+from godwit.migration.wire import messages
+from godwit.migration.wire.sockets import Address, SocketConnection
 from lab.scenario import MAC
 
 pytestmark = ONE_BACKEND
@@ -65,12 +65,12 @@ def test_who_refused_one_guest_takes_the_right_one(bench: Bench, guest: Guest) -
         stranger.connect(uri.removeprefix("unix:"))
         stranger.settimeout(30)
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-        assert stranger.recv(1000)[0] == codec.Kind.REFUSED
-    line: Channel = Address(uri, False).connect()
-    hello = codec.Hello("godwit-0.2", bytes(16), 2, [(0, 64 << 20)], [], {})
-    line.send(codec.Kind.HELLO, hello)
+        assert stranger.recv(1000)[0] == messages.Kind.REFUSED
+    line: SocketConnection = Address(uri, False).connect()
+    hello = messages.Hello("godwit-0.2", bytes(16), 2, [(0, 64 << 20)], [], {})
+    line.send(messages.Kind.HELLO, hello)
     with pytest.raises(PeerRefused, match=r"RAM.*NICs: 0 at the source, 1 here"):
-        line.expect_struct(codec.Kind.WELCOME, codec.Welcome)
+        line.expect_struct(messages.Kind.WELCOME, messages.Welcome)
     line.close()
     assert target.status() == "inmigrate"
 

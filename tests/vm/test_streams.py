@@ -22,7 +22,8 @@ from godwit.machine.machine import Machine
 from godwit.machine.state import MachineState, NicSaved
 from godwit.machine.vcpu import install_kick_handler
 from godwit.migration.wire import compatibility as hello
-from godwit.migration.wire import messages as codec
+from godwit.migration.wire import messages
+from godwit.spec import saved
 from godwit.spec.config import NicConfig, VmConfig, parse_size
 from godwit.spec.machine_types import machine_type
 from lab.netns import inside
@@ -48,7 +49,7 @@ def _machine(bench: Bench, stream: Stream) -> Iterator[Machine]:
     """A machine of the recorded configuration, paused, in this process."""
     install_kick_handler()
     host = bench.net.a
-    nic = codec.decode(stream.read()[0], codec.Hello).nics[0]
+    nic = saved.decode(stream.read()[0], messages.Hello).nics[0]
     config = VmConfig(
         memory=parse_size(stream.memory),
         cpus=stream.cpus,
@@ -81,9 +82,9 @@ def test_a_machine_loads_the_stream_and_has_the_same_state(
     bench: Bench, stream: Stream, foreseen: bool
 ) -> None:
     said, raw = stream.read()
-    state = codec.decode(raw, MachineState)
+    state = saved.decode(raw, MachineState)
     with _machine(bench, stream) as machine:
-        source = codec.decode(said, codec.Hello)
+        source = saved.decode(said, messages.Hello)
         hello.check(source, machine)
         if foreseen:
             machine.foresee([(nic.negotiated, nic.foresight) for nic in source.nics])
@@ -91,7 +92,7 @@ def test_a_machine_loads_the_stream_and_has_the_same_state(
             state = structs.replace(state, vcpus=machine.save().vcpus)
         machine.load(state, time.monotonic())
         saved = machine.save()
-        assert codec.decode(codec.encode(saved), MachineState) == saved
+        assert saved.decode(saved.encode(saved), MachineState) == saved
         for index, (now, then) in enumerate(zip(saved.vcpus, state.vcpus, strict=True)):
             before, after = _still(then), _still(now)
             changed = {k: (v, after[k]) for k, v in before.items() if after[k] != v}
