@@ -13,16 +13,25 @@ from godwit.hw.memory import PAGE
 from godwit.hw.power import PowerState
 from godwit.hw.serial import SerialState
 from godwit.migration.wire import messages
-from godwit.migration.wire.messages import Handover, Hello, Kind, NicHello, Run, Started, Text
+from godwit.hw.setup_hints import SetupHints
+from godwit.migration.ram.page_runs import chunks
+from godwit.migration.wire.messages import MAX_PAGES, MAX_RUNS, Commit, Hello, HelloDevice, Kind, Reason, Run, Started
 from godwit.spec import saved
 
-NIC = NicHello("nic0", "virtio-net", 1, b"\x52\x54\0\0\0\1", None, 256, 1 << 63)
-HELLO = Hello("godwit-0.2", bytes(16), 2, [(0, 1 << 28)], [NIC], {"vcpu": 1})
+NIC = HelloDevice(
+    "nic0",
+    "virtio-net",
+    1,
+    {"mac": "52:54:00:00:00:01", "mtu": None, "queue-size": 256},
+    1 << 63,
+    SetupHints(1 << 31, [0, 2], bytes(16), 1 << 63),
+)
+HELLO = Hello("godwit-0.2", bytes(16), 2, [(0, 1 << 28)], [NIC], 2)
 STRUCTS: list[msgspec.Struct] = [
     HELLO,
     NIC,
-    Text("because"),
-    Handover(bytes(range(16)), True),
+    Reason("because"),
+    Commit(bytes(range(16)), True),
     Started({"vcpus": 1.5}, ["inmigrate", "running"]),
     PowerState(1, 2, 3),
     SerialState(1, 2, 3, 4, 5, 6, 7, True, b"in"),
@@ -225,7 +234,7 @@ _small = st.lists(
 @settings(max_examples=50, deadline=None)
 @given(_small)
 def test_batches_are_exactly_the_runs_and_fit(runs: list[Run]) -> None:
-    groups = page_runs.chunks(runs)
+    groups = list(chunks(runs, MAX_PAGES, MAX_RUNS))
     assert [page for group in groups for page in _pages(group)] == list(_pages(runs))
     for group in groups:
         assert 0 < len(group) <= messages.MAX_RUNS
@@ -236,9 +245,9 @@ def test_batches_are_exactly_the_runs_and_fit(runs: list[Run]) -> None:
 
 def test_many_small_runs_are_cut_by_their_number() -> None:
     runs = [(2 * i * PAGE, 1) for i in range(2000)]
-    groups = page_runs.chunks(runs)
+    groups = list(chunks(runs, MAX_PAGES, MAX_RUNS))
     assert [len(group) for group in groups] == [512, 512, 512, 464]
-    assert page_runs.chunks([]) == []
+    assert list(chunks([])) == []
 
 
 def _pages(runs: list[Run]) -> list[int]:

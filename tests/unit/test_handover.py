@@ -21,7 +21,7 @@ from handover_bench import COOKIE, OTHER, Handover, switch_over, finish, taps, t
 
 TAG_100 = b"\x81\0\0\x64"
 
-pytestmark = pytest.mark.
+
 
 
 def test_what_came_to_the_old_host_goes_before_what_came_to_the_new(handover: Handover) -> None:

@@ -16,7 +16,7 @@ from godwit.migration.packets.destination import Hold
 from godwit.migration.packets.source import Road
 from handover_bench import OTHER, Handover, switch_over, finish, taps, to, next_message
 
-pytestmark = pytest.mark.
+
 
 
 @pytest.mark.parametrize("seen", [False, True])

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from godwit.errors import HostError
-from godwit.hw.memory import HOLE_END, PAGE, GuestMemory, Region
-from godwit.migration.ram import pagemap
+from godwit.hw.memory import HOLE_END, PAGE, GuestMemory
+from godwit.host import pagemap
 from godwit.migration.ram.page_runs import pages_in
 from godwit.migration.wire.messages import Run
 
@@ -23,7 +23,7 @@ def _no_scan(fd: int, request: int, argument: bytearray) -> int:
     raise OSError(25, "Inappropriate ioctl for device")
 
 
-def _no_map(fd: int, region: Region) -> Iterator[Run]:
+def _no_map(fd: int, start: int, size: int) -> Iterator[Run]:
     pytest.fail("the scan was refused")
 
 
@@ -31,10 +31,12 @@ def _has_scan() -> bool:
     return [int(number) for number in re.findall(r"\d+", platform.release())[:2]] >= [6, 7]
 
 
-@pytest.fixture(params=["scan", "map"])
+@pytest.fixture(params=["scan", "map", "memfd"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "map":
         monkeypatch.setattr(pagemap, "ioctl_out", _no_scan)
+    elif request.param == "memfd":
+        monkeypatch.setattr(pagemap, "populated", lambda start, size: pytest.fail("it is a memfd"))
     elif _has_scan():
         monkeypatch.setattr(pagemap, "_read", _no_map)
     else:
@@ -43,14 +45,15 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def memory() -> Iterator[GuestMemory]:
-    memory = GuestMemory(SIZE)
+def memory(request: pytest.FixtureRequest) -> Iterator[GuestMemory]:
+    shared = "way" in request.fixturenames and request.getfixturevalue("way") == "memfd"
+    memory = GuestMemory(SIZE, shared)
     yield memory
     memory.close()
 
 
 def _populated(memory: GuestMemory) -> list[Run]:
-    return [run for region in memory.regions for run in pagemap.populated(region)]
+    return memory.populated()
 
 
 def test_only_what_was_touched_is_populated(memory: GuestMemory, way: str) -> None:
@@ -67,7 +70,7 @@ def test_only_what_was_touched_is_populated(memory: GuestMemory, way: str) -> No
 
 
 def test_populated_above_the_hole(way: str) -> None:
-    memory = GuestMemory(4 << 30)
+    memory = GuestMemory(4 << 30, shared=way == "memfd")
     try:
         memory.write(HOLE_END + 123, b"x")
         runs = _populated(memory)
@@ -117,3 +120,29 @@ def test_a_scan_that_does_not_get_on_is_an_error(
 
 def test_the_page_map_is_readable_without_rights() -> None:
     assert os.access("/proc/self/pagemap", os.R_OK)
+
+
+def test_pages_that_another_process_alone_has_touched_are_populated() -> None:
+    memory = GuestMemory(SIZE, shared=True)
+    try:
+        assert memory.fd is not None
+        child = os.fork()
+        if not child:
+            with mmap.mmap(memory.fd, SIZE) as mapping:  # as a back end maps it
+                mapping[33 << 20] = 7
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert [run[0] for run in memory.populated()] == [33 << 20]
+        assert memory.read(33 << 20, 1) == b"\7"
+    finally:
+        memory.close()
+
+
+def test_the_file_of_shared_memory_cannot_be_cut_short() -> None:
+    memory = GuestMemory(SIZE, shared=True)
+    try:
+        assert memory.fd is not None
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory.fd, 0)
+    finally:
+        memory.close()

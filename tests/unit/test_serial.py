@@ -3,7 +3,7 @@
 import pytest
 
 from godwit.hw.serial import Serial, SerialState
-from godwit.migration.wire.messages import decode, encode
+from godwit.spec.saved import decode, encode
 
 RX_THR, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR = range(8)
 DLAB, LOOP = 0x80, 0x10

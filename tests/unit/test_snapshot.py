@@ -9,7 +9,7 @@ import pytest
 
 from godwit.errors import ConfigError, LinkLost, StreamError
 from godwit.migration.snapshot import FileConnection, path_of
-from godwit.migration.wire.messages import Kind, Text
+from godwit.migration.wire.messages import Kind, Reason
 from godwit.spec import saved
 
 
@@ -21,7 +21,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     path = tmp_path / "snapshot"
     pages = [bytes([n % 256]) * 4096 for n in range(2000)]  # more parts than one call takes
     line = _open(path, os.O_WRONLY | os.O_CREAT)
-    line.send(Kind.FAILED, Text("first"))
+    line.send(Kind.FAILED, Reason("first"))
     line.send_parts(pages)
     line.send(Kind.ROUND)
     line.sync()
@@ -31,7 +31,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     line = _open(path, os.O_RDONLY)
     kind, length = line.receive()
     assert kind is Kind.FAILED
-    assert saved.decode(line.read(length), Text) == Text("first")
+    assert saved.decode(line.read(length), Text) == Reason("first")
     read = [bytearray(4096) for _ in pages]
     line.read_into([memoryview(page) for page in read])
     assert read == pages

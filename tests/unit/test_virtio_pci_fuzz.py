@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.net.device import NetState
 from godwit.hw.virtio.pci import TransportState
-from godwit.migration.wire.messages import decode, encode
+from godwit.spec.saved import decode, encode
 from virtio_bench import ACK, DRIVER, DRIVER_OK, FEATURES_OK, Bench
 
 _sizes = st.sampled_from([1, 2, 4])
