@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from godwit.announce.policy import Policy, parse_policy
@@ -69,12 +70,40 @@ def test_what_is_wrong_is_named(text: str, named: str) -> None:
         parse_policy(text)
 
 
-@given(st.text(max_size=40))
-def test_any_text_is_a_policy_or_a_config_error(text: str) -> None:
+def is_item(item: str) -> bool:
+    """Return whether an item is a network, or one NIC's MAC address."""
+    if re.fullmatch(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}", item):
+        return not int(item[:2], 16) & 1 and re.fullmatch(r"[0:-]+", item) is None
+    try:
+        ipaddress.ip_network(item)
+    except ValueError:
+        return False
+    return "%" not in item
+
+
+macs = st.binary(min_size=6, max_size=6).map(lambda mac: mac.hex(":"))
+items = st.one_of(
+    st.ip_addresses().map(str),
+    st.ip_addresses(v=4).map(lambda ip: f"{ip}/24"),  # most have host bits
+    st.ip_addresses(v=6).map(lambda ip: f"{ip}%eth0"),
+    st.integers(0, 33).map(lambda bits: f"128.0.0.0/{bits}"),
+    macs,
+    st.just("00:00:00:00:00:00"),
+    st.text(max_size=8),
+)
+
+
+@given(st.one_of(st.text(max_size=40), st.lists(items, min_size=1, max_size=4).map(";".join)))
+@example("192.0.2.0/24; 2001:db8::/64;52-54-00-12-34-56")
+@example("192.0.2.0/24;192.0.2.7/24")
+def test_a_text_is_a_policy_if_all_its_items_are_and_else_a_config_error(text: str) -> None:
     try:
         parse_policy(text)
     except ConfigError:
-        pass
+        accepted = False
+    else:
+        accepted = True
+    assert accepted == all(is_item(item.strip()) for item in text.split(";"))
 
 
 def test_ipaddress_is_loaded_for_a_list_only() -> None:

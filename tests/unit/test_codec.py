@@ -15,7 +15,17 @@ from godwit.hw.serial import SerialState
 from godwit.migration.wire import messages
 from godwit.hw.setup_hints import SetupHints
 from godwit.migration.ram.page_runs import chunks
-from godwit.migration.wire.messages import MAX_PAGES, MAX_RUNS, Commit, Hello, HelloDevice, Kind, Reason, Run, Started
+from godwit.migration.wire.messages import (
+    MAX_PAGES,
+    MAX_RUNS,
+    Commit,
+    Hello,
+    HelloDevice,
+    Kind,
+    Reason,
+    Run,
+    Started,
+)
 from godwit.spec import saved
 
 NIC = HelloDevice(

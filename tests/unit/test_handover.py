@@ -22,8 +22,6 @@ from handover_bench import COOKIE, OTHER, Handover, switch_over, finish, taps, t
 TAG_100 = b"\x81\0\0\x64"
 
 
-
-
 def test_what_came_to_the_old_host_goes_before_what_came_to_the_new(handover: Handover) -> None:
     guest, source, target = handover.source.nics[0].mac, *taps(handover)
     source.put(to(guest, 1))
@@ -68,7 +66,10 @@ def test_broadcasts_on_the_way_during_the_draw_come_once(handover: Handover) -> 
     source, target = taps(handover)
     switch_over(handover)
     next_message(handover)
-    for tap in (source, target):  # before the switch acknowledged the mark, after the new tap was drained
+    for tap in (
+        source,
+        target,
+    ):  # before the switch acknowledged the mark, after the new tap was drained
         tap.put(to(BROADCAST, 1))
     handover.flood()
     for tap in (source, target):
@@ -232,7 +233,11 @@ def test_nonsense_from_the_source_ends_the_line_and_the_wait(
     handover: Handover, kind: Kind, value: object
 ) -> None:
     switch_over(handover)
-    payload = saved.encode(value) if isinstance(value, (messages.Packets, messages.PathDrained)) else b"\xc1"
+    payload = (
+        saved.encode(value)
+        if isinstance(value, (messages.Packets, messages.PathDrained))
+        else b"\xc1"
+    )
     handover.near.send_parts([messages.message(kind, payload)])
     handover.receiver.settle()
     assert handover.target.nics[0].rx_backlog.held is False

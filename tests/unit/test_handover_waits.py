@@ -17,8 +17,6 @@ from godwit.migration.packets.source import Road
 from handover_bench import OTHER, Handover, switch_over, finish, taps, to, next_message
 
 
-
-
 @pytest.mark.parametrize("seen", [False, True])
 def test_a_mark_that_does_not_come_is_waited_for_only_so_long(
     handover: Handover, monkeypatch: pytest.MonkeyPatch, seen: bool

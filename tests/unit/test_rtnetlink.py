@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from godwit.host.net import rtnetlink
 from godwit.host.net.rtnetlink import Forwarding, Link, LinkEvents
 
 MAC, OTHER = bytes.fromhex("525400123456"), bytes.fromhex("5254000000aa")
-NEWLINK, NEWNEIGH, ERROR, DONE = 16, 28, 2, 3
+NEWLINK, GETLINK, NEWNEIGH, ERROR, DONE = 16, 18, 28, 2, 3
 
 
 def message(kind: int, body: bytes) -> bytes:
@@ -92,12 +93,19 @@ def test_a_dump_that_the_kernel_refuses_is_an_error() -> None:
         rtnetlink.forwarding(0x7FFFFFF0)
 
 
-def test_nothing_has_changed() -> None:
-    events = LinkEvents()
-    # Another process may change links, but not for ever.
-    while events.changed():
-        pass
-    events.close()
+def test_a_message_of_a_link_is_a_change_and_is_reported_once() -> None:
+    with closing(LinkEvents()) as events:
+        assert events.sock.getsockname()[1] == 1  # RTMGRP_LINK: what changes is sent here
+        # Another process may change links, but not for ever.
+        while events.changed():
+            pass
+        # To change a link takes rights. To ask for one takes none, and the kernel has answered with
+        # the same message by the time the question is sent.
+        body = struct.pack("=BBHiII", 0, 0, 0, 1, 0, 0)
+        events.sock.sendto(struct.pack("=IHHII", 16 + len(body), GETLINK, 1, 1, 0) + body, (0, 0))
+        assert events.changed()
+        while events.changed():
+            pass
 
 
 # --- links ----------------------------------------------------------------------------------------

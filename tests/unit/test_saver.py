@@ -31,10 +31,11 @@ class Standin:
         self.lock = threading.RLock()
         self.ended = None
         self.running = True
+        self.logging = False
         self.config = SimpleNamespace(machine=SimpleNamespace(name="godwit-0.2"), cpus=1, nics=())
 
     def set_dirty_log(self, on: bool) -> None:
-        pass
+        self.logging = on
 
     def pause(self, mark: Callable[[str], None]) -> None:
         self.running = False
@@ -54,9 +55,17 @@ class Save:
         memory.view(0, 4 * PAGE)[:] = bytes(range(256)) * (4 * PAGE // 256)
         self.states = RunStates(S.RUNNING)
         self.told: list[str] = []
+        self.path = path
+        self.saver = self._saver()
+
+    def _saver(self) -> Saver:
         parameters = MigrationParameters(downtime_limit=0)
         machine = cast(Machine, self.machine)
-        self.saver = Saver(machine, self.states, path, lambda: parameters, self.told.append)
+        return Saver(machine, self.states, self.path, lambda: parameters, self.told.append)
+
+    def again(self) -> None:
+        self.saver = self._saver()
+        self.run()
 
     def run(self) -> None:
         self.saver.start()
@@ -169,13 +178,35 @@ def test_what_is_no_file_is_not_replaced(memory: GuestMemory, path: Path, make: 
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_whatever_goes_wrong_another_move_may_be_tried(
+def test_whatever_goes_wrong_another_save_may_be_tried(
     memory: GuestMemory, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: Outgoing, status: str, error: str | None = None) -> None:
         raise RuntimeError("internal")
 
-    monkeypatch.setattr(Outgoing, "_finish", broken)
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    raised: list[str] = []
+    closed: list[FileLine] = []
+    close = FileLine.close
+
+    def noted(line: FileLine) -> None:
+        closed.append(line)
+        close(line)
+
     save = Save(memory, path)
-    save.run()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", refuse)  # in the stop
+        patch.setattr(Outgoing, "_finish", broken)
+        patch.setattr(FileLine, "close", noted)
+        patch.setattr(threading, "excepthook", lambda args: raised.append(str(args.exc_value)))
+        save.run()
+    assert raised == ["internal"]
+    assert save.told == ["active", "device"]
+    assert (save.machine.running, save.states.current) == (True, S.RUNNING)
+    assert list(path.parent.iterdir()) == []
+    assert (save.machine.logging, len(closed)) == (False, 1)
+    save.again()
+    assert save.told[-1] == "completed"
+    assert list(path.parent.iterdir()) == [path]

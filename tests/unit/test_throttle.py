@@ -194,10 +194,13 @@ def test_a_guest_that_resets_does_not_rest(guest: Guest) -> None:
     guest.runs()
 
 
-def test_its_thread_ends_while_it_rests(guest: Guest) -> None:
+def test_its_thread_ends_while_it_rests(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A rest of the usual length would be over before the deadline of stop().
+    monkeypatch.setattr("godwit.machine.vcpu.rest_after", lambda ran, percent: 3600.0)
     guest.thread.throttle(99)
     guest.rests()
-    # The fixture has it stopped, and judges.
+    guest.thread.stop()
+    assert not guest.thread._thread.is_alive()
 
 
 class FakeVcpu:

@@ -1,8 +1,8 @@
-"""ioctl numbers are computed here, and ioctl is called so that the GIL is released.
+"""ioctl: request numbers, and calls that release the GIL.
 
 ``fcntl.ioctl`` keeps the GIL when it is given a mutable buffer, and a vCPU ioctl then deadlocks
-with a running vCPU thread (it waits for the vCPU mutex, KVM_RUN's return waits for the GIL). ctypes
-releases it. Encoding: include/uapi/asm-generic/ioctl.h.
+with a running vCPU thread (the ioctl waits for the vCPU mutex, KVM_RUN's return for the GIL).
+ctypes releases the GIL. Encoding: include/uapi/asm-generic/ioctl.h.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ def _encode(direction: int, kind: int, number: int, size: int) -> int:
 
 
 def io(kind: int, number: int) -> int:
-    """``_IO``: no argument, or a plain integer."""
+    """Return the number of an ``_IO`` request: no argument, or a plain integer."""
     return _encode(_NONE, kind, number, 0)
 
 
 def ior(kind: int, number: int, size: int) -> int:
-    """``_IOR``: the kernel writes ``size`` bytes."""
+    """Return the number of an ``_IOR`` request: the kernel writes ``size`` bytes."""
     return _encode(_READ, kind, number, size)
 
 
 def iow(kind: int, number: int, size: int) -> int:
-    """``_IOW``: the kernel reads ``size`` bytes."""
+    """Return the number of an ``_IOW`` request: the kernel reads ``size`` bytes."""
     return _encode(_WRITE, kind, number, size)
 
 
 def iowr(kind: int, number: int, size: int) -> int:
-    """``_IOWR``: the kernel reads and writes ``size`` bytes."""
+    """Return the number of an ``_IOWR`` request: the kernel reads and writes ``size`` bytes."""
     return _encode(_READ | _WRITE, kind, number, size)
 
 
@@ -56,7 +56,11 @@ def ioctl(fd: int, request: int, argument: int = 0) -> int:
 
 
 def ioctl_in(fd: int, request: int, data: bytes) -> int:
-    """Call ioctl with a struct that the kernel only reads."""
+    """Call ioctl with a struct that the kernel only reads.
+
+    Raises:
+        OSError: with the kernel's errno.
+    """
     result: int = _ioctl(fd, request, data)
     if result < 0:
         error = ctypes.get_errno()
@@ -65,10 +69,14 @@ def ioctl_in(fd: int, request: int, data: bytes) -> int:
 
 
 def ioctl_out(fd: int, request: int, data: bytearray) -> int:
-    """Call ioctl with a struct that the kernel may write."""
+    """Call ioctl with a struct that the kernel may write.
+
+    Raises:
+        OSError: with the kernel's errno.
+    """
     return ioctl(fd, request, address_of(data))
 
 
 def address_of(buffer: bytearray | memoryview) -> int:
-    """The address of a writable buffer; the caller keeps the buffer alive."""
+    """Return the address of a writable buffer, which the caller keeps alive."""
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

@@ -1,7 +1,7 @@
 """The one event loop: file descriptors, timers, and calls from other threads.
 
-asyncio would do the same; it costs a third of a second of start-up on a slow host (it imports ssl,
-and more), and nothing here awaits. See docs/decisions/0003-own-loop.md.
+asyncio would do the same, but costs a third of a second of start-up on a slow host (asyncio imports
+ssl, and more), and nothing here awaits. See docs/decisions/0003-own-loop.md.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Timer(Protocol):
     """A call that is due later."""
 
     def cancel(self) -> None:
-        """Forget the call; harmless when it has been made."""
+        """Cancel the call, unless the call was made already."""
 
 
 class Clock(Protocol):
-    """Time and timers, passed in so that tests never wait."""
+    """Time and timers, an argument so that tests never wait."""
 
     def now(self) -> float:
-        """Monotonic time, seconds."""
+        """Return the monotonic time in seconds."""
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> Timer:
         """Call ``callback`` in the loop's thread after ``delay`` seconds."""
@@ -45,10 +45,10 @@ class _Timer:
 
 
 class Loop:
-    """Runs callbacks in the thread that calls :meth:`run`. It is a :class:`Clock`.
+    """A :class:`Clock` that runs callbacks in the thread that calls :meth:`run`.
 
     ``call_soon`` and ``call_later`` may be called from any thread; ``watch`` and ``unwatch`` too.
-    A callback that raises goes to ``on_error``, and the loop goes on.
+    What a callback raises goes to ``on_error``, and the loop goes on.
     """
 
     def __init__(self, on_error: Callable[[BaseException], None] | None = None) -> None:
@@ -64,7 +64,7 @@ class Loop:
         self._on_error = on_error
 
     def now(self) -> float:
-        """Monotonic time, seconds."""
+        """Return the monotonic time in seconds."""
         return time.monotonic()
 
     def watch(
@@ -73,10 +73,10 @@ class Loop:
         readable: Callable[[], None] | None = None,
         writable: Callable[[], None] | None = None,
     ) -> None:
-        """Call back while ``fd`` is readable / writable; replaces what was watched on ``fd``.
+        """Call back while ``fd`` is readable or writable, and forget earlier callbacks of ``fd``.
 
         Raises:
-            PermissionError: ``fd`` is a regular file, for which there is nothing to wait.
+            PermissionError: ``fd`` is a regular file, which epoll does not take.
         """
         mask = (select.EPOLLIN if readable else 0) | (select.EPOLLOUT if writable else 0)
         with self._lock:
@@ -87,7 +87,10 @@ class Loop:
             self._watched[fd] = (readable, writable)
 
     def unwatch(self, fd: int) -> None:
-        """Stop watching ``fd``; harmless when it is not watched. Call it before closing ``fd``."""
+        """Stop watching ``fd``, if it is watched.
+
+        Has to be called before ``fd`` is closed.
+        """
         with self._lock:
             if self._watched.pop(fd, None) is not None:
                 self._epoll.unregister(fd)
@@ -111,12 +114,12 @@ class Loop:
         os.eventfd_write(self._wake, 1)
 
     def run(self) -> None:
-        """Serve until :meth:`stop`."""
+        """Make calls as they fall due until :meth:`stop`."""
         while not self._stopping:
             self.run_once(None)
 
     def run_once(self, timeout: float | None) -> None:
-        """Wait for at most ``timeout`` seconds (None: for ever) and make the calls that are due."""
+        """Wait for at most ``timeout`` seconds (None: no limit) and make the calls that are due."""
         with self._lock:
             if self._timers:
                 due = max(0.0, self._timers[0][0] - self.now())
@@ -142,7 +145,7 @@ class Loop:
                 self._call(callback)
 
     def close(self) -> None:
-        """Give the descriptors back."""
+        """Close the epoll and wake-up descriptors."""
         self._epoll.close()
         os.close(self._wake)
 

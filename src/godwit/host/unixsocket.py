@@ -1,4 +1,4 @@
-"""A listening Unix socket: only for its owner, and a dead one's file is no obstacle."""
+"""Listening Unix sockets: for their owner only, made over the file of a process that exited."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from godwit.errors import ConfigError, HostError
 
 
 def listen(path: str, what: str) -> socket.socket:
-    """A listening socket at ``path``, mode 0600; ``what`` (QMP, migration) is for messages.
+    """Make a listening socket at ``path``, mode 0600.
+
+    ``what`` (QMP, migration) names the socket in errors.
 
     Raises:
-        ConfigError: the path is too long, is not a socket, or somebody listens there.
+        ConfigError: the path is too long, is not a socket, or another process listens there.
         HostError: the socket cannot be made.
     """
     _remove_stale(path, what)
@@ -38,7 +40,7 @@ def listen(path: str, what: str) -> socket.socket:
 
 
 def remove(path: str, inode: int) -> None:
-    """Remove our socket's file, unless another process has taken the path meanwhile."""
+    """Remove the file of our socket, unless another process has taken the path meanwhile."""
     try:
         if os.stat(path).st_ino == inode:
             os.unlink(path)
@@ -47,11 +49,11 @@ def remove(path: str, inode: int) -> None:
 
 
 def _remove_stale(path: str, what: str) -> None:
-    """Remove the socket that a process which is no more left behind."""
+    """Remove the socket file that an exited process left behind."""
     try:
         mode = os.lstat(path).st_mode
     except OSError:
-        return  # nothing there; or bind will say what is wrong
+        return  # nothing there; or bind will report what is wrong
     if not stat.S_ISSOCK(mode):
         raise ConfigError(f"{path} exists and is not a socket: choose another path for {what}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
@@ -62,5 +64,5 @@ def _remove_stale(path: str, what: str) -> None:
         except FileNotFoundError:
             pass
     elif failure != errno.ENOENT:
-        # 0 or EAGAIN: somebody is there. EACCES: not ours to judge.
+        # 0 or EAGAIN: another process listens. EACCES: not ours to judge.
         raise ConfigError(f"a VM listens on {path} already: choose another path for {what}")

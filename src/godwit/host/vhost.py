@@ -1,4 +1,4 @@
-"""vhost-net: its numbers, structs and handle (include/uapi/linux/vhost.h, vhost_types.h)."""
+"""vhost-net: ioctl numbers, structs and the handle (include/uapi/linux/vhost.h, vhost_types.h)."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ LOG_PAGE = 4096
 
 
 class Vhost:
-    """An open ``/dev/vhost-net``: two rings, 0 to the guest and 1 from it. Methods raise OSError.
+    """An open ``/dev/vhost-net`` with two rings: 0 to the guest, 1 from the guest.
 
-    While a ring has a backend, the kernel serves it, and refuses to move its base.
+    While a ring has a backend, the kernel serves the ring, and refuses another base. All methods
+    raise OSError when the kernel refuses.
 
     Raises:
-        HostError: it is missing, or refuses; the message names the other backend.
+        HostError: vhost-net is missing, or refuses; the message names the other backend.
     """
 
     def __init__(self) -> None:
@@ -62,61 +63,69 @@ class Vhost:
             raise HostError(f"{DEVICE}: {error}; use the in-process backend (vhost=off)") from error
 
     def features(self) -> int:
-        """What it offers, as feature bits."""
+        """Return the feature bits that vhost-net offers."""
         raw = bytearray(8)
         ioctl_out(self._fd, GET_FEATURES, raw)
         return int.from_bytes(raw, "little")
 
     def set_features(self, features: int) -> None:
-        """What is in use; :data:`F_LOG_ALL` may come and go while rings are served."""
+        """Set the feature bits in use.
+
+        :data:`F_LOG_ALL` may change while rings are served.
+        """
         self._put(SET_FEATURES, features.to_bytes(8, "little"))
 
     def set_memory(self, regions: Iterable[tuple[int, int, int]]) -> None:
-        """Guest memory, as (guest address, bytes, address in this process)."""
+        """Set the guest's memory, as (guest address, bytes, address in this process)."""
         packed = [MEMORY_REGION.pack(*region, 0) for region in regions]
         self._put(SET_MEM_TABLE, MEMORY_HEADER.pack(len(packed), 0) + b"".join(packed))
 
     def set_log(self, address: int) -> None:
-        """Where the bitmap of written pages is, in this process."""
+        """Set the address, in this process, of the bitmap of written pages."""
         self._put(SET_LOG_BASE, address.to_bytes(8, "little"))
 
     def set_size(self, index: int, size: int) -> None:
-        """Descriptors in a ring."""
+        """Set the number of descriptors in a ring."""
         self._put(SET_VRING_NUM, VRING_STATE.pack(index, size))
 
     def set_addresses(
         self, index: int, parts: tuple[int, int, int], log: bool, used_in_guest: int
     ) -> None:
-        """Descriptors, used and avail ring in this process; whether to log the used ring, which is
-        at ``used_in_guest`` for the guest."""
+        """Set where a ring's descriptors, used and avail ring are in this process.
+
+        With ``log``, writes to the used ring are logged as at guest address ``used_in_guest``.
+        """
         flags = VRING_F_LOG if log else 0
         self._put(SET_VRING_ADDR, VRING_ADDR.pack(index, flags, *parts, used_in_guest))
 
     def set_base(self, index: int, position: int) -> None:
-        """Where in the avail ring to go on, modulo 65,536."""
+        """Set the position in the avail ring to go on from, modulo 65,536."""
         self._put(SET_VRING_BASE, VRING_STATE.pack(index, position))
 
     def base(self, index: int) -> int:
-        """Where in the avail ring it would go on, modulo 65,536."""
+        """Return the position in the avail ring that the kernel would go on from, modulo 65,536."""
         state = bytearray(VRING_STATE.pack(index, 0))
         ioctl_out(self._fd, GET_VRING_BASE, state)
         position: int = VRING_STATE.unpack(state)[1]
         return position & 0xFFFF
 
     def set_kick(self, index: int, fd: int) -> None:
-        """The eventfd by which the guest notifies."""
+        """Set the eventfd by which the guest notifies the host of a ring."""
         self._put(SET_VRING_KICK, VRING_FILE.pack(index, fd))
 
     def set_call(self, index: int, fd: int) -> None:
-        """The eventfd that interrupts the guest; -1 for none."""
+        """Set the eventfd by which a ring interrupts the guest, -1 for none."""
         self._put(SET_VRING_CALL, VRING_FILE.pack(index, fd))
 
     def set_backend(self, index: int, fd: int) -> None:
-        """Serve a ring with this tap; -1: no more, and what was prefetched is given back."""
+        """Set the tap that serves a ring, -1 for none.
+
+        With -1 the kernel gives back the descriptors that were prefetched.
+        """
         self._put(NET_SET_BACKEND, VRING_FILE.pack(index, fd))
 
     def close(self) -> None:
-        """Close it; harmless the second time."""
+        """Close the descriptor, unless closed already."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -1,1 +1,1 @@
-"""KVM: its numbers, structs and handles, and what is saved of it."""
+"""KVM: ioctl numbers, structs, handles, and saved state."""

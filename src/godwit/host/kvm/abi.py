@@ -1,4 +1,4 @@
-"""KVM's numbers and structs (include/uapi/linux/kvm.h, arch/x86/include/uapi/asm/kvm.h)."""
+"""Numbers and structs of KVM (include/uapi/linux/kvm.h, arch/x86/include/uapi/asm/kvm.h)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A guest's TSCs and its clock: read as of one instant, and set so that they agree.
+"""A guest's TSCs and clock: read as of one instant, and set so that all agree.
 
-The guest compares them: its kernel's watchdog calls a TSC unstable that gains or loses half a
+The guest compares both: its kernel's watchdog calls a TSC unstable that gains or loses half a
 millisecond on kvm-clock between two looks (kernel/time/clocksource.c, WATCHDOG_MAX_SKEW). A TSC
 that is written goes on while the value is on its way, for milliseconds where others want the CPU,
 and KVM takes writes within a second for one and the same. Its offset to the host's TSC has no such
@@ -37,27 +37,27 @@ class Clock(NamedTuple):
     """A guest's clock at one instant."""
 
     guest: int
-    """ns since the VM was made."""
+    """Nanoseconds since the VM was made."""
     realtime: int
-    """The host's CLOCK_REALTIME, ns."""
+    """The host's CLOCK_REALTIME in nanoseconds."""
     monotonic: float
-    """The host's time.monotonic, s."""
+    """The host's time.monotonic in seconds."""
 
 
 class Reading(NamedTuple):
-    """Of one instant."""
+    """A reading of clock and TSCs, as of one instant."""
 
     clock: Clock
     tscs: list[int]
     """The guest's TSC on each vCPU."""
     offsets: list[int | None]
-    """How far each is ahead of the host's; None: KVM does not tell."""
+    """How far each TSC is ahead of the host's; None: KVM does not report the offset."""
 
 
 def at_one_instant(look: Callable[[], _T]) -> tuple[_T, float, float]:
-    """What ``look`` gives, the time.monotonic of its middle, and how long it took, s.
+    """Return the result of ``look``, the time.monotonic of its middle, and its length in seconds.
 
-    Looks again until nobody came between, or takes the quickest of some looks.
+    A look that was interrupted is made again, and the quickest of some looks counts.
     """
     looks: list[tuple[_T, float, float]] = []
     for _ in range(_READINGS):
@@ -71,13 +71,15 @@ def at_one_instant(look: Callable[[], _T]) -> tuple[_T, float, float]:
 
 
 def host_clocks() -> tuple[int, float]:
-    """The host's CLOCK_REALTIME, ns, and time.monotonic, s, of one instant."""
+    """Return the host's CLOCK_REALTIME in nanoseconds, and time.monotonic in seconds, at once."""
     return at_one_instant(time.time_ns)[:2]
 
 
 class _Looker:
-    """Looks at a VM's clock between two looks at a vCPU's TSC: three calls, back to back, into
-    buffers that are there. Where CPUs are emulated, all else takes as long as the calls.
+    """A reader of a VM's clock between two readings of a vCPU's TSC.
+
+    Three calls, back to back, into buffers made before: where CPUs are emulated, all else takes as
+    long as the calls.
     """
 
     def __init__(self, vm: Vm, vcpu: Vcpu) -> None:
@@ -87,7 +89,7 @@ class _Looker:
         self._vm, self._vcpu = vm, vcpu
 
     def look(self) -> tuple[int, int, list[bytes]]:
-        """The host's time.time_ns, how many TSCs were told (two are due), and the answers."""
+        """Return the host's time.time_ns, how many TSCs were read (two are due), the answers."""
         first, second, third = self._addresses
         realtime = time.time_ns()
         told = self._vcpu.ioctl(abi.GET_MSRS, first)
@@ -96,10 +98,10 @@ class _Looker:
         return realtime, told, list(map(bytes, self._buffers))
 
     def at_one_instant(self) -> tuple[int, Clock]:
-        """TSC and clock.
+        """Return TSC and clock of one instant.
 
         Raises:
-            KvmError: KVM does not tell the TSC.
+            KvmError: KVM does not report the TSC.
         """
         (realtime, told, answers), monotonic, took = at_one_instant(self.look)
         if told != 2:
@@ -113,11 +115,13 @@ class _Looker:
 
 
 def read(vm: Vm, vcpus: Sequence[Vcpu]) -> Reading:
-    """The guest's clock between two readings of the first vCPU's TSC. The others' follow from their
-    offsets; without these, each is read by itself, and a little later.
+    """Read the guest's clock between two readings of the first vCPU's TSC.
+
+    The other vCPUs' TSCs follow from the offsets; without offsets, each TSC is read by itself,
+    and a little later.
 
     Raises:
-        KvmError: KVM does not tell a TSC.
+        KvmError: KVM does not report a TSC.
     """
     tsc, clock = _Looker(vm, vcpus[0]).at_one_instant()
     base = vcpus[0].tsc_offset()
@@ -133,11 +137,12 @@ def read(vm: Vm, vcpus: Sequence[Vcpu]) -> Reading:
 
 
 def restore(vm: Vm, vcpus: Sequence[Vcpu], clock: int, since: float, tscs: Sequence[int]) -> None:
-    """Set the guest's clock to what it is by now if it was ``clock``, ns, at that time.monotonic,
-    and the TSCs to what they are if they were ``tscs`` at the same instant.
+    """Set the guest's clock and TSCs to the values of now.
 
-    TSCs a few milliseconds apart are one: they were read one after the other. KVM itself makes one
-    of all that are written within a second (arch/x86/kvm/x86.c, kvm_synchronize_tsc).
+    The clock was ``clock`` nanoseconds, and the TSCs were ``tscs``, at time.monotonic ``since``.
+
+    TSCs a few milliseconds apart are one: the TSCs were read one after the other. KVM itself makes
+    one of all that are written within a second (arch/x86/kvm/x86.c, kvm_synchronize_tsc).
 
     Raises:
         OSError, KvmError: KVM refuses.

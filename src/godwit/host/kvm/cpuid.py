@@ -1,4 +1,4 @@
-"""What CPUID says to a vCPU: what KVM offers, less nesting, with the guest's own topology.
+"""CPUID of a vCPU: the features that KVM offers, less nesting, with the guest's own topology.
 
 Leaves: Intel SDM vol. 2A 'CPUID'; AMD APM vol. 3 appendix E.
 """
@@ -28,7 +28,7 @@ _ASYNC_PF = 1 << 4 | 1 << 10 | 1 << 14
 
 
 def _topology(function: int, index: int, count: int, width: int) -> list[Entry]:
-    """Leaf 0xB or 0x1F: threads, cores, and the end of the list (Intel SDM, figure 'x2APIC ID')."""
+    """Return leaf 0xB or 0x1F: threads, cores, the list's end (Intel SDM, figure 'x2APIC ID')."""
     flags = _SIGNIFICANT_INDEX
     return [
         (function, 0, flags, 0, 1, _LEVEL_THREADS << 8, index),
@@ -38,10 +38,10 @@ def _topology(function: int, index: int, count: int, width: int) -> list[Entry]:
 
 
 def guest_cpuid(supported: list[Entry], index: int, count: int, deadline: bool) -> list[Entry]:
-    """CPUID of vCPU ``index`` of ``count``: one socket, one thread a core.
+    """Return the CPUID of vCPU ``index`` of ``count``: one socket, one thread a core.
 
-    ``deadline``: KVM emulates the TSC-deadline timer (it is never in KVM's own list, because it
-    depends on the in-kernel APIC).
+    ``deadline``: KVM emulates the TSC-deadline timer (which is never in KVM's own list, because the
+    timer depends on the in-kernel APIC).
     """
     width = max(count - 1, 0).bit_length()
     entries = []

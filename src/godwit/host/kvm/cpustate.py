@@ -1,4 +1,4 @@
-"""A vCPU's state and the VM's interrupt controllers, as saved-state types.
+"""State of a vCPU, and of a VM's interrupt controllers, PIT and clock, as saved-state types.
 
 The order of the SETs is one that works with stock kernels: what the local APIC depends on comes
 before it, and the TSC-deadline MSR after it (KVM drops the deadline while the APIC's timer is not
@@ -24,7 +24,7 @@ _OF_TIME = abi.MSR_TSC, abi.MSR_TSC_DEADLINE
 
 
 class VcpuState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All of a vCPU that KVM keeps; the blobs are KVM's own structs."""
+    """All state of a vCPU that KVM keeps, the blobs being KVM's own structs."""
 
     mp_state: Annotated[int, msgspec.Meta(ge=0, le=9)]
     regs: Annotated[bytes, msgspec.Meta(min_length=abi.REGS_SIZE, max_length=abi.REGS_SIZE)]
@@ -43,7 +43,7 @@ _Chip = Annotated[bytes, msgspec.Meta(min_length=abi.IRQCHIP_SIZE, max_length=ab
 
 
 class PlatformState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """PICs, I/O APIC, PIT and the guest's clock."""
+    """State of the PICs, the I/O APIC, the PIT and the guest's clock."""
 
     irqchips: Annotated[list[_Chip], msgspec.Meta(min_length=3, max_length=3)]
     pit: Annotated[
@@ -61,7 +61,11 @@ NO_RESET_MSRS: ResetMsrs = frozenset()
 
 
 def save_vcpu(vcpu: Vcpu, msrs: list[int], tsc: int) -> VcpuState:
-    """The state of a vCPU that is stopped, when its TSC was ``tsc``."""
+    """Return the state of a stopped vCPU whose TSC was ``tsc``.
+
+    Raises:
+        KvmError: KVM does not read an MSR.
+    """
     mp_state = abi.MP_STATE.unpack(vcpu.get(abi.GET_MP_STATE, abi.MP_STATE_SIZE))[0]
     xsave = (
         vcpu.get(abi.GET_XSAVE2, vcpu.xsave_size)
@@ -85,10 +89,10 @@ def save_vcpu(vcpu: Vcpu, msrs: list[int], tsc: int) -> VcpuState:
 
 
 def tsc_of(state: VcpuState) -> int:
-    """Its TSC.
+    """Return the TSC in a vCPU's state.
 
     Raises:
-        StreamError: it has none.
+        StreamError: the TSC is missing.
     """
     for index, value in reversed(state.msrs):
         if index == abi.MSR_TSC:
@@ -97,8 +101,9 @@ def tsc_of(state: VcpuState) -> int:
 
 
 def load_vcpu(vcpu: Vcpu, state: VcpuState, reset: ResetMsrs = NO_RESET_MSRS) -> None:
-    """Give a stopped vCPU ``state``, but for its TSC, and the timer that waits for that:
-    :func:`.clocks.restore` and :func:`load_deadline` follow.
+    """Set a stopped vCPU's state, except the TSC and the timer's deadline.
+
+    :func:`.clocks.restore` sets the TSC, and :func:`load_deadline` the deadline after that.
 
     ``reset``: MSRs that are so already are left alone. Most are (machine check banks, MTRRs,
     counters), and setting them takes several times as long as the others.
@@ -124,7 +129,11 @@ def load_vcpu(vcpu: Vcpu, state: VcpuState, reset: ResetMsrs = NO_RESET_MSRS) ->
 
 
 def load_deadline(vcpu: Vcpu, state: VcpuState) -> None:
-    """Set its timer's deadline, once its TSC is right. Raises as :func:`load_vcpu`."""
+    """Set the deadline of a vCPU's timer, once the TSC is right.
+
+    Raises:
+        StreamError: KVM does not take the MSR.
+    """
     _put_msrs(vcpu, [(i, v) for i, v in state.msrs if i == abi.MSR_TSC_DEADLINE])
 
 
@@ -147,7 +156,7 @@ def _put_msrs(vcpu: Vcpu, msrs: list[tuple[int, int]]) -> None:
 
 
 def save_platform(vm: Vm, clock: Clock) -> PlatformState:
-    """Interrupt controllers and PIT of a VM that is stopped, and its clock as it was read."""
+    """Return a stopped VM's interrupt controllers and PIT, with ``clock`` as the VM's clock."""
     return PlatformState(
         irqchips=[
             vm.get(abi.GET_IRQCHIP, abi.IRQCHIP_SIZE, chip.to_bytes(4, "little"))
@@ -160,7 +169,9 @@ def save_platform(vm: Vm, clock: Clock) -> PlatformState:
 
 
 def load_platform(vm: Vm, state: PlatformState) -> None:
-    """Give a stopped VM ``state``, but for its clock: :func:`.clocks.restore`.
+    """Set a stopped VM's interrupt controllers and PIT, but not the clock.
+
+    :func:`.clocks.restore` sets the clock.
 
     Raises:
         StreamError: KVM does not take a part; the message names it.

@@ -1,4 +1,4 @@
-"""KVM's three handles: the system, a VM, a vCPU. Every descriptor is closed by a ``with``."""
+"""The three handles of KVM (the system, a VM, a vCPU), each closed by a ``with``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _IDENTITY_MAP_ADDRESS = 0xFFFBC000
 
 @lru_cache(maxsize=8)
 def msr_query(indices: tuple[int, ...]) -> bytes:
-    """What KVM_GET_MSRS is asked with, and puts its answer into."""
+    """Return the struct of a KVM_GET_MSRS request, which KVM fills in."""
     entries = [abi.MSR_ENTRY.pack(index, 0, 0) for index in indices]
     return abi.MSRS_HEADER.pack(len(indices), 0) + b"".join(entries)
 
@@ -47,13 +47,16 @@ def _tsc_attribute(value: bytearray) -> bytes:
 
 
 class _Handle:
-    """A descriptor that is closed once."""
+    """A descriptor that is closed exactly once.
+
+    All methods of a handle raise OSError when the kernel refuses.
+    """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
     def close(self) -> None:
-        """Close the descriptor; harmless the second time."""
+        """Close the descriptor, unless closed already."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -69,22 +72,22 @@ class _Handle:
         return ioctl(self.fd, request, argument)
 
     def get(self, request: int, size: int, first: bytes = b"") -> bytes:
-        """Read a struct of ``size`` bytes; ``first`` fills its beginning (an id, say)."""
+        """Read a struct of ``size`` bytes, in which ``first`` fills the beginning (an id, say)."""
         buffer = bytearray(size)
         buffer[: len(first)] = first
         ioctl_out(self.fd, request, buffer)
         return bytes(buffer)
 
     def set(self, request: int, data: bytes) -> int:
-        """Hand a struct to the kernel."""
+        """Pass a struct to the kernel and return the result."""
         return ioctl_in(self.fd, request, data)
 
 
 class System(_Handle):
-    """``/dev/kvm``.
+    """A handle of KVM itself, ``/dev/kvm``.
 
     Raises:
-        HostError: KVM is missing or cannot run stock kernels; the message says what to do.
+        HostError: KVM is missing or cannot run stock kernels; the message names the remedy.
     """
 
     def __init__(self, device: str = "/dev/kvm") -> None:
@@ -99,15 +102,15 @@ class System(_Handle):
         self.vcpu_mmap_size = self.ioctl(abi.GET_VCPU_MMAP_SIZE)
 
     def check(self, capability: int) -> int:
-        """What KVM_CHECK_EXTENSION says: 0 for absent."""
+        """Return the answer to KVM_CHECK_EXTENSION, 0 for absent."""
         return self.ioctl(abi.CHECK_EXTENSION, capability)
 
     def create_vm(self) -> Vm:
-        """A new VM with its interrupt controllers and PIT."""
+        """Make a new VM with interrupt controllers and PIT."""
         return Vm(self)
 
     def supported_cpuid(self) -> list[tuple[int, int, int, int, int, int, int]]:
-        """(function, index, flags, eax, ebx, ecx, edx) as KVM can offer them."""
+        """Return the CPUID entries that KVM offers: function, index, flags, eax, ebx, ecx, edx."""
         count = 256
         raw = self.get(
             abi.GET_SUPPORTED_CPUID,
@@ -121,7 +124,7 @@ class System(_Handle):
         ]
 
     def msr_indices(self) -> list[int]:
-        """The MSRs that make up a vCPU's state."""
+        """Return the indices of the MSRs that make up a vCPU's state."""
         count = 1024
         raw = self.get(abi.GET_MSR_INDEX_LIST, 4 + 4 * count, count.to_bytes(4, "little"))
         used = int.from_bytes(raw[:4], "little")
@@ -129,7 +132,7 @@ class System(_Handle):
 
 
 class Vm(_Handle):
-    """A VM: memory slots, interrupt routes, clock."""
+    """A VM with memory slots, interrupt routes and a clock."""
 
     def __init__(self, system: System) -> None:
         self.system = system
@@ -147,7 +150,7 @@ class Vm(_Handle):
             raise KvmError(f"KVM could not make a VM: {error}") from error
 
     def create_vcpu(self, index: int) -> Vcpu:
-        """vCPU ``index``; its APIC id is the same number."""
+        """Make vCPU ``index``, which has the same number as APIC id."""
         return Vcpu(self.ioctl(abi.CREATE_VCPU, index), index, self.system)
 
     def set_memory(self, slot: int, address: int, size: int, host: int, log: bool) -> None:
@@ -159,15 +162,15 @@ class Vm(_Handle):
         )
 
     def dirty_log(self, slot: int, bitmap_address: int) -> None:
-        """Fetch and clear the dirty bitmap of ``slot``: a bit per 4 KiB page, u64 little endian."""
+        """Read and clear the dirty bitmap of ``slot``: a bit per 4 KiB page, u64 little endian."""
         self.set(abi.GET_DIRTY_LOG, abi.DIRTY_LOG.pack(slot, 0, bitmap_address))
 
     def irq_line(self, gsi: int, level: bool) -> None:
-        """Set the level of an interrupt line."""
+        """Set the level of interrupt line ``gsi``."""
         self.set(abi.IRQ_LINE, abi.IRQ_LEVEL.pack(gsi, level))
 
     def set_routes(self, msi: Iterable[tuple[int, int, int]]) -> None:
-        """Replace the routing table: the fixed lines again, and ``(gsi, address, data)`` MSIs.
+        """Set the routing table: the fixed lines, and MSIs as ``(gsi, address, data)``.
 
         Lines 0-15 reach both PICs and the I/O APIC, 16-23 the I/O APIC alone, as KVM's own default
         has it (arch/x86/kvm/irq_comm.c).
@@ -185,22 +188,22 @@ class Vm(_Handle):
         self.set(abi.SET_GSI_ROUTING, abi.ROUTING_HEADER.pack(len(entries), 0) + b"".join(entries))
 
     def irqfd(self, fd: int, gsi: int, assign: bool) -> None:
-        """Have writes to eventfd ``fd`` raise ``gsi``, or stop that."""
+        """Connect eventfd ``fd`` to interrupt ``gsi``, or disconnect the eventfd."""
         flags = 0 if assign else abi.IRQFD_FLAG_DEASSIGN
         self.set(abi.KVM_IRQFD, abi.IRQFD.pack(fd, gsi, flags, 0))
 
     def ioeventfd(self, fd: int, address: int, length: int, assign: bool) -> None:
-        """Have guest writes to MMIO ``address`` signal eventfd ``fd``, or stop that."""
+        """Connect guest writes at MMIO ``address`` to eventfd ``fd``, or disconnect the eventfd."""
         flags = 0 if assign else abi.IOEVENTFD_FLAG_DEASSIGN
         self.set(abi.KVM_IOEVENTFD, abi.IOEVENTFD.pack(0, address, length, fd, flags))
 
     def set_clock(self, clock: int) -> None:
-        """Set the guest's clock, ns. It goes on from there, whether vCPUs run or not."""
+        """Set the guest's clock in nanoseconds, which runs on even while vCPUs do not."""
         self.set(abi.SET_CLOCK, abi.CLOCK_DATA.pack(clock, 0, 0, 0, 0))
 
 
 class Vcpu(_Handle):
-    """A vCPU and its shared ``kvm_run`` page."""
+    """A vCPU and the shared ``kvm_run`` page."""
 
     def __init__(self, fd: int, index: int, system: System) -> None:
         super().__init__(fd)
@@ -233,16 +236,16 @@ class Vcpu(_Handle):
         super().close()
 
     def set_cpuid(self, entries: Iterable[tuple[int, int, int, int, int, int, int]]) -> None:
-        """Fix what CPUID says; before the first run."""
+        """Set the CPUID entries, before the vCPU runs first."""
         packed = [abi.CPUID_ENTRY.pack(*entry) for entry in entries]
         self.set(abi.SET_CPUID2, abi.CPUID_HEADER.pack(len(packed), 0) + b"".join(packed))
 
     def tsc_khz(self) -> int:
-        """The guest's TSC frequency, kHz."""
+        """Return the frequency of the guest's TSC in kilohertz."""
         return self.ioctl(abi.GET_TSC_KHZ)
 
     def get_msrs(self, indices: list[int]) -> list[tuple[int, int]]:
-        """(index, value) for the leading MSRs that KVM could read."""
+        """Return (index, value) of the MSRs before the first that KVM cannot read."""
         buffer = bytearray(msr_query(tuple(indices)))
         got = ioctl_out(self.fd, abi.GET_MSRS, buffer)
         start, size = abi.MSRS_HEADER.size, abi.MSR_ENTRY.size
@@ -250,7 +253,7 @@ class Vcpu(_Handle):
         return [(index, value) for index, _, value in entries]
 
     def readable_msrs(self, indices: list[int]) -> list[int]:
-        """Those of ``indices`` that KVM reads here: it lists some that the CPU at hand lacks."""
+        """Return which of ``indices`` KVM can read: KVM lists some that this CPU lacks."""
         readable: list[int] = []
         left = list(indices)
         while left:
@@ -260,10 +263,10 @@ class Vcpu(_Handle):
         return readable
 
     def tsc(self) -> int:
-        """The guest's TSC, now.
+        """Return the guest's TSC as of now.
 
         Raises:
-            KvmError: KVM does not tell it.
+            KvmError: KVM does not report the TSC.
         """
         msrs = self.get_msrs([abi.MSR_TSC])
         if not msrs:
@@ -271,8 +274,10 @@ class Vcpu(_Handle):
         return msrs[0][1]
 
     def tsc_offset(self) -> int | None:
-        """How far the guest's TSC is ahead of the host's, modulo 2**64; None: KVM does not tell
-        (before Linux 5.16)."""
+        """Return how far the guest's TSC is ahead of the host's, modulo 2**64.
+
+        None: KVM does not report the offset (before Linux 5.16).
+        """
         value = bytearray(8)
         try:
             self.set(abi.GET_DEVICE_ATTR, _tsc_attribute(value))
@@ -281,12 +286,14 @@ class Vcpu(_Handle):
         return int.from_bytes(value, "little")
 
     def set_tsc_offset(self, offset: int) -> None:
-        """Set it: unlike a TSC that is written, it is exact however long that takes (but where KVM
-        calls the host's own TSC unstable, and makes up for it)."""
+        """Set the TSC offset, which is exact however long the call takes, unlike a written TSC.
+
+        Where KVM calls the host's own TSC unstable, and makes up for the drift, no offset is exact.
+        """
         value = bytearray(offset.to_bytes(8, "little"))
         self.set(abi.SET_DEVICE_ATTR, _tsc_attribute(value))
 
     def set_msrs(self, msrs: list[tuple[int, int]]) -> int:
-        """Set them in order; how many KVM took."""
+        """Set MSRs in order and return how many KVM took."""
         entries = b"".join(abi.MSR_ENTRY.pack(index, 0, value) for index, value in msrs)
         return self.set(abi.SET_MSRS, abi.MSRS_HEADER.pack(len(msrs), 0) + entries)

@@ -1,4 +1,4 @@
-"""Can KVM run stock kernels on this machine?"""
+"""A check that KVM can run stock kernels on this machine."""
 
 import os
 import re
@@ -7,7 +7,7 @@ _REMEDY = "; the lab emulates a host that has it: godwit lab shell, or godwit la
 
 
 def why_unusable(dev: str = "/dev/kvm", cpuinfo: str = "/proc/cpuinfo") -> str | None:
-    """None if KVM is usable, else one sentence that says why it is not and what to do.
+    """Return None if KVM is usable, else one sentence that gives the reason and the remedy.
 
     A device node alone proves nothing: where the CPU offers neither VT-x (``vmx``) nor AMD-V
     (``svm``), whatever stands behind it cannot run an unmodified kernel.

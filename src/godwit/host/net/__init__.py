@@ -1,1 +1,1 @@
-"""Taps, and the host's network around them: links, packet sockets, filters."""
+"""Taps, and the host's network around taps: links, packet sockets, filters."""

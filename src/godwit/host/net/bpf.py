@@ -1,7 +1,7 @@
-"""Classic socket filters: a small assembler, and the one that passes what tells of addresses.
+"""Classic socket filters: a small assembler, and the filter for address resolution.
 
 Documentation/networking/filter.rst has the machine: an accumulator A, an index register X, and a
-verdict, which is how many bytes of the frame to keep. A load past the frame's end drops it.
+verdict, which is how many bytes of the frame to keep. A load past a frame's end drops the frame.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SNAP = 1024
 
 
 class Op(NamedTuple):
-    """An instruction; a jump names the labels it goes to, None being the next instruction."""
+    """An instruction, of which a jump names two labels (None: the next instruction)."""
 
     code: int
     k: int = 0
@@ -38,7 +38,7 @@ class Op(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """An instruction of the machine; a jump says how many instructions it leaves out."""
+    """An instruction of the machine, of which a jump counts the instructions to skip."""
 
     code: int
     yes: int
@@ -47,10 +47,10 @@ class Instruction(NamedTuple):
 
 
 def assemble(lines: Sequence[Op | str]) -> list[Instruction]:
-    """Instructions from operations and, before the ones they name, labels.
+    """Assemble instructions from operations and the labels before operations.
 
     Raises:
-        ValueError: a jump to a label that does not follow, or too far.
+        ValueError: a jump goes backwards, to no label, or too far.
     """
     labels: dict[str, int] = {}
     ops: list[Op] = []
@@ -78,10 +78,10 @@ def assemble(lines: Sequence[Op | str]) -> list[Instruction]:
 
 
 def addresses_filter(answers: bool = False) -> list[Instruction]:
-    """Passes ARP, RARP and neighbour solicitations and advertisements that come in.
+    """Return the filter that passes received ARP, RARP, neighbour solicitations and advertisements.
 
-    With ``answers``: only ARP replies and advertisements, and only what goes out. Beside the tag
-    that the kernel took off, there may be two more.
+    With ``answers``, the filter passes outgoing ARP replies and advertisements instead. Besides the
+    tag that the kernel took off, a frame may have two more.
     """
     way: Sequence[Op | str] = (
         Op(LD_W_ABS, PKTTYPE),
@@ -129,7 +129,11 @@ def addresses_filter(answers: bool = False) -> list[Instruction]:
 
 
 def attach(sock: socket.socket, program: Sequence[Instruction]) -> None:
-    """Put a filter before a socket's queue. Raises OSError."""
+    """Put a filter before a socket's queue.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
     code = b"".join(packet.SOCK_FILTER.pack(*instruction) for instruction in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     header = packet.SOCK_FPROG.pack(len(program), ctypes.addressof(buffer))

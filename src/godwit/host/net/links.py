@@ -1,7 +1,7 @@
-"""Whether a tap is wired: what is sent through it reaches the network.
+"""Links of taps: carrier and bridge port, without which frames do not reach the network.
 
-A frame that leaves before the tap has carrier, or before its bridge's port forwards, is lost, and
-nobody hears of it (virtual switches and spanning tree take seconds). So the announcement waits.
+A frame that leaves before the tap has carrier, or before its bridge's port forwards, is lost
+without an error (virtual switches and spanning tree take seconds). So the announcement waits.
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ _STATES = {0: "disabled", 1: "listening", 2: "learning", 4: "blocking"}
 
 
 class Port:
-    """A tap as the host's network sees it. All methods belong to the loop's thread, except
-    :attr:`not_ready_reason`, which may be read from any."""
+    """A tap as the host's network sees the tap: the tap's own link, and its port of a bridge.
+
+    All methods belong to the loop's thread. :attr:`not_ready_reason` and :attr:`warning` may
+    be read from any.
+    """
 
     def __init__(self, tap: str) -> None:
         self.tap = tap
-        #: Why frames would be lost; None: they would not, as far as this host can tell.
-        self.not_ready_reason: str | None = "it was not looked at yet"
-        #: Index of the interface and of its bridge; 0 while there is none.
+        #: Why frames would be lost; None: frames reach the network, as far as this host knows.
+        self.not_ready_reason: str | None = f"the link of '{tap}' was not read yet"
+        #: Index of the interface, and of its bridge; 0: none.
         self.index = self.bridge = 0
-        #: What may be wrong, or meant so: frames leave. Read as :attr:`not_ready_reason` is.
+        #: What may be wrong, or meant so, while frames leave; None: nothing.
         self.warning: str | None = None
-        #: Called when it became ready, in the loop's thread.
+        #: Called in the loop's thread when the port became ready.
         self.on_ready: Callable[[], None] = lambda: None
 
     def refresh(self) -> None:
-        """Ask the kernel how it is."""
+        """Read the link's state from the kernel again."""
         before = self.not_ready_reason
         try:
             link = rtnetlink.link(self.tap)
         except OSError:
-            self.not_ready_reason = None  # where nobody can be asked, nothing is held up
+            self.not_ready_reason = None  # where the kernel cannot be asked, nothing is held up
         else:
             bridge = link.master if link and link.port_state is not None else 0
             if bridge:
@@ -67,7 +70,11 @@ def _not_ready_reason(tap: str, link: rtnetlink.Link | None) -> str | None:
 
 
 class Ports:
-    """The taps of a VM. Raises HostError when the kernel does not tell of links."""
+    """The ports of a VM's taps, each refreshed when any link changes.
+
+    Raises:
+        HostError: the kernel does not report changes of links.
+    """
 
     def __init__(self, taps: list[str], loop: Loop) -> None:
         self.ports = [Port(tap) for tap in taps]
@@ -76,17 +83,17 @@ class Ports:
             self._events = LinkEvents()
         except OSError as error:
             raise HostError(f"rtnetlink: {error}") from error
-        # Subscribed first, looked second: no change is missed.
+        # Subscribed first, read second: no change is missed.
         loop.watch(self._events.sock.fileno(), self._changed)
         self.refresh()
 
     def refresh(self) -> None:
-        """Ask anew how all of them are."""
+        """Read the state of each tap's link from the kernel again."""
         for port in self.ports:
             port.refresh()
 
     def close(self) -> None:
-        """Give the socket back."""
+        """Stop watching links and close the socket."""
         self._loop.unwatch(self._events.sock.fileno())
         self._events.close()
 

@@ -1,6 +1,6 @@
-"""Packet sockets' numbers (include/uapi/linux/if_packet.h), and socket filters'.
+"""Numbers and structs of packet sockets (include/uapi/linux/if_packet.h) and socket filters.
 
-Python's socket module has few of them.
+Python's socket module has few of these.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PACKET_STATISTICS = 6
 PACKET_AUXDATA = 8
 PACKET_IGNORE_OUTGOING = 23  # Linux 4.20
 
-#: sll_pkttype: the kernel sends it, where all others are received.
+#: sll_pkttype of a frame that the kernel sends; with all others the frame is received.
 PACKET_OUTGOING = 4
 
 #: struct tpacket_auxdata: status, length, captured length, offsets of MAC and network header,

@@ -1,7 +1,7 @@
-"""The little of rtnetlink that is read here: links, bridge ports, forwarding entries.
+"""Links, bridge ports and forwarding entries, read by rtnetlink.
 
-rtnetlink(7), linux/rtnetlink.h, linux/if_link.h, linux/neighbour.h. Nothing is changed through it.
-A library would do it better, but takes longer to import than a guest takes to move: see
+rtnetlink(7), linux/rtnetlink.h, linux/if_link.h, linux/neighbour.h. Nothing is changed.
+A library would cover more, but takes longer to import than a guest takes to migrate: see
 docs/decisions/0008-rtnetlink.md.
 """
 
@@ -39,16 +39,17 @@ _NTF_SELF = 2
 #: BR_STATE_FORWARDING (linux/if_bridge.h).
 FORWARDING = 3
 _MAX_ERRNO = 4095  # linux/err.h
-_ROOM = 1 << 17
+_RECEIVE_BYTES = 1 << 17
 
 
 class Link(NamedTuple):
-    """What a message says of an interface.
+    """An interface, as a message describes the interface.
 
     Attributes:
         number: the interface's index.
-        carrier: it is up, and so is what is below it (IFF_LOWER_UP).
-        master: index of the bridge (or other master) that it is a port of; 0: of none.
+        name: the interface's name.
+        carrier: the interface is up, and so is the layer below (IFF_LOWER_UP).
+        master: index of the bridge (or other master) that the interface is a port of; 0: of none.
         port_state: BR_STATE_* of a bridge's port; None for anything else.
     """
 
@@ -68,7 +69,7 @@ class Forwarding(NamedTuple):
 
 
 class LinkEvents:
-    """A socket that hears of every change of a link in this network namespace."""
+    """A socket that receives every change of a link in this network namespace."""
 
     def __init__(self) -> None:
         self.sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
@@ -80,26 +81,36 @@ class LinkEvents:
             raise
 
     def changed(self) -> bool:
-        """Whether any link changed since the last call. Which one, and how, has to be asked: a
-        bridge tells of its ports in messages that lack the rest (net/bridge/br_netlink.c)."""
+        """Return whether any link changed since the last call.
+
+        Which link, and how, has to be asked: a bridge reports its ports in messages that lack the
+        rest (net/bridge/br_netlink.c).
+
+        Raises:
+            OSError: the socket fails.
+        """
         found = False
         while True:
             try:
-                self.sock.recv(_ROOM)
+                self.sock.recv(_RECEIVE_BYTES)
             except BlockingIOError:
                 return found
             except OSError as error:
-                if error.errno != errno.ENOBUFS:  # that one: too much changed at once
+                if error.errno != errno.ENOBUFS:  # ENOBUFS: too much changed at once
                     raise
             found = True
 
     def close(self) -> None:
-        """Give the socket back."""
+        """Close the socket, and receive no more changes."""
         self.sock.close()
 
 
 def link(name: str) -> Link | None:
-    """The interface of that name; None: there is none. Raises OSError."""
+    """Return the interface of that name, or None if there is none.
+
+    Raises:
+        OSError: the kernel does not answer, or refuses.
+    """
     attribute = _attribute(_IFLA_IFNAME, name.encode() + b"\0")
     body = _IFINFO.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + attribute
     try:
@@ -113,7 +124,11 @@ def link(name: str) -> Link | None:
 
 
 def forwarding(bridge: int) -> list[Forwarding]:
-    """The forwarding database of the bridge with that index. Raises OSError."""
+    """Return the forwarding database of the bridge with that index.
+
+    Raises:
+        OSError: the kernel does not answer, or refuses.
+    """
     found = []
     for data in _ask(_GETNEIGH, _DUMP, _IFINFO.pack(_AF_BRIDGE, 0, 0, 0, 0) + _master(bridge)):
         for kind, body in _messages(data):
@@ -139,18 +154,23 @@ def _attribute(kind: int, value: bytes) -> bytes:
 
 
 def _ask(kind: int, flags: int, body: bytes) -> Iterator[bytes]:
-    """The datagrams of the answer. Raises OSError."""
+    """Send a request and yield the datagrams of the answer.
+
+    Raises:
+        OSError: the kernel does not answer, or refuses.
+    """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
         sock.settimeout(5)
         header = _HEADER.pack(_HEADER.size + len(body), kind, flags | _REQUEST, 1, 0)
         sock.sendto(header + body, (0, 0))
         while True:
-            data = sock.recv(_ROOM)
+            data = sock.recv(_RECEIVE_BYTES)
             yield data
             for got, payload in _messages(data):
                 if got in (_DONE, _ERROR):
-                    # A dump that failed says so in its last message (net/netlink/af_netlink.c,
-                    # netlink_dump_done); both begin with the error, negative.
+                    # A dump that failed has the error in its last message
+                    # (net/netlink/af_netlink.c, netlink_dump_done); both begin with the error,
+                    # negative.
                     code = min(-int.from_bytes(payload[:4], "little", signed=True), _MAX_ERRNO)
                     if code > 0:
                         raise OSError(code, os.strerror(code))

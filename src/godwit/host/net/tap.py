@@ -15,17 +15,17 @@ HEADER = 12
 #: The longest frame either way: 64 KiB of IP (offloads join many), an Ethernet header, a tag.
 MAX_FRAME = HEADER + 65536 + 18
 _NO_HEADER = bytes(HEADER)
-#: Frames thrown away at once, at most: in a flood there would be no end.
+#: Most frames thrown away at once: in a flood there would be no end.
 _DRAINED = 8192
 
 
 class Tap:
     """An attached tap with a 12-byte vnet header before each frame.
 
-    The interface is used if it exists, else made and gone with the descriptor.
+    The interface is used if it exists, else made, and goes with the descriptor.
 
     Raises:
-        HostError: no /dev/net/tun, no right to it, or the tap is taken.
+        HostError: /dev/net/tun is missing or not permitted, or the tap is taken.
     """
 
     def __init__(self, name: str) -> None:
@@ -53,7 +53,7 @@ class Tap:
         self.offloads = self._probe()
 
     def _probe(self) -> int:
-        """Which TUN_F_* the kernel takes; UFO came and went between versions."""
+        """Return the TUN_F_* that the kernel takes: versions differ about UFO."""
         found = 0
         for flag in (tun.F_CSUM, tun.F_TSO4, tun.F_TSO6, tun.F_TSO_ECN, tun.F_UFO):
             wanted = found | flag
@@ -66,18 +66,26 @@ class Tap:
         return found
 
     def set_offloads(self, flags: int) -> None:
-        """Which frames the guest takes unfinished (TUN_F_*). Raises OSError."""
-        if flags != self._unfinished:  # the kernel tells the bridge, and all who stand on it
+        """Set which unfinished frames the guest takes, as TUN_F_*.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        if flags != self._unfinished:  # each call makes the kernel notify the bridge
             self._unfinished = None
             ioctl(self.fd, tun.TUNSETOFFLOAD, flags)
             self._unfinished = flags
 
     def send(self, frame: bytes) -> None:
-        """A frame out of the tap, as if from the guest. Raises OSError."""
+        """Send a frame to the network, as if the guest had sent the frame.
+
+        Raises:
+            OSError: the kernel does not take the frame.
+        """
         os.write(self.fd, _NO_HEADER + frame)
 
     def drain(self) -> int:
-        """Throw away the frames that wait, a queue's worth at most; how many."""
+        """Throw away the frames that wait, a queue's worth at most, and return their number."""
         for count in range(_DRAINED):
             try:
                 os.read(self.fd, MAX_FRAME)
@@ -86,7 +94,7 @@ class Tap:
         return _DRAINED
 
     def close(self) -> None:
-        """Detach; harmless the second time."""
+        """Close the descriptor, unless closed already."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -1,8 +1,8 @@
-"""A look at the frames that pass a tap and tell of addresses, whoever moves them.
+"""Copies of the address resolution frames on a tap: ARP, RARP, neighbour discovery.
 
-With vhost-net no frame passes this process, so the kernel is asked for a copy of the few that
-matter. What the guest sends is, to the host, received on the tap; what goes to the guest is sent
-there. All methods belong to the loop's thread.
+With vhost-net no frame passes this process, so the kernel copies the few that matter. To the host,
+a frame from the guest is received on the tap, and a frame to the guest is sent there. All methods
+belong to the loop's thread.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from godwit.host.loop import Loop, Timer
 from . import bpf, packet
 from .ethernet import ETH_P_ALL, TPID_8021Q
 
-#: A guest may send more of these frames than Python can read. At most so many are read in each
-#: window, 1,280 a second; some 200 more wait in the socket (net.core.rmem_default), and the kernel
-#: drops the rest.
+#: Most frames read in each window, 1,280 a second: a guest may send more than Python can read. Some
+#: 200 more wait in the socket (net.core.rmem_default), and the kernel drops the rest.
 BATCH = 64
 WINDOW_S = 0.05
 
@@ -27,19 +26,25 @@ WINDOW_S = 0.05
 Outer = tuple[int, int]
 OnFrame = Callable[[bytes, Outer | None], None]
 
-_ROOM = socket.CMSG_SPACE(packet.AUXDATA.size)
+_CONTROL_BYTES = socket.CMSG_SPACE(packet.AUXDATA.size)
 
 
 def open_socket(tap: str, answers: bool) -> socket.socket:
-    """A packet socket on the interface that passes what tells of addresses. Raises OSError."""
-    # Protocol 0: it receives nothing before it is bound, and then only what the filter passes.
+    """Open a packet socket on the interface for address resolution frames.
+
+    With ``answers``, the frames are the ARP replies and neighbour advertisements to the guest.
+
+    Raises:
+        OSError: there is no such interface, or no permission.
+    """
+    # Protocol 0: nothing is received before bind, and after bind only what the filter passes.
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
     try:
         bpf.attach(sock, bpf.addresses_filter(answers))
         sock.setsockopt(packet.SOL_PACKET, packet.PACKET_AUXDATA, 1)
         if not answers:
             try:
-                # The filter says the same; this saves the kernel a copy of each frame.
+                # The filter drops the same frames; this saves the kernel a copy of each.
                 sock.setsockopt(packet.SOL_PACKET, packet.PACKET_IGNORE_OUTGOING, 1)
             except OSError:
                 pass
@@ -51,16 +56,17 @@ def open_socket(tap: str, answers: bool) -> socket.socket:
 
 
 class TapWatch:
-    """Calls ``on_frame`` for each frame that the guest behind ``tap`` sends and that tells of
-    addresses: ARP, RARP, neighbour solicitation or advertisement; with ``answers``, for each ARP
-    reply or neighbour advertisement that goes to the guest.
+    """A watch that calls ``on_frame`` for each address resolution frame on ``tap``.
 
-    It lives through the interface's going down and up. When the interface is gone, or the socket
-    fails in another way, the watch closes, and ``on_error`` is called, once; :meth:`reopen` starts
-    it again.
+    The frames are ARP, RARP, neighbour solicitations and advertisements from the guest; with
+    ``answers``, ARP replies and neighbour advertisements to the guest.
+
+    The watch outlasts an interface that goes down and up. When the interface is gone, or the socket
+    fails in another way, the watch closes, and ``on_error`` is called once; :meth:`reopen` starts
+    the watch again.
 
     Raises:
-        HostError: there is no such interface, or no right to look.
+        HostError: there is no such interface, or no permission.
     """
 
     def __init__(
@@ -88,12 +94,12 @@ class TapWatch:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing is watched any more."""
+        """Return whether the watch is closed."""
         return self._socket is None
 
     @property
     def dropped(self) -> int:
-        """Frames that the kernel dropped because they came too quickly, of all time."""
+        """Return how many frames the kernel dropped since the start because the socket was full."""
         if self._socket is not None:
             try:
                 raw = self._socket.getsockopt(
@@ -105,7 +111,11 @@ class TapWatch:
         return self._dropped
 
     def reopen(self) -> None:
-        """Watch the interface that now has the name. Raises HostError."""
+        """Watch the interface that now has the name.
+
+        Raises:
+            HostError: there is no such interface, or no permission.
+        """
         self.close()
         try:
             self._socket = self._opener(self.tap, self._answers)
@@ -119,17 +129,17 @@ class TapWatch:
         self._loop.watch(self._socket.fileno(), self._readable)
 
     def inject(self, frame: bytes) -> None:
-        """Send ``frame`` (Ethernet, no FCS) to the guest, past whatever the tap is plugged into.
+        """Send ``frame`` (Ethernet, no FCS) to the guest, past the bridge that the tap is in.
 
         Raises:
-            OSError: it was not taken, or the watch is closed.
+            OSError: the kernel did not take the frame, or the watch is closed.
         """
         if self._socket is None:
             raise OSError(errno.ENETDOWN, f"tap '{self.tap}' is not watched")
         self._socket.send(frame)
 
     def close(self) -> None:
-        """Watch no more; harmless the second time."""
+        """Stop watching and close the socket, unless closed already."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -149,7 +159,7 @@ class TapWatch:
         while self._left > 0 and self._socket is not None:
             self._left -= 1
             try:
-                frame, extra, _, _ = self._socket.recvmsg(bpf.SNAP, _ROOM)
+                frame, extra, _, _ = self._socket.recvmsg(bpf.SNAP, _CONTROL_BYTES)
             except BlockingIOError:
                 self._left += 1
                 return
@@ -168,8 +178,8 @@ class TapWatch:
 
     def _failed(self, sock: socket.socket, error: OSError) -> None:
         # An interface that goes down is an error too, of one call; the kernel binds the socket
-        # again when it comes up (net/packet/af_packet.c, packet_notifier). One that is gone leaves
-        # the socket without a name.
+        # again when the interface comes up (net/packet/af_packet.c, packet_notifier). One that is
+        # gone leaves the socket without a name.
         if error.errno == errno.ENETDOWN and sock.getsockname()[0]:
             return
         self.close()
@@ -177,7 +187,7 @@ class TapWatch:
 
 
 def _outer(extra: Iterable[tuple[int, int, bytes]]) -> Outer | None:
-    """The tag that the kernel took off, of a frame's control messages."""
+    """Return the tag that the kernel took off a frame, from the frame's control messages."""
     for level, kind, data in extra:
         if (level, kind) == (packet.SOL_PACKET, packet.PACKET_AUXDATA):
             status, _, _, _, _, tci, tpid = packet.AUXDATA.unpack(data)

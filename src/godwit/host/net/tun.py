@@ -1,4 +1,4 @@
-"""tun/tap's numbers (include/uapi/linux/if_tun.h)."""
+"""ioctl numbers and flags of tun/tap devices (include/uapi/linux/if_tun.h)."""
 
 from __future__ import annotations
 
