@@ -11,12 +11,14 @@ from godwit.host.net.tap import HEADER, Tap
 class FakeTap(Tap):
     """As :class:`godwit.host.net.tap.Tap`; the other end is :meth:`put` and :meth:`get`."""
 
-    def __init__(self, offloads: int = tun.F_CSUM | tun.F_TSO4 | tun.F_TSO6) -> None:
+    def __init__(
+        self, offloads: int = tun.F_CSUM | tun.F_TSO4 | tun.F_TSO6, name: str = "tap0"
+    ) -> None:
         mine, self._network = socket.socketpair(
             socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
         )
         self.fd = mine.detach()
-        self.name = "tap0"
+        self.name = name
         self.offloads = offloads
         self.flags = 0
 

@@ -40,6 +40,16 @@ PATIENT = Times(
 )
 
 
+class Backlog(RxBacklog):
+    """Counts how often the tap was drained."""
+
+    drained = 0
+
+    def drain(self) -> int:
+        self.drained += 1
+        return super().drain()
+
+
 class Nic(Announced):
     """A NIC whose guest gets whatever may be given to it, at once."""
 
@@ -47,7 +57,7 @@ class Nic(Announced):
         super().__init__(FakeClock(), name)
         self.fake_tap = FakeTap()
         self.tap, self.tap_fd = "tap0", self.fake_tap.fd
-        self.rx_backlog = RxBacklog(self.fake_tap, threading.RLock())
+        self.rx_backlog = Backlog(self.fake_tap, threading.RLock())
 
     def given(self) -> list[bytes]:
         """What its guest would get now, without the tap's header."""

@@ -11,13 +11,22 @@ from godwit.announce.frames import gratuitous_arp, layer2_update, read_cookie
 from godwit.errors import LinkLost
 from godwit.host.net.ethernet import BROADCAST, TPID_8021Q
 from godwit.host.net.tap import HEADER
-from godwit.hw.nic import rx_backlog as ahead
-from godwit.migration.packets import destination as arrival_module
-from godwit.migration.packets import source as forwarder_module
+from godwit.hw.nic import rx_backlog
+from godwit.migration.packets import source as packet_source
 from godwit.migration.wire import messages
 from godwit.migration.wire.messages import Kind
 from godwit.spec import saved
-from handover_bench import COOKIE, OTHER, Handover, switch_over, finish, taps, to, next_message
+from handover_bench import (
+    COOKIE,
+    OTHER,
+    PATIENT,
+    Handover,
+    finish,
+    next_message,
+    switch_over,
+    taps,
+    to,
+)
 
 TAG_100 = b"\x81\0\0\x64"
 
@@ -33,13 +42,13 @@ def test_what_came_to_the_old_host_goes_before_what_came_to_the_new(handover: Ha
     target.put(to(guest, 4))
     handover.receiver.settle()
     assert handover.target.nics[0].given() == [to(guest, number) for number in (1, 2, 3, 4)]
-    assert handover.receiver.info()["frames"] == 2
+    assert handover.receiver.info()["packets"] == 2
     info = handover.sender.info()
-    (road,) = info.pop("roads")
-    assert road["first-mark"] == road["last-mark"] <= road["end"]
+    (road,) = info.pop("old-paths")
+    assert road["first-marker"] == road["last-marker"] <= road["drained"]
     assert info == {
-        "frames": 2, "bytes": 2 * (HEADER + 60), "late": 0, "left-behind": 0,
-        "marks-seen": 1, "marks-sent": 1,
+        "packets": 2, "bytes": 2 * (HEADER + 60), "late": 0, "left-behind": 0,
+        "markers-seen": 1, "markers-sent": 1,
     }  # fmt: skip
 
 
@@ -55,7 +64,7 @@ def test_frames_flooded_to_both_before_the_draw_come_once(handover: Handover) ->
     for tap in (source, target):
         tap.put(to(BROADCAST, 1))
     switch_over(handover)
-    assert handover.target.nics[0].drained == 1
+    assert handover.target.nics[0].rx_backlog.drained == 1
     next_message(handover)
     finish(handover)
     handover.receiver.settle()
@@ -81,7 +90,7 @@ def test_broadcasts_on_the_way_during_the_draw_come_once(handover: Handover) -> 
 
 
 def test_the_same_broadcast_sent_twice_comes_twice(handover: Handover) -> None:
-    """Once before the switch_over, to both taps; once after the mark, which the new tap alone gives."""
+    """Once before the switchover, to both taps; once after the marker, which one tap gives."""
     source, target = taps(handover)
     for tap in (source, target):
         tap.put(to(BROADCAST, 1))
@@ -189,20 +198,20 @@ def test_a_guest_that_is_there_for_good_gets_nothing_here(handover: Handover) ->
 def test_more_than_the_bound_is_left_behind_and_said(
     handover: Handover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forwarder_module, "MAX_FRAMES", 40)
+    monkeypatch.setattr(packet_source, "MAX_FRAMES", 40)
     guest, source, _ = handover.source.nics[0].mac, *taps(handover)
     for number in range(80):
         source.put(to(guest, number))
     for _ in range(4):  # a batch each time
         handover.sender.serve(time.monotonic())
     info = handover.sender.info()
-    assert (info["frames"], info["left-behind"]) == (64, 16)  # whole batches
+    assert (info["packets"], info["left-behind"]) == (64, 16)  # whole batches
     # What ends the road is still acknowledged.
     switch_over(handover)
     next_message(handover)
     finish(handover)
     handover.receiver.settle()
-    assert handover.sender.info()["marks-seen"] == 1
+    assert handover.sender.info()["markers-seen"] == 1
 
 
 def test_a_draw_that_fails_is_no_failure(handover: Handover) -> None:
@@ -211,7 +220,7 @@ def test_a_draw_that_fails_is_no_failure(handover: Handover) -> None:
     next_message(handover)
     handover.sender.serve(time.monotonic())
     handover.receiver.settle()
-    assert handover.receiver.info()["marks-sent"] == 0
+    assert handover.receiver.info()["markers-sent"] == 0
 
 
 def test_it_is_drawn_once(handover: Handover) -> None:
@@ -254,7 +263,7 @@ def test_what_is_no_frame_is_refused(handover: Handover, size: int) -> None:
 
 
 def test_a_peer_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "MAX_BYTES", 1000)
+    monkeypatch.setattr(rx_backlog, "MAX_BYTES", 1000)
     both = Handover()
     try:
         frames = [bytes(HEADER) + to(OTHER, number) for number in range(100)]
@@ -275,7 +284,7 @@ def test_only_the_moves_own_marks_are_marks(handover: Handover) -> None:
     stranger = layer2_update(guest, (), bytes(16))
     source.put(stranger)
     handover.sender.serve(time.monotonic())
-    assert handover.sender.info()["marks-seen"] == 0
+    assert handover.sender.info()["markers-seen"] == 0
     assert read_cookie(stranger) is not None
 
 
@@ -288,29 +297,32 @@ def test_a_mark_of_one_nic_is_none_of_anothers() -> None:
         next_message(both)
         marks = [[frame for _, frame in nic.sent] for nic in both.target.nics]
         for nic in (first, second):
-            nic.tap.put(marks[0][0])
-        second.tap.put(to(BROADCAST, 1))  # the second NIC's new tap did not get it: not drawn yet
-        second.tap.put(to(second.mac, 2))
+            nic.fake_tap.put(marks[0][0])
+        second.fake_tap.put(
+            to(BROADCAST, 1)
+        )  # the second NIC's new tap did not get it: not drawn yet
+        second.fake_tap.put(to(second.mac, 2))
         for nic in (first, second):
-            nic.tap.put(marks[1][0])
+            nic.fake_tap.put(marks[1][0])
         for _ in range(3):
             both.sender.serve(time.monotonic())
         both.receiver.settle()
         assert both.target.nics[1].given() == [to(BROADCAST, 1), to(second.mac, 2)]
-        assert both.sender.info()["marks-seen"] == 2
+        assert both.sender.info()["markers-seen"] == 2
         assert both.sender.info()["late"] == 0
     finally:
         both.close()
 
 
-def test_a_frame_that_does_not_end_holds_nothing(
-    handover: Handover, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(arrival_module, "HOLD_S", 0.0)
-    handover.near.send_parts([messages.header(Kind.PACKETS, 1 << 20), b"a little of it"])
-    switch_over(handover)
-    handover.receiver.settle()
-    assert handover.target.nics[0].rx_backlog.held is False
+def test_a_message_that_does_not_end_holds_nothing() -> None:
+    handover = Handover(times=PATIENT._replace(hold=0.0))
+    try:
+        handover.near.send_parts([messages.header(Kind.PACKETS, 1 << 20), b"a little of it"])
+        switch_over(handover)
+        handover.receiver.settle()
+        assert handover.target.nics[0].rx_backlog.held is False
+    finally:
+        handover.close()
 
 
 def test_each_nic_has_its_own_road() -> None:
@@ -318,7 +330,7 @@ def test_each_nic_has_its_own_road() -> None:
     try:
         guests = [nic.mac for nic in both.source.nics]
         for nic, mac in zip(both.source.nics, guests, strict=True):
-            nic.tap.put(to(mac, 1))
+            nic.fake_tap.put(to(mac, 1))
         switch_over(both)
         next_message(both)
         both.flood(0)

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import select
 import time
-from types import SimpleNamespace
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import pytest
 
 from godwit.host.net.ethernet import BROADCAST
-from godwit.migration.packets import destination as arrival_module
-from godwit.migration.packets import source as forwarder_module
 from godwit.migration.packets.destination import Hold
-from godwit.migration.packets.source import Road
-from handover_bench import OTHER, Handover, switch_over, finish, taps, to, next_message
+from godwit.migration.packets.source import OldPath
+from godwit.migration.times import Times
+from godwit.migration.wire.sockets import SocketConnection
+from handover_bench import OTHER, PATIENT, Handover, finish, next_message, switch_over, taps, to
+from tests.fakes.clock import FakeClock
 
 
-@pytest.mark.parametrize("seen", [False, True])
-def test_a_mark_that_does_not_come_is_waited_for_only_so_long(
-    handover: Handover, monkeypatch: pytest.MonkeyPatch, seen: bool
+@pytest.fixture
+def impatient(request: pytest.FixtureRequest) -> Iterator[Handover]:
+    """Both hosts of a migration, with the times of the test's parameter."""
+    handover = Handover(times=PATIENT._replace(**request.param))
+    yield handover
+    handover.close()
+
+
+@pytest.mark.parametrize(
+    ("impatient", "seen"),
+    [({"marker": 0.0}, False), ({"quiet": 0.0}, True)],
+    indirect=["impatient"],
+)
+def test_a_marker_that_does_not_come_is_waited_for_only_so_long(
+    impatient: Handover, seen: bool
 ) -> None:
-    monkeypatch.setattr(forwarder_module, "QUIET_S" if seen else "MARKS_S", 0.0)
+    handover = impatient
     switch_over(handover)
     next_message(handover)
     handover.sender.switched([2])  # on a network that nobody carries
@@ -30,7 +42,7 @@ def test_a_mark_that_does_not_come_is_waited_for_only_so_long(
     handover.sender.serve(time.monotonic())
     handover.receiver.settle()
     assert handover.target.nics[0].rx_backlog.held is False
-    assert handover.sender.info()["marks-seen"] == int(seen)
+    assert handover.sender.info()["markers-seen"] == int(seen)
 
 
 def test_only_frames_to_the_guest_tell_of_a_mark_that_is_late(handover: Handover) -> None:
@@ -39,61 +51,64 @@ def test_only_frames_to_the_guest_tell_of_a_mark_that_is_late(handover: Handover
     switch_over(handover)
     next_message(handover)
     handover.sender.serve(time.monotonic())
-    assert "last-frame" not in handover.sender.info()["roads"][0]
+    assert "last-packet" not in handover.sender.info()["old-paths"][0]
     source.put(to(handover.source.nics[0].mac, 2))
     handover.sender.serve(time.monotonic())
-    assert "last-frame" in handover.sender.info()["roads"][0]
+    assert "last-packet" in handover.sender.info()["old-paths"][0]
 
 
-def test_a_mark_that_is_late_ends_the_road_and_nothing_is_late(
-    handover: Handover, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 100.0
-    monkeypatch.setattr(forwarder_module, "time", SimpleNamespace(monotonic=lambda: now))
-    for name, seconds in (("MARKS_S", 0.25), ("LONGEST_S", 2.0), ("QUIET_S", 0.05)):
-        monkeypatch.setattr(forwarder_module, name, seconds)
+def test_a_marker_that_is_late_ends_the_old_path_and_nothing_is_late() -> None:
+    clock = FakeClock(100.0)
+    times = Times(now=clock.now, silence=60.0, hold=60.0, hold_longest=60.0, settle=60.0)
+    handover = Handover(times=times)
+    try:
+        _late_marker(handover, clock)
+    finally:
+        handover.close()
+
+
+def _late_marker(handover: Handover, clock: FakeClock) -> None:
     guest, source, target = handover.source.nics[0].mac, *taps(handover)
     switch_over(handover)
     next_message(handover)
     target.put(to(guest, 4))
-    for number, at in enumerate((100.2, 100.4, 100.47), 1):
-        now = at
+    for number, passes in enumerate((0.2, 0.2, 0.07), 1):
+        clock.advance(passes)
         source.put(to(guest, number))
-        handover.sender.serve(now)
-    now = 100.48
+        handover.sender.serve(clock.now())
+    clock.advance(0.01)
     handover.flood()
-    handover.sender.serve(now)
+    handover.sender.serve(clock.now())
     handover.receiver.settle()
     assert handover.target.nics[0].given() == [to(guest, number) for number in (1, 2, 3, 4)]
     assert handover.sender.info()["late"] == 0
-    assert handover.sender.info()["roads"] == [
-        {"last-frame": 470.0, "first-mark": 480.0, "last-mark": 480.0, "end": 480.0}
+    assert handover.sender.info()["old-paths"] == [
+        {"last-packet": 470.0, "first-marker": 480.0, "last-marker": 480.0, "drained": 480.0}
     ]
 
 
-class Polls:
-    """Counts how often it is asked."""
+class Counting(SocketConnection):
+    """Counts how often something is waited for."""
 
-    def __init__(self, poll: select.poll) -> None:
-        self._poll, self.count = poll, 0
+    waits = 0
 
-    def poll(self, timeout: float) -> list[tuple[int, int]]:
-        self.count += 1
-        return self._poll.poll(timeout)
+    def wait(self, timeout: float, others: Iterable[int] = ()) -> tuple[bool, set[int]]:
+        self.waits += 1
+        return super().wait(timeout, others)
 
 
-def test_a_road_that_is_over_keeps_nobody_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forwarder_module, "LATE_S", 0.0)
-    both = Handover(nics=2)
+def test_an_old_path_that_is_over_keeps_nobody_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("handover_bench.SocketConnection", Counting)
+    both = Handover(nics=2, times=PATIENT._replace(late=0.0))
     try:
-        both.receiver.switch_over(lambda phase: None)
+        switch_over(both)
         next_message(both)
         both.flood(0)
         assert not both.sender.serve(time.monotonic())
-        polls = Polls(both.sender._poll)
-        monkeypatch.setattr(both.forwarder, "_poll", polls)
+        assert isinstance(both.near, Counting)
+        both.near.waits = 0
         assert not both.sender.serve(time.monotonic() + 0.1)
-        assert polls.count < 10
+        assert 0 < both.near.waits < 10
     finally:
         both.close()
 
@@ -102,7 +117,7 @@ def test_a_second_draw_begins_nothing_anew(handover: Handover) -> None:
     switch_over(handover)
     next_message(handover)
     handover.sender.switched([])
-    assert handover.sender.info()["marks-sent"] == 1
+    assert handover.sender.info()["markers-sent"] == 1
 
 
 def test_a_nic_of_which_no_count_is_given_waits_for_none() -> None:
@@ -111,9 +126,9 @@ def test_a_nic_of_which_no_count_is_given_waits_for_none() -> None:
         both.receiver.switch_over(lambda phase: None)
         both.sender.switched([1])
         both.sender.serve(time.monotonic())
-        first, second = both.sender.info()["roads"]
-        assert "end" not in first
-        assert "end" in second
+        first, second = both.sender.info()["old-paths"]
+        assert "drained" not in first
+        assert "drained" in second
     finally:
         both.close()
 
@@ -135,61 +150,64 @@ def test_a_nic_of_which_no_count_is_given_waits_for_none() -> None:
     ],
 )
 def test_until_when_a_mark_is_waited_for(
-    handover: Handover,
-    monkeypatch: pytest.MonkeyPatch,
-    marks: tuple[float, ...],
-    last_frame: float,
-    due: float,
+    handover: Handover, marks: tuple[float, ...], last_frame: float, due: float
 ) -> None:
-    for name, seconds in (("MARKS_S", 0.25), ("LONGEST_S", 2.0), ("QUIET_S", 0.05)):
-        monkeypatch.setattr(forwarder_module, name, seconds)
-    road = Road(0, cast(Any, handover.source.nics[0]), frozenset())
+    road = OldPath(0, cast(Any, handover.source.nics[0]), frozenset(), Times())
     assert road.due(10.0) is None  # the destination has not said how many
     road.expected = 3
     assert road.due(None) is None
     for number, at in enumerate(marks):
         road.marked(number, b"", at)
-    road.last_frame = last_frame
+    road.last_packet = last_frame
     assert road.due(10.0) == pytest.approx(due)
 
 
-def test_the_tap_waits_longer_while_the_old_hosts_frames_come(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(arrival_module, "HOLD_S", 1.0)
-    monkeypatch.setattr(arrival_module, "LONGEST_S", 3.0)
-    hold = Hold()
-    hold.acknowledged(99.0)  # before the switch_over they say nothing
-    assert not hold.over(200.0)
-    hold.begin(100.0)
-    assert [hold.over(now) for now in (100.9, 101.0)] == [False, True]
-    for now in (100.9, 101.8, 102.7):
-        hold.acknowledged(now)
-        assert not hold.over(now + 0.2)
-    assert hold.over(103.0)
+def test_the_tap_waits_longer_while_the_old_hosts_packets_come() -> None:
+    clock = FakeClock(99.0)
+    hold = Hold(Times(now=clock.now, hold=1.0, hold_longest=3.0))
+    hold.received()  # before the switchover they mean nothing
+    clock.advance(101.0)
+    assert not hold.over
+    hold.begin()
+    began = clock.now()
+    for passes, over in ((0.9, False), (0.0, False), (0.9, False), (0.9, False)):
+        clock.advance(passes)
+        assert hold.over is over
+        hold.received()
+    clock.advance(began + 3.0 - clock.now() - 0.01)
+    assert not hold.over
+    clock.advance(0.01)
+    assert hold.over
 
 
-def test_a_source_that_says_nothing_is_waited_for_only_so_long(
-    handover: Handover, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(arrival_module, "HOLD_S", 0.0)
-    _, target = taps(handover)
-    switch_over(handover)
+def test_the_tap_waits_only_so_long_for_the_first_packet() -> None:
+    clock = FakeClock(100.0)
+    hold = Hold(Times(now=clock.now, hold=1.0, hold_longest=3.0))
+    hold.begin()
+    clock.advance(0.9)
+    assert not hold.over
+    clock.advance(0.1)
+    assert hold.over
+
+
+@pytest.mark.parametrize("impatient", [{"hold": 0.0}], indirect=True)
+def test_a_source_that_sends_nothing_is_waited_for_only_so_long(impatient: Handover) -> None:
+    _, target = taps(impatient)
+    switch_over(impatient)
     target.put(to(OTHER, 1))
-    handover.receiver.settle()
-    assert handover.target.nics[0].given() == [to(OTHER, 1)]
+    impatient.receiver.settle()
+    assert impatient.target.nics[0].given() == [to(OTHER, 1)]
 
 
-def test_what_is_there_is_taken_however_long_the_start_took(
-    handover: Handover, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("impatient", [{"settle": 0.0}], indirect=True)
+def test_what_is_there_is_taken_however_long_the_start_took(impatient: Handover) -> None:
+    handover = impatient
     guest, (source, target) = handover.source.nics[0].mac, taps(handover)
     source.put(to(guest, 1))
     switch_over(handover)
     next_message(handover)
     target.put(to(guest, 2))
     finish(handover)
-    monkeypatch.setattr(arrival_module, "SETTLE_S", 0.0)
     assert handover.receiver.holding
     assert handover.receiver.settle()
     assert not handover.receiver.holding
@@ -205,11 +223,10 @@ def test_frames_are_expected_from_the_draw_to_the_roads_end(handover: Handover) 
     assert not handover.sender.expecting
 
 
-def test_the_announcement_waits_only_so_long_and_the_tap_waits_on(
-    handover: Handover, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("impatient", [{"settle": 0.0}], indirect=True)
+def test_the_announcement_waits_only_so_long_and_the_tap_waits_on(impatient: Handover) -> None:
+    handover = impatient
     guest, (source, target) = handover.source.nics[0].mac, taps(handover)
-    monkeypatch.setattr(arrival_module, "SETTLE_S", 0.0)
     switch_over(handover)
     target.put(to(guest, 2))
     assert not handover.receiver.settle()

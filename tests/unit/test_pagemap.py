@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from godwit.errors import HostError
-from godwit.hw.memory import HOLE_END, PAGE, GuestMemory
 from godwit.host import pagemap
+from godwit.hw.memory import HOLE_END, PAGE, GuestMemory
 from godwit.migration.ram.page_runs import pages_in
 from godwit.migration.wire.messages import Run
 

@@ -16,10 +16,13 @@ import pytest
 from msgspec.structs import replace
 
 from godwit.errors import LinkLost
+from godwit.hw.device import Devices
 from godwit.hw.memory import PAGE, GuestMemory
-from godwit.machine.machine import Machine
+from godwit.machine.machine import Machine, OnPhase
+from godwit.migration.guest import Guest
 from godwit.migration.outgoing import Outgoing
-from godwit.migration.wire.stream import Line
+from godwit.migration.times import Times
+from godwit.migration.wire.stream import Connection
 from godwit.spec.parameters import ConvergenceParameters, MigrationParameters, OnNoConvergence
 from godwit.spec.runstate import RunState, RunStates
 
@@ -43,7 +46,7 @@ class Vcpu:
         return 60.0
 
 
-class Guest:
+class Standin:
     """A running guest that makes ``speed`` pages dirty in a second of its time."""
 
     def __init__(self, memory: GuestMemory, speed: float) -> None:
@@ -52,9 +55,9 @@ class Guest:
         self.speed = speed
         self.vcpus = [Vcpu(), Vcpu()]
         self.vm = SimpleNamespace(dirty_log=self._dirty_log)
-        self.nics: list[object] = []
+        self.devices = Devices()
         self.lock = threading.RLock()
-        self.ended = None
+        self.exited = None
         self.running = True
         self._looked = self.now
 
@@ -68,7 +71,7 @@ class Guest:
     def set_dirty_log(self, on: bool) -> None:
         self._looked = self.now
 
-    def pause(self, mark: Callable[[str], None]) -> None:
+    def pause(self, on_phase: OnPhase) -> None:
         self.running = False
 
     def resume(self) -> None:
@@ -82,10 +85,10 @@ class Guest:
         ctypes.memset(address, 0xFF, pages // 8)
 
 
-class Wire(Line):
+class Wire(Connection):
     """Takes ``LINE`` pages in a second; ``breaks`` after so many bytes."""
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Standin) -> None:
         super().__init__()
         self._guest = guest
         self.breaks = 1 << 60
@@ -100,6 +103,9 @@ class Wire(Line):
     def read_into(self, views: Sequence[memoryview]) -> None:
         raise NotImplementedError
 
+    def begin(self, length: int | None = None) -> None:
+        pass
+
     def stop_receiving(self) -> None:
         pass
 
@@ -110,18 +116,19 @@ class Wire(Line):
 class Move(Outgoing):
     """Out of the machine, to nowhere."""
 
-    def __init__(self, guest: Guest, parameters: ConvergenceParameters) -> None:
+    def __init__(self, standin: Standin, parameters: ConvergenceParameters) -> None:
         self.states = RunStates(S.RUNNING)
         self.told: list[tuple[str, int]] = []
-        self.parameters = MigrationParameters(convergence=parameters)
-        machine = cast(Machine, guest)
-        super().__init__(machine, self.states, lambda: self.parameters, self._tell)
-        self._guest = guest
-        self._line = self.wire = Wire(guest)
+        self.chosen = MigrationParameters(convergence=parameters)
+        guest = Guest(cast(Machine, standin), [], lambda: standin.now)
+        times = Times(now=lambda: standin.now)
+        super().__init__(guest, self.states, lambda: self.chosen, self._tell, times)
+        self._standin = standin
+        self._connection = self.wire = Wire(standin)
         self.at_round: Callable[[int], object] = lambda number: None
 
     def _tell(self, status: str) -> None:
-        self.told.append((status, self._guest.throttle))
+        self.told.append((status, self._standin.throttle))
 
     def _phases(self) -> tuple[Callable[[], None], ...]:
         return self._begin, self._precopy, self._stop, self._hand_over
@@ -143,25 +150,21 @@ class Move(Outgoing):
         self.start()
         self.join(60)
         assert not self.active
-        assert self._guest.throttle == 0
+        assert self._standin.throttle == 0
         assert self.report.throttle == 0
 
 
 @pytest.fixture
-def guest(memory: GuestMemory, monkeypatch: pytest.MonkeyPatch) -> Guest:
+def guest(memory: GuestMemory) -> Standin:
     memory.view(0, ALL * PAGE)[::8] = b"\1" * (ALL * PAGE // 8)
-    guest = Guest(memory, speed=8000)
-    clock = SimpleNamespace(monotonic=lambda: guest.now)
-    for module in ("outgoing", "report"):
-        monkeypatch.setattr(f"godwit.migration.{module}.time", clock)
-    return guest
+    return Standin(memory, speed=8000)
 
 
 def _throttles(move: Move) -> list[int]:
     return [done.throttle for done in move.report.rounds]
 
 
-def test_an_idle_guest_costs_one_round(guest: Guest) -> None:
+def test_an_idle_guest_costs_one_round(guest: Standin) -> None:
     guest.speed = 1
     move = Move(guest, ConvergenceParameters(auto_converge=True))
     move.run()
@@ -170,7 +173,7 @@ def test_an_idle_guest_costs_one_round(guest: Guest) -> None:
     assert guest.vcpus[0].percents == []
 
 
-def test_what_is_left_is_sent_before_the_stop_and_after_it_was_found(guest: Guest) -> None:
+def test_what_is_left_is_sent_before_the_stop_and_after_it_was_found(guest: Standin) -> None:
     guest.speed = 2
     move = Move(guest, ConvergenceParameters())
     done: list[tuple[str, object]] = []
@@ -189,10 +192,10 @@ def test_what_is_left_is_sent_before_the_stop_and_after_it_was_found(guest: Gues
     move.run()
     assert done[-2:] == [("found", [(0, 8)]), ("sent", [(0, 8)])]
     assert move._left == []
-    assert move._ahead == 8
+    assert move._sent_early == 8
 
 
-def test_a_guest_is_slowed_down_until_it_can_move(guest: Guest) -> None:
+def test_a_guest_is_slowed_down_until_it_can_move(guest: Standin) -> None:
     move = Move(guest, ConvergenceParameters(auto_converge=True, cpu_throttle_initial=40))
     move.run()
     assert _throttles(move)[:8] == [0, 0, 40, 50, 60, 70, 80, 90]  # 8 to 1: needs 90.6
@@ -208,7 +211,7 @@ def test_a_guest_is_slowed_down_until_it_can_move(guest: Guest) -> None:
     assert last.dirty * 1000 / LINE <= 300
 
 
-def test_the_guest_goes_on_where_nothing_helps(guest: Guest) -> None:
+def test_the_guest_goes_on_where_nothing_helps(guest: Standin) -> None:
     move = Move(guest, ConvergenceParameters(auto_converge=True, max_cpu_throttle=30))
     move.run()
     assert _throttles(move) == [0, 0, 20, 30, 30]
@@ -224,7 +227,7 @@ def test_the_guest_goes_on_where_nothing_helps(guest: Guest) -> None:
     assert "cpu-throttle-percentage" not in info
 
 
-def test_the_guest_is_stopped_where_its_operator_says_so(guest: Guest) -> None:
+def test_the_guest_is_stopped_where_its_operator_says_so(guest: Standin) -> None:
     anyway = ConvergenceParameters(on_no_convergence=OnNoConvergence.STOP_AND_COPY)
     move = Move(guest, anyway)
     move.run()
@@ -232,7 +235,7 @@ def test_the_guest_is_stopped_where_its_operator_says_so(guest: Guest) -> None:
     assert move.told == [("device", 0), ("completed", 0)]
 
 
-def test_a_line_that_breaks_ends_the_throttle(guest: Guest) -> None:
+def test_a_line_that_breaks_ends_the_throttle(guest: Standin) -> None:
     move = Move(guest, ConvergenceParameters(auto_converge=True))
     move.wire.breaks = (ALL + 3 * HOT) * PAGE
     move.run()
@@ -241,7 +244,7 @@ def test_a_line_that_breaks_ends_the_throttle(guest: Guest) -> None:
     assert guest.running
 
 
-def test_cancelled_is_throttled_no_more_even_before_the_thread_knows(guest: Guest) -> None:
+def test_cancelled_is_throttled_no_more_even_before_the_thread_knows(guest: Standin) -> None:
     move = Move(guest, ConvergenceParameters(auto_converge=True))
     seen = []
 
@@ -258,15 +261,15 @@ def test_cancelled_is_throttled_no_more_even_before_the_thread_knows(guest: Gues
     assert guest.running
 
 
-def test_parameters_count_from_the_next_round_on(guest: Guest) -> None:
+def test_parameters_count_from_the_next_round_on(guest: Standin) -> None:
     move = Move(guest, ConvergenceParameters())
 
     def change(number: int) -> None:
         if number == 4:
             throttled = ConvergenceParameters(auto_converge=True, cpu_throttle_initial=95)
-            move.parameters = MigrationParameters(convergence=throttled)
+            move.chosen = MigrationParameters(convergence=throttled)
         if number == 6:
-            move.parameters = replace(move.parameters, downtime_limit=10_000)
+            move.chosen = replace(move.chosen, downtime_limit=10_000)
 
     move.at_round = change
     move.run()

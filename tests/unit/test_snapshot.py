@@ -1,4 +1,4 @@
-"""Frames in a file: what was written is read, and a file that ends early or is full says so."""
+"""Messages in a file: what was written is read, and a file that ends early or is full says so."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     line = _open(path, os.O_RDONLY)
     kind, length = line.receive()
     assert kind is Kind.FAILED
-    assert saved.decode(line.read(length), Text) == Reason("first")
+    assert saved.decode(line.read(length), Reason) == Reason("first")
     read = [bytearray(4096) for _ in pages]
     line.read_into([memoryview(page) for page in read])
     assert read == pages

@@ -10,7 +10,7 @@ from godwit.host.kvm.cpustate import PlatformState, VcpuState
 from godwit.hw.device import DeviceState
 
 #: Version of :class:`MachineState` itself; each device has its own.
-VERSION = 2
+VERSION = 1
 
 
 class MachineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

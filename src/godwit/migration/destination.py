@@ -218,6 +218,8 @@ class Destination(Incoming):
                 connection.expect(Kind.ACK)
                 return
             except GodwitError:
+                pass
+            finally:
                 connection.close()
             again = None
             while again is None:

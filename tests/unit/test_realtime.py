@@ -1,30 +1,22 @@
-"""Who goes first while a guest stands still."""
+"""The real-time section: both ends go before all others while a guest stands still."""
 
 from __future__ import annotations
 
 import gc
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 
-from godwit.machine.machine import Machine
-from godwit.migration import realtime as urgency
+from godwit.migration import realtime
 from godwit.migration.realtime import RealtimeSection
-from godwit.migration.snapshot import Restorer
-from godwit.migration.wire import messages
-from godwit.migration.wire.compatibility import describe
-from godwit.migration.wire.messages import Kind
-from godwit.spec import saved
-from move_bench import Move, Standin
-from recorded import STREAMS
+from godwit.migration.times import Times
+from migration_bench import IMPATIENT, Migration, S, Side
+from tests.fakes.clock import FakeClock
 
 FLAG = os.SCHED_RESET_ON_FORK
-NORMAL, URGENT = os.SCHED_OTHER | FLAG, os.SCHED_RR | FLAG
+NORMAL, RAISED = os.SCHED_OTHER | FLAG, os.SCHED_RR | FLAG
 
 
 @pytest.fixture
@@ -38,80 +30,78 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         assert parameter.sched_priority == (policy != NORMAL)
         found.append((threading.current_thread().name, policy))
 
-    monkeypatch.setattr(urgency.os, "sched_setscheduler", ask)
+    monkeypatch.setattr(realtime.os, "sched_setscheduler", ask)
     return found
 
 
-def test_both_ends_are_urgent_during_the_stop_and_not_after_it(
+def test_both_ends_are_raised_during_the_stop_and_not_after_it(
     tmp_path: Path, asked: list[tuple[str, int]]
 ) -> None:
-    move = Move(tmp_path)
+    move = Migration(tmp_path)
     move.run()
     move.close()
-    assert move.told[-1] == "completed"
+    assert move.here.statuses[-1] == "completed"
     for name in ("migration", "incoming"):
-        assert [policy for who, policy in asked if who == name] == [URGENT, NORMAL]
+        assert [policy for who, policy in asked if who == name] == [RAISED, NORMAL]
 
 
 def test_a_source_whose_guest_stays_is_ordinary_again(
     tmp_path: Path, asked: list[tuple[str, int]]
 ) -> None:
-    move = Move(tmp_path)
-    move.there.bad_state = True
+    move = Migration(tmp_path)
+    move.there.refuse_states()
     move.run()
     move.close()
-    assert move.told[-1] == "failed"
-    assert [policy for who, policy in asked if who == "migration"] == [URGENT, NORMAL]
+    assert move.here.statuses[-1] == "failed"
+    assert [policy for who, policy in asked if who == "migration"] == [RAISED, NORMAL]
 
 
 @pytest.mark.parametrize("starts", [True, False])
-def test_a_guest_from_a_file_is_not_urgent_for_ever(
+def test_a_guest_from_a_file_is_not_raised_for_ever(
     tmp_path: Path, asked: list[tuple[str, int]], starts: bool
 ) -> None:
-    machine, path, ran = Standin(), tmp_path / "guest", list[bool]()
-    token = bytes(16)
-    frames = (
-        (Kind.HELLO, saved.encode(describe(cast(Machine, machine), token))),
-        (Kind.STATE, STREAMS[1].read()[1]),
-        (Kind.ROUND, b""),
-        (Kind.COMMIT, saved.encode(messages.Commit(token, starts))),
-    )
-    path.write_bytes(b"".join(messages.message(kind, payload) for kind, payload in frames))
-
-    def start(running: bool, mark: Callable[[str], None], *others: object) -> None:
-        ran.append(running)
-        assert not gc.isenabled()
-        if running:
-            mark("vcpus-started")
-
-    restorer = Restorer(cast(Machine, machine), path, start, lambda error: pytest.fail(str(error)))
-    restorer.start()
-    restorer._thread.join(30)
-    restorer.close()
-    machine.close()
-    assert ran == [starts]
+    uri = f"file:{tmp_path / 'guest'}"
+    here = Side(S.RUNNING, IMPATIENT)
+    here.machine.resume()
+    here.migrations.migrate(uri, False)
+    outgoing = here.migrations._outgoing
+    assert outgoing is not None
+    outgoing.join(30)
+    assert here.statuses[-1] == "completed"
+    there = Side(S.INMIGRATE, IMPATIENT)
+    there.migrations.autostart = starts
+    collects: list[bool] = []
+    there.states.listen(lambda old, new: collects.append(gc.isenabled()))
+    asked.clear()
+    there.migrations.await_guest(uri, False)
+    incoming = there.migrations._incoming
+    assert incoming is not None
+    incoming._thread.join(30)
+    assert there.states.current is (S.RUNNING if starts else S.PRELAUNCH_MIGRATE)
+    assert collects[0] is False, "prelaunch-migrate: within the section"
+    here.close()
+    there.close()
     assert gc.isenabled()
-    assert [policy for _, policy in asked] == [URGENT, NORMAL]
+    assert [policy for _, policy in asked] == [RAISED, NORMAL]
 
 
-def test_a_peer_that_comes_to_no_end_is_not_urgent_for_long(
+def test_a_peer_that_comes_to_no_end_is_not_raised_for_long(
     monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int]]
 ) -> None:
-    now = 100.0
-    monkeypatch.setattr(urgency, "time", SimpleNamespace(monotonic=lambda: now))
-    one = RealtimeSection()
+    clock = FakeClock()
+    one = RealtimeSection(Times(now=clock.now))
     one.begin()
-    for at in (100.9, 101.1, 101.2):
-        now = at
-        one.look()
-    assert [policy for _, policy in asked] == [URGENT, NORMAL]
+    for passes in (0.9, 0.2, 0.1):
+        clock.advance(passes)
+        one.expire()
+    assert [policy for _, policy in asked] == [RAISED, NORMAL]
 
 
 @pytest.mark.parametrize("policy", [os.SCHED_OTHER, os.SCHED_FIFO])
 def test_nobody_looks_for_garbage_meanwhile(
     monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int]], policy: int
 ) -> None:
-    monkeypatch.setattr(urgency.os, "sched_getscheduler", lambda pid: policy)
+    monkeypatch.setattr(realtime.os, "sched_getscheduler", lambda pid: policy)
     one = RealtimeSection()
     assert gc.isenabled()
     one.begin()
@@ -129,12 +119,17 @@ def test_nobody_looks_for_garbage_meanwhile(
         gc.enable()
 
 
-def test_a_stop_that_will_be_long_is_not_urgent(
+def test_a_stop_that_will_be_long_is_not_raised(
     tmp_path: Path, asked: list[tuple[str, int]]
 ) -> None:
-    move = Move(tmp_path)
-    move.source.report.expected_ms = 301.0
-    move.source._precopy = lambda: None  # type: ignore[method-assign]
+    move = Migration(tmp_path)
+
+    def before(status: str) -> None:
+        if status == "setup":
+            move.source.report.expected_ms = 301.0
+            move.source._precopy = lambda: None  # type: ignore[method-assign]
+
+    move.here.on_status = before
     move.run()
     move.close()
     assert [who for who, _ in asked if who == "migration"] == []
@@ -142,10 +137,10 @@ def test_a_stop_that_will_be_long_is_not_urgent(
 
 def test_who_may_not_goes_on_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(pid: int, policy: int, parameter: os.sched_param) -> None:
-        assert policy == URGENT, "nothing is to be undone"
+        assert policy == RAISED, "nothing is to be undone"
         raise PermissionError
 
-    monkeypatch.setattr(urgency.os, "sched_setscheduler", refuse)
+    monkeypatch.setattr(realtime.os, "sched_setscheduler", refuse)
     one = RealtimeSection()
     one.begin()
     assert not gc.isenabled()
@@ -157,7 +152,7 @@ def test_who_may_not_goes_on_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_operators_policy_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, asked: list[tuple[str, int]], policy: int
 ) -> None:
-    monkeypatch.setattr(urgency.os, "sched_getscheduler", lambda pid: policy)
+    monkeypatch.setattr(realtime.os, "sched_getscheduler", lambda pid: policy)
     one = RealtimeSection()
     one.begin()
     one.end()
@@ -170,7 +165,7 @@ def test_a_thread_that_is_started_meanwhile_is_ordinary() -> None:
     def look() -> None:
         policies.append(os.sched_getscheduler(0) & ~FLAG)
 
-    def urgent() -> None:
+    def raised() -> None:
         one = RealtimeSection()
         one.begin()
         look()
@@ -180,7 +175,7 @@ def test_a_thread_that_is_started_meanwhile_is_ordinary() -> None:
         one.end()
         look()
 
-    thread = threading.Thread(target=urgent)
+    thread = threading.Thread(target=raised)
     thread.start()
     thread.join()
     if policies[0] == os.SCHED_OTHER:

@@ -1,17 +1,19 @@
-"""The line between two hosts: addresses, frames, silence, and whether it is a direct one."""
+"""The connection between two hosts: addresses, messages, deadlines, and whether it is direct."""
 
 from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from godwit.errors import ConfigError, LinkLost, PeerRefused, StreamError
+from godwit.migration.times import Times
 from godwit.migration.wire import messages
-from godwit.migration.wire.messages import Kind, Text
+from godwit.migration.wire.messages import Kind, Reason
 from godwit.migration.wire.sockets import Address, SocketConnection
 from godwit.spec import saved
 
@@ -33,14 +35,14 @@ def ends(request: pytest.FixtureRequest) -> Iterator[tuple[SocketConnection, Soc
 @pytest.mark.parametrize(
     ("uri", "says"),
     [
-        ("", "please"),
-        ("unix:", "please"),
-        ("tcp:host", "please"),
-        ("tcp::1", "please"),
-        ("tcp:host:0", "please"),
-        ("tcp:host:65536", "please"),
-        ("tcp:host:http", "please"),
-        ("http:host:80", "please"),
+        ("", "give unix:PATH"),
+        ("unix:", "give unix:PATH"),
+        ("tcp:host", "give unix:PATH"),
+        ("tcp::1", "give unix:PATH"),
+        ("tcp:host:0", "give unix:PATH"),
+        ("tcp:host:65536", "give unix:PATH"),
+        ("tcp:host:http", "give unix:PATH"),
+        ("http:host:80", "give unix:PATH"),
         ("tcp:192.0.2.1:4444", "--insecure"),
         ("tcp:[2001:db8::1]:4444", "--insecure"),
         ("tcp:example:4444", "--insecure"),
@@ -81,9 +83,9 @@ def test_a_unix_address_is_for_its_owner_and_a_dead_socket_is_no_obstacle(tmp_pa
     address.listen().close()
 
 
-def test_frames_arrive_whole_and_counted(ends: tuple[SocketConnection, SocketConnection]) -> None:
+def test_messages_arrive_whole_and_counted(ends: tuple[SocketConnection, SocketConnection]) -> None:
     near, far = ends
-    near.send(Kind.FAILED, Text("because"))
+    near.send(Kind.FAILED, Reason("because"))
     near.send_parts([messages.header(Kind.RAM, 6), memoryview(b"abc"), b"", b"def"])
     with pytest.raises(PeerRefused, match="because"):
         far.expect(Kind.READY)
@@ -91,10 +93,10 @@ def test_frames_arrive_whole_and_counted(ends: tuple[SocketConnection, SocketCon
     first, second = bytearray(2), bytearray(4)
     far.read_into([memoryview(first), memoryview(second)])
     assert (bytes(first), bytes(second)) == (b"ab", b"cdef")
-    assert near.sent == 8 + len(saved.encode(Text("because"))) + 8 + 6
+    assert near.sent == 8 + len(saved.encode(Reason("because"))) + 8 + 6
 
 
-def test_another_frame_or_a_payload_where_none_is_due(
+def test_another_message_or_a_payload_where_none_is_due(
     ends: tuple[SocketConnection, SocketConnection],
 ) -> None:
     near, far = ends
@@ -109,24 +111,76 @@ def test_another_frame_or_a_payload_where_none_is_due(
 def test_a_silent_peer_and_a_gone_one(ends: tuple[SocketConnection, SocketConnection]) -> None:
     near, far = ends
     near.set_silence(0.01)
-    with pytest.raises(LinkLost, match="silent"):
+    near.begin()
+    with pytest.raises(LinkLost, match="did not finish a message"):
         near.read(1)
+    near.begin()
     far.interrupt()
     with pytest.raises(LinkLost, match="closed"):
         near.read(1)
 
 
-def test_a_line_that_both_ends_see_alike_is_direct(
+def test_a_connection_that_both_ends_see_alike_is_direct(
     ends: tuple[SocketConnection, SocketConnection],
 ) -> None:
     near, far = ends
-    assert near.is_direct(far.as_seen())
+    assert near.is_direct(far.describe(False))
 
 
-def test_a_line_with_something_between_is_not(
+def test_a_connection_with_something_between_is_not(
     ends: tuple[SocketConnection, SocketConnection],
 ) -> None:
     near, far = ends
-    seen = far.as_seen()
+    seen = far.describe(False)
     other = messages.Welcome(os.getpid() + 1, seen.near, seen.far and f"{seen.far}1")
     assert not near.is_direct(other)
+
+
+def test_a_message_has_a_deadline_in_all_and_not_for_each_byte() -> None:
+    """A peer that sends a byte now and then must not hold a stopped guest."""
+    ours, theirs = socket.socketpair()
+    connection = SocketConnection(ours, Times(silence=0.3, rate=1e9))
+    over = threading.Event()
+
+    def trickle() -> None:
+        for byte in messages.message(Kind.FAILED, saved.encode(messages.Reason("x" * 1000))):
+            if over.wait(0.01):
+                return
+            theirs.send(bytes((byte,)))
+
+    peer = threading.Thread(target=trickle)
+    peer.start()
+    try:
+        with pytest.raises(LinkLost, match=r"did not finish a message in 0\.3 s"):
+            connection.expect(Kind.READY)
+    finally:
+        over.set()
+        peer.join()
+        connection.close()
+        theirs.close()
+
+
+def test_a_long_message_gets_the_time_of_its_length() -> None:
+    ours, theirs = socket.socketpair()
+    connection = SocketConnection(ours, Times(now=lambda: 100.0, silence=10.0, rate=1000.0))
+    connection.begin(5000)
+    assert connection._receive_until == 115.0
+    connection.close()
+    theirs.close()
+
+
+def test_bytes_and_other_descriptors_are_waited_for_together(
+    ends: tuple[SocketConnection, SocketConnection],
+) -> None:
+    near, far = ends
+    reader, writer = os.pipe()
+    try:
+        assert near.wait(0.0, [reader]) == (False, set())
+        os.write(writer, b"x")
+        assert near.wait(60.0, [reader]) == (False, {reader})
+        far.send(Kind.ROUND)
+        assert near.wait(60.0) == (True, set())
+        assert near.wait(60.0, [reader]) == (True, {reader})
+    finally:
+        os.close(reader)
+        os.close(writer)

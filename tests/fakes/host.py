@@ -1,0 +1,102 @@
+"""Machines that are real but for what they stand on: a fake KVM, and taps without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import cast
+from unittest import mock
+
+from godwit.host.loop import Loop
+from godwit.hw.console import Console
+from godwit.machine.board import Board
+from godwit.machine.machine import Machine
+from godwit.machine.vcpu import StopReason
+from godwit.spec.config import VmConfig, parse_devices
+
+from .kvm import FakeSystem, FakeVcpu, FakeVm
+from .tap import FakeTap
+
+#: A NIC whose frames this process moves.
+NIC = ("--nic", "tap=tap0,mac=52:54:00:12:34:56,vhost=off")
+
+
+@contextmanager
+def taps() -> Iterator[dict[str, FakeTap]]:
+    """Have taps that are made meanwhile be fakes, by name; the newest of a name counts."""
+    made: dict[str, FakeTap] = {}
+
+    def make(name: str) -> FakeTap:
+        made[name] = tap = FakeTap(name=name)
+        return tap
+
+    with (
+        mock.patch("godwit.hw.virtio.net.device.Tap", make),
+        mock.patch("godwit.hw.nic.e1000.nic.Tap", make),
+    ):
+        yield made
+
+
+class Silent:
+    """A console that takes all output and shows none."""
+
+    def __init__(self) -> None:
+        self.written = bytearray()
+        self.on_space: Callable[[], None] | None = None
+
+    def has_space(self) -> bool:
+        """Take anything."""
+        return True
+
+    def write(self, data: bytes) -> None:
+        """Keep the output."""
+        self.written += data
+
+
+def config(*devices: tuple[str, str], memory: int = 32 << 20, **given: object) -> VmConfig:
+    """Return a configuration with these devices, as options and values."""
+    return VmConfig(memory=memory, devices=parse_devices(devices), **given)  # type: ignore[arg-type]
+
+
+class Host:
+    """A machine on a fake KVM, paused at first.
+
+    Attributes:
+        exits: why its vCPUs stopped.
+        errors: (device's id, message) of each guest error.
+    """
+
+    def __init__(self, made_of: VmConfig, loop: Loop | None = None) -> None:
+        self.console = Silent()
+        self.loop = loop or Loop()
+        self.system = FakeSystem()
+        self.exits: list[tuple[StopReason, str]] = []
+        self.errors: list[tuple[str, str]] = []
+        board = Board(made_of, lambda: self.system)
+        try:
+            with taps() as self.taps:
+                self.machine = Machine(
+                    board,
+                    self.loop,
+                    cast(Console, self.console),
+                    lambda reason, detail: self.exits.append((reason, detail)),
+                    lambda device, message: self.errors.append((device, message)),
+                )
+        except BaseException:
+            board.close()
+            raise
+
+    @property
+    def vm(self) -> FakeVm:
+        """The VM's handle."""
+        return self.system.vms[0]
+
+    @property
+    def vcpus(self) -> list[FakeVcpu]:
+        """The vCPUs' handles."""
+        return [thread.vcpu for thread in self.machine.vcpus]  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Close machine and loop."""
+        self.machine.close()
+        self.loop.close()
