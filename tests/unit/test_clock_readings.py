@@ -31,31 +31,10 @@ class Host:
         self.now = MONOTONIC_S
         self._delays = iter(delays)
         self.calls = 0
-        self._owners: dict[int, FakeVm | FakeVcpu] = {}
         clock = SimpleNamespace(
             monotonic=lambda: self.now, time_ns=lambda: REAL_NS + self.ns() - AHEAD_NS
         )
         monkeypatch.setattr(clocks, "time", clock)
-        monkeypatch.setattr(clocks, "ioctl", self._ioctl)
-
-    def add(self, owner: FakeVm | FakeVcpu) -> int:
-        """Its descriptor."""
-        fd = 1000 + len(self._owners)
-        self._owners[fd] = owner
-        return fd
-
-    def _ioctl(self, fd: int, request: int, address: int) -> int:
-        owner = self._owners[fd]
-        if isinstance(owner, FakeVm):
-            assert request == abi.GET_CLOCK
-            data = (ctypes.c_char * abi.CLOCK_DATA.size).from_address(address)
-            data[:] = owner.told()
-            return 0
-        assert request == abi.GET_MSRS
-        data = (ctypes.c_char * 24).from_address(address)
-        assert struct.unpack("<IxxxxIxxxx", data[:16]) == (1, 0x10)
-        data[16:] = owner.tsc().to_bytes(8, "little")
-        return 1
 
     def ns(self) -> int:
         """What a clock that started with the host's, but AHEAD_NS ahead, shows."""
@@ -74,7 +53,6 @@ class FakeVm(Vm):
     """A VM that has only a clock."""
 
     def __init__(self, host: Host, exact: bool = False) -> None:
-        self.fd = host.add(self)
         self.host, self.exact, self.off = host, exact, 0
 
     def told(self) -> bytes:
@@ -82,6 +60,12 @@ class FakeVm(Vm):
         clock = self.host.call() + self.off
         flags = abi.CLOCK_REALTIME if self.exact else 0
         return abi.CLOCK_DATA.pack(clock, flags, 0, 42, 0)
+
+    def ioctl(self, request: int, argument: int = 0) -> int:
+        assert request == abi.GET_CLOCK
+        data = (ctypes.c_char * abi.CLOCK_DATA.size).from_address(argument)
+        data[:] = self.told()
+        return 0
 
     def set(self, request: int, data: bytes) -> int:
         assert request == abi.SET_CLOCK
@@ -93,9 +77,16 @@ class FakeVcpu(Vcpu):
     """A vCPU that has only a TSC, of a GHz, and a quick kernel."""
 
     def __init__(self, host: Host, offset: int = 0, tells: bool = True) -> None:
-        self.fd, self.index = host.add(self), 0
+        self.index = 0
         self.host, self.offset, self.tells = host, offset, tells
         self.written: list[tuple[int, int]] = []
+
+    def ioctl(self, request: int, argument: int = 0) -> int:
+        assert request == abi.GET_MSRS
+        data = (ctypes.c_char * 24).from_address(argument)
+        assert struct.unpack("<IxxxxIxxxx", data[:16]) == (1, 0x10)
+        data[16:] = self.tsc().to_bytes(8, "little")
+        return 1
 
     def tsc(self) -> int:
         return (self.host.ns() + self.offset) % (1 << 64)
@@ -192,8 +183,8 @@ def test_a_tsc_that_cannot_be_read_is_an_error(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(handles, "ioctl_out", lambda fd, request, data: 0)
     with pytest.raises(KvmError, match="vCPU 3: its TSC"):
         vcpu.tsc()
-    vm = FakeVm(Host(monkeypatch, []))
-    monkeypatch.setattr(clocks, "ioctl", lambda fd, request, address: 0)
+    vm = FakeVm(Host(monkeypatch, [0.0] * 10))
+    monkeypatch.setattr(vcpu, "ioctl", lambda request, argument: 0)
     with pytest.raises(KvmError, match="vCPU 3: its TSC"):
         clocks.read(vm, [vcpu])
 

@@ -123,7 +123,7 @@ def _nic(number: int) -> NicConfig:
 
 
 def test_a_vm() -> None:
-    config = VmConfig(cpus=8, nics=tuple(_nic(i) for i in range(8)))
+    config = VmConfig(cpus=8, devices=tuple(_nic(i) for i in range(8)))
     assert config.machine.name == DEFAULT
     assert config.memory == 256 << 20
 
@@ -136,7 +136,7 @@ def test_numbers_of_cpus_that_are_refused(cpus: int) -> None:
 
 def test_too_many_nics() -> None:
     with pytest.raises(ConfigError, match="9 NICs; up to 8"):
-        VmConfig(nics=tuple(_nic(i) for i in range(9)))
+        VmConfig(devices=tuple(_nic(i) for i in range(9)))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_too_many_nics() -> None:
 )
 def test_nics_that_share_what_is_each_ones_own(second: NicConfig, says: str) -> None:
     with pytest.raises(ConfigError, match=f"{says}; give each its own"):
-        VmConfig(nics=(_nic(1), second))
+        VmConfig(devices=(_nic(1), second))
 
 
 def test_machine_types_pin_their_properties() -> None:

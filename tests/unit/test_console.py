@@ -58,18 +58,18 @@ def test_a_slow_reader_loses_nothing_and_holds_nobody_up(blocking: bool) -> None
 def test_there_is_no_room_while_too_much_waits_and_it_says_when_there_is(pipe: Pipe) -> None:
     console = Console(pipe.writer, limit=1000)
     again = threading.Event()
-    console.on_room = again.set
-    assert console.room()
+    console.on_space = again.set
+    assert console.has_space()
     total = 0
     # The pipe and the thread's share take some; then it is full, and stays so.
-    while console.room() or total < 20_000:
+    while console.has_space() or total < 20_000:
         console.write(b"x" * 500)
         total += 500
     assert not again.is_set()
     pipe.read(total)
     assert again.wait(DEADLINE)
     assert console.flush(DEADLINE)
-    assert console.room()
+    assert console.has_space()
     assert console.close(DEADLINE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -317,7 +318,7 @@ def test_wrong_parameters_are_named(values: dict[str, Any], text: str) -> None:
 
 
 def test_what_query_migrate_shows_of_a_round() -> None:
-    report = Report(status="active")
+    report = Report(now=time.monotonic, status="active")
     assert report.info()["ram"]["dirty-pages-rate"] == 0
     assert "expected-downtime" not in report.info()
     report.rounds.append(Round(1000, 10, 500.0, 4_100_000, 200, 400.0, 0))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from godwit.hw.memory import HOLE_END, PAGE, GuestMemory
 from godwit.machine.machine import Machine
-from godwit.migration.ram import dirty_log as ram
+from godwit.migration.ram import dirty_log
 from godwit.migration.ram.page_runs import bitmap_runs, pages_in
 from godwit.migration.wire.messages import Run
 
@@ -26,10 +26,10 @@ def memory() -> Iterator[GuestMemory]:
     memory.close()
 
 
-class Nic:
-    """A NIC's dirty log."""
+class Log:
+    """A device's dirty log."""
 
-    def __init__(self, log: bytes | None) -> None:
+    def __init__(self, log: bytes) -> None:
         self.log = log
         self.logging = False
 
@@ -39,11 +39,11 @@ class Nic:
     def stop_log(self) -> None:
         self.logging = False
 
-    def take_log(self) -> bytes | None:
+    def take_log(self) -> bytes:
         return self.log
 
 
-def _machine(memory: GuestMemory, *nics: Nic, kvm: dict[int, set[int]] | None = None) -> Machine:
+def _machine(memory: GuestMemory, *logs: Log, kvm: dict[int, set[int]] | None = None) -> Machine:
     """As much of a machine as the dirty log needs. ``kvm``: page numbers by slot."""
 
     def dirty_log(slot: int, address: int) -> None:
@@ -54,7 +54,7 @@ def _machine(memory: GuestMemory, *nics: Nic, kvm: dict[int, set[int]] | None = 
 
     machine: Any = SimpleNamespace(
         memory=memory,
-        nics=nics,
+        devices=SimpleNamespace(having=lambda capability: logs),
         vm=SimpleNamespace(dirty_log=dirty_log),
         logging=[],
     )
@@ -90,7 +90,7 @@ def test_zeros_are_told_from_data(memory: GuestMemory) -> None:
     for page in hidden:  # what is gathered does not tell
         memory.write(page * PAGE + 777, b"x")
     runs = [(0, 1024), (1400 * PAGE, 200)]
-    data, zero = ram.split_zeros(_machine(memory), runs)
+    data, zero = dirty_log.split_zeros(_machine(memory), runs)
     assert sorted(_pages(data) + _pages(zero)) == [*range(1024), *range(1400, 1600)]
     # Three pages are no horde, and one is looked for to within a horde.
     assert {*seen, *hidden, 0, 1, 2} <= set(_pages(data))
@@ -100,7 +100,7 @@ def test_zeros_are_told_from_data(memory: GuestMemory) -> None:
 @pytest.mark.parametrize("offset", [0, 1, 7, 8, 63, 2048, 4088, 4095])
 def test_one_byte_anywhere_makes_data(memory: GuestMemory, offset: int) -> None:
     memory.write(50 * PAGE + offset, b"\1")
-    data, zero = ram.split_zeros(_machine(memory), [(0, 100)])
+    data, zero = dirty_log.split_zeros(_machine(memory), [(0, 100)])
     assert data == ([(48 * PAGE, 8)] if offset else [(50 * PAGE, 1)])
     assert _pages(zero) == [page for page in range(100) if page not in _pages(data)]
 
@@ -108,7 +108,7 @@ def test_one_byte_anywhere_makes_data(memory: GuestMemory, offset: int) -> None:
 @pytest.mark.parametrize("pages", [1, 7, 8, 15, 16, 63, 64, 65, 200])
 def test_only_hordes_of_zeros_are_looked_for(memory: GuestMemory, pages: int) -> None:
     run = [(0, pages)]
-    assert ram.split_zeros(_machine(memory), run) == ((run, []) if pages < 8 else ([], run))
+    assert dirty_log.split_zeros(_machine(memory), run) == ((run, []) if pages < 8 else ([], run))
 
 
 @settings(max_examples=30, deadline=None)
@@ -121,7 +121,7 @@ def test_a_split_is_exact_whatever_there_is(data: st.DataObject) -> None:
             memory.write(page * PAGE + offset, b"\xff")
         cuts = sorted(data.draw(st.sets(st.integers(0, 2048), max_size=8)))
         runs = [(a * PAGE, b - a) for a, b in itertools.pairwise(cuts)][::2]
-        dirty, zero = ram.split_zeros(_machine(memory), runs)
+        dirty, zero = dirty_log.split_zeros(_machine(memory), runs)
         assert sorted(_pages(dirty) + _pages(zero)) == _pages(runs)
         assert not {page for page, _ in full} & set(_pages(zero))
     finally:
@@ -129,7 +129,7 @@ def test_a_split_is_exact_whatever_there_is(data: st.DataObject) -> None:
 
 
 def test_a_large_run_of_zeros_is_found_whole(memory: GuestMemory) -> None:
-    assert ram.split_zeros(_machine(memory), [(0, SIZE // PAGE)]) == ([], [(0, SIZE // PAGE)])
+    assert dirty_log.split_zeros(_machine(memory), [(0, SIZE // PAGE)]) == ([], [(0, SIZE // PAGE)])
 
 
 # --- the dirty log --------------------------------------------------------------------------------
@@ -139,16 +139,16 @@ def _bits(pages: set[int], size: int) -> bytes:
 
 def test_three_sources_are_merged(memory: GuestMemory) -> None:
     size = SIZE // PAGE // 8
-    nics = [Nic(_bits({7, 8}, size)), Nic(None), Nic(_bits({2000}, size))]
-    log = ram.DirtyLog(_machine(memory, *nics, kvm={0: {1, 7, 16383}}))
+    logs = [Log(_bits({7, 8}, size)), Log(_bits({2000}, size))]
+    log = dirty_log.DirtyLog(_machine(memory, *logs, kvm={0: {1, 7, 16383}}))
     log.start()
-    assert all(nic.logging for nic in nics)
+    assert all(one.logging for one in logs)
     memory.write(9 * PAGE, b"own")
     assert log.take() == [(PAGE, 1), (7 * PAGE, 3), (2000 * PAGE, 1), (16383 * PAGE, 1)]
-    nics[0].log = bytes(size)
+    logs[0].log = bytes(size)
     assert 9 not in _pages(log.take())
     log.stop()
-    assert not any(nic.logging for nic in nics)
+    assert not any(one.logging for one in logs)
     log.stop()
     machine: Any = log._machine
     assert machine.logging == [True, False]
@@ -159,8 +159,8 @@ def test_each_region_gets_its_part() -> None:
     try:
         high = HOLE_END // PAGE
         vhost = {5, high, high + 64}
-        nic = Nic(_bits(vhost, (5 << 30) // PAGE // 8))
-        log = ram.DirtyLog(_machine(memory, nic, kvm={0: {4}, 1: {2}}))
+        nic = Log(_bits(vhost, (5 << 30) // PAGE // 8))
+        log = dirty_log.DirtyLog(_machine(memory, nic, kvm={0: {4}, 1: {2}}))
         log.start()
         memory.write(HOLE_END + PAGE, b"own")
         memory.write(PAGE, b"own")

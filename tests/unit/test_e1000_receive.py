@@ -156,7 +156,7 @@ def test_the_drain_takes_what_waits(bench: Bench) -> None:
     bench.nic.pause()
     for number in range(4):
         bench.tap.put(make_frame(number))
-    assert bench.nic.drain() == 4
+    assert bench.nic.rx_backlog.drain() == 4
     bench.nic.resume()
     assert bench.receive() == []
 

@@ -47,15 +47,14 @@ class Guest:
         self.fails = False
         self.ended = threading.Event()
         self.told: list[tuple[StopReason, str]] = []
-        monkeypatch.setattr("godwit.machine.vcpu.fcntl", SimpleNamespace(ioctl=self._run))
-        monkeypatch.setattr("godwit.machine.vcpu.signal", SimpleNamespace(pthread_kill=self._kick))
-        monkeypatch.setattr("godwit.machine.vcpu.KICK_SIGNAL", 0, raising=False)
-        vcpu = cast(Vcpu, SimpleNamespace(fd=-1, index=0, run_page=self._page))
+        vcpu = cast(
+            Vcpu, SimpleNamespace(index=0, run_page=self._page, run=self._run, kick=self._kick)
+        )
         self.ports, self.device = PortBus(), Device()
         self.thread = VcpuThread(vcpu, self.ports, MmioBus(), self._tell)
         self.thread.start()
 
-    def _run(self, fd: int, request: int, argument: int) -> int:
+    def _run(self) -> None:
         self.runs += 1
         if self.runs > 1:
             if not self._page[abi.RUN_IMMEDIATE_EXIT]:
@@ -69,14 +68,15 @@ class Guest:
         abi.RUN_IO.pack_into(self._page, abi.RUN_UNION, 1, 1, PORT, 1, DATA_AT)
         self._page[DATA_AT] = VALUE
         self.left.set()
-        return 0
 
     def _tell(self, ending: StopReason, detail: str) -> None:
         self.told.append((ending, detail))
         self.ended.set()
 
-    def _kick(self, ident: int, number: int) -> None:
-        self._kicked.set()
+    def _kick(self, thread: int | None) -> None:
+        self._page[abi.RUN_IMMEDIATE_EXIT] = 1
+        if thread is not None:
+            self._kicked.set()
 
 
 @pytest.fixture
@@ -90,13 +90,13 @@ def guest(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guest]:
 def test_the_first_exit_is_served_by_a_device_that_came_later(guest: Guest) -> None:
     guest.thread.start_early()
     assert guest.left.wait(60)
-    assert guest.thread.ahead
+    assert guest.thread.early
     guest.ports.map(PORT, 1, guest.device)
     assert guest.device.written == []
     guest.thread.resume()
     assert guest.device.came.wait(60)
     assert guest.device.written == [VALUE]
-    assert not guest.thread.ahead
+    assert not guest.thread.early
 
 
 def test_devices_that_are_there_first_are_not_waited_for(guest: Guest) -> None:
@@ -129,7 +129,7 @@ def test_an_error_of_kvms_waits_for_somebody_to_be_told(guest: Guest) -> None:
     guest.fails = True
     guest.thread.start_early()
     assert guest.left.wait(60)
-    assert guest.thread.ending is None
+    assert guest.thread.exited is None
     guest.thread.resume()
     assert guest.ended.wait(60)
     assert guest.told == [(StopReason.INTERNAL_ERROR, "KVM_RUN: [Errno 14] Bad address")]

@@ -161,7 +161,7 @@ def test_a_frame_that_waits_for_room_is_not_drained(bench: Bench) -> None:
     bench.tap.put(make_frame(2))
     bench.serve()
     bench.backend.stop()
-    assert bench.backend.drain() == 1
+    assert bench.backlog.drain() == 1
     bench.start()
     assert [frame[HEADER:] for frame in bench.received(bench.offer(1526))] == [make_frame(1)]
 
@@ -210,13 +210,13 @@ def _numbers(bench: Bench, buffers: list[list[Part]]) -> list[bytes]:
 
 def test_the_tap_waits_while_it_is_held(bench: Bench) -> None:
     buffers = bench.offer(*[1526] * 8)
-    bench.backend.hold()
+    bench.backlog.hold()
     bench.tap.put(make_frame(3))
     bench.serve()
     assert bench.rx.used_index() == 0
-    assert bench.backend.put_ahead([_whole(1), _whole(2)]) == 0
+    assert bench.backlog.inject([_whole(1), _whole(2)]) == 0
     bench.serve()
-    assert bench.backend.release() == 0
+    assert bench.backlog.release() == 0
     bench.serve()
     assert _numbers(bench, buffers) == [make_frame(number) for number in (1, 2, 3)]
     assert bench.interrupts(0) >= 1
@@ -225,7 +225,7 @@ def test_the_tap_waits_while_it_is_held(bench: Bench) -> None:
 def test_what_was_put_ahead_of_a_start_comes_with_it(bench: Bench) -> None:
     buffers = bench.offer(*[1526] * 8)
     bench.backend.stop()
-    bench.backend.put_ahead([_whole(1)])
+    bench.backlog.inject([_whole(1)])
     bench.tap.put(make_frame(2))
     bench.start()
     bench.serve()
@@ -233,7 +233,7 @@ def test_what_was_put_ahead_of_a_start_comes_with_it(bench: Bench) -> None:
 
 
 def test_what_goes_ahead_waits_for_room_too(bench: Bench) -> None:
-    bench.backend.put_ahead([_whole(number) for number in range(100)])
+    bench.backlog.inject([_whole(number) for number in range(100)])
     bench.tap.put(make_frame(100))
     seen: list[bytes] = []
     for _ in range(10):
@@ -242,18 +242,18 @@ def test_what_goes_ahead_waits_for_room_too(bench: Bench) -> None:
 
 
 def test_what_waits_can_be_taken_in_order(bench: Bench) -> None:
-    bench.backend.put_ahead([_whole(1)])
+    bench.backlog.inject([_whole(1)])
     bench.backend.stop()
     bench.tap.put(make_frame(2))
     bench.tap.put(make_frame(3))
-    assert bench.backend.take(2) == [_whole(1), _whole(2)]
-    assert bench.backend.take(2) == [_whole(3)]
-    assert bench.backend.take(2) == []
+    assert bench.backlog.take(2) == [_whole(1), _whole(2)]
+    assert bench.backlog.take(2) == [_whole(3)]
+    assert bench.backlog.take(2) == []
 
 
 def test_what_goes_ahead_is_filtered_as_the_taps_frames_are(bench: Bench) -> None:
     buffers = bench.offer(1526, 1526)
     bench.refused.add(b"\2\0\0\0\0\1")
-    bench.backend.put_ahead([bytes(HEADER) + b"\2\0\0\0\0\1" + bytes(54), _whole(1)])
+    bench.backlog.inject([bytes(HEADER) + b"\2\0\0\0\0\1" + bytes(54), _whole(1)])
     bench.serve()
     assert _numbers(bench, buffers) == [make_frame(1)]

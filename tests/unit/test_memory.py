@@ -134,9 +134,9 @@ def test_own_writes_are_marked_while_it_logs(memory: GuestMemory) -> None:
     memory.write(PAGE - 1, b"ab")
     memory.write_u16(5 * PAGE + 2, 1)
     memory.writable(7 * PAGE, 2 * PAGE)
-    memory.mark(SIZE - 1, 1)
+    memory.mark_dirty(SIZE - 1, 1)
     memory.write(9 * PAGE, b"")
-    memory.mark(9 * PAGE, 0)
+    memory.mark_dirty(9 * PAGE, 0)
     assert memory.take_log() == {0, 1, 5, 7, 8, SIZE // PAGE - 1}
     assert memory.take_log() == set()
     memory.write(0, b"x")

@@ -7,14 +7,14 @@ from godwit.migration.report import Report, Round
 
 
 def _report() -> Report:
-    report = Report(status="active", expected_ms=900.0)
+    report = Report(now=time.monotonic, status="active", expected_ms=900.0)
     report.rounds.append(Round(1000, 0, 500.0, 4_100_000, 600, 400.0, 0))
     return report
 
 
 def test_what_it_does() -> None:
     assert _doing({"status": "setup"}) == "setup"
-    assert _doing(Report(status="active").info()) == "active"
+    assert _doing(Report(now=time.monotonic, status="active").info()) == "active"
     report = _report()
     assert _doing(report.info()) == "active, 1500 pages/s get dirty"
     report.throttle = 20

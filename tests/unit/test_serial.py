@@ -18,7 +18,7 @@ class Sink:
         self.limit = limit
         self.data = b""
 
-    def room(self) -> bool:
+    def has_space(self) -> bool:
         return len(self.data) < self.limit
 
     def write(self, data: bytes) -> None:
@@ -168,7 +168,7 @@ def test_a_full_sink_is_not_ready_and_loses_nothing() -> None:
     assert port.sink.data == b"abcd"
     assert port.read(IIR_FCR) == NONE
     port.sink.limit = 100
-    port.uart.room_again()
+    port.uart.space_again()
     assert port.line
     assert port.read(IIR_FCR) == THR
     assert port.read(LSR) & THRE
@@ -176,7 +176,7 @@ def test_a_full_sink_is_not_ready_and_loses_nothing() -> None:
 
 def test_room_again_interrupts_only_who_asked() -> None:
     port = Port(limit=0)
-    port.uart.room_again()
+    port.uart.space_again()
     assert port.edges == []
 
 

@@ -43,26 +43,25 @@ class Guest:
         self._entered = threading.Semaphore(0)
         page = bytearray(4096)
         self._page = page
-        monkeypatch.setattr("godwit.machine.vcpu.fcntl", SimpleNamespace(ioctl=self._run))
-        monkeypatch.setattr("godwit.machine.vcpu.signal", SimpleNamespace(pthread_kill=self._kick))
         monkeypatch.setattr("godwit.machine.vcpu.time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr("godwit.machine.vcpu.KICK_SIGNAL", 0, raising=False)
-        vcpu = cast(Vcpu, SimpleNamespace(fd=-1, index=0, run_page=page))
+        vcpu = cast(Vcpu, SimpleNamespace(index=0, run_page=page, run=self._run, kick=self._kick))
         self.thread = VcpuThread(vcpu, PortBus(), MmioBus(), lambda ending, detail: None)
         self.thread.start()
 
-    def _run(self, fd: int, request: int, argument: int) -> int:
-        assert request == abi.RUN
+    def _run(self) -> None:
         self._entered.release()
         if not self._page[abi.RUN_IMMEDIATE_EXIT]:
             assert self._kicked.wait(60)
         self._kicked.clear()
         if self.ends.is_set():
-            self.thread.end(StopReason.RESET, "the guest reset the machine")
-            return 0
+            self.thread.exit(StopReason.RESET, "the guest reset the machine")
+            return
         raise InterruptedError
 
-    def _kick(self, ident: int, number: int) -> None:
+    def _kick(self, thread: int | None) -> None:
+        self._page[abi.RUN_IMMEDIATE_EXIT] = 1
+        if thread is None:
+            return
         self.kicks += 1
         self._kicked.set()
 
@@ -185,7 +184,7 @@ def test_a_guest_that_resets_does_not_rest(guest: Guest) -> None:
     guest.ends.set()
     guest.kick()
     guest.thread.wait_paused(60)
-    assert guest.thread.ending is not None
+    assert guest.thread.exited is not None
     assert guest.thread._rests_until == 0
     guest.thread.throttle(0)
     guest.thread.revive()

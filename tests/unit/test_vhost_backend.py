@@ -15,6 +15,7 @@ from godwit.errors import GuestError, HostError
 from godwit.host.loop import Loop
 from godwit.host.net.tap import HEADER
 from godwit.hw.memory import GuestMemory
+from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.virtio.net.backend import Ring
 from godwit.hw.virtio.net.vhost import VhostBackend
 from godwit.hw.virtio.queue import F_EVENT_IDX, Virtqueue
@@ -36,11 +37,14 @@ class Bench:
     def __init__(self, memory: GuestMemory) -> None:
         self.memory, self.loop, self.tap, self.device = memory, Loop(), FakeTap(), FakeVhost()
         self.errors: list[str] = []
+        lock = threading.RLock()
+        self.backlog = RxBacklog(self.tap, lock)
         self.backend = VhostBackend(
             self.tap,
+            self.backlog,
             memory,
             self.loop,
-            threading.RLock(),
+            lock,
             self.errors.append,
             lambda: self.device,
         )
@@ -88,6 +92,7 @@ class Bench:
 
     def close(self) -> None:
         self.backend.close()
+        self.tap.close()
         for fd in self.kicks + self.calls:
             os.close(fd)
         self.loop.close()
@@ -116,14 +121,14 @@ def test_both_rings_are_vhosts_where_nothing_goes_ahead(bench: Bench) -> None:
 
 def test_what_goes_ahead_is_in_the_ring_before_vhost_has_it(bench: Bench) -> None:
     bench.offer(4)
-    bench.backend.hold()
+    bench.backlog.hold()
     bench.start()
     assert bench.device.backends == [-1, bench.tap.fd]
-    assert bench.backend.put_ahead([frame(1), frame(2)]) == 0
+    assert bench.backlog.inject([frame(1), frame(2)]) == 0
     assert [without_count(data) for data in bench.received()] == [frame(1), frame(2)]
     assert bench.interrupted()
     assert not bench.vhost_receives
-    bench.backend.release()
+    bench.backlog.release()
     assert bench.vhost_receives
     # It goes on after the two buffers that were used here.
     assert bench.device.done[-2:] == [("base", 0, 2), ("backend", 0, bench.tap.fd)]
@@ -131,20 +136,20 @@ def test_what_goes_ahead_is_in_the_ring_before_vhost_has_it(bench: Bench) -> Non
 
 def test_frames_that_came_before_the_start_are_given_at_the_start(bench: Bench) -> None:
     bench.offer(4)
-    bench.backend.hold()
-    bench.backend.put_ahead([frame(1)])
-    bench.backend.release()
+    bench.backlog.hold()
+    bench.backlog.inject([frame(1)])
+    bench.backlog.release()
     bench.start()
     assert [without_count(data) for data in bench.received()] == [frame(1)]
     assert bench.vhost_receives
 
 
 def test_a_full_ring_keeps_vhost_waiting_until_the_guest_makes_room(bench: Bench) -> None:
-    bench.backend.hold()
+    bench.backlog.hold()
     bench.start()
     bench.offer(1)
-    bench.backend.put_ahead([frame(number) for number in range(3)])
-    bench.backend.release()
+    bench.backlog.inject([frame(number) for number in range(3)])
+    bench.backlog.release()
     assert [without_count(data) for data in bench.received()] == [frame(0)]
     assert not bench.vhost_receives
     bench.offer(1)
@@ -161,7 +166,7 @@ def test_a_late_frame_takes_the_ring_back_and_returns_it(bench: Bench) -> None:
     bench.start()
     bench.device.done.clear()
     bench.device.bases[0] = 0
-    bench.backend.put_ahead([frame(7)])
+    bench.backlog.inject([frame(7)])
     assert [without_count(data) for data in bench.received()] == [frame(7)]
     assert bench.device.done == [
         ("backend", 0, -1),
@@ -176,7 +181,7 @@ def test_a_late_frame_goes_in_after_what_vhost_used(bench: Bench) -> None:
     # vhost received three frames meanwhile: it has moved on, and so has the used ring.
     bench.device.bases[0] = 3
     bench.memory.write_u16(bench.rx.used + 2, 3)
-    bench.backend.put_ahead([frame(7)])
+    bench.backlog.inject([frame(7)])
     assert bench.rx.used_index() == 4
     assert bench.device.bases[0] == 4
     at = bench.rx.used + 4 + 8 * 3
@@ -185,9 +190,9 @@ def test_a_late_frame_goes_in_after_what_vhost_used(bench: Bench) -> None:
 
 def test_a_stop_learns_only_of_the_rings_that_vhost_had(bench: Bench) -> None:
     bench.offer(4)
-    bench.backend.hold()
+    bench.backlog.hold()
     bench.start()
-    bench.backend.put_ahead([frame(1)])
+    bench.backlog.inject([frame(1)])
     bench.device.bases[0] = 99  # of an earlier life: nobody asks
     bench.backend.stop()
     assert bench.queues[0].last_avail == 1
@@ -195,24 +200,24 @@ def test_a_stop_learns_only_of_the_rings_that_vhost_had(bench: Bench) -> None:
 
 
 def test_a_stop_while_the_ring_is_full_hears_of_no_room_any_more(bench: Bench) -> None:
-    bench.backend.hold()
+    bench.backlog.hold()
     bench.start()
-    bench.backend.put_ahead([frame(1)])
+    bench.backlog.inject([frame(1)])
     bench.backend.stop()
     bench.offer(2)
     assert bench.received() == []
-    assert bench.backend.take(10) == [frame(1)]
+    assert bench.backlog.take(10) == [frame(1)]
 
 
 def test_another_interrupt_is_told_to_vhost_and_used_here(bench: Bench) -> None:
     bench.offer(4)
-    bench.backend.hold()
+    bench.backlog.hold()
     bench.start()
     other = os.eventfd(0, os.EFD_NONBLOCK)
     try:
         bench.backend.set_call(0, other)
         assert bench.device.calls[0] == other
-        bench.backend.put_ahead([frame(1)])
+        bench.backlog.inject([frame(1)])
         assert os.eventfd_read(other) == 1
         assert not bench.interrupted()
     finally:
@@ -238,18 +243,18 @@ def test_a_receive_ring_that_vhost_refuses_takes_the_other_back(bench: Bench) ->
 
 
 def test_a_ring_that_vhost_refuses_later_is_an_offence_and_no_error(bench: Bench) -> None:
-    bench.backend.hold()
+    bench.backlog.hold()
     bench.start()
     bench.device.refuses.add("set_backend 0")
-    bench.backend.release()
+    bench.backlog.release()
     assert bench.errors == ["receive ring: [Errno 14] set_backend 0"]
 
 
 def test_a_receive_buffer_without_room_is_an_offence(bench: Bench) -> None:
     bench.rx.add([Part(bench.rx.place(16), 16)])  # one that the device may not write
-    bench.backend.hold()
+    bench.backlog.hold()
     bench.start()
-    bench.backend.put_ahead([frame(1)])
+    bench.backlog.inject([frame(1)])
     assert len(bench.errors) == 1
     assert not bench.vhost_receives
 
@@ -257,10 +262,10 @@ def test_a_receive_buffer_without_room_is_an_offence(bench: Bench) -> None:
 def test_a_host_whose_vhost_fails_hears_of_the_other_backend() -> None:
     memory, device = GuestMemory(32 << 20), FakeVhost()
     device.refuses.add("set_memory")
-    tap, loop = FakeTap(), Loop()
+    tap, loop, lock = FakeTap(), Loop(), threading.RLock()
     try:
         with pytest.raises(HostError, match="vhost=off"):
-            VhostBackend(tap, memory, loop, threading.RLock(), print, lambda: device)
+            VhostBackend(tap, RxBacklog(tap, lock), memory, loop, lock, print, lambda: device)
         assert device.closed
     finally:
         tap.close()

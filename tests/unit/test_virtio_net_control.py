@@ -215,7 +215,7 @@ def test_any_request_is_answered_or_needs_a_reset(
 def test_the_filter_as_it_is_shown(bench: Bench) -> None:
     guest, net = bench.guest, bench.net
     guest.probe()
-    view = net.filter_view()
+    view = net.rx_filter()
     assert (view.promiscuous, view.unicast, view.multicast, view.broadcast) == (
         True, "normal", "normal", True,
     )  # fmt: skip
@@ -224,7 +224,7 @@ def test_the_filter_as_it_is_shown(bench: Bench) -> None:
     guest.command(1, 0, _tables([A, B], [C]))
     guest.command(2, 0, b"\x64\0")
     guest.command(1, 1, A)
-    view = net.filter_view()
+    view = net.rx_filter()
     assert (view.promiscuous, view.main_mac) == (False, A)
     assert (view.unicast_table, view.multicast_table) == ((A, B), (C,))
     assert (view.vlan, view.vlan_table) == ("normal", (100,))
@@ -248,7 +248,7 @@ def test_the_switches_as_they_are_shown(
     bench.guest.probe()
     for command in commands:
         assert bench.guest.command(0, command, b"\1") == OK
-    view = bench.net.filter_view()
+    view = bench.net.rx_filter()
     assert (view.unicast, view.multicast, view.broadcast) == (unicast, multicast, broadcast)
 
 
@@ -256,14 +256,14 @@ def test_tables_that_overflow_are_shown_as_all(bench: Bench) -> None:
     bench.guest.probe()
     many = [struct.pack("<HI", 2, i) for i in range(65)]
     assert bench.guest.command(1, 0, _tables(many, [C])) == OK
-    view = bench.net.filter_view()
+    view = bench.net.rx_filter()
     assert (view.unicast, view.unicast_overflow, view.unicast_table) == ("all", True, ())
     assert (view.multicast, view.multicast_overflow) == ("normal", False)
 
 
 def test_a_driver_that_filters_no_vlans_takes_all(bench: Bench) -> None:
     bench.guest.probe(ALL & ~F_CTRL_VLAN)
-    view = bench.net.filter_view()
+    view = bench.net.rx_filter()
     assert (view.vlan, view.vlan_table) == ("all", ())
 
 
@@ -302,7 +302,7 @@ def test_many_requests_in_one_go_are_one_change(bench: Bench) -> None:
     guest.kick(2)
     bench.serve()
     assert told == [1]
-    assert bench.net.filter_view().vlan_table == (1, 2, 3)
+    assert bench.net.rx_filter().vlan_table == (1, 2, 3)
 
 
 def _free(lock: Any) -> bool:

@@ -76,7 +76,7 @@ def test_what_is_pending_survives_a_move_and_is_raised_again(memory: GuestMemory
     one.net.announce()
     one.guest.interrupts(0)
     state = one.save()
-    assert state[1].announce_pending
+    assert state.device.announce_pending
     two = Bench(memory, resume=False)
     try:
         two.load(state)
@@ -96,15 +96,17 @@ def test_what_is_pending_survives_a_move_and_is_raised_again(memory: GuestMemory
 def test_a_state_that_cannot_be_is_refused(memory: GuestMemory) -> None:
     one = Bench(memory)
     one.guest.probe(ALL & ~F_ANNOUNCE)
-    transport, net = one.save()
+    state = one.save()
+    net = state.device
     two = Bench(memory, resume=False)
     try:
-        two.pci.load_transport(transport)
-        with pytest.raises(StreamError, match="announce_pending"):
-            two.net.load_net(structs.replace(net, announce_pending=True))
-        with pytest.raises(StreamError, match="mac"):
-            two.net.load_net(structs.replace(net, mac=b"\x01\0\x5e\0\0\1"))
-        two.net.load_net(net)
+        for change, says in (
+            ({"announce_pending": True}, "announce_pending"),
+            ({"mac": b"\x01\0\x5e\0\0\1"}, "mac"),
+        ):
+            with pytest.raises(StreamError, match=says):
+                two.load(structs.replace(state, device=structs.replace(net, **change)))
+        two.load(state)
     finally:
         one.close()
         two.close()
@@ -113,7 +115,8 @@ def test_a_state_that_cannot_be_is_refused(memory: GuestMemory) -> None:
 def test_a_transport_state_that_cannot_be_is_refused(memory: GuestMemory) -> None:
     one = Bench(memory)
     one.guest.probe()
-    state = one.save()[0]
+    whole = one.save()
+    state = whole.transport
     one.close()
     queue = structs.replace(state.queues[1], used=1 << 60)
     for change, says in (
@@ -124,7 +127,7 @@ def test_a_transport_state_that_cannot_be_is_refused(memory: GuestMemory) -> Non
     ):
         two = Bench(memory, resume=False)
         with pytest.raises(StreamError, match=says):
-            two.pci.load_transport(structs.replace(state, **change))
+            two.load(structs.replace(whole, transport=structs.replace(state, **change)))
         two.close()
 
 
@@ -144,6 +147,6 @@ def test_nothing_pending_raises_nothing(bench: Bench) -> None:
     assert bench.guest.interrupts(0) == 0
 
 
-def test_frames_of_the_host_go_to_the_backend(bench: Bench) -> None:
+def test_frames_of_the_host_go_out_of_the_tap(bench: Bench) -> None:
     bench.net.send_from_host(b"frame")
-    assert bench.backend.sent == [b"frame"]
+    assert bench.tap.get() == bytes(12) + b"frame"

@@ -4,8 +4,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from godwit.hw.memory import GuestMemory
-from godwit.hw.virtio.net.device import NetState
-from godwit.hw.virtio.pci import TransportState
 from godwit.spec.saved import decode, encode
 from virtio_bench import ACK, DRIVER, DRIVER_OK, FEATURES_OK, Bench
 
@@ -65,8 +63,7 @@ def test_random_accesses(
                 # What a guest did must neither keep it from moving nor come out otherwise.
                 state = bench.save()
                 other = Bench(memory, resume=False)
-                transport = decode(encode(state[0]), TransportState)
-                other.load((transport, decode(encode(state[1]), NetState)))
+                other.load(decode(encode(state), bench.pci.State))
                 assert other.save() == state
                 other.close()
                 bench.pci.resume()

@@ -2,14 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 
 import pytest
 from msgspec import structs
 
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.net.device import NetState
-from godwit.hw.virtio.state import TransportState
+from godwit.hw.virtio.pci import VirtioState
 from virtio_bench import (
     ACK,
     BAR,
@@ -216,13 +215,13 @@ def test_a_device_moves(memory: GuestMemory, bench: Bench) -> None:
         other.close()
 
 
-def test_what_was_foreseen_is_not_set_up_again(memory: GuestMemory, bench: Bench) -> None:
+def test_what_was_prepared_is_not_set_up_again(memory: GuestMemory, bench: Bench) -> None:
     bench.guest.probe()
-    foreseen = bench.pci.foresight()
+    hints = bench.pci.hints()
     state = bench.save()
     other = Bench(memory, resume=False)
     try:
-        other.pci.foresee(foreseen)
+        other.pci.prepare(hints)
         kicks, routes = dict(other.vm.ioeventfds), dict(other.vm.routes)
         assert (len(kicks), len(routes)) == (3, 4)
         assert other.vm.irqfds == {}
@@ -236,14 +235,14 @@ def test_what_was_foreseen_is_not_set_up_again(memory: GuestMemory, bench: Bench
         other.close()
 
 
-def test_what_was_foreseen_wrongly_does_not_stay(memory: GuestMemory, bench: Bench) -> None:
+def test_what_was_prepared_wrongly_does_not_stay(memory: GuestMemory, bench: Bench) -> None:
     bench.guest.probe()
-    foreseen = bench.pci.foresight()
-    wrong = structs.replace(foreseen, bar=0xD000_0000, queues=[0, 2], table=bytes(64))
+    hints = bench.pci.hints()
+    wrong = structs.replace(hints, bar=0xD000_0000, queues=[0, 2], table=bytes(64))
     state = bench.save()
     other, reset = Bench(memory, resume=False), Bench(memory, resume=False)
     try:
-        other.pci.foresee(wrong)
+        other.pci.prepare(wrong)
         assert list(other.vm.ioeventfds) == [(0xD000_2000, 2), (0xD000_2008, 2)]
         other.load(state)
         assert other.vm.ioeventfds == {}, "in the way of another device, perhaps"
@@ -251,7 +250,7 @@ def test_what_was_foreseen_wrongly_does_not_stay(memory: GuestMemory, bench: Ben
         assert list(other.vm.ioeventfds) == [(BAR + 0x2000 + 4 * i, 2) for i in range(3)]
         assert set(other.vm.routes.values()) == set(bench.vm.routes.values())
         # The driver went away after the source had said what it had.
-        reset.pci.foresee(foreseen)
+        reset.pci.prepare(hints)
         reset.load(bench_without_driver(memory))
         assert reset.vm.ioeventfds == {}
     finally:
@@ -259,7 +258,7 @@ def test_what_was_foreseen_wrongly_does_not_stay(memory: GuestMemory, bench: Ben
         reset.close()
 
 
-def bench_without_driver(memory: GuestMemory) -> tuple[TransportState, NetState]:
+def bench_without_driver(memory: GuestMemory) -> VirtioState[NetState]:
     """The state of a device that nobody drives."""
     idle = Bench(memory)
     try:
@@ -271,16 +270,15 @@ def bench_without_driver(memory: GuestMemory) -> tuple[TransportState, NetState]
 @pytest.mark.parametrize(
     "change", [{"queues": [63]}, {"queues": [0, 0]}, {"table": b"\1" * 5}, {"bar": (1 << 52) - 1}]
 )
-def test_a_hostile_foresight_harms_nothing(
+def test_hostile_hints_harm_nothing(
     memory: GuestMemory, bench: Bench, change: dict[str, object]
 ) -> None:
     bench.guest.probe()
-    foreseen = structs.replace(bench.pci.foresight(), **change)
+    hints = structs.replace(bench.pci.hints(), **change)
     state = bench.save()
     other = Bench(memory, resume=False)
     try:
-        with suppress(OSError):  # what the kernel refuses; the NIC takes it for no guess at all
-            other.pci.foresee(foreseen)
+        other.pci.prepare(hints)
         other.load(state)
         other.pci.resume()
         assert len(other.vm.ioeventfds) == 3

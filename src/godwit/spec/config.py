@@ -150,7 +150,7 @@ class _Values:
     def __init__(self, option: str, text: str, known: Sequence[str]) -> None:
         self._option = option
         self._values: dict[str, str] = {}
-        for part in text.split(",") if text else ():
+        for part in text.split(","):
             key, equals, value = part.partition("=")
             if not equals or key not in known or key in self._values:
                 raise ConfigError(
@@ -199,7 +199,9 @@ def parse_memory(text: str) -> tuple[int, bool]:
     Raises:
         ConfigError: the value is not understood.
     """
-    size, _, rest = text.partition(",")
+    size, comma, rest = text.partition(",")
+    if not comma:
+        return parse_size(size), False
     values = _Values("--memory", rest, ("shared",))
     return parse_size(size), values.switch("shared", False) is True
 
