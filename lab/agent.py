@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-
 from .errors import AgentError
 from .netns import inside
 

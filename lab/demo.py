@@ -1,4 +1,4 @@
-"""``python -m lab demo``: runs the scenario where KVM works, judges it, shows and keeps the result."""
+"""``python -m lab demo``: run the scenario where KVM works, judge, show and keep the result."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-from .errors import LabError
 from . import guest, host, kernels
+from .errors import LabError
 from .judge import Announcement, announcements
 from .scenario import MAC
 from .traffic import FLOWS, Flow, sender

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-
-from .errors import LabError
 from . import initramfs, kernels
+from .errors import LabError
 
 KERNEL = "full-6.12"
 #: Modules loaded in three streams side by side. (The cloud kernel lacks 9p.)

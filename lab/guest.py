@@ -6,7 +6,6 @@ CPU copies faster than it inflates.
 
 from pathlib import Path
 
-from .errors import LabError
 from . import initramfs
 from .kernels import Kernel
 

@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-
 from .errors import LabError
 from .kernels import Kernel, cache_dir
 

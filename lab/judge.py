@@ -11,7 +11,6 @@ from typing import Any
 
 from .errors import LabError
 
-
 _VLANS = (b"\x81\x00", b"\x88\xa8")
 _ARP, _RARP, _IPV6 = b"\x08\x06", b"\x80\x35", b"\x86\xdd"
 

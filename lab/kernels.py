@@ -19,7 +19,6 @@ from pathlib import Path
 
 from .errors import LabError
 
-
 #: Name -> Debian 12 meta package. The cloud kernels are the guests a user meets; the full one has
 #: what the lab host itself needs (9p) and an e1000 driver.
 META_PACKAGES = {

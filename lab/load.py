@@ -11,10 +11,9 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-
-from .errors import LabError
 from . import initramfs
 from .agent import DISCARD, SOURCE, Flow
+from .errors import LabError
 from .netns import entering
 from .traffic import Program
 

@@ -8,7 +8,6 @@ from ctypes import CDLL, get_errno
 
 from .errors import LabError
 
-
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _libc = CDLL(None, use_errno=True)
 

@@ -22,9 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-
-from .errors import LabError
 from .addresses import LANS, MANAGEMENT, Lan
+from .errors import LabError
 from .netns import exec_argv, inside
 
 _PREFIX = "godwit-"

@@ -17,11 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-
-from .errors import LabError
 from . import initramfs
 from .addresses import LANS
 from .agent import ECHO, SINK
+from .errors import LabError
 from .netns import entering, inside
 
 
