@@ -81,7 +81,11 @@ class Soak:
         return list(FLOWS) if self._given["all_flows"] else list(FLOWS[self._moves % 2 :: 2])
 
     def once(self) -> dict[str, Any]:
-        """One move; what came of it. Raises LabError or ClientError where the guest or the move broke."""
+        """Migrate once, and return what came of it.
+
+        Raises:
+            LabError, ClientError: the guest or the migration broke.
+        """
         host = self._net.b if self._host is self._net.a else self._net.a
         uri = f"unix:{self._folder}/move{self._count}"
         target = self._start(host, uri)
