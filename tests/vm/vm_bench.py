@@ -50,8 +50,16 @@ def stamp(event: Event) -> float:
 class Watched(LabVm):
     """A VM all of whose events are kept."""
 
-    def __init__(self, name: str, folder: Path, argv: list[str], host: Host, tap: str) -> None:
-        super().__init__(name, folder, argv, host.netns)
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        argv: list[str],
+        host: Host,
+        tap: str,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(name, folder, argv, host.netns, env)
         self.host = host
         self.tap = tap
         self.seen: list[Event] = []
