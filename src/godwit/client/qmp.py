@@ -296,7 +296,7 @@ class Client:
         except BlockingIOError:
             return False
         except OSError as error:
-            raise self._break(error.strerror or str(error)) from error
+            raise self._break(f"it hung up: {error.strerror}") from error
         if not data:
             raise self._break("it hung up")
         try:
@@ -312,8 +312,8 @@ class Client:
             self._event_bytes += size
             if len(self._events) > MAX_EVENTS or self._event_bytes > MAX_EVENT_BYTES:
                 raise ValueError("more events than are kept, without being asked for them")
-        elif message.get("id") == self._expected:
-            self._replies = {self._expected: message}
+        elif message.get("id") == self._expected and not self._replies:
+            self._replies[self._expected] = message
 
     def _break(self, why: str) -> _Broken:
         self._broken = why
