@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import select
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
 from .errors import CommandRefused, VmGone
+from .messages import Messages
 
 __all__ = ["Client", "CommandRefused", "Event", "VmGone"]
 
 T = TypeVar("T")
 Event = Mapping[str, Any]
 
-#: Bytes of the longest message; QEMU's longest is the answer to query-qmp-schema, half a megabyte.
-MAX_MESSAGE = 8 << 20
 #: Events that are kept until somebody asks for them, and the bytes of their text.
 MAX_EVENTS, MAX_EVENT_BYTES = 10_000, 8 << 20
 #: Between two attempts to connect to a VM that is not up yet, seconds.
@@ -33,55 +32,10 @@ _RETRY = 0.02
 #: Of looking at what the socket holds, for a server that sends without an end, seconds.
 _LOOK = 1.0
 _CHUNK = 1 << 16
-_OUTSIDE, _INSIDE = re.compile(rb'["{}\[\]]'), re.compile(rb'["\\]')
 
 
 class _Broken(Exception):
     """The connection is of no use any more; the text says why."""
-
-
-class Messages:
-    """The split of a stream into JSON objects, which may or may not have lines of their own."""
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-        self._at = self._depth = 0
-        self._quoted = False
-
-    def feed(self, data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
-        """Add what has arrived, and yield each whole message and its length in bytes.
-
-        Raises:
-            ValueError: it is not a stream of JSON objects, or one is too long.
-        """
-        self._data += data
-        while match := (_INSIDE if self._quoted else _OUTSIDE).search(self._data, self._at):
-            self._at = match.end()
-            if match[0] == b'"':
-                self._quoted = not self._quoted
-            elif match[0] == b"\\":
-                self._at += 1  # what is escaped ends nothing
-            elif match[0] in b"{[":
-                self._depth += 1
-            else:
-                self._depth -= 1
-                if self._depth <= 0:
-                    length, self._at, self._depth = self._at, 0, 0
-                    yield self._message(length), length
-        self._at = max(self._at, len(self._data))
-        if len(self._data) > MAX_MESSAGE:
-            raise ValueError(f"a message of more than {MAX_MESSAGE} bytes")
-
-    def _message(self, length: int) -> dict[str, Any]:
-        text = bytes(self._data[:length])
-        del self._data[:length]
-        try:
-            found = json.loads(text)
-        except RecursionError as error:
-            raise ValueError("a message that is nested too deeply") from error
-        if not isinstance(found, dict):
-            raise ValueError("a message that is no object")
-        return found
 
 
 class Client:
@@ -163,13 +117,8 @@ class Client:
             CommandRefused: the VM answered with an error.
             VmGone: it did not answer.
         """
-        end = time.monotonic() + deadline
-        try:
-            reply = self._ask(command, arguments, end)
-        except TimeoutError as error:
-            raise self._late(f"'{command}'", deadline) from error
-        except _Broken as error:
-            raise self._gone(f"'{command}'") from error
+        with self._reported(f"'{command}'", deadline):
+            reply = self._ask(command, arguments, time.monotonic() + deadline)
         if "error" in reply:
             said = reply["error"] if isinstance(reply["error"], dict) else {}
             text, kind = said.get("desc", "no reason given"), said.get("class", "GenericError")
@@ -178,8 +127,10 @@ class Client:
 
     def events(self) -> list[Event]:
         """Return the events that have arrived and were not asked for yet, in order, at once."""
+        end = time.monotonic() + _LOOK
         try:
-            self._take_in(time.monotonic() + _LOOK)
+            while not self._broken and time.monotonic() < end and self._receive():
+                pass
         except _Broken:
             pass  # the next call that needs the VM says so
         found = [event for event, _ in self._events]
@@ -198,12 +149,8 @@ class Client:
         Raises:
             VmGone: none came within ``deadline`` seconds, or the VM hung up.
         """
-        try:
+        with self._reported(f"event {name}", deadline):
             return self._next(name, time.monotonic() + deadline, predicate)
-        except TimeoutError as error:
-            raise self._late(f"event {name}", deadline) from error
-        except _Broken as error:
-            raise self._gone(f"event {name}") from error
 
     def wait_any(self, name: str, deadline: float) -> Event | None:
         """Wait for the next event ``name``; None if it does not come within ``deadline`` seconds.
@@ -211,12 +158,11 @@ class Client:
         Raises:
             VmGone: the VM hung up.
         """
-        try:
-            return self._next(name, time.monotonic() + deadline)
-        except TimeoutError:
-            return None
-        except _Broken as error:
-            raise self._gone(f"event {name}") from error
+        with self._reported(f"event {name}", deadline):
+            try:
+                return self._next(name, time.monotonic() + deadline)
+            except TimeoutError:
+                return None
 
     # --- the conversation -------------------------------------------------------------------------
     def _negotiate(self, end: float) -> None:
@@ -275,10 +221,6 @@ class Client:
                 self._send()
                 self._receive()
 
-    def _take_in(self, end: float) -> None:
-        while not self._broken and time.monotonic() < end and self._receive():
-            pass
-
     def _send(self) -> None:
         if not self._unsent:
             return
@@ -320,8 +262,12 @@ class Client:
         self._sock.close()
         return _Broken(why)
 
-    def _late(self, what: str, deadline: float) -> VmGone:
-        return VmGone(f"{what}: no answer from {self.path} within {deadline:g} s")
-
-    def _gone(self, what: str) -> VmGone:
-        return VmGone(f"{what}: no answer from {self.path}: {self._broken}")
+    @contextmanager
+    def _reported(self, what: str, deadline: float) -> Iterator[None]:
+        """Have the caller know a failure as VmGone."""
+        try:
+            yield
+        except TimeoutError as error:
+            raise VmGone(f"{what}: no answer from {self.path} within {deadline:g} s") from error
+        except _Broken as error:
+            raise VmGone(f"{what}: no answer from {self.path}: {error}") from error
