@@ -232,7 +232,7 @@ def test_programs_are_found_before_anything_is_measured(
 def test_an_older_checkout_has_another_command(tmp_path: Path) -> None:
     assert machines.base_module(_checkout(tmp_path / "old", "cli.py")) == "godwit.cli"
     assert machines.base_module(_checkout(tmp_path / "new", "cli/main.py")) == "godwit.cli.main"
-    with pytest.raises(LabError, match="the tree to compare with, .*/none: no src/godwit"):
+    with pytest.raises(LabError, match=r"the tree to compare with, .*/none: no src/godwit"):
         machines.base_module(tmp_path / "none")
 
 
