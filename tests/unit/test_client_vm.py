@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from godwit.client import vm as module
 from godwit.client.qmp import CommandRefused
 from godwit.client.vm import Vm, VmGone
 from lab.guest import READY
@@ -63,7 +64,7 @@ def test_it_starts_migrates_and_ends(tmp_path: Path) -> None:
         assert vm.wait_migration(20.0) == {"status": "completed"}
         with pytest.raises(CommandRefused, match="not there"):
             vm.migrate("no")
-        printed = vm.wait_console("uri no")
+        printed = vm.wait_console("uri no False set")
         assert "uri unix:/there False set" in printed
         assert "uri tcp:b:1 True set" in printed
         with pytest.raises(VmGone, match=r"a has not exited within 0\.05 s"):
@@ -92,7 +93,7 @@ def test_a_child_is_prepared_before_the_program(tmp_path: Path) -> None:
 
 def test_the_end_of_the_block_is_the_end_of_the_vm(tmp_path: Path) -> None:
     vm = Served("a", tmp_path, [])
-    vm.wait_console("arguments")
+    vm.wait_console("arguments\n")
     with pytest.raises(KeyError) as caught, vm:
         raise KeyError("mine")
     assert not vm.alive
@@ -103,6 +104,15 @@ def test_the_end_of_the_block_is_the_end_of_the_vm(tmp_path: Path) -> None:
         assert vm.wait() == -9
         with pytest.raises(VmGone, match="hung up"):
             vm.status()
+
+
+def test_a_guest_that_prints_without_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_CONSOLE", 10)
+    with Printing("a", tmp_path, ["x" * 100_000 + "end"]) as vm:
+        vm.wait()
+        assert vm.console == "xxxxxxend\n"
 
 
 def test_the_labs_guest_is_ready_when_it_says_so(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ from .qmp import Client
 
 __all__ = ["Vm", "VmGone"]
 
+#: Bytes of the console that are kept, the newest: a guest may print as much as it likes.
+MAX_CONSOLE = 64 << 20
 _ENDS = ("completed", "failed", "cancelled")
 
 
@@ -92,7 +94,7 @@ class Vm:
 
     @property
     def console(self) -> str:
-        """All that was printed so far: the guest's console, and the VMM's own messages."""
+        """The newest of what was printed: the guest's console, and the VMM's own messages."""
         with self._changed:
             return self._text.decode(errors="replace")
 
@@ -196,6 +198,7 @@ class Vm:
         while data := os.read(stream.fileno(), 65536):
             with self._changed:
                 self._text += data
+                del self._text[:-MAX_CONSOLE]
                 self._changed.notify_all()
         with self._changed:
             self._ended = True
