@@ -2,12 +2,14 @@
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo test bench check clean
+.PHONY: help setup demo lab test bench check clean
 
 help:
 	@echo 'make demo   move a running guest between two hosts and judge it'
+	@echo 'make lab    a shell on a host with KVM, emulated where this machine has none'
 	@echo 'make test   unit tests, then the VM tests (in the lab where this machine has no KVM)'
-	@echo 'make bench  Godwit and QEMU side by side (QUICK=1: once, under four minutes)'
+	@echo 'make bench  Godwit and QEMU side by side (QUICK=1: once, under four minutes;'
+	@echo '            QEMU=PATH: another QEMU; BASE=PATH: another checkout of Godwit instead)'
 	@echo 'make check  format, lint, types, import direction, unit tests'
 	@echo 'make setup  install what is missing (the others do it too)'
 
@@ -15,7 +17,10 @@ setup:
 	@scripts/setup
 
 demo: setup
-	@$(BIN)/godwit demo
+	@$(BIN)/python -m lab demo
+
+lab: setup
+	@$(BIN)/python -m lab shell
 
 test: setup
 	$(BIN)/pytest tests/unit
@@ -24,7 +29,8 @@ test: setup
 # Byte code first, as setup does for src: the lab could not keep it.
 bench: setup
 	@$(BIN)/python -m compileall -q benchmarks
-	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
+	@$(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(if $(QEMU),--qemu '$(QEMU)') \
+		$(if $(BASE),--base '$(BASE)')
 
 check: setup
 	$(BIN)/ruff format --check .

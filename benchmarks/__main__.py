@@ -6,20 +6,21 @@ The measuring is done where KVM works (inside.py); all else here, where nothing 
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from godwit.errors import GodwitError
-from godwit.host.kvm.probe import why_unusable
-from lab import guest, host, kernels, load, traffic
+from godwit.client.kvm import why_unusable
+from lab import guest, host, kernels, load, qemu, traffic
+from lab.errors import LabCrashed, LabError, LabTimeout
 
-from . import plan, result, show
+from . import machines, plan, result, show
 from .others import Others
 
 #: A run's time, seconds; a lab that is cut off by it leaves its samples.
@@ -49,7 +50,9 @@ def main() -> int:
             rows_file.write_text("")
         quick = arguments.quick
         repetitions = 1 if quick else arguments.repetitions
-        planned = plan.quick_jobs() if quick else plan.jobs(repetitions)
+        compared = Compared.of(arguments)
+        vmms = compared.vmms
+        planned = plan.quick_jobs(vmms) if quick else plan.jobs(repetitions, vmms)
         if arguments.only:
             planned = [job for job in planned if job.guest in arguments.only]
         if arguments.part:
@@ -58,26 +61,59 @@ def main() -> int:
             say(f"the 2 GB guests are left out: they need {LAB_MEMORY_MB + _SPARE_MB} MB of memory")
             planned = [job for job in planned if job.guest != "large"]
         budget = arguments.budget or (QUICK_BUDGET_S if quick else BUDGET_S)
-        measure(planned, rates, out, rows_file, budget)
+        measure(planned, compared, rates, out, rows_file, budget)
         told = settings(rates, emulated, repetitions, quick)
-        note(rows_file, state="settings", settings=told)
+        note(rows_file, state="settings", settings={**told, **compared.settings()})
     rows = read(rows_file)
     given = [row["settings"] for row in rows if row.get("state") == "settings"]
     judged = result.judge(rows, given[-1] if given else {})
     result.keep(judged, out)
     show.table(judged)
     say(f"kept: {out / 'bench.json'}, {out / 'bench.svg'}")
-    return 0 if judged["ratios"] else 1
+    return 0 if judged["ratios"] or judged["ratios_base"] else 1
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The VMMs beside this Godwit, in the order of their turns, and where they are."""
+
+    vmms: tuple[str, ...]
+    qemu: str
+    base: str
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Compared:
+        """Return what the command line asks for; QEMU is left out beside another Godwit.
+
+        Raises:
+            LabError: there is no such program, or no such checkout.
+        """
+        vmms: tuple[str, ...] = ()
+        program, tree = qemu.PROGRAM, ""
+        if arguments.base is not None:
+            machines.base_module(arguments.base)
+            vmms, tree = (plan.BASE,), str(arguments.base.absolute())
+        if arguments.base is None or arguments.qemu is not None:
+            vmms += (plan.QEMU,)
+            program = str(Path(qemu.find(arguments.qemu or qemu.PROGRAM)).absolute())
+        return cls(vmms, program, tree)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the result says of them; the QEMU's version is with the machine's."""
+        base = _commit(self.base) if self.base else None
+        return {"compared": self.vmms, "base_commit": base}
+
+
+def _commit(tree: str) -> str:
+    argv = ["git", "-C", tree, "describe", "--always", "--dirty"]
+    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def settings(rates: plan.Rates, emulated: bool, repetitions: int, quick: bool) -> dict[str, Any]:
     """What the samples were taken with, for whoever compares two results."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
     return {
         "when": time.strftime("%Y-%m-%d %H:%M"),
-        "commit": commit.stdout.strip(),
+        "commit": _commit("."),
         "emulated": emulated,
         "quick": quick,
         "repetitions": repetitions,
@@ -94,6 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", choices=list(plan.PARTS), help="these guests")
     parts = sorted({part for parts in plan.PARTS.values() for part in parts})
     parser.add_argument("--part", action="append", choices=parts, help="these parts")
+    parser.add_argument("--qemu", metavar="PATH", help="the QEMU to compare with; may be a script")
+    parser.add_argument(
+        "--base",
+        metavar="PATH",
+        type=Path,
+        help="another checkout of Godwit to compare with; QEMU is left out without --qemu",
+    )
     parser.add_argument("--budget", type=float, help="seconds that measuring may take")
     for name, default in asdict(plan.Rates()).items():
         option = f"--{name.replace('_', '-')}"
@@ -108,7 +151,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def measure(
-    planned: list[plan.Job], rates: plan.Rates, out: Path, rows_file: Path, budget: float
+    planned: list[plan.Job],
+    compared: Compared,
+    rates: plan.Rates,
+    out: Path,
+    rows_file: Path,
+    budget: float,
 ) -> None:
     """Have all jobs done, in as many labs as it takes; what is had is in ``rows_file``."""
     kernel = kernels.get("cloud-6.12")
@@ -118,7 +166,12 @@ def measure(
         "initrd": str(guest.build(kernel)),
         "rates": asdict(rates),
         "in_all": len(planned),
+        "vmms": [plan.GODWIT, *compared.vmms],
+        "qemu": compared.qemu,
+        "base": compared.base,
     }
+    if compared.base:  # as setup does for this tree: the lab could not keep the byte code
+        compileall.compile_dir(Path(compared.base) / "src", quiet=2)
     for program in (traffic.sender, load.receiver, load.bulk):
         program()  # compiled here, where there is a cache to keep them in
     memory_mb = LAB_MEMORY_MB if [job for job in planned if job.guest == "large"] else 4096
@@ -138,10 +191,10 @@ def measure(
         try:
             with others:
                 host.run(argv, timeout_s=remaining, memory_mb=memory_mb, rw=[out], env=env, log=say)
-        except host.LabCrashed as error:
+        except LabCrashed as error:
             say(f"the lab died; another one goes on ({error})")
             note(rows_file, state="lab died", error=str(error))
-        except host.LabTimeout as error:
+        except LabTimeout as error:
             say(f"the time is up ({error})")
             note(rows_file, state="time is up")
         finally:
@@ -184,6 +237,6 @@ def say(text: str) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except GodwitError as error:
+    except LabError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

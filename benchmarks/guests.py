@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from godwit.client.vm import Vm
 from lab.addresses import LANS
 from lab.agent import Agent
 from lab.network import Network
 from lab.traffic import FLOWS, Flow
+from lab.vm import LabVm
 
 from . import machines, plan
 from .machines import Image
@@ -35,7 +35,7 @@ class Guest:
         self.stack = stack
         self.memory_mb = plan.MEMORY_MB[job.guest]
         self.host = net.a
-        self.last_target: Vm | None = None
+        self.last_target: LabVm | None = None
         self._count = 0
         self.vm = stack.enter_context(
             machines.boot(job.vmm, "vm0", folder, net.a, self.memory_mb, image)
@@ -48,7 +48,7 @@ class Guest:
         self.agent = stack.enter_context(Agent(LANS[0].guest[0], net.client.netns))
         self.agent.ping(30)
 
-    def target(self) -> tuple[Vm, str]:
+    def target(self) -> tuple[LabVm, str]:
         """A process on the other host that waits for the guest, and where it listens."""
         target, uri = self._spare or self._start_target()
         self._spare = None
@@ -61,7 +61,7 @@ class Guest:
         vms = [self.vm, *([self.last_target] if self.last_target else [])]
         return {vm.name: vm.console[-1500:] for vm in vms}
 
-    def _start_target(self) -> tuple[Vm, str]:
+    def _start_target(self) -> tuple[LabVm, str]:
         self._count += 1
         host = self.net.a if self.host is self.net.b else self.net.b
         target, uri = machines.await_guest(
@@ -70,7 +70,7 @@ class Guest:
         self.stack.enter_context(target)
         return target, uri
 
-    def arrive(self, target: Vm) -> None:
+    def arrive(self, target: LabVm) -> None:
         """The guest is there now; the process that it left ends."""
         self.agent.ping(30)
         self.vm.close()

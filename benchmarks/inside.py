@@ -10,20 +10,20 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-# Not used here, but imported once for all children: on an emulated CPU it takes seconds.
-import qemu.qmp  # noqa: F401
-
-from godwit.errors import GodwitError
-from lab.network import Network
+from godwit.client.errors import ClientError
+from lab import qemu
+from lab.errors import LabError
+from lab.network import Host, Network
+from lab.vm import LabVm
 
 from . import machines, parts, plan
 from .machines import Image
@@ -48,7 +48,7 @@ _METHODS = {"2g": "large", "idle-again": "idle_again"}
 
 
 def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
-    """Measure the parts of one job. Raises GodwitError when it cannot go on."""
+    """Measure the parts of one job. Raises LabError or ClientError when it cannot go on."""
     with ExitStack() as stack:
         # Not in the shared folder, which is slow in the lab.
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="godwit-")))
@@ -64,7 +64,7 @@ def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
                         net = stack.enter_context(Network())
                         guest = parts.Measured(job, rates, image, net, folder, stack)
                     sample = getattr(guest, _METHODS.get(part, part))()
-            except (GodwitError, OSError, KeyError) as error:
+            except (LabError, ClientError, OSError, KeyError) as error:
                 said = f"{type(error).__name__}: {error}"[-600:]
                 printed = guest.printed() if guest is not None else {}
                 rows.add(state="failed", error=said, printed=printed, **row)
@@ -102,36 +102,38 @@ def run_apart(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows, deadli
         pass
 
 
-def warm_up(image: Image) -> None:
-    """Start a guest with either VMM, unmeasured, so that the first is not to pay for cold caches.
+def warm_up(image: Image, vmms: Sequence[str]) -> None:
+    """Start a guest with each VMM, unmeasured, so that the first is not to pay for cold caches.
 
     That is the page cache, and in the emulated lab also the one of translated code.
     """
     for path in (image.kernel, image.initrd):
         Path(path).read_bytes()
     with TemporaryDirectory(prefix="godwit-") as name, Network() as net, ExitStack() as stack:
-        vms = [
-            stack.enter_context(machines.boot(vmm, vmm, Path(name), host, 128, image))
-            for vmm, host in ((plan.GODWIT, net.a), (plan.QEMU, net.b))
-        ]
-        for vm in vms:
+        hosts: dict[Host, LabVm] = {}
+        for number, vmm in enumerate(vmms):
+            host = (net.a, net.b)[number % 2]
+            before = hosts.get(host)
+            if before is not None:  # it has the tap
+                before.qmp.execute("query-status", deadline=60)
+                before.close()
+            vm = machines.boot(vmm, vmm, Path(name), host, 128, image)
+            hosts[host] = stack.enter_context(vm)
+        for vm in hosts.values():
             vm.qmp.execute("query-status", deadline=60)
 
 
-def machine() -> dict[str, Any]:
-    """What it runs on."""
+def machine(compared: str) -> dict[str, Any]:
+    """Return what it runs on, and which QEMU is compared ("": none)."""
     cpus = Path("/proc/cpuinfo").read_text()
     models = [line.partition(":")[2].strip() for line in cpus.splitlines() if "model name" in line]
-    said = subprocess.run(
-        ["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True
-    )
     return {
         "cpu": models[0] if models else platform.machine(),
         "cpus": len(os.sched_getaffinity(0)),
         "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "qemu": said.stdout.splitlines()[0],
+        "qemu": qemu.version(qemu.find(compared)) if compared else None,
     }
 
 
@@ -153,10 +155,11 @@ def main() -> None:
     """As the module says."""
     given = json.loads(Path(sys.argv[1]).read_text())
     rows = Rows(Path(given["rows"]))
-    image = Image(given["kernel"], given["initrd"])
+    image = Image(given["kernel"], given["initrd"], given["qemu"], given["base"])
     rates = plan.Rates(**given["rates"])
-    rows.add(state="machine", **machine())
-    warm_up(image)
+    vmms: list[str] = given["vmms"]
+    rows.add(state="machine", **machine(image.qemu if plan.QEMU in vmms else ""))
+    warm_up(image, vmms)
     say("warmed up")
     for number, values in enumerate(given["jobs"], given["before"] + 1):
         job = plan.Job.from_json(values)

@@ -1,20 +1,21 @@
-"""The two VMMs behind one face: a guest that boots, and a process that it can move to."""
+"""The compared VMMs behind one face: a guest that boots, and a process that it can move to."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from godwit.client.vm import Vm
-from godwit.errors import HostError
 from lab import guest, qemu
+from lab.errors import LabError
 from lab.network import Host
+from lab.vm import LabVm
 
-from .plan import CPUS, IN_PROCESS, QEMU
+from .plan import BASE, CPUS, IN_PROCESS, QEMU
 
 MAC = "52:54:00:67:77:01"
 _ENDS = ("completed", "failed", "cancelled")
@@ -30,14 +31,43 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Image:
-    """What guests boot."""
+    """What guests boot, and the programs that Godwit is compared with."""
 
     kernel: str
     initrd: str
+    qemu: str = qemu.PROGRAM
+    base: str = ""
+    """Another checkout of Godwit."""
 
     @property
     def boot(self) -> tuple[str, str, str]:
         return self.kernel, self.initrd, guest.CMDLINE
+
+
+def base_module(tree: Path) -> str:
+    """Return the module that is the command ``godwit`` in a checkout, which may be an older one.
+
+    Raises:
+        LabError: it is no checkout of Godwit.
+    """
+    for file, module in (("cli/main.py", "godwit.cli.main"), ("cli.py", "godwit.cli")):
+        if (tree / "src/godwit" / file).exists():
+            return module
+    raise LabError(f"the tree to compare with, {tree}: no src/godwit/cli/main.py and no cli.py")
+
+
+class Base(LabVm):
+    """A VM of another checkout of Godwit, under this one's client."""
+
+    def __init__(
+        self, name: str, folder: Path, arguments: Sequence[str], netns: str | None, tree: Path
+    ) -> None:
+        self._module = base_module(tree)
+        env = {**os.environ, "PYTHONPATH": str(tree / "src")}
+        super().__init__(name, folder, arguments, netns, env)
+
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", self._module, "run", "--qmp", str(self.qmp_path)]
 
 
 @dataclass(frozen=True)
@@ -51,60 +81,62 @@ class Moved:
     info: dict[str, Any]
 
 
-def boot(vmm: str, name: str, folder: Path, host: Host, memory_mb: int, image: Image) -> Vm:
+def boot(vmm: str, name: str, folder: Path, host: Host, memory_mb: int, image: Image) -> LabVm:
     """Start a process that boots a guest."""
     if vmm == QEMU:
         argv = qemu.arguments(memory_mb, CPUS, host.tap, MAC, image.boot)
-        return qemu.Qemu(name, folder, argv, host.netns)
+        return qemu.Qemu(name, folder, argv, host.netns, image.qemu)
     argv = ["--kernel", image.kernel, "--initrd", image.initrd, "--append", guest.CMDLINE]
-    return Vm(name, folder, [*argv, *_godwit(vmm, host, memory_mb)], host.netns)
+    return _godwit(vmm, name, folder, argv, host, memory_mb, image)
 
 
 def await_guest(
     vmm: str, name: str, folder: Path, host: Host, memory_mb: int, image: Image
-) -> tuple[Vm, str]:
+) -> tuple[LabVm, str]:
     """Start a process that a guest can move to; it, and where it will listen."""
     socket = folder / f"{name}.move"
     socket.unlink(missing_ok=True)
     uri = f"unix:{socket}"
     if vmm == QEMU:
         argv = qemu.arguments(memory_mb, CPUS, host.tap, MAC, image.boot, uri)
-        target: Vm = qemu.Qemu(name, folder, argv, host.netns)
-    else:
-        argv = ["--incoming", uri, *_godwit(vmm, host, memory_mb)]
-        target = Vm(name, folder, argv, host.netns)
-    return target, uri
+        return qemu.Qemu(name, folder, argv, host.netns, image.qemu), uri
+    return _godwit(vmm, name, folder, ["--incoming", uri], host, memory_mb, image), uri
 
 
-def _godwit(vmm: str, host: Host, memory_mb: int) -> list[str]:
+def _godwit(
+    vmm: str, name: str, folder: Path, first: list[str], host: Host, memory_mb: int, image: Image
+) -> LabVm:
     nic = f"tap={host.tap},mac={MAC}"
     if vmm == IN_PROCESS:
         nic += ",vhost=off"
-    return ["--memory", f"{memory_mb}M", "--cpus", str(CPUS), "--nic", nic]
+    argv = [*first, "--memory", f"{memory_mb}M", "--cpus", str(CPUS), "--nic", nic]
+    if vmm == BASE:
+        return Base(name, folder, argv, host.netns, Path(image.base))
+    return LabVm(name, folder, argv, host.netns)
 
 
-def move(source: Vm, target: Vm, uri: str, deadline: float = 90.0) -> Moved:
+def move(source: LabVm, target: LabVm, uri: str, deadline: float = 90.0) -> Moved:
     """Move the guest, and wait until it runs there.
 
     Raises:
-        HostError: the move failed, or did not end in time.
+        LabError: the move failed, or did not end in time.
     """
     if isinstance(source, qemu.Qemu):
         source.qmp.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED})
     source.qmp.events()
     target.qmp.events()
     began = time.time()
-    source.start_move(uri)
+    source.start_migration(uri)
     told: list[Event] = []
     end = time.monotonic() + deadline
     while not [event for event in told if _is_end(event)]:
         if time.monotonic() > end or not source.alive:
-            raise HostError(f"the move did not end within {deadline:g} s")
+            raise LabError(f"the move did not end within {deadline:g} s")
         time.sleep(_LOOK_S)
         told += source.qmp.events()
     info = dict(source.qmp.execute("query-migrate"))
     if info["status"] != "completed":
-        raise HostError(f"the move ended as {info['status']}: {info.get('error-desc', '')}")
+        raise LabError(f"the move ended as {info['status']}: {info.get('error-desc', '')}")
     resumed = stamp(target.qmp.wait_event("RESUME", 30))
     stops = [stamp(event) for event in told if event["event"] == "STOP"]
     pause = (resumed - stops[-1]) * 1000 if stops else None

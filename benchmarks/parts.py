@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
-from godwit.errors import HostError
 from lab.addresses import LANS
+from lab.errors import LabError
 from lab.load import BOTH_WAYS, FROM_GUEST, PORT, TO_GUEST, Bulk, Receiver, round_trips, throughput
 from lab.traffic import Flow, Ping, Sender
 
@@ -40,7 +40,7 @@ class Measured(Guest):
         machines.settle()
         found = memory.measure(self.vm.pid)
         if not self.memory_mb <= found.ram / 1024 < self.memory_mb + 64:
-            raise HostError(f"{found.ram} kB cannot be the guest's {self.memory_mb} MB of RAM")
+            raise LabError(f"{found.ram} kB cannot be the guest's {self.memory_mb} MB of RAM")
         return {"pss_mb": found.pss / 1024, "rss_mb": found.rss / 1024}
 
     def network(self) -> Sample:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 GODWIT, QEMU = "godwit", "qemu"
+#: Another checkout of Godwit.
+BASE = "base"
 #: Godwit with ``vhost=off``: frames are moved by its own process.
 IN_PROCESS = "godwit-in-process"
 
@@ -82,32 +84,37 @@ class Job:
         return cls(**{**values, "parts": tuple(values["parts"])})
 
 
-def jobs(repetitions: int) -> list[Job]:
-    """All jobs, the two VMMs in turns; who is first changes with each repetition."""
+def jobs(repetitions: int, compared: Sequence[str] = (QEMU,)) -> list[Job]:
+    """Return all jobs, Godwit and those compared in turns; each repetition begins with another."""
     found = []
     for number in range(repetitions):
         for guest in ("small", "hot", "large"):
             parts = PARTS[guest]
             if number >= len(NETWORKS):  # each network had its numbered flows by then
                 parts = tuple(part for part in parts if part != "udp")
-            found += _pair(guest, number, parts)
-        if number % 3 == 0:  # QEMU has no counterpart to it
+            found += _turns(guest, number, parts, compared)
+        if number % 3 == 0 and QEMU in compared:  # held against its vhost-net
             found.append(Job("in-process", IN_PROCESS, number, PARTS["in-process"]))
     return found
 
 
-def quick_jobs() -> list[Job]:
-    """Once each: first what has a mark, then what there is time for."""
-    found = _pair("small", 0, ("boot", "memory", "network", "idle"))
-    found += [*_pair("large", 0, PARTS["large"]), *_pair("hot", 0, PARTS["hot"])]
-    return [*found, *_pair("small", 0, ("udp", "tcp"))]
+def quick_jobs(compared: Sequence[str] = (QEMU,)) -> list[Job]:
+    """Return each job once: first what has a mark, then what there is time for."""
+    found = _turns("small", 0, ("boot", "memory", "network", "idle"), compared)
+    for guest in ("large", "hot"):
+        found += _turns(guest, 0, PARTS[guest], compared)
+    return [*found, *_turns("small", 0, ("udp", "tcp"), compared)]
 
 
-def _pair(guest: str, number: int, parts: tuple[str, ...]) -> list[Job]:
-    vmms = (GODWIT, QEMU) if number % 2 == 0 else (QEMU, GODWIT)
+def _turns(guest: str, number: int, parts: tuple[str, ...], compared: Sequence[str]) -> list[Job]:
+    vmms = (GODWIT, *compared)
+    first = number % len(vmms)
     # The limit is measured beside Godwit's move: it is the line's, not a VMM's.
-    qemus = tuple(part for part in parts if part != "limit")
-    return [Job(guest, vmm, number, parts if vmm == GODWIT else qemus) for vmm in vmms]
+    others = tuple(part for part in parts if part != "limit")
+    return [
+        Job(guest, vmm, number, parts if vmm == GODWIT else others)
+        for vmm in (*vmms[first:], *vmms[:first])
+    ]
 
 
 def only_parts(planned: list[Job], parts: Sequence[str]) -> list[Job]:

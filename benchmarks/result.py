@@ -20,7 +20,7 @@ def judge(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any
     medians = {
         name: {
             vmm: asdict(spread)
-            for vmm in (plan.GODWIT, plan.QEMU)
+            for vmm in (plan.GODWIT, plan.QEMU, plan.BASE)
             if (spread := stats.spread(values.get(vmm, ()))) is not None
         }
         for name, values in quantities.items()
@@ -33,6 +33,7 @@ def judge(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any
         "machine": machines[-1] if machines else {},
         "settings": settings,
         "ratios": ratios,
+        "ratios_base": stats.ratios(quantities, plan.BASE),
         "limits": limits,
         "marks": marks,
         "medians": medians,

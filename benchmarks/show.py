@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import plan, stats
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def table(result: dict[str, Any]) -> None:
@@ -15,29 +18,18 @@ def table(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(width=110)
-    rows = Table(
-        "", "Godwit", "range", "QEMU", "range", "ratio",
-        title="medians (times in ms but boot in s; sizes in MB; rates in MB/s)",
-        title_justify="left", box=box.SIMPLE,
-    )  # fmt: skip
-    for name, by in sorted(result["medians"].items(), key=lambda item: _order(item[0])):
-        ratio = result["ratios"].get(name)
-        cells = [cell for vmm in (plan.GODWIT, plan.QEMU) for cell in _cells(by.get(vmm))]
-        rows.add_row(name, *cells, "" if ratio is None else f"{ratio:.2f}")
-    console.print(rows)
+    for line in compared(result):
+        console.print(line, highlight=False)
+    for other, ratios in _RATIOS.items():
+        if result[ratios]:
+            console.print(_medians(result, other, result[ratios]))
 
-    rows = Table(
-        "packets lost a move",
-        "Godwit",
-        "each",
-        "QEMU",
-        "each",
-        title_justify="left",
-        box=box.SIMPLE,
-    )
+    vmms = [vmm for vmm in _NAMES if any(vmm in by for by in result["lost"].values())]
+    columns = [column for vmm in vmms for column in (_NAMES[vmm], "each")]
+    rows = Table("packets lost a move", *columns, title_justify="left", box=box.SIMPLE)
     for name, by in result["lost"].items():
         row = [name]
-        for vmm in (plan.GODWIT, plan.QEMU):
+        for vmm in vmms:
             row += [
                 f"{by[vmm]:g}" if vmm in by else "",
                 " ".join(map(str, by["each"].get(vmm, []))),
@@ -45,21 +37,8 @@ def table(result: dict[str, Any]) -> None:
         rows.add_row(*row)
     console.print(rows)
 
-    rows = Table(
-        "mark", "value", "must", "aim", "", title="Godwit / QEMU; copy_2g: of the socket loop",
-        title_justify="left", box=box.SIMPLE,
-    )  # fmt: skip
-    for name, mark in result["marks"].items():
-        sign = "≥" if mark["higher"] else "≤"
-        value = mark["value"]
-        verdict = "[yellow]not measured[/yellow]" if value is None else "[red]FALLS SHORT[/red]"
-        if mark["holds"]:
-            verdict = (
-                "[green]holds, aim reached[/green]" if mark["aimed"] else "[green]holds[/green]"
-            )
-        shown = "" if value is None else f"{value:.2f}"
-        rows.add_row(name, shown, f"{sign} {mark['must']:g}", f"{sign} {mark['aim']:g}", verdict)
-    console.print(rows)
+    if result["ratios"] or not result["ratios_base"]:
+        console.print(_marks(result))
     for name, limit in result["limits"].items():
         console.print(
             f"{name}: {limit['copy']:.0f} MB/s of the socket loop's {limit['socket_loop']:.0f}"
@@ -80,6 +59,59 @@ def table(result: dict[str, Any]) -> None:
             f"{failed['labs_died']} (see bench.json)",
             highlight=False,
         )
+
+
+def compared(result: dict[str, Any]) -> list[str]:
+    """Return which programs were compared, a line each."""
+    lines = []
+    if result["machine"].get("qemu"):
+        lines.append(f"compared with {result['machine']['qemu']}")
+    if result["settings"].get("base_commit"):
+        commits = result["settings"]["base_commit"], result["settings"]["commit"]
+        lines.append("compared with Godwit at {}, as base; this one is at {}".format(*commits))
+    return lines
+
+
+_NAMES = {plan.GODWIT: "Godwit", plan.QEMU: "QEMU", plan.BASE: "base"}
+#: What Godwit is compared with -> where the result has the ratios.
+_RATIOS = {plan.QEMU: "ratios", plan.BASE: "ratios_base"}
+
+
+def _medians(result: dict[str, Any], other: str, ratios: dict[str, float]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    rows = Table(
+        "", "Godwit", "range", _NAMES[other], "range", "ratio",
+        title="medians (times in ms but boot in s; sizes in MB; rates in MB/s)",
+        title_justify="left", box=box.SIMPLE,
+    )  # fmt: skip
+    for name, by in sorted(result["medians"].items(), key=lambda item: _order(item[0])):
+        ratio = ratios.get(name)
+        cells = [cell for vmm in (plan.GODWIT, other) for cell in _cells(by.get(vmm))]
+        rows.add_row(name, *cells, "" if ratio is None else f"{ratio:.2f}")
+    return rows
+
+
+def _marks(result: dict[str, Any]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    rows = Table(
+        "mark", "value", "must", "aim", "", title="Godwit / QEMU; copy_2g: of the socket loop",
+        title_justify="left", box=box.SIMPLE,
+    )  # fmt: skip
+    for name, mark in result["marks"].items():
+        sign = "≥" if mark["higher"] else "≤"
+        value = mark["value"]
+        verdict = "[yellow]not measured[/yellow]" if value is None else "[red]FALLS SHORT[/red]"
+        if mark["holds"]:
+            verdict = (
+                "[green]holds, aim reached[/green]" if mark["aimed"] else "[green]holds[/green]"
+            )
+        shown = "" if value is None else f"{value:.2f}"
+        rows.add_row(name, shown, f"{sign} {mark['must']:g}", f"{sign} {mark['aim']:g}", verdict)
+    return rows
 
 
 #: Names in the table's order; what is not named comes last.
@@ -110,16 +142,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    named = [mark.name for mark in stats.MARKS if mark.name in result["ratios"]]
+    other = plan.QEMU if result["ratios"] or not result["ratios_base"] else plan.BASE
+    ratios = result[_RATIOS[other]]
+    named = [mark.name for mark in stats.MARKS if mark.name in ratios]
     more = sorted(
-        (name for name in result["ratios"] if name not in named and not name.startswith("gap ")),
+        (name for name in ratios if name not in named and not name.startswith("gap ")),
         key=_order,
     )
     names = [*named, *more]
     figure, axis = pyplot.subplots(figsize=(9, 1.2 + 0.27 * len(names)))
     for row, name in enumerate(reversed(names)):
-        value = result["ratios"][name]
-        mark = result["marks"].get(name)
+        value = ratios[name]
+        mark = result["marks"].get(name) if other == plan.QEMU else None
         colour = "tab:gray"
         if mark:
             colour = "tab:green" if mark["holds"] else "tab:red"
@@ -127,17 +161,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axis.plot([mark["aim"]] * 2, [row - 0.4, row + 0.4], color="black", linestyle=":")
         axis.barh(row, value, color=colour, alpha=0.6)
         by = result["medians"].get(name, {})
-        both = " / ".join(
-            number(by[vmm]["median"]) for vmm in (plan.GODWIT, plan.QEMU) if vmm in by
-        )
+        both = " / ".join(number(by[vmm]["median"]) for vmm in (plan.GODWIT, other) if vmm in by)
         text = f"{value:.2f}" + (f"  ({both})" if both else "")
         beside = max(value, mark["must"] if mark else 0.0, mark["aim"] if mark else 0.0)
         axis.text(beside + 0.02, row, text, va="center", fontsize=7)
     axis.axvline(1, color="tab:blue", linewidth=0.8)
     axis.set_yticks(range(len(names)), list(reversed(names)), fontsize=7)
-    axis.set_xlim(0, max([1.5, *(result["ratios"][name] * 1.25 for name in names)]))
+    axis.set_xlim(0, max([1.5, *(ratios[name] * 1.25 for name in names)]))
     axis.set_title(
-        "Godwit / QEMU, ratio of medians (Godwit / QEMU); line: must, dots: aim", fontsize=9
+        f"Godwit / {_NAMES[other]}, ratio of medians (and both); line: must, dots: aim", fontsize=9
     )
     figure.tight_layout()
     figure.savefig(path)

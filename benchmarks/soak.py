@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from godwit.errors import GodwitError
-from godwit.host.kvm.probe import why_unusable
+from godwit.client.kvm import why_unusable
 from lab import guest, host, kernels, traffic
+from lab.errors import LabCrashed, LabError, LabTimeout
 
 from . import plan
 from .__main__ import note, read, say
@@ -80,10 +80,10 @@ def _moves(given: argparse.Namespace, out: Path, rows_file: Path) -> None:
         env = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
         try:
             host.run(argv, timeout_s=remaining, rw=[out], env=env, log=say)
-        except host.LabCrashed as error:
+        except LabCrashed as error:
             say(f"the lab died; another one goes on ({error})")
             note(rows_file, state="lab died", error=str(error))
-        except host.LabTimeout:
+        except LabTimeout:
             say("the time is up")
             return
 
@@ -107,7 +107,7 @@ def _judge(rows: list[dict[str, Any]], out: Path) -> int:
         **sums,
         "moves_with_a_fault": len(wrong),
         "downtime_ms": median([row["downtime_ms"] for row in moved]) if moved else None,
-        "forwarded": sum(row["handover"].get("frames", 0) for row in moved),
+        "forwarded": sum(row["handover"].get("packets", 0) for row in moved),
         "clock_ms": max((max(map(abs, row["clock_ms"])) for row in moved), default=None),
         "clock_error_ms": max((row["clock_error_ms"] for row in moved), default=None),
         "labs_died": sum(row["state"] == "lab died" for row in rows),
@@ -125,6 +125,6 @@ def _judge(rows: list[dict[str, Any]], out: Path) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except GodwitError as error:
+    except LabError as error:
         print(f"soak: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

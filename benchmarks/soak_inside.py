@@ -14,13 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from godwit.client.vm import Vm
-from godwit.errors import GodwitError
+from godwit.client.errors import ClientError
 from lab import clocks, guest, qemu
 from lab.agent import Agent
+from lab.errors import LabError
 from lab.network import Host, Network
 from lab.scenario import wait_for
 from lab.traffic import FLOWS, Flow, Sender, Stream
+from lab.vm import LabVm
 
 from .inside import Rows, say
 from .machines import MAC, move
@@ -54,7 +55,7 @@ class Soak:
             self.agent.sh(_TIMERS)
         self._stream = Stream(net.client.netns, FLOWS[2].guest)
 
-    def _start(self, host: Host, uri: str | None = None) -> Vm:
+    def _start(self, host: Host, uri: str | None = None) -> LabVm:
         """A process that boots the guest, or waits for it at ``uri``."""
         self._count += 1
         given, name = self._given, f"vm{self._count}"
@@ -63,7 +64,7 @@ class Soak:
         boot = given["kernel"], given["initrd"], guest.WATCHFUL_CMDLINE
         if given["vmm"] == QEMU:
             arguments = qemu.arguments(_MEMORY_MB, given["cpus"], tap, MAC, boot, uri)
-            vm: Vm = qemu.Qemu(name, self._folder, arguments, host.netns)
+            vm: LabVm = qemu.Qemu(name, self._folder, arguments, host.netns)
         else:
             argv = ["--memory", f"{_MEMORY_MB}M", "--cpus", str(given["cpus"])]
             argv += ["--nic", f"tap={tap},mac={MAC}{given['nic']}"]
@@ -71,7 +72,7 @@ class Soak:
                 argv += ["--kernel", boot[0], "--initrd", boot[1], "--append", boot[2]]
             else:
                 argv += ["--incoming", uri]
-            vm = Vm(name, self._folder, argv, host.netns)
+            vm = LabVm(name, self._folder, argv, host.netns)
         return self._stack.enter_context(vm)
 
     def _flows(self) -> list[Flow]:
@@ -80,7 +81,11 @@ class Soak:
         return list(FLOWS) if self._given["all_flows"] else list(FLOWS[self._moves % 2 :: 2])
 
     def once(self) -> dict[str, Any]:
-        """One move; what came of it. Raises GodwitError where the guest or the move broke."""
+        """Migrate once, and return what came of it.
+
+        Raises:
+            LabError, ClientError: the guest or the migration broke.
+        """
         host = self._net.b if self._host is self._net.a else self._net.a
         uri = f"unix:{self._folder}/move{self._count}"
         target = self._start(host, uri)
@@ -171,7 +176,7 @@ def main() -> None:
             rows.add(state="began")
             try:
                 row = soak.once()
-            except (GodwitError, OSError, KeyError, TimeoutError) as error:
+            except (LabError, ClientError, OSError, KeyError) as error:
                 text = f"{type(error).__name__}: {error}"
                 rows.add(state="broke", error=text[-600:], console=soak.vm.console[-1500:])
                 raise

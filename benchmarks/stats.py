@@ -10,7 +10,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from .plan import GODWIT, IN_PROCESS, MOVES, QEMU
+from .plan import BASE, GODWIT, IN_PROCESS, MOVES, QEMU
 
 Row = Mapping[str, Any]
 #: Values of one quantity: VMM -> its samples.
@@ -74,7 +74,7 @@ def ratio(over: Spread | None, under: Spread | None) -> float | None:
 
 
 def quantities(rows: Iterable[Row]) -> dict[str, Values]:
-    """All that both VMMs have, by name. Units: s (boot), MB, MB/s, ms, MB sent (bytes_...)."""
+    """All that the VMMs have, by name. Units: s (boot), MB, MB/s, ms, MB sent (bytes_...)."""
     found: dict[str, Values] = defaultdict(lambda: defaultdict(list))
     for row in _done(rows):
         vmm, part = row["vmm"], row["part"]
@@ -120,11 +120,11 @@ def _of_move(row: Row) -> Iterable[tuple[str, float]]:
         yield "tcp_while_moving_from_guest", row["in"] / 1e6
 
 
-def ratios(quantities: Mapping[str, Values]) -> dict[str, float]:
-    """Godwit's median by QEMU's; ``gap`` is that of the flow where Godwit compares worst."""
+def ratios(quantities: Mapping[str, Values], under: str = QEMU) -> dict[str, float]:
+    """Return Godwit's median by another's; ``gap`` is that of the flow where it compares worst."""
     found = {}
     for name, values in quantities.items():
-        one = ratio(spread(values.get(GODWIT, ())), spread(values.get(QEMU, ())))
+        one = ratio(spread(values.get(GODWIT, ())), spread(values.get(under, ())))
         if one is not None:
             found[name] = one
     gaps = [value for name, value in found.items() if name.startswith("gap ")]
@@ -204,6 +204,8 @@ def phases(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
     )
     for row in _done(rows):
         report: Mapping[str, Any] = row.get("report") or {}
+        if row["vmm"] == BASE:
+            continue
         for kind in (name for name in report if name.endswith("-phases")):
             ends = sorted(report[kind].items(), key=lambda phase: phase[1])
             for (_, before), (phase, end) in pairwise([("", 0.0), *ends]):

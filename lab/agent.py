@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from godwit.errors import GodwitError
-
+from .errors import AgentError
 from .netns import inside
 
 CONTROL, SINK, ECHO, DISCARD, SOURCE = 7000, 7001, 7002, 7003, 7004
@@ -19,10 +18,6 @@ _REPEAT_S = 0.25
 #: A guest that is silent for so long, s, hangs; it is given up as one that does not after so long.
 _SILENT_S = 1.0
 _HANGS_S = 10.0
-
-
-class AgentError(GodwitError):
-    """The guest's agent refused a request, or did not answer in time."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``godwit demo``: runs the scenario where KVM works, judges it, shows and keeps the result."""
+"""``python -m lab demo``: run the scenario where KVM works, judge, show and keep the result."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from godwit.errors import HostError
-
 from . import guest, host, kernels
+from .errors import LabError
 from .judge import Announcement, announcements
 from .scenario import MAC
 from .traffic import FLOWS, Flow, sender
@@ -24,7 +23,7 @@ def run(out: Path, say: Callable[[str], None]) -> int:
     """Run, judge, print, and write ``demo.json`` and ``demo.svg``; 0 if everything held.
 
     Raises:
-        GodwitError: the scenario could not be run to its end.
+        LabError: the scenario could not be run to its end.
     """
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -37,7 +36,7 @@ def run(out: Path, say: Callable[[str], None]) -> int:
     argv += [str(out), str(kernel.vmlinuz), str(initrd)]
     status = host.run(argv, timeout_s=_TIME_LIMIT_S, rw=[out], log=say)
     if status or not raw.exists():
-        raise HostError(f"the scenario ended with status {status}; its output above says why")
+        raise LabError(f"the scenario ended with status {status}; its output above says why")
     observed = json.loads(raw.read_text())
     result = judge(observed, announcements(out / "client.pcap", MAC))
     (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")

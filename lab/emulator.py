@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from godwit.errors import HostError
-
 from . import initramfs, kernels
+from .errors import LabError
 
 KERNEL = "full-6.12"
 #: Modules loaded in three streams side by side. (The cloud kernel lacks 9p.)
@@ -68,7 +67,7 @@ def qemu_argv(directory: Path, rw: Sequence[Path], cpus: int, memory_mb: int) ->
     """QEMU's command line for a job, but for the device that carries its input and output."""
     program = shutil.which("qemu-system-x86_64")
     if program is None:
-        raise HostError("qemu-system-x86_64 is missing: apt-get install qemu-system-x86")
+        raise LabError("qemu-system-x86_64 is missing: apt-get install qemu-system-x86")
     kernel = kernels.get(KERNEL)
     command = [program, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     command += ["-machine", "q35,hpet=off,smbus=off", "-accel", "tcg,thread=multi,tb-size=512"]

@@ -34,7 +34,7 @@ READY = "GODWIT-GUEST-READY"
 
 
 def build(kernel: Kernel) -> Path:
-    """The guest's initramfs for that kernel. Raises HostError where busybox or gcc is missing."""
+    """The guest's initramfs for that kernel. Raises LabError where busybox or gcc is missing."""
     sources = sorted((initramfs.DATA / "guest_files").iterdir())
     lists = repr((LISTS, EXTRA)).encode()
     parts = [source.read_bytes() for source in sources]

@@ -18,10 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from ctypes import CDLL
 from pathlib import Path
 
-from godwit.errors import HostError
-from godwit.host.kvm.probe import why_unusable
+from godwit.client.kvm import why_unusable
 
 from . import emulator, guest, kernels
+from .errors import LabCrashed, LabTimeout
 
 Log = Callable[[str], None]
 #: Boots of the emulated host that may fail before the command starts.
@@ -29,16 +29,6 @@ _BOOTS = 3
 _KEPT_LOGS = 20
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _libc = CDLL(None)
-
-
-class LabCrashed(HostError):
-    """The emulated host died without a result: the lab's failure, not the command's."""
-
-    exit_code = 75  # EX_TEMPFAIL (sysexits.h)
-
-
-class LabTimeout(HostError):
-    """The command did not end within its time limit; it and the lab were ended."""
 
 
 def run(
@@ -59,7 +49,7 @@ def run(
     host gives the command PATH, HOME, TERM, GODWIT_CACHE and ``env``; the machine itself its whole
     environment and ``env``. An emulated host that dies before the command starts is booted again.
 
-    Raises LabCrashed, LabTimeout, and HostError where a tool or kernel is missing.
+    Raises LabCrashed, LabTimeout, and LabError where a tool or kernel is missing.
     """
     where = (cwd or Path.cwd()).absolute()
     for path in rw:

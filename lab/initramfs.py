@@ -9,8 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from godwit.errors import HostError
-
+from .errors import LabError
 from .kernels import Kernel, cache_dir
 
 #: Files of this package that end up inside the images.
@@ -94,13 +93,13 @@ def unpacked(path: Path, *, signed: bool = True) -> bytes:
 
 
 def busybox() -> bytes:
-    """The static busybox of this machine. Raises HostError where it is missing."""
+    """The static busybox of this machine. Raises LabError where it is missing."""
     found = shutil.which("busybox")
     if found is None:
-        raise HostError("busybox is missing: apt-get install busybox-static (or make setup)")
+        raise LabError("busybox is missing: apt-get install busybox-static (or make setup)")
     data = Path(found).read_bytes()
     if b"ld-linux" in data[:4096]:
-        raise HostError("busybox is not static: apt-get install busybox-static (or make setup)")
+        raise LabError("busybox is not static: apt-get install busybox-static (or make setup)")
     return data
 
 
@@ -113,7 +112,7 @@ def program(name: str, sources: Sequence[Path]) -> Path:
     """The C program as a static executable; compiled once per content of its sources.
 
     Raises:
-        HostError: gcc is missing, or refused them.
+        LabError: gcc is missing, or refused them.
     """
 
     def build(target: Path) -> None:
@@ -122,9 +121,9 @@ def program(name: str, sources: Sequence[Path]) -> Path:
         try:
             subprocess.run(argv, check=True, capture_output=True)
         except FileNotFoundError as error:
-            raise HostError("gcc is missing: apt-get install gcc libc6-dev") from error
+            raise LabError("gcc is missing: apt-get install gcc libc6-dev") from error
         except subprocess.CalledProcessError as error:
-            raise HostError(f"gcc, {name}: {error.stderr.decode(errors='replace')}") from error
+            raise LabError(f"gcc, {name}: {error.stderr.decode(errors='replace')}") from error
 
     key = digest(*(source.read_bytes() for source in sources))
     return cached_file(f"bin/{name}-{key}", build)

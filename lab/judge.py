@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from godwit.errors import HostError
+from .errors import LabError
 
 _VLANS = (b"\x81\x00", b"\x88\xa8")
 _ARP, _RARP, _IPV6 = b"\x08\x06", b"\x80\x35", b"\x86\xdd"
@@ -38,7 +38,7 @@ def announcements(capture: Path, mac: str | None = None) -> list[Announcement]:
     so what follows a RARP closely is the host's, and the rest is the guest's.
 
     Raises:
-        HostError: the capture cannot be read.
+        LabError: the capture cannot be read.
     """
     try:
         from scapy.layers.inet6 import ICMPv6ND_NA, IPv6
@@ -46,7 +46,7 @@ def announcements(capture: Path, mac: str | None = None) -> list[Announcement]:
         from scapy.packet import bind_layers
         from scapy.utils import RawPcapReader
     except ImportError as error:
-        raise HostError(f"scapy is missing ({error}); run scripts/setup") from error
+        raise LabError(f"scapy is missing ({error}); run scripts/setup") from error
 
     # RARP has ARP's format (RFC 903), and scapy binds nothing to its type.
     bind_layers(Ether, ARP, type=0x8035)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from godwit.errors import ConfigError, HostError
+from .errors import LabError
 
 #: Name -> Debian 12 meta package. The cloud kernels are the guests a user meets; the full one has
 #: what the lab host itself needs (9p) and an e1000 driver.
@@ -59,9 +59,9 @@ def cache_lock() -> Iterator[None]:
 
 
 def cached(name: str) -> Kernel | None:
-    """The kernel if it is unpacked already, else None. Raises ConfigError for an unknown name."""
+    """The kernel if it is unpacked already, else None. Raises LabError for an unknown name."""
     if name not in META_PACKAGES:
-        raise ConfigError(f"unknown kernel {name!r}: choose one of {', '.join(META_PACKAGES)}")
+        raise LabError(f"unknown kernel {name!r}: choose one of {', '.join(META_PACKAGES)}")
     root = cache_dir() / "kernels" / name
     found = sorted(root.glob("boot/vmlinuz-*"))
     if not found:
@@ -76,7 +76,7 @@ def cached(name: str) -> Kernel | None:
 def get(name: str, log: Log = lambda _: None) -> Kernel:
     """The named kernel, downloaded and unpacked first if need be.
 
-    Raises ConfigError for an unknown name and HostError where apt cannot provide it.
+    Raises LabError for an unknown name, and where apt cannot provide it.
     """
     kernel = cached(name)
     if kernel is None:
@@ -121,12 +121,12 @@ def _run(argv: Sequence[str], cwd: Path | None = None) -> str:
             argv, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
         )
     except FileNotFoundError as error:
-        raise HostError(
+        raise LabError(
             f"{argv[0]} is missing: kernels come from Debian's archive, so this needs Debian 12 "
             "or newer (or put an unpacked kernel package into the cache by hand)"
         ) from error
     except subprocess.CalledProcessError as error:
-        raise HostError(f"{' '.join(argv)} failed: {error.stderr.strip()[-400:]}") from error
+        raise LabError(f"{' '.join(argv)} failed: {error.stderr.strip()[-400:]}") from error
     return done.stdout
 
 
@@ -140,14 +140,14 @@ def _fetch(name: str, log: Log) -> Kernel:
     meta = META_PACKAGES[name]
     try:
         package = _image_package(meta)
-    except HostError:
+    except LabError:
         package = None
     if package is None:
         log("apt-get update: the package lists do not name the kernel yet")
         _run(["apt-get", "-qq", "update"])
         package = _image_package(meta)
     if package is None:
-        raise HostError(f"Debian's archive offers no {meta}: add bookworm's main and security")
+        raise LabError(f"Debian's archive offers no {meta}: add bookworm's main and security")
     parent = cache_dir() / "kernels"
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-") as scratch:
@@ -156,7 +156,7 @@ def _fetch(name: str, log: Log) -> Kernel:
         log(f"downloading {package}")
         try:
             _run(["apt-get", "-qq", "download", package], cwd=work)
-        except HostError:  # lists older than the archive's last point release
+        except LabError:  # lists older than the archive's last point release
             _run(["apt-get", "-qq", "update"])
             package = _image_package(meta) or package
             _run(["apt-get", "-qq", "download", package], cwd=work)
@@ -171,5 +171,5 @@ def _fetch(name: str, log: Log) -> Kernel:
         root.rename(target)
     kernel = cached(name)
     if kernel is None:
-        raise HostError(f"{package} holds no boot/vmlinuz-* with its modules")
+        raise LabError(f"{package} holds no boot/vmlinuz-* with its modules")
     return kernel

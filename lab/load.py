@@ -11,10 +11,9 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from godwit.errors import HostError
-
 from . import initramfs
 from .agent import DISCARD, SOURCE, Flow
+from .errors import LabError
 from .netns import entering
 from .traffic import Program
 
@@ -59,10 +58,10 @@ class Bulk(Program):
         """After :meth:`stop`: ``out`` (to the guest) and ``in``, bytes a second.
 
         Raises:
-            HostError: a connection broke.
+            LabError: a connection broke.
         """
         if self._process.returncode != 0:
-            raise HostError(f"the TCP stream broke: {self._output.read_text()!r}")
+            raise LabError(f"the TCP stream broke: {self._output.read_text()!r}")
         return rates(self._output.read_text())
 
 
@@ -70,14 +69,14 @@ def throughput(netns: str, address: str, seconds: int, ways: Sequence[str]) -> d
     """TCP for so long, after a second: ``out`` (to the guest) and ``in``, bytes a second.
 
     Raises:
-        HostError: no connection, or it broke.
+        LabError: no connection, or it broke.
     """
     argv = [str(bulk()), address, str(seconds), *ways]
     return rates(_output(netns, argv, seconds + 21))
 
 
 def round_trips(netns: str, address: str, count: int, interval: float) -> list[float]:
-    """Round trips of so many pings, ms. Raises HostError."""
+    """Round trips of so many pings, ms. Raises LabError."""
     argv = ["ping", "-n", "-c", str(count), "-i", f"{interval:g}", "-W", "1", address]
     return [float(ms) for ms in _ROUND_TRIP.findall(_output(netns, argv, count * interval + 30))]
 
@@ -100,7 +99,7 @@ def _output(netns: str, argv: list[str], deadline: float) -> str:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise HostError(f"{argv[0]}: no end within {deadline:g} s") from error
+        raise LabError(f"{argv[0]}: no end within {deadline:g} s") from error
     if done.returncode != 0:
-        raise HostError(f"{argv[0]}: {(done.stderr or done.stdout).strip()[-300:]}")
+        raise LabError(f"{argv[0]}: {(done.stderr or done.stdout).strip()[-300:]}")
     return done.stdout

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import CDLL, get_errno
 
-from godwit.errors import HostError
+from .errors import LabError
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _libc = CDLL(None, use_errno=True)
@@ -14,14 +14,14 @@ _libc = CDLL(None, use_errno=True)
 
 def _enter(fd: int) -> None:
     if _libc.setns(fd, _CLONE_NEWNET) != 0:
-        raise HostError(f"cannot enter a network namespace: {os.strerror(get_errno())}; be root")
+        raise LabError(f"cannot enter a network namespace: {os.strerror(get_errno())}; be root")
 
 
 @contextmanager
 def inside(netns: str | None) -> Iterator[None]:
     """This thread, and no other, is in the named namespace for the block (None: changes nothing).
 
-    A socket stays in the namespace it was made in. Raises HostError.
+    A socket stays in the namespace it was made in. Raises LabError.
     """
     if netns is None:
         yield
@@ -29,7 +29,7 @@ def inside(netns: str | None) -> Iterator[None]:
     try:
         target = os.open(f"/run/netns/{netns}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise HostError(f"no network namespace {netns}: {error.strerror}") from error
+        raise LabError(f"no network namespace {netns}: {error.strerror}") from error
     home = os.open(
         f"/proc/self/task/{threading.get_native_id()}/ns/net", os.O_RDONLY | os.O_CLOEXEC
     )

@@ -22,9 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from godwit.errors import HostError
-
 from .addresses import LANS, MANAGEMENT, Lan
+from .errors import LabError
 from .netns import exec_argv, inside
 
 _PREFIX = "godwit-"
@@ -59,7 +58,7 @@ class Client:
 
 
 class Network:
-    """Context manager: the namespaces exist inside its block. Raises HostError."""
+    """Context manager: the namespaces exist inside its block. Raises LabError."""
 
     def __init__(self) -> None:
         own = f"{_PREFIX}{os.getpid()}-"
@@ -180,7 +179,7 @@ class Network:
                     if port.get("state") == "forwarding":
                         waiting.discard((netns, port["ifname"]))
             if waiting and time.monotonic() > deadline:
-                raise HostError(f"bridge ports do not forward: {sorted(waiting)}")
+                raise LabError(f"bridge ports do not forward: {sorted(waiting)}")
 
     def _remove(self) -> None:
         for name in self._all:
@@ -211,9 +210,9 @@ def _output(argv: Sequence[str], text: str = "") -> str:
     try:
         done = subprocess.run(argv, input=text, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise HostError(f"{argv[0]} is missing: apt-get install iproute2") from error
+        raise LabError(f"{argv[0]} is missing: apt-get install iproute2") from error
     if done.returncode != 0:
-        raise HostError(
+        raise LabError(
             f"{' '.join(argv)}: {done.stderr.strip()} (needs root and bridge, tun, 8021q)"
         )
     return done.stdout

@@ -1,18 +1,61 @@
-"""A QEMU process beside :class:`godwit.client.vm.Vm`: what the benchmark compares Godwit with.
+"""A QEMU process beside :class:`lab.vm.LabVm`: what the benchmark compares Godwit with.
 
-It is Debian's qemu-system-x86_64 with its own defaults, but for what has to be alike: KVM, the
-host's CPU, vhost-net, a tap that exists, kernel, initrd and RAM.
+It is Debian's qemu-system-x86_64, or another one by its path, with its own defaults, but for what
+has to be alike: KVM, the host's CPU, vhost-net, a tap that exists, kernel, initrd and RAM.
 """
 
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from godwit.client.vm import Vm
-from godwit.errors import HostError
+from .errors import LabError
+from .vm import LabVm
+
+#: The system's; another one, or a script that runs one, is a path.
+PROGRAM = "qemu-system-x86_64"
+_VERSION_S = 60.0
+
+
+def find(program: str = PROGRAM) -> str:
+    """Return the path of a QEMU's program.
+
+    Raises:
+        LabError: there is no such program.
+    """
+    found = shutil.which(program)
+    if found is not None:
+        return found
+    if program == PROGRAM:
+        raise LabError(f"{program} is missing: apt-get install qemu-system-x86")
+    why = "may not be executed: chmod +x it" if Path(program).exists() else "no such file"
+    raise LabError(f"the QEMU to compare with, {program}: {why}")
+
+
+def version(program: str) -> str:
+    """Return the first line of what a QEMU prints for ``--version``.
+
+    Raises:
+        LabError: it cannot be run.
+    """
+    argv = [program, "--version"]
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_VERSION_S,
+            check=True,
+        )
+        return done.stdout.splitlines()[0]
+    except subprocess.CalledProcessError as error:
+        raise LabError(f"{program} --version: {(error.stderr or '').strip()[-300:]}") from error
+    except (OSError, IndexError, subprocess.TimeoutExpired) as error:
+        raise LabError(f"{program} --version: {error}") from error
 
 
 def arguments(
@@ -35,16 +78,18 @@ def arguments(
     return argv
 
 
-class Qemu(Vm):
-    """The process; ``arguments`` as :func:`arguments` makes them. Raises HostError without QEMU."""
+class Qemu(LabVm):
+    """The process; ``arguments`` as :func:`arguments` makes them. Raises LabError without QEMU."""
 
     def __init__(
-        self, name: str, folder: Path, arguments: Sequence[str], netns: str | None = None
+        self,
+        name: str,
+        folder: Path,
+        arguments: Sequence[str],
+        netns: str | None = None,
+        program: str = PROGRAM,
     ) -> None:
-        found = shutil.which("qemu-system-x86_64")
-        if found is None:
-            raise HostError("qemu-system-x86_64 is missing: apt-get install qemu-system-x86")
-        self._program = found
+        self._program = find(program)
         super().__init__(name, folder, arguments, netns)
 
     def _command(self) -> list[str]:
@@ -52,13 +97,13 @@ class Qemu(Vm):
         argv += ["-accel", "kvm", "-cpu", "host", "-serial", "stdio"]
         return [*argv, "-qmp", f"unix:{self.qmp_path},server=on,wait=off"]
 
-    def start_move(self, uri: str, insecure: bool = True) -> None:
+    def start_migration(self, uri: str, insecure: bool = False) -> None:
         """Begin to migrate, with events, which QEMU sends only if asked to."""
         events = [{"capability": "events", "state": True}]
         self.qmp.execute("migrate-set-capabilities", {"capabilities": events})
         self.qmp.execute("migrate", {"uri": uri})
 
-    def wait_move(self, deadline: float = 60.0) -> dict[str, Any]:
-        """Wait for the end of the move that was started; query-migrate's answer."""
-        info = super().wait_move(deadline)
+    def wait_migration(self, deadline: float = 60.0) -> dict[str, Any]:
+        """Wait for the end of the migration that was begun, and return query-migrate's answer."""
+        info = super().wait_migration(deadline)
         return {key: value for key, value in info.items() if key != "vfio"}

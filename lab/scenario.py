@@ -16,12 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from godwit.client.vm import Vm
-
 from . import guest
 from .agent import Agent, Flow
 from .network import Host, Network
 from .traffic import ANNOUNCING, FLOWS, Capture, Ping, Sender, Stream
+from .vm import LabVm
 
 MAC = "52:54:00:67:77:01"
 MEMORY = "128M"
@@ -31,7 +30,7 @@ _DONE = ("completed", "failed", "cancelled")
 
 
 class Scenario:
-    """One run. Raises GodwitError when it cannot go on."""
+    """One run. Raises LabError or ClientError when it cannot go on."""
 
     def __init__(self, out: Path, kernel: str, initrd: str) -> None:
         self._out = out
@@ -115,29 +114,29 @@ class Scenario:
     def _nic(self, tap: str) -> str:
         return f"tap={tap},mac={MAC}"
 
-    def _boot(self, host: Host) -> Vm:
+    def _boot(self, host: Host) -> LabVm:
         arguments = ["--kernel", self._kernel, "--initrd", self._initrd, "--append", guest.CMDLINE]
         arguments += ["--memory", MEMORY, "--cpus", "2", "--nic", self._nic(host.tap)]
-        return Vm("a", Path("/run"), arguments, host.netns)
+        return LabVm("a", Path("/run"), arguments, host.netns)
 
-    def _await(self, host: Host, name: str, tap: str) -> Vm:
+    def _await(self, host: Host, name: str, tap: str) -> LabVm:
         arguments = ["--incoming", f"tcp:{host.management}:{_PORT}", "--insecure"]
         arguments += ["--memory", MEMORY, "--cpus", "2", "--nic", self._nic(tap)]
-        return Vm(name, Path("/run"), arguments, host.netns)
+        return LabVm(name, Path("/run"), arguments, host.netns)
 
     def _settle(self, pings: list[Ping]) -> None:
         now = time.time()
         for ping in pings:
             ping.wait_answer(now)
 
-    def _move(self, source: Vm, target: Vm, host: Host, pings: list[Ping]) -> None:
+    def _move(self, source: LabVm, target: LabVm, host: Host, pings: list[Ping]) -> None:
         """Migrate, show the copy, wait for the announcement's end and for answers."""
         target.qmp.execute("query-status")
         target.qmp.events()
         source.qmp.events()
         began = time.time()
         self.say(f"moving the guest to {host.management} ...")
-        source.qmp.execute("migrate", {"uri": f"tcp:{host.management}:{_PORT}", "insecure": True})
+        source.start_migration(f"tcp:{host.management}:{_PORT}", insecure=True)
         info = self._watch(source)
         resumed = target.qmp.wait_event("RESUME", 30)["timestamp"]
         resume = resumed["seconds"] + resumed["microseconds"] / 1e6
@@ -165,7 +164,7 @@ class Scenario:
             }
         )
 
-    def _watch(self, source: Vm) -> dict[str, Any]:
+    def _watch(self, source: LabVm) -> dict[str, Any]:
         """Print the copy's progress until its end."""
         while True:
             info = dict(source.qmp.execute("query-migrate"))
@@ -188,13 +187,13 @@ def wait_for(condition: Callable[[], bool], deadline: float) -> None:
         time.sleep(0.05)  # what is asked for has no event of its own
 
 
-def rounds(vm: Vm) -> int:
+def rounds(vm: LabVm) -> int:
     """Announcement rounds that every NIC of a guest that arrived has made."""
     records = vm.qmp.execute("query-migrate")["godwit"]["announce"]
     return min((int(record["rounds"]) for record in records), default=0)
 
 
-def runstates(vm: Vm) -> list[str]:
+def runstates(vm: LabVm) -> list[str]:
     """The run states that a VM has been in, in order."""
     states: list[str] = vm.qmp.execute("query-migrate")["godwit"]["runstates"]
     return states

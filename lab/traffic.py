@@ -17,11 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from godwit.errors import HostError
-
 from . import initramfs
 from .addresses import LANS
 from .agent import ECHO, SINK
+from .errors import LabError
 from .netns import entering, inside
 
 
@@ -135,7 +134,7 @@ class Ping(Program):
         """Wait for an answer later than ``since`` (realtime, seconds); its time.
 
         Raises:
-            HostError: none came in ``deadline`` seconds.
+            LabError: none came in ``deadline`` seconds.
         """
         end = time.monotonic() + deadline
         while time.monotonic() < end:
@@ -146,7 +145,7 @@ class Ping(Program):
             if found and float(found[-1][0]) > since:
                 return float(found[-1][0])
             time.sleep(0.02)  # ping writes to a file: there is no event to wait for
-        raise HostError(f"{self.flow.network}, {self.flow.family}: no answer in {deadline:g} s")
+        raise LabError(f"{self.flow.network}, {self.flow.family}: no answer in {deadline:g} s")
 
 
 class Capture(Program):
@@ -166,7 +165,7 @@ class Capture(Program):
         end = time.monotonic() + 20
         while b"listening on" not in self._output.read_bytes():
             if time.monotonic() > end or self._process.poll() is not None:
-                raise HostError(f"tcpdump does not start: {self._output.read_bytes()!r}")
+                raise LabError(f"tcpdump does not start: {self._output.read_bytes()!r}")
             time.sleep(0.01)  # it says so on its output and nowhere else
 
 

@@ -1,5 +1,5 @@
 /* The guest's addresses, set by the classic ioctls: no process, no netlink. Kept in step with
- * godwit/lab/addresses.py, which a unit test checks. */
+ * lab/addresses.py, which a unit test checks. */
 #include <arpa/inet.h>
 #include <linux/if_vlan.h>
 #include <linux/ipv6.h>

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import memory, plan, result, stats
+from benchmarks import __main__ as command
+from benchmarks import machines, memory, plan, result, show, stats
+from lab.errors import LabError
 
 
 def row(
@@ -30,6 +33,21 @@ def test_the_vmms_take_turns_in_being_first() -> None:
     planned = plan.jobs(2)
     first = [next(job.vmm for job in planned if job.repetition == n) for n in (0, 1)]
     assert first == [plan.GODWIT, plan.QEMU]
+
+
+def test_three_vmms_take_turns() -> None:
+    planned = plan.jobs(3, (plan.BASE, plan.QEMU))
+    turns = [[j.vmm for j in planned if (j.repetition, j.guest) == (n, "hot")] for n in range(3)]
+    godwit, base, qemu = plan.GODWIT, plan.BASE, plan.QEMU
+    assert turns == [[godwit, base, qemu], [base, qemu, godwit], [qemu, godwit, base]]
+
+
+def test_another_godwit_is_measured_without_qemu() -> None:
+    for planned in (plan.jobs(2, (plan.BASE,)), plan.quick_jobs((plan.BASE,))):
+        assert {job.vmm for job in planned} == {plan.GODWIT, plan.BASE}
+        parts = {part for job in planned if job.vmm == plan.BASE for part in job.parts}
+        assert {"boot", "memory", "idle", "hot", "2g"} <= parts
+        assert "limit" not in parts
 
 
 def test_a_job_is_left_without_the_parts_that_are_had() -> None:
@@ -149,6 +167,83 @@ def test_a_disturbed_sample_counts_only_where_there_is_no_better() -> None:
     samples = stats.with_others([*rows, {"state": "others", "seen": shares}])
     assert [sample["others"] for sample in samples] == [0.5, 0.1, 0.9]
     assert stats.undisturbed(samples) == samples[1:]
+
+
+def test_godwit_is_held_against_another_godwit() -> None:
+    rows = [moved(plan.GODWIT, "hot", downtime_ms=20.0, gap_ms={}) for _ in range(3)]
+    report = {"stop-phases": {"save": 1000.0}, "rounds": []}
+    rows += [moved(plan.BASE, "hot", downtime_ms=40.0, report=report)]
+    rows += [{"state": "settings"}]
+    judged = result.judge(rows, {"commit": "new", "base_commit": "old"})
+    assert judged["ratios_base"]["downtime_hot"] == pytest.approx(0.5)
+    assert judged["ratios"] == {}
+    assert judged["medians"]["downtime_hot"][plan.BASE]["median"] == 40
+    assert judged["phases"] == {}  # they are this Godwit's alone
+    assert show.compared(judged) == ["compared with Godwit at old, as base; this one is at new"]
+
+
+def test_the_result_is_shown_for_whatever_was_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = {"state": "machine", "qemu": "QEMU emulator version 10.0"}
+    for vmm, shown in ((plan.QEMU, "Godwit / QEMU"), (plan.BASE, "base")):
+        rows = [moved(plan.GODWIT, "hot"), moved(vmm, "hot"), machine]
+        judged = result.judge(rows, {})
+        show.table(judged)
+        out = capsys.readouterr().out
+        assert shown in out
+        assert "compared with QEMU emulator version 10.0" in out
+        show.draw(judged, tmp_path / f"{vmm}.svg")
+        assert (tmp_path / f"{vmm}.svg").exists()
+    assert "mark" not in out  # which are QEMU's
+    assert "QEMU" not in out.replace("QEMU emulator", "")
+
+
+# --- what is compared -----------------------------------------------------------------------------
+def _compared(*argv: str) -> command.Compared:
+    return command.Compared.of(command._parser().parse_args(argv))
+
+
+def _checkout(folder: Path, file: str) -> Path:
+    (folder / "src/godwit" / file).parent.mkdir(parents=True)
+    (folder / "src/godwit" / file).touch()
+    (folder / "src/godwit/__init__.py").touch()
+    return folder
+
+
+def test_programs_are_found_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qemu = tmp_path / "qemu"
+    with pytest.raises(LabError, match="no such file"):
+        _compared("--qemu", str(qemu))
+    qemu.write_text("#!/bin/sh\n")
+    qemu.chmod(0o755)
+    base = _checkout(tmp_path / "base", "cli.py")
+    assert _compared("--qemu", str(qemu)) == command.Compared((plan.QEMU,), str(qemu), "")
+    monkeypatch.chdir(tmp_path)
+    assert _compared("--qemu", "./qemu").qemu == str(qemu)
+    found = _compared("--base", str(base))
+    assert (found.vmms, found.base) == ((plan.BASE,), str(base))
+    found = _compared("--base", str(base), "--qemu", str(qemu))
+    assert (found.vmms, found.qemu) == ((plan.BASE, plan.QEMU), str(qemu))
+
+
+def test_an_older_checkout_has_another_command(tmp_path: Path) -> None:
+    assert machines.base_module(_checkout(tmp_path / "old", "cli.py")) == "godwit.cli"
+    assert machines.base_module(_checkout(tmp_path / "new", "cli/main.py")) == "godwit.cli.main"
+    with pytest.raises(LabError, match=r"the tree to compare with, .*/none: no src/godwit"):
+        machines.base_module(tmp_path / "none")
+
+
+def test_another_checkout_runs_its_own_code(tmp_path: Path) -> None:
+    base = _checkout(tmp_path, "cli.py")
+    text = "import sys; print('base', __file__, *sys.argv[1:])"
+    (base / "src/godwit/cli.py").write_text(text)
+    with machines.Base("a", tmp_path, ["--cpus", "2"], None, base) as vm:
+        assert vm.wait() == 0
+        socket = tmp_path / "a.qmp"
+        assert vm.console == f"base {base}/src/godwit/cli.py run --qmp {socket} --cpus 2\n"
 
 
 def test_failures_are_counted_by_vmm() -> None:

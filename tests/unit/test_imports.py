@@ -51,8 +51,10 @@ def loaded(*modules: str) -> set[str]:
         ("godwit.cli.main",),
         ("godwit.cli.main", "godwit.cli.run", "godwit.vm.vm"),
         ("godwit.vm.vm", "godwit.migration.source", "godwit.migration.destination"),
+        ("godwit.client.qmp", "godwit.client.kvm"),
+        ("godwit.cli.main", "godwit.cli.migrate"),
     ],
-    ids=["command line", "run", "move"],
+    ids=["command line", "run", "move", "client", "migrate"],
 )
 def test_nothing_heavy_is_loaded(modules: tuple[str, ...]) -> None:
     found = loaded(*modules)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from lab import agent
-from lab.agent import Agent, AgentError, Flow
+from lab.agent import Agent, Flow
+from lab.errors import AgentError
 
 Answer = Callable[[int, str], str | None]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from godwit.host.kvm.probe import why_unusable
+from godwit.client.kvm import why_unusable
 from lab import emulator, host, kernels
+from lab.errors import LabCrashed, LabTimeout
 
 
 @pytest.fixture
@@ -56,9 +57,9 @@ def test_a_status_is_the_result(tmp_path: Path) -> None:
 
 def test_a_lab_without_a_result_is_told_apart(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "console.log").write_text("[ 1.0] fine\n[ 2.0] Oops: int3: 0000 [#1]\n[ 2.1] RIP\n")
-    with pytest.raises(host.LabCrashed, match=r"Oops: int3: 0000"):
+    with pytest.raises(LabCrashed, match=r"Oops: int3: 0000"):
         host._result(tmp_path, in_time=True)
-    with pytest.raises(host.LabTimeout):
+    with pytest.raises(LabTimeout):
         host._result(tmp_path, in_time=False)
     assert any("Oops" in log.read_text() for log in (cache / "lab-failures").iterdir())
 
@@ -80,7 +81,7 @@ def test_with_kvm_the_command_runs_here(tmp_path: Path, capfd: pytest.CaptureFix
 @pytest.mark.usefixtures("has_kvm")
 def test_a_command_past_its_time_is_ended_with_its_children(tmp_path: Path) -> None:
     argv = ["sh", "-c", f"sleep 60 & echo $! >{tmp_path}/pid; wait"]
-    with pytest.raises(host.LabTimeout):
+    with pytest.raises(LabTimeout):
         host.run(argv, timeout_s=0.5)
     assert _ended(int((tmp_path / "pid").read_text()), deadline_s=10)
 

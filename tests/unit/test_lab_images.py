@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from godwit.errors import ConfigError
 from lab import initramfs, kernels
 from lab.addresses import LANS
+from lab.errors import LabError
 
 
 def entries(archive: bytes) -> dict[str, tuple[int, bytes]]:
@@ -73,7 +73,7 @@ def test_an_unpacked_kernel_needs_no_apt(cache: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_unknown_kernel_is_named_with_those_known(cache: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'7\.0'.*cloud-6\.1, cloud-6\.12, full-6\.12"):
+    with pytest.raises(LabError, match=r"'7\.0'.*cloud-6\.1, cloud-6\.12, full-6\.12"):
         kernels.get("7.0")
 
 

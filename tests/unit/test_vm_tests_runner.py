@@ -71,3 +71,45 @@ def test_on_kvm_the_first_verdict_is_the_only_one(tmp_path: Path) -> None:
     done = tmp_path / "done"
     verdicts = runner.Verdicts(done)
     assert runner.judge(_labs(done, (1, "failed a,passed b")), verdicts, emulated=False) == 1
+
+
+def test_an_unstable_test_passes_once_and_is_to_be_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = tmp_path / "done"
+    verdicts = runner.Verdicts(done, {"tests/vm/test_y.py::test_b"})
+    node = "tests/vm/test_x.py::test_a[with a space]"
+    labs = _labs(done, (1, f"failed {node}"), (0, f"passed {node}"))
+    assert runner.judge(labs, verdicts, emulated=True) == 0
+    out = capsys.readouterr().out
+    (line,) = (line for line in out.splitlines() if "add to tests/vm/unstable.txt" in line)
+    assert runner.unstable(line.partition(": ")[2]) == {node}
+
+
+def test_a_test_that_is_unstable_again_has_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = tmp_path / "done"
+    verdicts = runner.Verdicts(done, {"a"})
+    labs = _labs(done, (1, "failed a,passed b"), (0, "passed a"))
+    assert runner.judge(labs, verdicts, emulated=True) == 1
+    out = capsys.readouterr().out
+    assert "named UNSTABLE twice, which counts as failed: a" in out
+    assert "failed a\n" in out
+    assert "1 passed, 1 failed" in out
+
+
+def test_a_listed_test_that_just_passes_has_passed(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    verdicts = runner.Verdicts(done, {"a"})
+    assert runner.judge(_labs(done, (0, "passed a")), verdicts, emulated=True) == 0
+
+
+def test_the_list_of_unstable_tests() -> None:
+    kept = (_PATH.parents[1] / runner.UNSTABLE).read_text()
+    root = _PATH.parents[1]
+    assert all((root / node.partition("::")[0]).exists() for node in runner.unstable(kept))
+    text = "# why\n\n2026-11-26 ping tests/vm/test_x.py::test_a[b c]\n"
+    assert runner.unstable(text) == {"tests/vm/test_x.py::test_a[b c]"}
+    with pytest.raises(ValueError, match="not a date, a word and a node id"):
+        runner.unstable("tests/vm/test_x.py::test_a\n")

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import pytest
 from vm_bench import MORE_TAPS, TAPS, Bench, Guest
 
-from godwit.host.kvm.probe import why_unusable
+from godwit.client.kvm import why_unusable
 from lab.emulator import MARKER
 from lab.network import Network
 

@@ -62,7 +62,7 @@ def _progress(vm: Watched) -> dict[str, Any]:
 
 def _start(bench: Bench, source: Watched, target: Watched) -> None:
     """Begin a move that rounds alone will not end."""
-    source.start_move(bench.listen(target))
+    source.start_migration(bench.listen(target))
     wait_for(lambda: _progress(source)["ram"]["dirty-sync-count"] > 0, 60)
     source.qmp.execute("migrate-set-parameters", {"max-bandwidth": _SLOW})
 
@@ -81,7 +81,7 @@ def test_a_throttled_guest_can_move(bench: Bench, writer: Guest) -> None:
     _start(bench, source, target)
     wait_for(lambda: _progress(source).get("cpu-throttle-percentage", 0) >= 50, 60)
     during = _progress(source)
-    info = source.end_of_move(120)
+    info = source.wait_migration(120)
     assert info["status"] == "completed", info
     bench.moved(writer, target, info)
     for name in ("dirty-pages-rate", "pages-per-second", "mbps", "dirty-sync-count"):
@@ -117,7 +117,7 @@ def test_a_guest_that_cannot_be_slowed_enough_stays(bench: Bench, writer: Guest)
         for ping in pings:
             ping.wait_answer(0.0)
         _start(bench, source, target)
-        info = source.end_of_move(120)
+        info = source.wait_migration(120)
         last = [ping.answers().times[-1][0] for ping in pings]
         for ping, at in zip(pings, last, strict=True):
             ping.wait_answer(at)
@@ -167,7 +167,7 @@ def test_what_is_cancelled_is_throttled_no_more(bench: Bench, writer: Guest) -> 
     assert source.status() == "running"
     assert _progress(source)["cpu-throttle-percentage"] >= 50
     source.qmp.execute("migrate_cancel")
-    assert source.end_of_move()["status"] == "cancelled"
+    assert source.wait_migration()["status"] == "cancelled"
     assert "cpu-throttle-percentage" not in _progress(source)
     assert target.wait(60) == 1
     assert source.transitions() == [("running", "paused"), ("paused", "running")]
@@ -181,7 +181,7 @@ def test_a_guest_that_resets_is_throttled_no_more(bench: Bench) -> None:
     guest.agent.hot_start(_HOT)
     _throttle(bench, source, target)
     guest.agent.reboot()
-    assert source.end_of_move()["status"] == "cancelled"
+    assert source.wait_migration()["status"] == "cancelled"
     assert "cpu-throttle-percentage" not in _progress(source)
     source.event("RESET")
     wait_for(lambda: source.console.count(READY) == 2, 120)

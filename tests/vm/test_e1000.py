@@ -163,7 +163,7 @@ def test_it_moves_to_another_host_and_back(bench: Bench, traveller: Guest, trip:
             (record,) = records(target)
             assert (record["method"], record["host-sent"]) == ("host", len(told))
             handover = moved.info["godwit"]["handover"]
-            assert handover["marks-seen"] == handover["marks-sent"] >= 3
+            assert handover["markers-seen"] == handover["markers-sent"] >= 3
             assert stream.exchange(), "the TCP connection did not survive"
             assert moved.source.wait() == 0
         sender.stop()

@@ -29,7 +29,7 @@ def _copying_slowly(bench: Bench, guest: Guest, target: Watched) -> Iterator[Non
     try:
         for ping in pings:
             ping.wait_answer(0.0)
-        source.start_move(bench.listen(target))
+        source.start_migration(bench.listen(target))
         wait_for(lambda: _ram(source).get("transferred", 0) > 1 << 20, 60)
         yield
         assert not source.news("STOP", "RESUME")
@@ -54,7 +54,7 @@ def test_a_destination_that_dies_during_the_copy(bench: Bench, guest: Guest) -> 
     target = bench.target(guest, another=True)
     with _copying_slowly(bench, guest, target):
         target.kill()
-        info = guest.vm.end_of_move()
+        info = guest.vm.wait_migration()
         assert info["status"] == "failed"
         assert "line" in info["error-desc"]
     assert guest.vm.transitions() == []
@@ -67,7 +67,7 @@ def test_a_move_that_is_cancelled_during_the_copy(bench: Bench, guest: Guest) ->
     target = bench.target(guest, another=True)
     with _copying_slowly(bench, guest, target):
         guest.vm.qmp.execute("migrate_cancel")
-        assert guest.vm.end_of_move()["status"] == "cancelled"
+        assert guest.vm.wait_migration()["status"] == "cancelled"
         # Its RAM is spoilt, so the destination ends, and says why.
         assert target.wait(60) == 1
         assert "no guest arrived" in target.console
@@ -82,8 +82,8 @@ def test_nobody_listens(bench: Bench, guest: Guest) -> None:
         (f"unix:{bench.folder}/nobody", "No such file"),
         ("tcp:127.0.0.1:9", "refused"),
     ):
-        vm.start_move(uri)
-        info = vm.end_of_move()
+        vm.start_migration(uri)
+        info = vm.wait_migration()
         assert info["status"] == "failed"
         assert uri in info["error-desc"]
         assert why in info["error-desc"]
@@ -98,7 +98,7 @@ def _broken_off(vm: Watched, path: Path, after: int | None) -> None:
         listener.bind(str(path))
         listener.listen()
         listener.settimeout(60)
-        vm.start_move(f"unix:{path}")
+        vm.start_migration(f"unix:{path}")
         peer = SocketConnection(listener.accept()[0])
     path.unlink()
     peer.expect_one(Kind.HELLO)
@@ -106,7 +106,7 @@ def _broken_off(vm: Watched, path: Path, after: int | None) -> None:
         peer.send(Kind.WELCOME, peer.as_seen())
         peer.read(after)
     peer.close()
-    assert vm.end_of_move()["status"] == "failed"
+    assert vm.wait_migration()["status"] == "failed"
 
 
 @pytest.mark.parametrize("after", [None, 1 << 20, 40 << 20], ids=["hello", "begun", "half"])

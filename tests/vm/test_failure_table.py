@@ -59,7 +59,7 @@ class Move:
 
     def start(self) -> None:
         """Over that line."""
-        self.source.start_move(f"unix:{self.near}")
+        self.source.start_migration(f"unix:{self.near}")
 
     def judge(self, completed: bool, code: int = 1) -> None:
         """The guest is where it should be, and only there; ``code``: how a destination ends that
@@ -102,7 +102,7 @@ def test_the_line_breaks(bench: Bench, guest: Guest, kind: Kind) -> None:
     move.unheard = kind is Kind.ACK
     with move.line(kind) as line:
         move.start()
-        info = move.source.end_of_move()
+        info = move.source.wait_migration()
         assert line.cut.wait(60)  # the last one comes after the end
     assert info["status"] == ("completed" if completes else "failed")
     if kind is Kind.HELLO:  # nothing arrived, so it waits for another source
@@ -123,7 +123,7 @@ def test_the_destination_is_killed(bench: Bench, guest: Guest, kind: Kind) -> No
 
     with move.line(kind, before=kill) as line:
         move.start()
-        info = move.source.end_of_move()
+        info = move.source.wait_migration()
         assert line.cut.is_set()
     assert info["status"] == "failed"
     move.judge(completed=False, code=-signal.SIGKILL)
@@ -148,7 +148,7 @@ def test_the_destination_hangs(bench: Bench, guest: Guest, kind: Kind) -> None:
             wait_for(lambda: _given_up(move.source), 60)
         finally:
             os.kill(move.target.pid, signal.SIGCONT)
-        info = move.source.end_of_move()
+        info = move.source.wait_migration()
     assert info["status"] == ("completed" if completes else "failed")
     move.judge(completes)
 
@@ -176,10 +176,10 @@ def test_it_is_cancelled(bench: Bench, guest: Guest, kind: Kind) -> None:
             with suppress(GodwitError):  # too late
                 move.source.qmp.execute("migrate_cancel")
             if kind is Kind.READY:  # else its passing meets a closed end, and takes FAILED along
-                move.source.end_of_move()
+                move.source.wait_migration()
         finally:
             on.set()
-        info = move.source.end_of_move()
+        info = move.source.wait_migration()
     assert info["status"] == ("completed" if completes else "cancelled")
     move.judge(completes)
 
@@ -193,7 +193,7 @@ def test_the_state_is_bad(bench: Bench, guest: Guest) -> None:
 
     with move.line(on_frame=spoil):
         move.start()
-        info = move.source.end_of_move()
+        info = move.source.wait_migration()
     assert info["status"] == "failed"
     assert "MachineState" in info["error-desc"]
     move.judge(completed=False)

@@ -29,10 +29,10 @@ def test_there_and_back(bench: Bench, guest: Guest) -> None:
             moved = bench.move(guest, target)
         assert flows.broken() == {}
         forwarded = moved.info["godwit"]["handover"]
-        assert forwarded["frames"] > 0
-        assert forwarded["marks-seen"] == forwarded["marks-sent"] >= 3
+        assert forwarded["packets"] > 0
+        assert forwarded["markers-seen"] == forwarded["markers-sent"] >= 3
         arrived = _handover(target)
-        assert arrived["frames"] == forwarded["frames"]
+        assert arrived["frames"] == forwarded["packets"]
         assert arrived["refused"] == 0
 
 
@@ -87,15 +87,15 @@ def test_with_autostart_off_it_waits_for_the_cont(bench: Bench, guest: Guest) ->
     target.qmp.execute("query-status")
     with numbered(bench, guest) as flows, _updates(bench, target) as updates:
         source = guest.vm
-        source.start_move(bench.listen(target))
-        assert source.end_of_move()["status"] == "completed"
+        source.start_migration(bench.listen(target))
+        assert source.wait_migration()["status"] == "completed"
         target.event("RUN_STATE", lambda data: data["to"] == "prelaunch-migrate")
         assert target.status() == "prelaunch-migrate"
         assert updates() == []
         wait_for(lambda: _handover(target)["frames"] > 0, 30)
         target.qmp.execute("cont")
         target.event("RESUME")
-        wait_for(lambda: _handover(source)["marks-seen"] >= 3, 30)
+        wait_for(lambda: _handover(source)["markers-seen"] >= 3, 30)
         assert len(updates()) >= 3
         guest.vm = target
     assert flows.broken() == {}
@@ -116,8 +116,8 @@ def test_a_guest_that_stays_after_all_gets_its_frames(bench: Bench, guest: Guest
         numbered(bench, guest) as flows,
         LineCutter(near, Path(far), Kind.COMMIT, False, before=lambda: _kill(target)),
     ):
-        source.start_move(f"unix:{near}")
-        assert source.end_of_move()["status"] == "failed"
+        source.start_migration(f"unix:{near}")
+        assert source.wait_migration()["status"] == "failed"
         source.event("ANNOUNCE_ACKED")
     assert source.status() == "running"
     assert flows.broken() == {}
@@ -133,8 +133,8 @@ def test_traffic_that_was_drawn_to_a_destination_that_dies_comes_back(
     with LineCutter(near, Path(far), Kind.SWITCHED, False, before=target.kill):
         for ping in pings:
             ping.wait_answer(0.0)
-        source.start_move(f"unix:{near}")
-        assert source.end_of_move()["status"] == "failed"
+        source.start_migration(f"unix:{near}")
+        assert source.wait_migration()["status"] == "failed"
     resumed = source.event("RESUME")
     for ping in pings:
         ping.wait_answer(resumed["timestamp"]["seconds"] + 1, 60)

@@ -21,8 +21,8 @@ def test_the_guest_runs_at_the_destination_alone(
     far = bench.listen(target).removeprefix("unix:")
     near = bench.folder / f"{target.name}.cut"
     with LineCutter(near, Path(far), Kind.COMMIT, delivered) as cutter:
-        source.start_move(f"unix:{near}")
-        info = source.end_of_move()
+        source.start_migration(f"unix:{near}")
+        info = source.wait_migration()
         assert cutter.cut.is_set()
         assert cutter.lines >= 2
     assert info["status"] == "completed"
@@ -43,8 +43,8 @@ def test_a_destination_that_dies_before_the_commit_leaves_it_at_the_source(
     far = bench.listen(target).removeprefix("unix:")
     near = bench.folder / f"{target.name}.cut"
     with LineCutter(near, Path(far), Kind.COMMIT, False, before=target.kill) as cutter:
-        source.start_move(f"unix:{near}")
-        info = source.end_of_move()
+        source.start_migration(f"unix:{near}")
+        info = source.wait_migration()
         assert cutter.cut.is_set()
     assert info["status"] == "failed"
     assert source.status() == "running"

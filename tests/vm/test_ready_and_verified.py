@@ -65,7 +65,7 @@ def test_the_destination_is_silent_before_the_commit_and_the_source_after_it(
         to.stop()
         away.stop()
     (stop,) = moved.source.news("STOP")
-    stopped = stamp(stop) + moved.info["godwit"]["stop-phases"]["nics-stopped"] / 1000
+    stopped = stamp(stop) + moved.info["godwit"]["stop-phases"]["devices-paused"] / 1000
     early = [at for at in _times(to.path) if at < moved.loaded]
     assert early == [], "frames of the guest's left its destination before it was there"
     assert [at for at in _times(away.path) if at > stopped] == []

@@ -47,8 +47,8 @@ def test_another_machine_refuses_the_guest(
     bench: Bench, guest: Guest, others: dict[str, Watched], what: str
 ) -> None:
     source, target = guest.vm, others[what]
-    source.start_move(bench.listen(target))
-    info = source.end_of_move()
+    source.start_migration(bench.listen(target))
+    info = source.wait_migration()
     assert info["status"] == "failed"
     for word in _DIFFERENT[what][1]:
         assert word in info["error-desc"]

@@ -20,8 +20,8 @@ def _save(bench: Bench, guest: Guest, name: str) -> Path:
     """Have the guest saved; its process ends with code 0."""
     path = bench.folder / name
     vm = guest.vm
-    vm.start_move(f"file:{path}")
-    info = vm.end_of_move()
+    vm.start_migration(f"file:{path}")
+    info = vm.wait_migration()
     assert info["status"] == "completed", info
     assert vm.status() == "postmigrate"
     assert vm.transitions() == [("running", "finish-migrate"), ("finish-migrate", "postmigrate")]
@@ -84,21 +84,21 @@ def _full(bench: Bench) -> Iterator[Path]:
 def test_a_guest_that_cannot_be_saved_goes_on(bench: Bench, guest: Guest) -> None:
     vm = guest.vm
     with _full(bench) as folder:
-        vm.start_move(f"file:{folder}/guest")
-        info = vm.end_of_move()
+        vm.start_migration(f"file:{folder}/guest")
+        info = vm.wait_migration()
         assert info["status"] == "failed"
         assert "No space left" in info["error-desc"]
         assert list(folder.iterdir()) == []
-    vm.start_move(f"file:{bench.folder}/nowhere/guest")
-    assert "No such file or directory" in vm.end_of_move()["error-desc"]
+    vm.start_migration(f"file:{bench.folder}/nowhere/guest")
+    assert "No such file or directory" in vm.wait_migration()["error-desc"]
     # One that would replace a file, and is cancelled.
     kept = bench.folder / "kept"
     kept.write_text("as it was")
     vm.qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 20})
-    vm.start_move(f"file:{kept}")
+    vm.start_migration(f"file:{kept}")
     vm.event("MIGRATION", lambda data: data["status"] == "active")
     vm.qmp.execute("migrate_cancel")
-    assert vm.end_of_move()["status"] == "cancelled"
+    assert vm.wait_migration()["status"] == "cancelled"
     assert kept.read_text() == "as it was"
     assert [name for name in os.listdir(bench.folder) if name.startswith("kept")] == ["kept"]
     vm.qmp.execute("migrate-set-parameters", {"max-bandwidth": 0})
@@ -109,8 +109,8 @@ def test_a_guest_that_cannot_be_saved_goes_on(bench: Bench, guest: Guest) -> Non
     link = bench.folder / "link"
     link.symlink_to("/dev/null")
     for path in ("/dev/null", link, bench.folder):
-        vm.start_move(f"file:{path}")
-        assert "no regular file" in vm.end_of_move()["error-desc"]
+        vm.start_migration(f"file:{path}")
+        assert "no regular file" in vm.wait_migration()["error-desc"]
     assert link.is_symlink()
     with pytest.raises(CommandRefused, match="absolute path"):
         vm.qmp.execute("migrate", {"uri": "file:guest"})

@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 
-from godwit.client.vm import Vm
-from godwit.errors import HostError
+from godwit.client.vm import Vm, VmGone
 from lab import guest as guest_image
 from lab import kernels
 from lab.agent import Agent, Flow
 from lab.network import Host, Network
 from lab.scenario import MAC, rounds, wait_for
 from lab.traffic import ANNOUNCING, FLOWS, Capture, Ping, Sender
+from lab.vm import LabVm
 
 #: For a module to which the data path does not matter.
 ONE_BACKEND = pytest.mark.parametrize("backend", ["vhost"], indirect=True, scope="session")
@@ -47,11 +47,19 @@ def stamp(event: Event) -> float:
     return float(at["seconds"] + at["microseconds"] / 1e6)
 
 
-class Watched(Vm):
+class Watched(LabVm):
     """A VM all of whose events are kept."""
 
-    def __init__(self, name: str, folder: Path, argv: list[str], host: Host, tap: str) -> None:
-        super().__init__(name, folder, argv, host.netns)
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        argv: list[str],
+        host: Host,
+        tap: str,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(name, folder, argv, host.netns, env)
         self.host = host
         self.tap = tap
         self.seen: list[Event] = []
@@ -75,7 +83,7 @@ class Watched(Vm):
                 if match(event.get("data", {})):
                     return event
             if time.monotonic() > end:
-                raise HostError(f"{self.name}: no {name} in {deadline:g} s; saw {self.seen}")
+                raise VmGone(f"{self.name}: no {name} in {deadline:g} s; saw {self.seen}")
             time.sleep(0.02)  # between two looks at what the client has taken in
 
     def transitions(self) -> list[tuple[str, str]]:
@@ -83,13 +91,13 @@ class Watched(Vm):
         told = [event["data"] for event in self.news("RUN_STATE")]
         return [(data["from"], data["to"]) for data in told]
 
-    def start_move(self, uri: str) -> None:
-        """Have the guest moved to ``uri``."""
+    def start_migration(self, uri: str, insecure: bool = True) -> None:
+        """Begin to migrate the guest to ``uri``."""
         self.mark()
-        self.qmp.execute("migrate", {"uri": uri, "insecure": True})
+        super().start_migration(uri, insecure)
 
-    def end_of_move(self, deadline: float = 60.0) -> dict[str, Any]:
-        """Wait for it; query-migrate's answer."""
+    def wait_migration(self, deadline: float = 60.0) -> dict[str, Any]:
+        """Wait for the migration's end, and return query-migrate's answer."""
         self.event("MIGRATION", lambda data: data["status"] in ENDS, deadline)
         return dict(self.qmp.execute("query-migrate"))
 
@@ -286,8 +294,8 @@ class Bench:
     def move(self, guest: Guest, target: Watched, uri: str = "", runs: bool = True) -> Moved:
         """Move the guest to ``target`` (which listens already if ``uri`` is given)."""
         source = guest.vm
-        source.start_move(uri or self.listen(target))
-        info = source.end_of_move()
+        source.start_migration(uri or self.listen(target))
+        info = source.wait_migration()
         assert info["status"] == "completed", info
         return self.moved(guest, target, info, runs)
 

@@ -20,7 +20,9 @@ def main(argv: list[str] | None = None) -> int:
         code: int = arguments.action(arguments)
         return code
     except GodwitError as error:
-        print(f"godwit: {error}", file=sys.stderr)
+        from .printable import printable
+
+        print(f"godwit: {printable(error)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -98,26 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(action=_run)
 
-    migrate = sub.add_parser("migrate", help="move a running guest, or save it")
+    migrate = sub.add_parser("migrate", help="migrate a running guest, or save it")
     migrate.add_argument("--qmp", required=True, help="the guest's QMP socket")
     migrate.add_argument("--insecure", action="store_true", help="allow tcp: beyond this host")
     migrate.add_argument("uri", help="where a 'godwit run --incoming' waits, or file:PATH")
     migrate.set_defaults(action=_migrate)
-
-    demo = sub.add_parser("demo", help="move a guest to and fro inside 802.1Q, and judge it")
-    demo.add_argument("--out", default="out", help="where results go")
-    demo.set_defaults(action=_demo)
-
-    lab = sub.add_parser("lab", help="a host with KVM, emulated where there is none")
-    labs = lab.add_subparsers(required=True, metavar="COMMAND")
-    shell = labs.add_parser("shell", help="a shell in it")
-    shell.set_defaults(action=_lab_shell)
-    inside = labs.add_parser("run", help="run a command in it")
-    inside.add_argument("--timeout", type=float, default=600.0, help="seconds (default 600)")
-    inside.add_argument("--cpus", type=int, default=2)
-    inside.add_argument("--rw", action="append", default=[], help="a writable folder")
-    inside.add_argument("command", nargs=argparse.REMAINDER)
-    inside.set_defaults(action=_lab_run)
     return parser
 
 
@@ -132,40 +119,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
-    from .migrate import move
+    from .migrate import migrate
 
-    return move(arguments.qmp, arguments.uri, arguments.insecure)
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from lab.demo import run
-
-    return run(Path(arguments.out), lambda text: print(text, flush=True))
-
-
-def _lab_shell(arguments: argparse.Namespace) -> int:
-    from lab import host
-
-    return host.shell()
-
-
-def _lab_run(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from lab import host
-
-    command = arguments.command
-    if command[:1] == ["--"]:
-        command = command[1:]
-    return host.run(
-        command,
-        timeout_s=arguments.timeout,
-        cpus=arguments.cpus,
-        rw=[Path(folder) for folder in arguments.rw],
-        log=lambda text: print(text, file=sys.stderr, flush=True),
-    )
+    return migrate(arguments.qmp, arguments.uri, arguments.insecure)
 
 
 if __name__ == "__main__":

@@ -1,80 +1,116 @@
-"""``godwit migrate``: moves a guest by its QMP socket, shows the copy, prints the report."""
+"""``godwit migrate``: migrates a guest by its QMP socket, shows the copy, prints the report."""
 
 from __future__ import annotations
 
-from typing import Any
+import shutil
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self, TextIO
 
 from godwit.client.qmp import Client
 from godwit.errors import MigrationError
 
+from .printable import printable
+
 _DONE = ("completed", "failed", "cancelled")
+_LOOK_S = 0.1
+_BAR = 24
 
 
-def move(qmp: str, uri: str, insecure: bool) -> int:
-    """Move the guest behind ``qmp`` to ``uri``; 0 when it has arrived.
+def migrate(qmp: str, uri: str, insecure: bool) -> int:
+    """Migrate the guest behind ``qmp`` to ``uri``, and return 0 once it has arrived.
 
     Raises:
         GodwitError: it was refused or failed; the guest is where it was.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    console = Console()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    with Client.connect(qmp) as client, Progress(*columns, console=console) as progress:
+    with Client.connect(qmp) as client, Progress(sys.stderr) as progress:
         client.execute("migrate", {"uri": uri, "insecure": insecure})
-        task = progress.add_task("setup", total=None)
         while True:
             info = client.execute("query-migrate")
-            ram = info.get("ram", {})
-            progress.update(
-                task,
-                description=_doing(info),
-                completed=ram.get("transferred", 0),
-                total=ram.get("transferred", 0) + ram.get("remaining", 0) or None,
-            )
+            progress.show(doing(info))
             if info["status"] in _DONE:
                 break
-            client.wait_any("MIGRATION", 0.1)  # or look at the progress again
+            client.wait_any("MIGRATION", _LOOK_S)  # or look at the progress again
     if info["status"] != "completed":
         raise MigrationError(f"{info['status']}: {info.get('error-desc', 'no reason given')}")
-    console.print(_table(info))
+    for line in table(rows(info)):
+        print(line)
     return 0
 
 
-def _doing(info: dict[str, Any]) -> str:
-    """The status, and while RAM is copied what stands in the way of the end."""
-    rate = info.get("ram", {}).get("dirty-pages-rate", 0)
-    if info["status"] != "active" or not rate:
-        return str(info["status"])
-    text = f"active, {rate} pages/s get dirty"
-    if "cpu-throttle-percentage" in info:
-        text += f", vCPUs throttled by {info['cpu-throttle-percentage']} %"
+class Progress:
+    """One line of a terminal, written anew each time and gone with the block; else nothing."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._shows = stream.isatty()
+        self._width = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._width:
+            self._write("")
+            self._stream.write("\r")
+            self._stream.flush()
+
+    def show(self, text: str) -> None:
+        """Replace the line."""
+        if self._shows:
+            # In the last column a terminal may wrap, and \r would not come back to the line.
+            self._write(text[: max(1, shutil.get_terminal_size().columns - 1)])
+
+    def _write(self, text: str) -> None:
+        self._stream.write("\r" + text.ljust(self._width))
+        self._stream.flush()
+        self._width = len(text)
+
+
+def doing(info: dict[str, Any]) -> str:
+    """Return the copy's progress, and while RAM is copied what stands in the way of the end."""
+    ram = info.get("ram", {})
+    sent, left = ram.get("transferred", 0), ram.get("remaining", 0)
+    text = printable(info["status"])
+    if sent + left:
+        full = _BAR * sent // (sent + left)
+        text += f" [{'#' * full}{'.' * (_BAR - full)}] {sent / 1e6:.1f} MB"
+    if ram.get("mbps"):
+        text += f", {ram['mbps'] / 8:.0f} MB/s"
+    if info["status"] == "active" and ram.get("dirty-pages-rate"):
+        text += f", {ram['dirty-pages-rate']} pages/s get dirty"
+        if "cpu-throttle-percentage" in info:
+            text += f", vCPUs throttled by {info['cpu-throttle-percentage']} %"
     return text
 
 
-def _table(info: dict[str, Any]) -> Any:
-    from rich.table import Table
-
+def rows(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the report: names and values."""
     own = info["godwit"]
-    table = Table("what", "value", title="the move", title_justify="left")
-    table.add_row("total time", f"{info['total-time']:.0f} ms")
+    found = [("total time", f"{info['total-time']:.0f} ms")]
     if "downtime" in info:  # a guest in a file is not running yet
-        table.add_row("downtime", f"{info['downtime']:.1f} ms")
-    table.add_row("sent", f"{info['ram']['transferred'] / 1e6:.1f} MB")
-    table.add_row("rounds (pages)", ", ".join(str(number["pages"]) for number in own["rounds"]))
+        found.append(("downtime", f"{info['downtime']:.1f} ms"))
+    found.append(("sent", f"{info['ram']['transferred'] / 1e6:.1f} MB"))
+    found.append(("rounds (pages)", ", ".join(str(number["pages"]) for number in own["rounds"])))
     throttles = [number.get("cpu-throttle-percentage", 0) for number in own["rounds"]]
     if any(throttles):
-        table.add_row("vCPUs throttled", f"up to {max(throttles)} %")
+        found.append(("vCPUs throttled", f"up to {max(throttles)} %"))
     for side, key in (("stop, source", "stop-phases"), ("stop, destination", "destination-phases")):
         if own[key]:
             phases = ", ".join(f"{name} {ms:.1f}" for name, ms in own[key].items())
-            table.add_row(side, f"{phases} ms")
+            found.append((side, f"{phases} ms"))
     if own["destination-runstates"]:
-        table.add_row("destination's states", " > ".join(own["destination-runstates"]))
-    return table
+        found.append(("destination's states", " > ".join(own["destination-runstates"])))
+    return found
+
+
+def table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the rows as lines, the values below each other; a peer's words are in them."""
+    width = max(len(name) for name, _ in rows)
+    return [f"{name.ljust(width)}  {printable(value)}" for name, value in rows]

@@ -1,1 +1,1 @@
-"""A VM from outside: its QMP client, and a VM as a process of its own."""
+"""A VM from outside: a QMP client, a VM as a process of its own, and if this host can run one."""

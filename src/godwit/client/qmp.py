@@ -1,46 +1,41 @@
-"""A synchronous QMP client, for the CLI and for tests: a thin cover over stock ``qemu.qmp``.
+"""A synchronous QMP client on a Unix socket, of Godwit or of QEMU.
 
-qemu.qmp brings asyncio with it, so it is imported when a client is made, not with this module.
-Errors::
-
-    ConfigError
-    └── CommandRefused     the VM answered with an error
-    HostError
-    └── VmGone             nobody answers, or no longer, or not in time
+The server is not trusted: what it may make this process keep is bounded, and a call ends by its
+deadline however the server spreads its bytes.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import select
+import socket
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from godwit.errors import ConfigError, HostError
+from .errors import CommandRefused, VmGone
+from .messages import Messages
 
-if TYPE_CHECKING:
-    from asyncio import AbstractEventLoop
-
-    from qemu.qmp import QMPClient
+__all__ = ["Client", "CommandRefused", "Event", "VmGone"]
 
 T = TypeVar("T")
 Event = Mapping[str, Any]
 
+#: Events that are kept until somebody asks for them, and the bytes of their text.
+MAX_EVENTS, MAX_EVENT_BYTES = 10_000, 8 << 20
 #: Between two attempts to connect to a VM that is not up yet, seconds.
 _RETRY = 0.02
+#: Of looking at what the socket holds, for a server that sends without an end, seconds.
+_LOOK = 1.0
+_CHUNK = 1 << 16
 
 
-class CommandRefused(ConfigError):
-    """The VM answered with an error: its text, and its class in ``error_class``."""
-
-    def __init__(self, text: str, error_class: str) -> None:
-        super().__init__(text)
-        self.error_class = error_class
-
-
-class VmGone(HostError):
-    """Nobody answers on the socket, or no longer, or not in time."""
+class _Broken(Exception):
+    """The connection is of no use any more; the text says why."""
 
 
 class Client:
@@ -49,10 +44,19 @@ class Client:
     Events that arrive between calls are kept, in order, until they are asked for.
     """
 
-    def __init__(self, path: str, loop: AbstractEventLoop, qmp: QMPClient) -> None:
+    def __init__(self, path: str, sock: socket.socket) -> None:
         self.path = path
-        self._loop = loop
-        self._qmp = qmp
+        self._sock = sock
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        self._messages = Messages()
+        self._unsent = bytearray()
+        self._events: deque[tuple[Event, int]] = deque()
+        self._event_bytes = 0
+        self._replies: dict[object, dict[str, Any]] = {}
+        self._expected: object = None
+        self._count = 0
+        self._broken = ""
 
     @classmethod
     def connect(
@@ -65,31 +69,28 @@ class Client:
         Raises:
             VmGone: nobody answered.
         """
-        import asyncio
-
-        from qemu.qmp import QMPClient, QMPError
-
         name = os.fspath(path)
         end = time.monotonic() + deadline
-        loop = asyncio.new_event_loop()
-        try:
-            while True:
-                qmp = QMPClient("godwit")
-                # Its own log lines say on stderr what the exceptions say as well.
-                qmp.logger.disabled = True
-                left = max(0.0, end - time.monotonic())
-                try:
-                    loop.run_until_complete(asyncio.wait_for(qmp.connect(name), left))
-                    return cls(name, loop, qmp)
-                except TimeoutError as error:
-                    raise VmGone(f"no VM answers on {name} within {deadline:g} s") from error
-                except (QMPError, OSError) as error:
-                    if not retry or time.monotonic() + _RETRY > end:
-                        raise VmGone(f"no VM answers on {name}: {_cause(error)}") from error
-                    loop.run_until_complete(asyncio.sleep(_RETRY))
-        except BaseException:
-            loop.close()
-            raise
+        while True:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            try:
+                sock.connect(name)
+                client = cls(name, sock)
+                client._negotiate(end)
+                return client
+            except TimeoutError as error:
+                sock.close()
+                raise VmGone(f"no VM answers on {name} within {deadline:g} s") from error
+            except (OSError, _Broken) as error:
+                sock.close()
+                again = retry or isinstance(error, BlockingIOError)  # its backlog is full
+                if not again or time.monotonic() + _RETRY > end:
+                    why = getattr(error, "strerror", None) or str(error)
+                    raise VmGone(f"no VM answers on {name}: {why}") from error
+                time.sleep(_RETRY)
+            except BaseException:
+                sock.close()
+                raise
 
     def __enter__(self) -> Client:
         return self
@@ -104,16 +105,8 @@ class Client:
 
     def close(self) -> None:
         """Hang up; harmless when that has been done."""
-        from qemu.qmp import QMPError
-
-        if self._loop.is_closed():
-            return
-        try:
-            self._loop.run_until_complete(self._qmp.disconnect())
-        except (QMPError, OSError, EOFError):
-            pass  # the VM hung up first
-        finally:
-            self._loop.close()
+        self._broken = self._broken or "the connection is closed"
+        self._sock.close()
 
     def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, deadline: float = 30.0
@@ -124,25 +117,26 @@ class Client:
             CommandRefused: the VM answered with an error.
             VmGone: it did not answer.
         """
-        from qemu.qmp import ExecuteError
-
-        try:
-            return self._wait(self._qmp.execute(command, arguments), deadline, f"'{command}'")
-        except ExecuteError as error:
-            raise CommandRefused(error.error.error.desc, error.error_class) from error
+        with self._reported(f"'{command}'", deadline):
+            reply = self._ask(command, arguments, time.monotonic() + deadline)
+        if "error" in reply:
+            said = reply["error"] if isinstance(reply["error"], dict) else {}
+            text, kind = said.get("desc", "no reason given"), said.get("class", "GenericError")
+            raise CommandRefused(str(text), str(kind))
+        return reply.get("return")
 
     def events(self) -> list[Event]:
-        """The events that have arrived and were not asked for yet, in order; does not wait."""
-
-        async def turn() -> None:
-            # The reader is a task: a few turns of the loop let it take what the socket holds.
-            import asyncio
-
-            for _ in range(10):
-                await asyncio.sleep(0)
-
-        self._loop.run_until_complete(turn())
-        return [dict(message) for message in self._qmp.events.clear()]
+        """Return the events that have arrived and were not asked for yet, in order, at once."""
+        end = time.monotonic() + _LOOK
+        try:
+            while not self._broken and time.monotonic() < end and self._receive():
+                pass
+        except _Broken:
+            pass  # the next call that needs the VM says so
+        found = [event for event, _ in self._events]
+        self._events.clear()
+        self._event_bytes = 0
+        return found
 
     def wait_event(
         self,
@@ -150,76 +144,130 @@ class Client:
         deadline: float = 30.0,
         predicate: Callable[[Mapping[str, Any]], bool] | None = None,
     ) -> Event:
-        """The next event called ``name`` whose data ``predicate`` accepts; others are passed over.
+        """Wait for the next event ``name`` whose data ``predicate`` accepts, and pass over others.
 
         Raises:
             VmGone: none came within ``deadline`` seconds, or the VM hung up.
         """
-
-        async def search() -> Event:
-            while True:
-                event = await self._next_event()
-                data = event.get("data", {})
-                if event["event"] == name and (predicate is None or predicate(data)):
-                    return event
-
-        return self._wait(search(), deadline, f"event {name}")
+        with self._reported(f"event {name}", deadline):
+            return self._next(name, time.monotonic() + deadline, predicate)
 
     def wait_any(self, name: str, deadline: float) -> Event | None:
-        """The next event called ``name`` within ``deadline`` seconds, or None.
+        """Wait for the next event ``name``; None if it does not come within ``deadline`` seconds.
 
         Raises:
             VmGone: the VM hung up.
         """
-        try:
-            return self.wait_event(name, deadline)
-        except VmGone as error:
-            if isinstance(error.__cause__, TimeoutError):
+        with self._reported(f"event {name}", deadline):
+            try:
+                return self._next(name, time.monotonic() + deadline)
+            except TimeoutError:
                 return None
-            raise
 
-    async def _next_event(self) -> Event:
-        """The next event, or EOFError once the VM has hung up: the listener hears nothing then."""
-        import asyncio
+    # --- the conversation -------------------------------------------------------------------------
+    def _negotiate(self, end: float) -> None:
+        self._expected = None  # the greeting is the one message without an id
+        self._turn_until(lambda: None in self._replies, end)
+        if "QMP" not in self._replies.pop(None):
+            raise self._break("a greeting that is not QMP's")
+        if "error" in self._ask("qmp_capabilities", None, end):
+            raise self._break("capabilities are refused")
 
-        from qemu.qmp import Runstate
+    def _ask(
+        self, command: str, arguments: Mapping[str, object] | None, end: float
+    ) -> dict[str, Any]:
+        """Send a command, and return its reply; those of commands given up before are dropped."""
+        self._count += 1
+        self._expected = self._count
+        self._replies.clear()
+        request: dict[str, object] = {"execute": command, "id": self._count}
+        if arguments is not None:
+            request["arguments"] = dict(arguments)
+        self._unsent += json.dumps(request).encode() + b"\n"
+        self._turn_until(lambda: self._expected in self._replies, end)
+        return self._replies.pop(self._expected)
 
-        if not self._qmp.events.empty():
-            return dict(await self._qmp.events.get())
-        if self._qmp.runstate is not Runstate.RUNNING:
-            raise EOFError("the connection is closed")
-        arrived = asyncio.ensure_future(self._qmp.events.get())
-        changed = asyncio.ensure_future(self._qmp.runstate_changed())
+    def _next(
+        self,
+        name: str,
+        end: float,
+        predicate: Callable[[Mapping[str, Any]], bool] | None = None,
+    ) -> Event:
+        while True:
+            self._turn_until(lambda: self._events, end)
+            event, size = self._events.popleft()
+            self._event_bytes -= size
+            data = event.get("data")
+            if event["event"] == name and (
+                predicate is None or predicate(data if isinstance(data, dict) else {})
+            ):
+                return event
+
+    def _turn_until(self, condition: Callable[[], object], end: float) -> None:
+        """Send and receive until ``condition`` holds.
+
+        Raises:
+            TimeoutError: it does not at ``end``.
+            _Broken: the connection broke.
+        """
+        while not condition():
+            if self._broken:
+                raise _Broken(self._broken)
+            left = end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._poll.modify(self._sock, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+            if self._poll.poll(left * 1000):
+                self._send()
+                self._receive()
+
+    def _send(self) -> None:
+        if not self._unsent:
+            return
         try:
-            # A change is told only to those who wait for it already: let both begin, look again.
-            await asyncio.sleep(0)
-            if self._qmp.runstate is Runstate.RUNNING:
-                await asyncio.wait({arrived, changed}, return_when=asyncio.FIRST_COMPLETED)
-            if arrived.done():
-                return dict(arrived.result())
-            raise EOFError("the connection is closed")
-        finally:
-            arrived.cancel()
-            changed.cancel()
+            del self._unsent[: self._sock.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.clear()  # what it sent before it hung up is still to be read
 
-    def _wait(self, work: Coroutine[Any, Any, T], deadline: float, what: str) -> T:
-        import asyncio
-
-        from qemu.qmp import ExecuteError, QMPError
-
+    def _receive(self) -> bool:
+        """Receive what a call of the system gives; False if that is nothing."""
         try:
-            return self._loop.run_until_complete(asyncio.wait_for(work, deadline))
-        except ExecuteError:
-            raise  # an answer, though not the one that was hoped for
+            data = self._sock.recv(_CHUNK)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise self._break(f"it hung up: {error.strerror}") from error
+        if not data:
+            raise self._break("it hung up")
+        try:
+            for message, size in self._messages.feed(data):
+                self._sort(message, size)
+        except ValueError as error:
+            raise self._break(f"what it sends is not QMP: {error}") from error
+        return True
+
+    def _sort(self, message: dict[str, Any], size: int) -> None:
+        if isinstance(message.get("event"), str):
+            self._events.append((message, size))
+            self._event_bytes += size
+            if len(self._events) > MAX_EVENTS or self._event_bytes > MAX_EVENT_BYTES:
+                raise ValueError("more events than are kept, without being asked for them")
+        elif message.get("id") == self._expected and not self._replies:
+            self._replies[self._expected] = message
+
+    def _break(self, why: str) -> _Broken:
+        self._broken = why
+        self._sock.close()
+        return _Broken(why)
+
+    @contextmanager
+    def _reported(self, what: str, deadline: float) -> Iterator[None]:
+        """Have the caller know a failure as VmGone."""
+        try:
+            yield
         except TimeoutError as error:
             raise VmGone(f"{what}: no answer from {self.path} within {deadline:g} s") from error
-        except (QMPError, OSError, EOFError) as error:
-            raise VmGone(f"{what}: {self.path} hung up: {_cause(error)}") from error
-
-
-def _cause(error: BaseException) -> str:
-    """What stands at the bottom of qemu.qmp's wrapped exceptions."""
-    inner = getattr(error, "exc", None) or error.__cause__
-    if isinstance(inner, OSError) and inner.errno is not None:
-        return os.strerror(inner.errno)
-    return str(error) or type(error).__name__
+        except _Broken as error:
+            raise VmGone(f"{what}: no answer from {self.path}: {error}") from error

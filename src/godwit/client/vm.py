@@ -1,6 +1,11 @@
-"""A ``godwit run`` process, as the demo, the tests and the benchmarks start it.
+"""A VM as a process of its own: start one, wait for it, migrate it, end it.
 
-Another VMM's process is a subclass: see qemu.py.
+::
+
+    with Vm("guest", Path("/run"), ["--kernel", kernel, "--nic", "tap=tap0"]) as vm:
+        vm.qmp.wait_event("SHUTDOWN", 3600)
+
+Another VMM's process, or one that is started in another way, is a subclass.
 """
 
 from __future__ import annotations
@@ -11,22 +16,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from godwit.errors import GodwitError, HostError
-from lab.guest import READY
-from lab.netns import entering
-
+from .errors import VmGone
 from .qmp import Client
+
+__all__ = ["Vm", "VmGone"]
+
+#: Bytes of the console that are kept, the newest: a guest may print as much as it likes.
+MAX_CONSOLE = 64 << 20
+_ENDS = ("completed", "failed", "cancelled")
 
 
 class Vm:
-    """The process, its console and its QMP connection. Ends with the block.
+    """The process of a VM, its console and its QMP connection, all of which end with the block.
 
-    ``arguments`` go to ``godwit run``; ``netns`` is the namespace that it runs in.
+    ``arguments`` go to ``godwit run``, whose QMP socket is made in ``folder`` and called after
+    ``name``. ``env`` is the process' environment (None: this process's). ``preexec`` is called in
+    the child before the program is, to enter a namespace, say.
     """
 
     def __init__(
@@ -34,7 +44,9 @@ class Vm:
         name: str,
         folder: Path,
         arguments: Sequence[str],
-        netns: str | None = None,
+        *,
+        env: Mapping[str, str] | None = None,
+        preexec: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self.qmp_path = folder / f"{name}.qmp"
@@ -48,12 +60,13 @@ class Vm:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=entering(netns) if netns else None,
+            env=env,
+            preexec_fn=preexec,
         )
         threading.Thread(target=self._read, daemon=True).start()
 
     def _command(self) -> list[str]:
-        """What is run, up to the caller's arguments."""
+        """Return the command up to the caller's arguments."""
         return [sys.executable, "-m", "godwit.cli.main", "run", "--qmp", str(self.qmp_path)]
 
     def __enter__(self) -> Self:
@@ -76,18 +89,18 @@ class Vm:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs."""
+        """True while the process runs."""
         return self._process.poll() is None
 
     @property
     def console(self) -> str:
-        """What it printed so far: the guest's console, and its own messages."""
+        """The newest of what was printed: the guest's console, and the VMM's own messages."""
         with self._changed:
             return self._text.decode(errors="replace")
 
     @property
     def qmp(self) -> Client:
-        """The QMP connection; waits for the socket."""
+        """The QMP connection; the socket is waited for."""
         if self._client is None:
             end = time.monotonic() + 60
             while not self.qmp_path.exists() and not self._ended and time.monotonic() < end:
@@ -96,73 +109,80 @@ class Vm:
         return self._client
 
     def wait_console(self, text: str, deadline: float = 60.0) -> str:
-        """Wait until ``text`` was printed; all that was printed.
+        """Wait until ``text`` was printed, and return all that was printed.
 
         Raises:
-            HostError: it was not, in ``deadline`` seconds, or the process ended before.
+            VmGone: it was not, in ``deadline`` seconds, or the process exited before.
         """
         sought = text.encode()
         with self._changed:
             self._changed.wait_for(lambda: sought in self._text or self._ended, deadline)
             if sought not in self._text:
-                raise HostError(
+                raise VmGone(
                     f"{self.name}: no {text!r} within {deadline:g} s; it printed:\n"
                     + self._text.decode(errors="replace")[-4000:]
                 )
             return self._text.decode(errors="replace")
 
-    def wait_ready(self, deadline: float = 60.0) -> float:
-        """Wait until the guest's agent listens; seconds since the process was started."""
-        self.wait_console(READY, deadline)
-        return time.monotonic() - self.started
-
     def status(self) -> str:
-        """The run state."""
+        """Return the run state."""
         return str(self.qmp.execute("query-status")["status"])
 
-    def move(self, uri: str, insecure: bool = True, deadline: float = 60.0) -> dict[str, Any]:
-        """Migrate and wait for the end; query-migrate's answer.
+    def migrate(self, uri: str, insecure: bool = False, deadline: float = 60.0) -> dict[str, Any]:
+        """Migrate the guest to ``uri``, wait for the end, and return query-migrate's answer.
 
         Raises:
-            HostError: no end within ``deadline`` seconds.
+            CommandRefused: the migration was not even started.
+            VmGone: no end within ``deadline`` seconds.
         """
-        self.start_move(uri, insecure)
-        return self.wait_move(deadline)
+        self.start_migration(uri, insecure)
+        return self.wait_migration(deadline)
 
-    def start_move(self, uri: str, insecure: bool = True) -> None:
-        """Begin to migrate."""
+    def start_migration(self, uri: str, insecure: bool = False) -> None:
+        """Begin to migrate the guest; ``insecure`` allows ``tcp:`` beyond this host.
+
+        Raises:
+            CommandRefused: the VM does not do that.
+        """
         self.qmp.execute("migrate", {"uri": uri, "insecure": insecure})
 
-    def wait_move(self, deadline: float = 60.0) -> dict[str, Any]:
-        """Wait for the end of the move that was started; query-migrate's answer."""
-        ends = ("completed", "failed", "cancelled")
-        self.qmp.wait_event("MIGRATION", deadline, lambda data: data["status"] in ends)
+    def wait_migration(self, deadline: float = 60.0) -> dict[str, Any]:
+        """Wait for the end of the migration that was begun, and return query-migrate's answer.
+
+        Raises:
+            VmGone: no end within ``deadline`` seconds.
+        """
+        self.qmp.wait_event("MIGRATION", deadline, lambda data: data.get("status") in _ENDS)
         return dict(self.qmp.execute("query-migrate"))
 
     def wait(self, deadline: float = 30.0) -> int:
-        """Wait for the process' end; its exit code."""
-        code = self._process.wait(deadline)
+        """Wait until the process has exited, and return its exit code.
+
+        Raises:
+            VmGone: it runs on after ``deadline`` seconds.
+        """
+        try:
+            code = self._process.wait(deadline)
+        except subprocess.TimeoutExpired as error:
+            raise VmGone(f"{self.name} has not exited within {deadline:g} s") from error
         with self._changed:
             self._changed.wait_for(lambda: self._ended, deadline)
         return code
 
     def quit(self) -> int:
-        """End it by QMP; its exit code."""
+        """End the VM by QMP, and return its exit code."""
         self.qmp.execute("quit")
         return self.wait()
 
     def kill(self) -> None:
-        """End it at once, as a crash would."""
+        """End the process at once, as a crash would."""
         os.kill(self.pid, signal.SIGKILL)
         self._process.wait(10)
 
     def close(self) -> None:
-        """End it in any case."""
+        """End the VM in any case."""
         if self._client is not None:
-            try:
-                self._client.close()
-            except GodwitError:
-                pass
+            self._client.close()
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -178,6 +198,7 @@ class Vm:
         while data := os.read(stream.fileno(), 65536):
             with self._changed:
                 self._text += data
+                del self._text[:-MAX_CONSOLE]
                 self._changed.notify_all()
         with self._changed:
             self._ended = True

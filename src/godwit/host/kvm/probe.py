@@ -3,7 +3,10 @@
 import os
 import re
 
-_REMEDY = "; the lab emulates a host that has it: godwit lab shell, or godwit lab run -- COMMAND"
+_REMEDY = (
+    "; the lab of Godwit's sources emulates a host that has it: make lab, or python -m lab run -- "
+    "COMMAND"
+)
 
 
 def why_unusable(dev: str = "/dev/kvm", cpuinfo: str = "/proc/cpuinfo") -> str | None:
