@@ -32,7 +32,7 @@ def test_there_and_back(bench: Bench, guest: Guest) -> None:
         assert forwarded["packets"] > 0
         assert forwarded["markers-seen"] == forwarded["markers-sent"] >= 3
         arrived = _handover(target)
-        assert arrived["frames"] == forwarded["packets"]
+        assert arrived["packets"] == forwarded["packets"]
         assert arrived["refused"] == 0
 
 
@@ -92,7 +92,7 @@ def test_with_autostart_off_it_waits_for_the_cont(bench: Bench, guest: Guest) ->
         target.event("RUN_STATE", lambda data: data["to"] == "prelaunch-migrate")
         assert target.status() == "prelaunch-migrate"
         assert updates() == []
-        wait_for(lambda: _handover(target)["frames"] > 0, 30)
+        wait_for(lambda: _handover(target)["packets"] > 0, 30)
         target.qmp.execute("cont")
         target.event("RESUME")
         wait_for(lambda: _handover(source)["markers-seen"] >= 3, 30)

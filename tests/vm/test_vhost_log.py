@@ -9,12 +9,12 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from godwit.hw.virtio.net.nic import VirtioNic
 from vm_bench import Bench
 
 from godwit.host.loop import Loop
 from godwit.hw.console import Console
 from godwit.hw.memory import PAGE
+from godwit.hw.virtio.net.device import VirtioNet
 from godwit.hw.virtio.net.vhost import VhostBackend
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine
@@ -40,16 +40,16 @@ def machine(bench: Bench) -> Iterator[Machine]:
         kernel=str(kernel.vmlinuz),
         initrd=str(guest_image.build(kernel)),
         command_line=guest_image.CMDLINE,
-        nics=(NicConfig("nic0", bench.free_tap(host), parse_mac(MAC)),),
+        devices=(NicConfig("nic0", bench.free_tap(host), parse_mac(MAC)),),
     )
     ours, theirs = os.pipe()
     loop, console = Loop(), Console(theirs)
     thread = threading.Thread(target=loop.run)
-    offences: list[str] = []
+    errors: list[str] = []
     with inside(host.netns):
         board = Board(config)
         machine = Machine(
-            board, loop, console, lambda *end: None, lambda *what: offences.append(str(what))
+            board, loop, console, lambda *end: None, lambda *what: errors.append(str(what))
         )
     thread.start()
     try:
@@ -59,7 +59,7 @@ def machine(bench: Bench) -> Iterator[Machine]:
         while guest_image.READY.encode() not in text:
             text += os.read(ours, 4096)
         yield machine
-        assert offences == []
+        assert errors == []
     finally:
         machine.close()
         loop.stop()
@@ -72,10 +72,10 @@ def machine(bench: Bench) -> Iterator[Machine]:
 
 def test_what_vhost_writes_is_in_its_log(bench: Bench, machine: Machine) -> None:
     (nic,) = machine.nics
-    assert isinstance(nic, VirtioNic)
-    backend = nic.device.backend
+    assert isinstance(nic, VirtioNet)
+    backend = nic.backend
     assert isinstance(backend, VhostBackend)
-    queue = nic.device.queues[0]
+    queue = nic.queues[0]
     memory = machine.memory
     with Agent("10.0.0.2", bench.net.client.netns) as agent:
         agent.ping(60)
@@ -87,8 +87,8 @@ def test_what_vhost_writes_is_in_its_log(bench: Bench, machine: Machine) -> None
         wait_for(lambda: _used_index(memory, queue) - before & 0xFFFF >= 20, 10)
         # vhost is halted while the rings are read: what it wrote is written, and logged.
         machine.pause()
-        logged = _pages(backend.take_log() or b"")
-        more = _pages(backend.take_log() or b"")
+        logged = _pages(backend.take_log())
+        more = _pages(backend.take_log())
         written = _received_pages(memory, queue, before)
         ring = (queue.used + 4) // PAGE
         backend.stop_log()
