@@ -29,6 +29,7 @@ def _from(module: str) -> Make:
 KINDS: dict[str, Make] = {
     "virtio-net": _from("virtio.net.device"),
     "e1000": _from("nic.e1000.nic"),
+    "virtio-rng": _from("virtio.rng"),
 }
 
 

@@ -50,6 +50,17 @@ class NicConfig(NamedTuple):
     announce_allow: str | None = None
 
 
+class RngConfig(NamedTuple):
+    """One random number generator."""
+
+    id: str
+    #: The most bytes that the guest gets in a period; None: no limit.
+    max_bytes: int | None = None
+    #: Milliseconds.
+    period_ms: int = 1000
+    kind: str = "virtio-rng"
+
+
 class VmConfig:
     """One VM, with ``memory`` in bytes and ``kernel`` and ``initrd`` as paths.
 
@@ -240,6 +251,21 @@ def parse_nic(text: str, index: int) -> NicConfig:
     )
 
 
+def parse_rng(text: str, index: int) -> RngConfig:
+    """Return the random number generator that ``--rng`` describes, the VM's ``index``-th.
+
+    Like ``id=rng0,max-bytes=4096,period=1000``.
+
+    Raises:
+        ConfigError: a key or value is wrong; the message names it, and what may stand there.
+    """
+    values = _Values("--rng", text, ("id", "max-bytes", "period"))
+    most, period = values.number("max-bytes", 1, 1 << 30), values.number("period", 1, 60_000)
+    if period is not None and most is None:
+        raise ConfigError(f"--rng: period={period} says nothing without max-bytes=; give both")
+    return RngConfig(values.id(f"rng{index}"), most, period or 1000)
+
+
 class DeviceOption(NamedTuple):
     """An option of ``godwit run`` that adds a device."""
 
@@ -256,6 +282,11 @@ DEVICE_OPTIONS = {
         "tap=NAME[,KEY=VALUE...]",
         "a NIC on a tap; keys: mac, id, model=virtio-net|e1000, mtu, queue-size, "
         "vhost=on|off, guest-announce=on|off, announce-allow=NET;MAC;...",
+    ),
+    "--rng": DeviceOption(
+        parse_rng,
+        "id=NAME[,KEY=VALUE...]",
+        "a random number generator; keys: max-bytes (within a period), period (ms, default 1000)",
     ),
 }
 
