@@ -17,7 +17,10 @@ LISTS = {
     "power": ("button", "evdev"),
 }
 #: There for tests, by `modprobe` through the agent's `sh`.
-EXTRA = ("bonding", "bridge", "dummy", "macvlan", "macvtap", "tun", "veth", "vrf", "virtio_mmio")
+EXTRA = (
+    *("bonding", "bridge", "dummy", "macvlan", "macvtap", "tun", "veth", "vrf", "virtio_mmio"),
+    "virtio_rng",
+)
 
 WATCHFUL_CMDLINE = (
     "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check "
