@@ -8,6 +8,7 @@ from typing import cast
 from unittest import mock
 
 from godwit.host.loop import Loop
+from godwit.host.net import tun
 from godwit.hw.console import Console
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine
@@ -17,17 +18,19 @@ from godwit.spec.config import VmConfig, parse_devices
 from .kvm import FakeSystem, FakeVcpu, FakeVm
 from .tap import FakeTap
 
+#: As a tap of a present kernel.
+ALL_OFFLOADS = tun.F_CSUM | tun.F_TSO4 | tun.F_TSO6 | tun.F_TSO_ECN | tun.F_UFO
 #: A NIC whose frames this process moves.
 NIC = ("--nic", "tap=tap0,mac=52:54:00:12:34:56,vhost=off")
 
 
 @contextmanager
-def taps() -> Iterator[dict[str, FakeTap]]:
+def taps(offloads: int = ALL_OFFLOADS) -> Iterator[dict[str, FakeTap]]:
     """Have taps that are made meanwhile be fakes, by name; the newest of a name counts."""
     made: dict[str, FakeTap] = {}
 
     def make(name: str) -> FakeTap:
-        made[name] = tap = FakeTap(name=name)
+        made[name] = tap = FakeTap(offloads, name)
         return tap
 
     with (
@@ -66,7 +69,9 @@ class Host:
         errors: (device's id, message) of each guest error.
     """
 
-    def __init__(self, made_of: VmConfig, loop: Loop | None = None) -> None:
+    def __init__(
+        self, made_of: VmConfig, loop: Loop | None = None, offloads: int = ALL_OFFLOADS
+    ) -> None:
         self.console = Silent()
         self.loop = loop or Loop()
         self.system = FakeSystem()
@@ -74,7 +79,7 @@ class Host:
         self.errors: list[tuple[str, str]] = []
         board = Board(made_of, lambda: self.system)
         try:
-            with taps() as self.taps:
+            with taps(offloads) as self.taps:
                 self.machine = Machine(
                     board,
                     self.loop,

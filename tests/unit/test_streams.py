@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
-from godwit.hw.nic.models import MODELS
-from godwit.hw.virtio.net.nic import VirtioNic, VirtioNicState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
@@ -18,29 +16,34 @@ from msgspec import structs
 import e1000_bench
 import virtio_bench
 from godwit.announce.addresses import AddressBook, Source
+from godwit.announce.saved import AddressBookState
 from godwit.errors import StreamError
 from godwit.host.kvm import abi
 from godwit.host.kvm.cpustate import tsc_of
 from godwit.hw.memory import GuestMemory
-from godwit.hw.nic.e1000.nic import E1000
 from godwit.hw.nic.e1000.state import E1000State
+from godwit.hw.pci import PciBusState
+from godwit.hw.power import PowerState
+from godwit.hw.registry import KINDS
+from godwit.hw.serial import SerialState
 from godwit.hw.virtio.net import offloads
-from godwit.machine.machine import Machine
+from godwit.hw.virtio.net.device import NetState
+from godwit.hw.virtio.pci import VirtioState
 from godwit.machine.state import MachineState
-from godwit.migration.wire import compatibility as hello
-from godwit.migration.wire import messages
+from godwit.migration.guest import ADDRESSES
+from godwit.migration.wire import compatibility, messages
 from godwit.spec import machine_types, saved
-from godwit.spec.config import NicConfig, VmConfig, parse_size
+from godwit.spec.config import parse_size
 from godwit.spec.machine_types import machine_type
 from recorded import STREAMS, Stream
 from tests.fakes.backend import FEATURES
+from tests.fakes.host import Host, config
 
 MAC = bytes.fromhex("525400677701")
 F_ANNOUNCE = virtio_bench.F_ANNOUNCE
 #: As a tap with vhost-net in the lab, where the streams were recorded.
 LAB_FEATURES = FEATURES | offloads.GUEST_ECN | offloads.GUEST_UFO
 LAB_FEATURES |= offloads.HOST_ECN | offloads.HOST_UFO
-_VERSIONS = {model.model: model.version for model in (VirtioNic, E1000)}
 #: What the guest and its peer had in each VLAN.
 GUEST = [
     (0, "10.0.0.2"),
@@ -69,32 +72,42 @@ def _state(stream: Stream) -> MachineState:
     return saved.decode(stream.read()[1], MachineState)
 
 
-def _machine(stream: Stream, kind: str = "") -> Machine:
-    """The parts of a machine of the recorded configuration that are asked about."""
-    config = VmConfig(
-        memory=parse_size(stream.memory),
-        cpus=stream.cpus,
-        nics=(NicConfig("nic0", "tap0", MAC, model=stream.model),),
-        machine=machine_type(kind or stream.machine),
+def _nic_hello(stream: Stream) -> messages.HelloDevice:
+    (nic,) = [device for device in _hello(stream).devices if device.id == "nic0"]
+    return nic
+
+
+def _nic_state(stream: Stream) -> Any:
+    """The NIC's state, of its kind's own type."""
+    (nic,) = [device for device in _state(stream).devices if device.id == "nic0"]
+    kind: Any = E1000State if stream.model == "e1000" else VirtioState[NetState]
+    return saved.decode(nic.state, kind)
+
+
+def _check(said: messages.Hello, stream: Stream, machine: str = "") -> None:
+    """Have a machine of the recorded configuration judge a HELLO."""
+    nic = f"tap=tap0,mac={MAC.hex(':')},model={stream.model}"
+    if stream.model == "virtio-net":
+        nic += ",vhost=off"
+    host = Host(
+        config(
+            ("--nic", nic),
+            memory=parse_size(stream.memory),
+            cpus=stream.cpus,
+            machine=machine_type(machine or stream.machine),
+        )
     )
-    offered = saved.decode(stream.read()[0], messages.Hello).nics[0].negotiated
-    nic = SimpleNamespace(
-        name="nic0",
-        model=stream.model,
-        version=_VERSIONS[stream.model],
-        negotiated=0,
-        foresight=lambda: None,
-        offered=offered if config.machine.guest_announce else offered & ~F_ANNOUNCE,
-    )
-    regions = [SimpleNamespace(start=0, size=config.memory)]
-    machine = SimpleNamespace(config=config, memory=SimpleNamespace(regions=regions), nics=[nic])
-    return cast(Machine, machine)
+    try:
+        compatibility.check(said, host.machine)
+    finally:
+        host.close()
 
 
 # --- what is in them ------------------------------------------------------------------------------
 def test_each_machine_type_and_model_has_a_stream() -> None:
     assert {stream.machine for stream in STREAMS} == set(machine_types._TYPES)
-    assert {stream.model for stream in STREAMS} == set(MODELS)
+    nics = {kind for kind in KINDS if kind in ("virtio-net", "e1000")}
+    assert {stream.model for stream in STREAMS} == nics
     for stream in STREAMS:
         assert stream.path().stat().st_size < 50_000
 
@@ -105,11 +118,15 @@ def test_hello_and_state_are_those_of_that_machine(stream: Stream) -> None:
     assert machine_type(said.machine).name == stream.machine
     assert said.ram == [(0, parse_size(stream.memory))]
     assert said.cpus == len(state.vcpus) == stream.cpus
-    (nic,) = said.nics
-    assert (nic.id, nic.model, nic.version, nic.mac) == ("nic0", stream.model, 1, MAC)
-    (saved,) = state.nics
-    assert (saved.id, saved.version) == (nic.id, nic.version)
-    assert isinstance(saved.state, E1000State if stream.model == "e1000" else VirtioNicState)
+    assert [(device.id, device.kind, device.version) for device in said.devices] == [
+        (device.id, device.kind, device.version) for device in state.devices
+    ]
+    nic = _nic_hello(stream)
+    assert (nic.kind, nic.version, nic.properties["mac"]) == (stream.model, 1, MAC.hex(":"))
+    assert _nic_state(stream)
+    assert {device.kind for device in said.devices} == {
+        *("serial", "power", "pci-host", stream.model)
+    }
 
 
 @each
@@ -123,10 +140,9 @@ def test_what_was_decoded_encodes_to_the_same_bytes(stream: Stream) -> None:
 def test_only_the_newer_type_has_guest_announce(stream: Stream) -> None:
     has = stream.machine != "godwit-0.1"
     assert machine_type(stream.machine).guest_announce is has
-    state = _state(stream).nics[0].state
-    assert isinstance(state, VirtioNicState)
+    state = _nic_state(stream)
     for negotiated in (
-        _hello(stream).nics[0].negotiated,
+        _nic_hello(stream).negotiated,
         state.transport.negotiated,
         state.transport.common.driver_features,
     ):
@@ -138,36 +154,61 @@ def test_only_the_newer_type_has_guest_announce(stream: Stream) -> None:
 @each
 def test_a_machine_takes_a_stream_of_its_own_type_alone(stream: Stream) -> None:
     said = _hello(stream)
-    hello.check(said, _machine(stream))
+    _check(said, stream)
     other = {"godwit-0.1": "godwit-0.2", "godwit-0.2": "godwit-0.1"}[stream.machine]
     with pytest.raises(
         StreamError, match=f"machine type: {stream.machine} at the source, {other} here"
     ):
-        hello.check(said, _machine(stream, other))
+        _check(said, stream, other)
 
 
 @each
-@pytest.mark.parametrize("field", ["versions", "version"])
-def test_another_version_of_a_state_is_refused_in_hello(stream: Stream, field: str) -> None:
+def test_another_version_of_a_state_is_refused_in_hello(stream: Stream) -> None:
     said = _hello(stream)
-    if field == "versions":
-        said = structs.replace(said, versions={**said.versions, "serial": 2})
-    else:
-        said = structs.replace(said, nics=[structs.replace(said.nics[0], version=2)])
-    with pytest.raises(StreamError, match=rf"{field}: .*2.* at the source, .*1.* here"):
-        hello.check(said, _machine(stream))
+    for index, device in enumerate(said.devices):
+        devices = [*said.devices]
+        devices[index] = structs.replace(device, version=2)
+        with pytest.raises(StreamError, match=f"{device.id}, version: 2 at the source, 1 here"):
+            _check(structs.replace(said, devices=devices), stream)
+    with pytest.raises(StreamError, match="version of the machine's state: 2 at the source"):
+        _check(structs.replace(said, version=2), stream)
+
+
+@each
+def test_devices_that_only_one_side_has_are_named(stream: Stream) -> None:
+    said = _hello(stream)
+    with pytest.raises(StreamError, match=r"device nic0 \(.*\): here, missing at the source"):
+        _check(structs.replace(said, devices=said.devices[:-1]), stream)
+    extra = messages.HelloDevice("disk9", "virtio-blk", 1, {})
+    with pytest.raises(StreamError, match=r"disk9 \(virtio-blk\): at the source, missing here"):
+        _check(structs.replace(said, devices=[*said.devices, extra]), stream)
+    with pytest.raises(StreamError, match="two devices at the source have one id"):
+        _check(structs.replace(said, devices=[*said.devices, said.devices[0]]), stream)
+
+
+@each
+def test_what_the_guest_sees_of_a_device_is_compared(stream: Stream) -> None:
+    said = _hello(stream)
+    for change, says in (
+        ({"properties": {**said.devices[-1].properties, "mac": "02:00:00:00:00:01"}}, "mac: 02:"),
+        ({"properties": {**said.devices[-1].properties, "colour": "red"}}, "colour: red .* absent"),
+        ({"kind": "virtio-net-2"}, "kind: virtio-net-2"),
+        ({"negotiated": 1 << 62}, f"features {1 << 62:#x} that are not offered"),
+    ):
+        devices = [*said.devices[:-1], structs.replace(said.devices[-1], **change)]
+        with pytest.raises(StreamError, match=f"device nic0.*{says}"):
+            _check(structs.replace(said, devices=devices), stream)
 
 
 # --- the NICs' states -----------------------------------------------------------------------------
 @virtio
 def test_a_virtio_net_takes_the_state_and_goes_on(stream: Stream, memory: GuestMemory) -> None:
-    state = _state(stream).nics[0].state
-    assert isinstance(state, VirtioNicState)
+    state = _nic_state(stream)
     announce = machine_type(stream.machine).guest_announce
     bench = virtio_bench.Bench(memory, announce=announce, resume=False, features=LAB_FEATURES)
     try:
-        bench.load((state.transport, state.net))
-        assert bench.save() == (state.transport, state.net)
+        bench.load(state)
+        assert bench.save() == state
         assert bench.net.mac == MAC
         assert bench.net.filter.vlans == [0, 100, 200]
         assert not bench.net.filter.promiscuous
@@ -182,18 +223,17 @@ def test_a_virtio_net_takes_the_state_and_goes_on(stream: Stream, memory: GuestM
 
 
 def test_a_virtio_net_without_guest_announce_refuses_its_user(memory: GuestMemory) -> None:
-    state = _state(STREAMS[1]).nics[0].state
-    assert isinstance(state, VirtioNicState)
+    state = _nic_state(STREAMS[1])
     bench = virtio_bench.Bench(memory, announce=False, resume=False, features=LAB_FEATURES)
     try:
         with pytest.raises(StreamError, match=f"negotiated: .*{F_ANNOUNCE:#x}"):
-            bench.load((state.transport, state.net))
+            bench.load(state)
     finally:
         bench.close()
 
 
 def test_an_e1000_takes_the_state_and_goes_on(memory: GuestMemory) -> None:
-    state = _state(STREAMS[2]).nics[0].state
+    state = _nic_state(STREAMS[2])
     bench = e1000_bench.Bench(memory, enable=False)
     try:
         bench.nic.load(state)
@@ -212,7 +252,9 @@ def test_an_e1000_takes_the_state_and_goes_on(memory: GuestMemory) -> None:
 @each
 def test_the_address_book_knows_what_the_guest_used(stream: Stream) -> None:
     book = AddressBook(MAC)
-    book.load(_state(stream).nics[0].addresses, 5000.0)
+    books = saved.decode(_state(stream).sections[ADDRESSES], dict[str, AddressBookState])
+    assert books.keys() == {"nic0"}
+    book.load(books["nic0"], 5000.0)
     found = [entry for entry in book.entries() if entry.ip is not None]
     tags = {vlan: ((0x8100, vlan),) if vlan else () for vlan, _ in GUEST}
     assert {(entry.tags, entry.ip) for entry in found} == {
@@ -228,9 +270,27 @@ def test_the_address_book_knows_what_the_guest_used(stream: Stream) -> None:
 
 # --- what a stream of another version would have --------------------------------------------------
 #: Maps that are no structs: their keys are data.
-_DATA = ("registers", "versions")
-#: Has a default, the first.
-_OPTIONAL = "version"
+_DATA = ("registers", "properties", "sections")
+#: Has a default: of HELLO, of a device in HELLO, of a machine's state.
+_OPTIONAL = {"cookie", "negotiated", "hints"}
+#: The states of the devices in the recorded streams.
+_DEVICES: dict[str, Any] = {
+    "serial": SerialState,
+    "power": PowerState,
+    "pci-host": PciBusState,
+    "virtio-net": VirtioState[NetState],
+    "e1000": E1000State,
+}
+
+
+def _decode(payload: bytes, kind: Any) -> None:
+    """Decode all of a HELLO or a machine's state, devices and sections as well."""
+    value = saved.decode(payload, kind)
+    if isinstance(value, MachineState):
+        for device in value.devices:
+            saved.decode(device.state, _DEVICES.get(device.kind, SerialState))
+        for section in value.sections.values():
+            saved.decode(section, dict[str, AddressBookState])
 
 
 def _maps(value: Any, replace: Callable[[Any], Any]) -> Iterator[tuple[dict[str, Any], Any]]:
@@ -257,15 +317,14 @@ def test_a_missing_and_an_unknown_field_are_named(stream: Stream, index: int, ki
     fields = 0
     for at, put in _maps(plain, lambda new: new):
         with pytest.raises(StreamError, match="`surprise`"):
-            saved.decode(msgspec.msgpack.encode(put({**at, "surprise": 1})), kind)
+            _decode(msgspec.msgpack.encode(put({**at, "surprise": 1})), kind)
         for field in at:
-            changed = put({key: value for key, value in at.items() if key != field})
-            payload = msgspec.msgpack.encode(changed)
-            if field == _OPTIONAL and "id" not in at:
-                saved.decode(payload, kind)
+            payload = msgspec.msgpack.encode(put({k: v for k, v in at.items() if k != field}))
+            if field in _OPTIONAL or (field == "version" and "platform" in at):
+                _decode(payload, kind)
                 continue
             with pytest.raises(StreamError, match=f"`{field}`"):
-                saved.decode(payload, kind)
+                _decode(payload, kind)
             fields += 1
     assert fields > (12 if kind is messages.Hello else 80)
 
@@ -294,17 +353,12 @@ def test_a_vcpu_without_a_tsc_is_refused() -> None:
 
 
 @each
-def test_another_version_is_named(stream: Stream) -> None:
+@pytest.mark.parametrize("version", [0, 2])
+def test_another_version_of_the_machines_state_is_named(stream: Stream, version: int) -> None:
+    """Of the devices' states: tests/unit/test_devices.py."""
     plain = msgspec.msgpack.decode(stream.read()[1])
-    found = 0
-    for at, put in _maps(plain, lambda new: new):
-        for version in (0, 2):
-            if "version" in at:
-                payload = msgspec.msgpack.encode(put({**at, "version": version}))
-                with pytest.raises(StreamError, match=r"\.version`"):
-                    saved.decode(payload, MachineState)
-                found += 1
-    assert found == 2 * len(("machine", "serial", "power", "nic0"))
+    with pytest.raises(StreamError, match=r"\.version`"):
+        saved.decode(msgspec.msgpack.encode({**plain, "version": version}), MachineState)
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -318,7 +372,7 @@ def test_a_truncated_state_is_a_stream_error(name: str, data: st.DataObject) -> 
     whole = _STATES[name]
     end = data.draw(st.integers(0, len(whole) - 1))
     with pytest.raises(StreamError):
-        saved.decode(whole[:end], MachineState)
+        _decode(whole[:end], MachineState)
 
 
 @settings(max_examples=400, deadline=None)
@@ -362,8 +416,5 @@ def test_any_value_anywhere_is_a_stream_error_or_a_state(
 
 
 def _decodes_or_is_refused(payload: bytes) -> None:
-    try:
-        state = saved.decode(payload, MachineState)
-    except StreamError:
-        return
-    assert isinstance(state, MachineState)
+    with contextlib.suppress(StreamError):
+        _decode(payload, MachineState)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from vm_bench import ONE_BACKEND, Bench
+from vm_bench import Bench
 
 from lab.agent import Agent
 
-pytestmark = ONE_BACKEND
 _RNG = ("--rng", "id=dice,max-bytes=65536,period=100")
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-from vm_bench import ONE_BACKEND, Bench
+from vm_bench import Bench
 
-pytestmark = ONE_BACKEND
 _SHARED = "128M,shared=on"
 
 
