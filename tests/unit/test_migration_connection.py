@@ -112,7 +112,7 @@ def test_a_silent_peer_and_a_gone_one(ends: tuple[SocketConnection, SocketConnec
     near, far = ends
     near.set_silence(0.01)
     near.begin()
-    with pytest.raises(LinkLost, match="did not finish a message"):
+    with pytest.raises(LinkLost, match="silent"):
         near.read(1)
     near.begin()
     far.interrupt()
@@ -151,7 +151,7 @@ def test_a_message_has_a_deadline_in_all_and_not_for_each_byte() -> None:
     peer = threading.Thread(target=trickle)
     peer.start()
     try:
-        with pytest.raises(LinkLost, match=r"did not finish a message in 0\.3 s"):
+        with pytest.raises(LinkLost, match="took too long for a message"):
             connection.expect(Kind.READY)
     finally:
         over.set()

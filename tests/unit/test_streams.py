@@ -303,7 +303,8 @@ def _maps(value: Any, replace: Callable[[Any], Any]) -> Iterator[tuple[dict[str,
                     part, lambda new, key=key, at=value, put=replace: put({**at, key: new})
                 )
     elif isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value):
-        for index in {0, len(value) - 1}:
+        alike = not (isinstance(value[0], dict) and "kind" in value[0])
+        for index in {0, len(value) - 1} if alike else range(len(value)):
             yield from _maps(
                 value[index],
                 lambda new, i=index, at=value, put=replace: put([*at[:i], new, *at[i + 1 :]]),
@@ -320,13 +321,14 @@ def test_a_missing_and_an_unknown_field_are_named(stream: Stream, index: int, ki
             _decode(msgspec.msgpack.encode(put({**at, "surprise": 1})), kind)
         for field in at:
             payload = msgspec.msgpack.encode(put({k: v for k, v in at.items() if k != field}))
-            if field in _OPTIONAL or (field == "version" and "platform" in at):
+            optional = field in _OPTIONAL and "transport" not in at and "isr" not in at
+            if optional or (field == "version" and "platform" in at):
                 _decode(payload, kind)
                 continue
             with pytest.raises(StreamError, match=f"`{field}`"):
                 _decode(payload, kind)
             fields += 1
-    assert fields > (12 if kind is messages.Hello else 80)
+    assert fields > (12 if kind is messages.Hello else 70)
 
 
 @pytest.mark.parametrize(

@@ -180,10 +180,14 @@ class SocketConnection(WaitingConnection):
         return self._times.now() + self._silence + length / self._times.rate
 
     def _limit(self, option: int, until: float) -> None:
-        """Have the next call give up at ``until``: what the kernel counts is the whole call."""
+        """Have the next call give up after a silence, or at ``until`` if that is sooner.
+
+        The kernel counts the whole call, which returns what there was by then.
+        """
         left = until - self._times.now()
         if left <= 0:
             raise TimeoutError
+        left = min(left, self._silence)
         if abs(self._set[option] - left) > _EXACT_S or left < _EXACT_S:
             self._set[option] = left
             limit = struct.pack("ll", int(left), int(left % 1 * 1e6) or 1)
@@ -214,8 +218,10 @@ class SocketConnection(WaitingConnection):
         return f"{near[0]} {near[1]}", f"{far[0]} {far[1]}"
 
     def _lost(self, error: OSError) -> LinkLost:
-        if isinstance(error, (BlockingIOError, TimeoutError)):
-            return LinkLost(f"the peer did not finish a message in {self._silence:g} s")
+        if isinstance(error, BlockingIOError):
+            return LinkLost(f"the peer was silent for {self._silence:g} s")
+        if isinstance(error, TimeoutError):
+            return LinkLost("the peer took too long for a message")
         return LinkLost(f"the connection broke: {error.strerror or error}")
 
     # --- ends -------------------------------------------------------------------------------------

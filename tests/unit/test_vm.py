@@ -1,0 +1,314 @@
+"""A VM under its operator's hand, from start to end. KVM, taps and their monitors are fakes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+import pytest
+
+from godwit.errors import ConfigError, HostError, StateError
+from godwit.host.loop import Loop
+from godwit.hw import layout
+from godwit.hw.console import Console
+from godwit.machine.board import Board
+from godwit.migration.outgoing import Outgoing
+from godwit.spec.parameters import MigrationParameters
+from godwit.spec.runstate import RunState
+from godwit.vm.vm import EXIT_INTERNAL_ERROR, EXIT_RESET, EXIT_TRIPLE_FAULT, Vmm
+from migration_bench import IMPATIENT
+from tests.fakes.host import NIC, Silent, config, taps
+from tests.fakes.kvm import FakeSystem, FakeVcpu
+
+S = RunState
+RNG = ("--rng", "id=dice")
+
+
+class Place:
+    """A VM, with its events and what its operator reads."""
+
+    def __init__(self, *devices: tuple[str, str], **given: Any) -> None:
+        self.loop, self.system = Loop(), FakeSystem()
+        self.events: list[tuple[str, dict[str, object]]] = []
+        self.text: list[str] = []
+        absent = HostError("not in a unit test")
+        with (
+            taps() as self.taps,
+            mock.patch("godwit.announce.monitors.TapWatch", side_effect=absent),
+            mock.patch("godwit.announce.monitors.Ports", side_effect=absent),
+            mock.patch.object(
+                Vmm, "_emit", lambda vmm, name, data: self.events.append((name, data))
+            ),
+        ):
+            board = Board(config(*(devices or (NIC,))), lambda: self.system)
+            self.vm = Vmm(
+                board,
+                self.loop,
+                cast(Console, Silent()),
+                log=self.text.append,
+                times=IMPATIENT,
+                **given,
+            )
+        self.vm._emit = lambda name, data: self.events.append((name, data))  # type: ignore[method-assign]
+        self.vm.announcer._report = self.vm._emit
+
+    @property
+    def vcpu(self) -> FakeVcpu:
+        return cast(FakeVcpu, self.vm.machine.vcpus[0].vcpu)
+
+    def run_until(self, done: Callable[[], bool]) -> None:
+        """Run the loop until something is so."""
+        for _ in range(2000):
+            if done():
+                return
+            self.loop.run_once(0.05)
+        raise AssertionError("it is never so")
+
+    def named(self, name: str) -> list[dict[str, object]]:
+        return [data for event, data in self.events if event == name]
+
+    def finish_migration(self) -> None:
+        outgoing = self.vm.migrations._outgoing
+        assert isinstance(outgoing, Outgoing)
+        outgoing.join(60)
+        assert not outgoing.active
+
+    def close(self) -> None:
+        self.vm.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    place = Place()
+    yield place
+    place.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Place, Place]]:
+    one, other = Place(), Place()
+    yield one, other
+    one.close()
+    other.close()
+
+
+def test_a_start_a_stop_and_a_cont(place: Place) -> None:
+    vm = place.vm
+    vm.start()
+    assert vm.machine.running
+    vm.stop()
+    assert not vm.machine.running
+    with pytest.raises(StateError):
+        vm.stop()
+    vm.cont()
+    assert vm.states.history == [S.PRELAUNCH, S.RUNNING, S.PAUSED, S.RUNNING]
+    assert place.named("ANNOUNCE_STARTED") == [], "no migration: nobody is told"
+
+
+def test_without_autostart_it_waits_for_the_cont() -> None:
+    place = Place(autostart=False)
+    place.vm.start()
+    assert place.vm.states.current is S.PRELAUNCH
+    place.vm.cont()
+    assert place.vm.machine.running
+    place.close()
+
+
+def test_a_guest_goes_from_one_vm_to_the_other(pair: tuple[Place, Place], tmp_path: Path) -> None:
+    one, other = pair
+    one.vm.start()
+    one.vm.machine.memory.write(7 << 20, b"carried along")
+    uri = f"unix:{tmp_path / 'm'}"
+    other.vm.await_guest(uri, False)
+    states: list[tuple[RunState, bool]] = []
+    other.vm.states.listen(lambda old, new: states.append((new, other.vm.machine.running)))
+    one.vm.migrate(uri, False)
+    with pytest.raises(StateError, match="under way already"):
+        one.vm.migrate(uri, False)
+    one.finish_migration()
+    assert states == [(S.PRELAUNCH_MIGRATE, False), (S.RUNNING, True)], "machine first, then state"
+    assert (one.vm.machine.running, other.vm.machine.running) == (False, True)
+    assert one.vm.states.current is S.POSTMIGRATE
+    assert other.vm.machine.memory.read(7 << 20, 13) == b"carried along"
+    assert [data["status"] for data in one.named("MIGRATION")] == [
+        *("setup", "active", "device", "completed")
+    ]
+    (started,) = other.named("ANNOUNCE_STARTED")
+    assert started["nics"] == ["nic0"]
+    assert one.text[-1] == "the guest has migrated"
+    info = cast(Any, one.vm.migration_info())
+    assert info["status"] == "completed"
+    assert list(info["godwit"]["destination-phases"])[-4:] == [
+        *("switched-over", "devices-resumed", "vcpus-started", "packets-handed-over")
+    ]
+    arrived = cast(Any, other.vm.migration_info())
+    assert arrived["status"] == "completed"
+    assert arrived["godwit"]["handover"]["markers-sent"] == 1
+    assert other.taps["tap0"].get() is not None, "the marker left by the tap"
+
+
+@pytest.mark.parametrize("why", ["no autostart", "it was paused"])
+def test_a_guest_that_does_not_start_at_once_waits_in_its_own_state(
+    tmp_path: Path, why: str
+) -> None:
+    one, other = Place(), Place(autostart=why != "no autostart")
+    one.vm.start()
+    if why == "it was paused":
+        one.vm.stop()
+    uri = f"unix:{tmp_path / 'm'}"
+    other.vm.await_guest(None, False)
+    with pytest.raises(StateError):
+        one.vm.migrate_incoming(uri, False)
+    other.vm.migrate_incoming(uri, False)
+    with pytest.raises(StateError, match="waits for a guest already"):
+        other.vm.migrate_incoming(uri, False)
+    one.vm.migrate(uri, False)
+    one.finish_migration()
+    assert other.vm.states.current is S.PRELAUNCH_MIGRATE
+    assert not other.vm.machine.running
+    assert other.named("ANNOUNCE_STARTED") == []
+    other.vm.cont()
+    assert other.vm.machine.running
+    assert len(other.named("ANNOUNCE_STARTED")) == 1
+    one.close()
+    other.close()
+
+
+def test_a_guest_that_stays_says_why(pair: tuple[Place, Place], tmp_path: Path) -> None:
+    one, other = Place(NIC, RNG), pair[1]
+    one.vm.start()
+    uri = f"unix:{tmp_path / 'm'}"
+    other.vm.await_guest(uri, False)
+    one.vm.migrate(uri, False)
+    one.finish_migration()
+    assert one.vm.machine.running
+    assert one.vm.states.current is S.RUNNING
+    assert "dice (virtio-rng): at the source, missing here" in one.text[-1]
+    assert one.text[-1].startswith("the guest stays here; the migration failed: ")
+    assert other.vm.states.current is S.INMIGRATE, "it waits for another"
+    one.close()
+
+
+def test_a_destination_whose_guest_is_spoilt_ends(
+    pair: tuple[Place, Place], tmp_path: Path
+) -> None:
+    one, other = pair
+    other.vm.machine.load = mock.Mock(side_effect=ConfigError("broken"))  # type: ignore[method-assign]
+    one.vm.start()
+    uri = f"unix:{tmp_path / 'm'}"
+    other.vm.await_guest(uri, False)
+    one.vm.migrate(uri, False)
+    one.finish_migration()
+    assert one.vm.machine.running
+    other.run_until(lambda: other.vm.exit_code != 0)
+    assert (other.vm.exit_code, other.vm.states.current) == (1, S.SHUTDOWN)
+    assert other.text[-1].startswith("no guest arrived: ")
+
+
+def test_a_vm_that_ends_as_its_guest_arrives_does_not_run_it(
+    pair: tuple[Place, Place], tmp_path: Path
+) -> None:
+    one, other = pair
+    one.vm.start()
+    uri = f"unix:{tmp_path / 'm'}"
+    other.vm.await_guest(uri, False)
+    other.vm.migrations._closing = True
+    one.vm.migrate(uri, False)
+    one.finish_migration()
+    assert (one.vm.machine.running, other.vm.machine.running) == (True, False)
+
+
+def test_a_guest_that_is_saved_comes_back_from_its_file(tmp_path: Path) -> None:
+    one, other = Place(), Place()
+    one.vm.start()
+    one.vm.machine.memory.write(3 << 20, b"in the file")
+    uri = f"file:{tmp_path / 'guest'}"
+    one.vm.migrate(uri, False)
+    one.finish_migration()
+    assert one.vm.states.current is S.POSTMIGRATE
+    one.vm.migrate_cancel()  # there is none any more
+    running = threading.Event()
+    other.vm.states.listen(lambda old, new: running.set() if new is S.RUNNING else None)
+    other.vm.await_guest(uri, False)
+    assert running.wait(60)
+    assert other.vm.machine.memory.read(3 << 20, 11) == b"in the file"
+    one.close()
+    other.close()
+
+
+def test_parameters_are_replaced_as_a_whole(place: Place) -> None:
+    assert place.vm.parameters == MigrationParameters()
+    place.vm.parameters = MigrationParameters(downtime_limit=7)
+    assert place.vm.migrations.parameters.downtime_limit == 7
+
+
+@pytest.mark.parametrize(
+    ("port", "value", "code", "state", "reason"),
+    [
+        (layout.PM1_CONTROL + 1, 0x34, 0, S.SHUTDOWN, "guest-shutdown"),
+        (layout.RESET_PORT, 6, EXIT_RESET, S.SHUTDOWN, "guest-reset"),
+    ],
+)
+def test_the_guests_own_end(port: int, value: int, code: int, state: RunState, reason: str) -> None:
+    place = Place(reboot=False)
+    place.vm.start()
+    place.vcpu.out(port, value)
+    place.loop.run()
+    assert (place.vm.exit_code, place.vm.states.current) == (code, state)
+    assert place.named("SHUTDOWN") == [{"guest": True, "reason": reason}]
+    assert not place.vm.machine.running
+    with pytest.raises(StateError, match="the guest is dead"):
+        place.vm.migrate("unix:/nowhere", False)
+    place.close()
+
+
+@pytest.mark.parametrize(
+    ("exit_reason", "code", "state"),
+    [(8, EXIT_TRIPLE_FAULT, S.GUEST_PANICKED), (17, EXIT_INTERNAL_ERROR, S.INTERNAL_ERROR)],
+)
+def test_a_vcpu_that_cannot_go_on_ends_the_vm(
+    place: Place, exit_reason: int, code: int, state: RunState
+) -> None:
+    def fault() -> None:
+        place.vcpu.run_page[8:12] = exit_reason.to_bytes(4, "little")
+
+    place.vm.start()
+    place.vcpu.do(fault)
+    place.loop.run()
+    assert (place.vm.exit_code, place.vm.states.current) == (code, state)
+
+
+def test_a_reset_without_a_kernel_ends_the_vm_and_says_so(place: Place) -> None:
+    place.vm.start()
+    place.vcpu.out(layout.RESET_PORT, 6)
+    place.loop.run()
+    assert place.vm.exit_code == EXIT_RESET
+    assert "no kernel was given here" in place.text[-1]
+
+
+def test_quit_and_signals_end_the_loop(place: Place) -> None:
+    place.vm.quit()
+    place.loop.run()
+    assert place.named("SHUTDOWN") == [{"guest": False, "reason": "host-qmp-quit"}]
+
+
+def test_a_guest_error_is_an_event_and_a_line(place: Place) -> None:
+    place.vm._guest_error("nic0", "a bad ring")
+    assert place.named("GUEST_ERROR") == [{"device": "nic0", "message": "a bad ring"}]
+    assert "nic0: the guest broke the device's rules (a bad ring)" in place.text[-1]
+
+
+def test_counters_and_filters_are_by_device() -> None:
+    place = Place(NIC, RNG)
+    counters = {(id, kind): dict(counts) for id, kind, counts in place.vm.counters()}
+    assert counters[("dice", "virtio-rng")] == {"requests": 0, "bytes": 0}
+    assert ("nic0", "virtio-net") in counters
+    ((name, view),) = place.vm.rx_filters(None)
+    assert (name, view.promiscuous) == ("nic0", True)
+    with pytest.raises(ConfigError, match="no NIC 'nic7'; this VM has: nic0"):
+        place.vm.rx_filters("nic7")
+    place.close()
