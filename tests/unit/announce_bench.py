@@ -126,7 +126,7 @@ class Bench:
             self._verifier,
         )
         for nic in self.nics:
-            nic.on_ack = self._acked(nic.name)
+            nic.on_ack = self._acked(nic.id)
         self.states = RunStates(first)
         self.states.listen(self.announcer.run_state_changed)
 
@@ -149,14 +149,14 @@ class Bench:
         """The NIC's tap is watched, and its guest was seen to use :data:`IP4`."""
         uplink = self.uplinks[nic]
         uplink.watched = True
-        uplink.on_seen = lambda sighting: self.announcer.seen(uplink.nic.name, sighting)
+        uplink.on_seen = lambda sighting: self.announcer.seen(uplink.nic.id, sighting)
         self.guest_sends(gratuitous_arp(uplink.nic.mac, IP4), nic)
 
     def _acked(self, name: str) -> Callable[[], None]:
         return lambda: self.announcer.acked(name)
 
     def _verifier(self, uplink: Uplink, options: AnnounceOptions) -> Verifier:
-        return self.verifiers.get(uplink.nic.name) or no_verifier(uplink, options)
+        return self.verifiers.get(uplink.nic.id) or no_verifier(uplink, options)
 
 
 ROUNDS = [0.0, 0.05, 0.2, 0.45, 0.8]
