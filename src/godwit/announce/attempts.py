@@ -23,9 +23,8 @@ from godwit.host.loop import Clock, Timer
 from godwit.spec.events import Event
 from godwit.spec.parameters import AnnounceOptions, AnnounceParameters
 
-from .pacing import Pacer
+from .pacing import Pacer, round_delays
 from .record import NicRecord
-from .schedule import delays
 from .uplink import Uplink
 
 #: After an ack, the time in which the guest's frames must have come by, s. Linux sends them before
@@ -83,7 +82,7 @@ class NicAnnouncement:
         self._pacer = pacer
         self._rate = options.rate
         self._deadline_s = options.deadline / 1000
-        self._delays = delays(parameters)
+        self._delays = round_delays(parameters)
         self._extra: Sequence[float] = EXTRA_S
         self._held = False
         self._round_held = False
