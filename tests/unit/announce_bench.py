@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from godwit.announce.announcer import Announcer, no_verifier
-from godwit.announce.attempts import Verifier
 from godwit.announce.frames import gratuitous_arp
+from godwit.announce.nic_announcement import Verifier
 from godwit.announce.uplink import Uplink
 from godwit.host.net.ethernet import TPID_8021Q
 from godwit.hw.nic.rx_filter_info import RxFilterInfo

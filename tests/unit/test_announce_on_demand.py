@@ -59,7 +59,7 @@ class TestOnDemand:
     def test_no_id_ends_the_resumes_announcement(self) -> None:
         bench = Bench(nic0=True)
         bench.go(S.RUNNING)
-        bench.announcer.announce_self(AnnounceParameters(rounds=0), id=module.RESUME)
+        bench.announcer.announce_self(AnnounceParameters(rounds=0), id=module.MIGRATION)
         bench.announcer.announce_self(AnnounceParameters(rounds=0))
         bench.clock.advance(60)
         assert bench.nics[0].asked == pytest.approx(ROUNDS)

@@ -60,9 +60,9 @@ def test_all_entries_are_announced_and_noted() -> None:
     ]  # fmt: skip
     place.clock.advance(1)
     place.uplink.announce(entries)
-    assert [place.uplink.said_at(entry) for entry in entries] == [1000.0] * 3
+    assert [place.uplink.host_announced_at(entry) for entry in entries] == [1000.0] * 3
     place.uplink.begin()
-    assert [place.uplink.said_at(entry) for entry in entries] == [None] * 3
+    assert [place.uplink.host_announced_at(entry) for entry in entries] == [None] * 3
 
 
 def test_nothing_to_announce_sends_nothing() -> None:
@@ -76,7 +76,7 @@ def test_a_backend_that_fails_raises_and_the_rest_is_not_sent() -> None:
     place.nic.error = OSError(100, "Network is down")
     with pytest.raises(OSError, match="Network is down"):
         place.uplink.announce(place.uplink.entries())
-    assert place.uplink.said_at(place.uplink.entries()[0]) is None
+    assert place.uplink.host_announced_at(place.uplink.entries()[0]) is None
 
 
 # --- policy ---------------------------------------------------------------------------------------

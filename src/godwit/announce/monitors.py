@@ -16,9 +16,9 @@ from godwit.host.net.tap_watch import TapWatch
 from godwit.spec.parameters import AnnounceOptions, Verify
 
 from .announcer import no_verifier
-from .attempts import Verifier
 from .dissect import Sighting
 from .frames import Tag
+from .nic_announcement import Verifier
 from .uplink import Uplink
 from .verify import Verification
 

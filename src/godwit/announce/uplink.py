@@ -69,13 +69,15 @@ class Uplink:
         self.port: PortState = AlwaysReady()
         self.policy = policy or Policy()
         self._clock = clock
-        self._said: dict[tuple[bytes, tuple[tuple[int, int], ...], bytes | None], float] = {}
+        self._host_announced: dict[
+            tuple[bytes, tuple[tuple[int, int], ...], bytes | None], float
+        ] = {}
 
     def begin(self) -> None:
         """An announcement begins: what was seen and said before is the past."""
         self._refresh()
         self.observer.begin(self._clock.now())
-        self._said = {}
+        self._host_announced = {}
 
     def entries(self) -> list[Entry]:
         """The guest's addresses that may be announced, the most important first."""
@@ -92,9 +94,9 @@ class Uplink:
         """Whom the guest talks to, those met most often first."""
         return self.observer.peers(self._clock.now())
 
-    def said_at(self, entry: Entry) -> float | None:
+    def host_announced_at(self, entry: Entry) -> float | None:
         """When the host announced it first since :meth:`begin`, by the clock; None: never."""
-        return self._said.get((entry.mac, entry.tags, entry.ip))
+        return self._host_announced.get((entry.mac, entry.tags, entry.ip))
 
     def announce(self, entries: Iterable[Entry]) -> int:
         """Announce these in the guest's name; how many frames that took.
@@ -109,7 +111,7 @@ class Uplink:
             count += 1
         now = self._clock.now()
         for entry in entries:
-            self._said.setdefault((entry.mac, entry.tags, entry.ip), now)
+            self._host_announced.setdefault((entry.mac, entry.tags, entry.ip), now)
         return count
 
     def layer2_updates(self, note: Callable[[int], bytes], limit: int) -> list[bytes]:

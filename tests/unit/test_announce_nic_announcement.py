@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from announce_bench import ACK_S, IP4, IP6, ROUNDS, Bench, Port, Questions, S, hung
 from godwit.announce.addresses import announcements
-from godwit.announce.attempts import EXTRA_S, SHOW_S, VERIFY_S
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
+from godwit.announce.nic_announcement import FURTHER_ROUNDS_S, SEEN_AFTER_ACK_S, VERIFY_S
 from godwit.errors import KvmError
 from godwit.spec.events import Event
 from godwit.spec.parameters import AnnounceOptions, AnnounceParameters, MigrationParameters
@@ -245,10 +245,10 @@ def test_what_the_guest_leaves_out_is_said_by_the_host() -> None:
     bench.go(S.RUNNING)
     mac = bench.nics[0].mac
     bench.guest_sends(gratuitous_arp(mac, IP4))
-    bench.clock.advance(ACK_S + SHOW_S - 0.001)
+    bench.clock.advance(ACK_S + SEEN_AFTER_ACK_S - 0.001)
     assert bench.nics[0].sent == []
     bench.clock.advance(60)
-    at = pytest.approx(ACK_S + SHOW_S)
+    at = pytest.approx(ACK_S + SEEN_AFTER_ACK_S)
     assert bench.nics[0].sent == [(at, rarp(mac)), (at, unsolicited_na(mac, IP6))]
     assert bench.data(Event.ANNOUNCE_HOST) == [
         {"nic": "nic0", "round": 1, "frames": 2, "why": "not shown"}
@@ -260,7 +260,7 @@ def test_what_comes_after_the_ack_is_shown_too() -> None:
     bench = Bench(nic0=True)
     bench.watched()
     bench.go(S.RUNNING)
-    bench.clock.advance(ACK_S + SHOW_S / 2)
+    bench.clock.advance(ACK_S + SEEN_AFTER_ACK_S / 2)
     bench.guest_sends(gratuitous_arp(bench.nics[0].mac, IP4))
     bench.clock.advance(60)
     assert bench.nics[0].sent == []
@@ -357,7 +357,7 @@ def test_what_is_not_verified_gets_five_more_rounds_and_a_warning() -> None:
     questions = bench.verifiers["nic0"] = Questions(bench.clock, *[["VLAN 7"]] * 99)
     bench.go(S.RUNNING)
     bench.clock.advance(600)
-    extra = [0.8 + sum(EXTRA_S[: count + 1]) for count in range(len(EXTRA_S))]
+    extra = [0.8 + sum(FURTHER_ROUNDS_S[: count + 1]) for count in range(len(FURTHER_ROUNDS_S))]
     assert extra == pytest.approx([1.8, 3.8, 7.8, 15.8, 31.8])
     assert bench.nics[0].asked == pytest.approx(ROUNDS + extra)
     assert questions.asked == pytest.approx([0.8, *extra])
