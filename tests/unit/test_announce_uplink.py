@@ -44,7 +44,7 @@ def test_the_observer_knows_of_a_frame_before_it_is_sent(monkeypatch: pytest.Mon
     place.seen.clear()
     place.uplink.begin()
     assert place.uplink.announce(place.uplink.entries()) == 2
-    assert (place.uplink.observer.own, place.seen) == (2, [])
+    assert (place.uplink.observer.host_frames, place.seen) == (2, [])
     assert len(place.uplink.missing()) == 2
 
 
@@ -92,7 +92,9 @@ def test_the_policy_decides_what_the_host_may_say() -> None:
     entries = place.uplink.entries()
     assert [(entry.ip, entry.tags) for entry in entries] == [(None, ()), (IP4, ())]
     assert place.uplink.missing() == entries
-    place.uplink.announce(place.uplink.observer.entries(place.clock.now()))
+    with place.uplink.observer.book(place.clock.now()) as book:
+        known = book.entries()
+    place.uplink.announce(known)
     assert place.sent() == [rarp(mac), rarp(mac, VLAN), gratuitous_arp(mac, IP4)]
 
 

@@ -242,7 +242,7 @@ def test_the_questions_are_not_taken_for_the_guests(monkeypatch: pytest.MonkeyPa
     place.talks()
     monkeypatch.setattr(place.nic, "send_from_host", place.guest_sends)
     place.verification.ask()
-    assert place.uplink.observer.own == 3
+    assert place.uplink.observer.host_frames == 3
 
 
 # --- hostile answers ------------------------------------------------------------------------------

@@ -201,15 +201,14 @@ class Announcer:
     # --- inside -----------------------------------------------------------------------------------
     def _info(self, record: NicRecord) -> dict[str, object]:
         uplink = self._uplinks[record.nic]
-        observer = uplink.observer
         entries = uplink.entries()
         addresses = [
             {
                 **_address(entry.mac, entry.tags, entry.ip),
-                "seen-ms": record.ms_until(observer.announced_at(entry)),
+                "seen-ms": record.ms_until(seen_at),
                 "host-ms": record.ms_until(uplink.host_announced_at(entry)),
             }
-            for entry in entries
+            for entry, seen_at in zip(entries, uplink.seen_at(entries), strict=True)
         ]
         return {
             "nic": record.nic,
@@ -229,7 +228,7 @@ class Announcer:
             "unverified": record.unverified,
             "error": record.error,
             "watched": uplink.watched,
-            "malformed": observer.malformed,
+            "malformed": uplink.observer.malformed,
             "addresses": addresses,
         }
 
