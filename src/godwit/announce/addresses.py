@@ -98,7 +98,7 @@ class SeenAnnouncements:
         self._begun = True
 
     def see(self, sighting: Sighting, now: float) -> None:
-        """Remember an announcement of the guest's; nothing is remembered before :meth:`begin`."""
+        """Remember an announcement of the guest's, unless :meth:`begin` was never called."""
         if not (self._begun and sighting.announces):
             return
         # A MAC address is announced by whatever announces the MAC with an IP address.
@@ -107,7 +107,7 @@ class SeenAnnouncements:
                 self._at.setdefault((sighting.mac, sighting.tags, ip), now)
 
     def announced_at(self, entry: Entry) -> float | None:
-        """Return when the guest was first seen to announce an entry, seconds; None: never."""
+        """Return when the guest was first seen to announce an entry, in seconds, or None."""
         return self._at.get(entry.address)
 
     def missing(self, entries: Iterable[Entry]) -> list[Entry]:
@@ -225,7 +225,10 @@ class AddressBook:
         return [base, *reversed(self._own.values()), *fixed, *reversed(self._others.values())]
 
     def peers(self) -> list[Peer]:
-        """Return the peers: those met most often first, of these the latest; likely gateways."""
+        """Return the peers, those met most often first, and of these the latest first.
+
+        The first is likely to be a gateway.
+        """
         both = [*self._met.values(), *self._met_once.values()]
         return sorted(both, key=lambda peer: (peer.count, peer.last_seen), reverse=True)
 
@@ -281,7 +284,7 @@ class AddressBook:
             del self._others[next(iter(self._others))]
 
     def _fix(self, now: float) -> None:
-        """Build the addresses of configuration and filter anew, and keep what was seen of them."""
+        """Build the addresses of configuration and filter anew, and keep what frames have shown."""
         macs, vlans = self._filter
         old = self._fixed
         self._fixed = fixed = {}

@@ -147,7 +147,10 @@ class Announcer:
             self._start(f"id:{id or ''}", names, parameters)
 
     def acked(self, nic: str) -> None:
-        """Take note that the guest acknowledged; NIC models call this, also under their lock."""
+        """Take note that the guest acknowledged an attempt.
+
+        NIC models call this method, also under their own lock.
+        """
         now = self._clock.now()
         first, latency = False, None
         with self._records_lock:

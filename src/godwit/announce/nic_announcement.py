@@ -48,7 +48,7 @@ Later = Callable[[float, Callable[[], None]], Timer]
 
 
 class Verifier(Protocol):
-    """A way to find out whether the network knows where the guest is; see :mod:`.verify`."""
+    """A way to find out whether the network knows where the guest is (:mod:`.verify`)."""
 
     #: Whether the operator wants the announcement verified.
     wanted: bool
@@ -60,11 +60,11 @@ class Verifier(Protocol):
         """Put the question to bridge or peers."""
 
     def missing(self) -> list[str]:
-        """Return what is not verified, in words; empty: everything is."""
+        """Return what is not verified, in words, or nothing if everything is."""
 
 
 class NicAnnouncement:
-    """One announcement of one NIC; see the module."""
+    """One announcement of one NIC, as the module describes."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class NicAnnouncement:
             self._announce_from_host(reason)
 
     def acked(self) -> None:
-        """Take note that the guest acknowledged, and see to what the guest left out."""
+        """Take note that the guest acknowledged, and check soon what the guest left out."""
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -171,7 +171,7 @@ class NicAnnouncement:
             self._make_round()
 
     def _hold(self) -> bool:
-        """Wait for a port that is not ready, and return whether the port is not."""
+        """Return whether the port is not ready, and if so, wait for the port."""
         reason = self.uplink.port.not_ready_reason
         if reason is None:
             return False
@@ -265,7 +265,7 @@ class NicAnnouncement:
             self._announce_from_host("not shown")
 
     def _announce_from_host(self, reason: str) -> None:
-        """Announce in the guest's name, now or when the port is ready; ``reason`` is reported."""
+        """Announce in the guest's name, now or when the port is ready, and report the reason."""
         if self._hold():
             self._held_host_reason = reason
             return

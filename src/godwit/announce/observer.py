@@ -101,9 +101,9 @@ class Observer:
             yield self._book
 
     def host_sends(self, frame: bytes, now: float) -> None:
-        """Take note of a frame that the host is about to write to the tap; afterwards is too late.
+        """Take note of a frame that the host is about to write to the tap.
 
-        ``frame`` is whole, with all its VLAN tags.
+        After the write, the note may be too late. ``frame`` is whole, with all its VLAN tags.
         """
         with self._lock:
             self._awaited.add(frame, now)

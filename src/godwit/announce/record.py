@@ -52,7 +52,7 @@ class NicRecord(msgspec.Struct):
 
     @property
     def ack_ms(self) -> float | None:
-        """Milliseconds from the first attempt to the first ack; None while there is no ack."""
+        """The milliseconds from the first attempt to the first ack, if there was an ack."""
         if self.asked_at is None or self.acked_at is None:
             return None
         return (self.acked_at - self.asked_at) * 1000

@@ -1,4 +1,4 @@
-"""The saved state of an address book, as a migration sends it."""
+"""The saved state of an address book, as a migration sends the state."""
 
 from __future__ import annotations
 

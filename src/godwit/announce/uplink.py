@@ -51,7 +51,7 @@ class AlwaysReady:
 
 
 class Uplink:
-    """One NIC's way into the network; see the module. Thread-safe as its parts are.
+    """One NIC's way into the network, thread-safe as its parts are.
 
     Attributes:
         nic: the NIC.
@@ -100,12 +100,12 @@ class Uplink:
             return book.peers()
 
     def seen_at(self, entries: Iterable[Entry]) -> list[float | None]:
-        """Return, for each entry, when the guest was first seen to announce it; None: never."""
+        """Return, for each entry, when the guest was first seen to announce the entry, or None."""
         with self.observer.book(self._clock.now()) as book:
             return [book.seen.announced_at(entry) for entry in entries]
 
     def host_announced_at(self, entry: Entry) -> float | None:
-        """Return when the host first announced an entry since :meth:`begin`; None: never."""
+        """Return when the host first announced an entry since :meth:`begin`, or None."""
         return self._host_announced.get(entry.address)
 
     def announce(self, entries: Iterable[Entry]) -> int:
@@ -138,7 +138,7 @@ class Uplink:
         ]
 
     def switch_back(self) -> None:
-        """Have switches learn that the guest is here; a frame that fails is not sent again."""
+        """Have switches learn that the guest is here, and pass over a frame that fails."""
         try:
             for frame in self.layer2_updates(lambda number: b"", _MAX_SWITCHED_BACK):
                 self.nic.send_from_host(frame)
