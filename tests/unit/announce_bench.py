@@ -23,7 +23,7 @@ VLAN = ((TPID_8021Q, 100),)
 
 
 class Nic:
-    """A NIC that notes what it is asked, and when; its guest acknowledges, if ``acks_after``."""
+    """A NIC that records attempts and frames, and whose guest acknowledges if ``acks_after``."""
 
     def __init__(self, clock: FakeClock, name: str = "nic0", accepts: bool = True) -> None:
         self.id = name
@@ -61,7 +61,7 @@ class Nic:
 
     @property
     def sent_at(self) -> list[float]:
-        """When the host sent."""
+        """The seconds at which the host sent frames."""
         return [at for at, _ in self.sent]
 
     def _at(self) -> float:
@@ -69,7 +69,7 @@ class Nic:
 
 
 class Port:
-    """A port that the test makes ready."""
+    """A port whose state the test sets."""
 
     def __init__(self, not_ready_reason: str | None = None) -> None:
         self.not_ready_reason = not_ready_reason
@@ -82,7 +82,7 @@ class Port:
 
 
 class Questions:
-    """A verifier with answers by hand: of each :meth:`missing`; then nothing is missing."""
+    """A verifier with given answers for :meth:`missing`, after which nothing is missing."""
 
     wanted = True
 
@@ -108,7 +108,7 @@ class Questions:
 
 
 class Bench:
-    """A VM of NICs without the VM."""
+    """The NICs of a VM, their uplinks and the announcer."""
 
     def __init__(self, first: RunState = S.PRELAUNCH_MIGRATE, **accepts: bool) -> None:
         self.clock = FakeClock()
@@ -138,15 +138,15 @@ class Bench:
         return [name for name, _ in self.events]
 
     def data(self, name: str) -> list[dict[str, object]]:
-        """Of each event of that name."""
+        """Return the data of each event of a name."""
         return [data for found, data in self.events if found == name]
 
     def guest_sends(self, frame: bytes, nic: int = 0) -> None:
-        """The watch brings a frame of the guest's."""
+        """Bring a frame of the guest's, as the watch does."""
         self.uplinks[nic].observer.frame(frame, None, self.clock.now())
 
     def watched(self, nic: int = 0) -> None:
-        """The NIC's tap is watched, and its guest was seen to use :data:`IP4`."""
+        """Watch the NIC's tap, and have the guest seen to use :data:`IP4`."""
         uplink = self.uplinks[nic]
         uplink.watched = True
         uplink.on_seen = lambda sighting: self.announcer.seen(uplink.nic.id, sighting)
@@ -163,7 +163,7 @@ ROUNDS = [0.0, 0.05, 0.2, 0.45, 0.8]
 
 
 def hung(**accepts: bool) -> Bench:
-    """A running VM whose guests accept and never acknowledge."""
+    """Return a running VM whose models accept and whose guests never acknowledge."""
     bench = Bench(**accepts or {"nic0": True})
     for nic in bench.nics:
         nic.acks_after = None

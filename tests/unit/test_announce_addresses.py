@@ -1,4 +1,4 @@
-"""The address book: what it learns, what it forgets, and that a guest cannot fill the host."""
+"""The address book: what is learned, what is forgotten, and that no guest can fill the host."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def _with_peer(**fields: object) -> AddressBookState:
 
 
 def arrived(state: AddressBookState) -> AddressBookState:
-    """Return a state as a destination gets it: encoded and decoded."""
+    """Return a state as a destination gets the state: encoded and decoded."""
     return decode(msgspec.msgpack.encode(state), AddressBookState)
 
 

@@ -1,4 +1,4 @@
-"""The uplinks' eyes and ears, with fakes for the watch and the ports.
+"""The monitors of uplinks, with fakes for the watch and the ports.
 
 tests/unit/test_watch.py and tests/vm/test_ports.py have the real ones.
 """
@@ -29,7 +29,7 @@ REPLY = (
 
 
 class Watch:
-    """Stands in for TapWatch."""
+    """A stand-in for the watch on a tap."""
 
     error: HostError | None = None
     all: list[Watch]
@@ -71,7 +71,7 @@ class TapPort(Port):
 
 
 class Ports:
-    """Stands in for Ports."""
+    """A stand-in for the ports of taps."""
 
     error: HostError | None = None
     all: list[Ports]
@@ -93,10 +93,10 @@ class Place:
         self.nics = [Nic(self.loop, f"nic{number}") for number in range(count)]
         self.uplinks = {f"tap{n}": Uplink(nic, self.loop) for n, nic in enumerate(self.nics)}
         self.first = next(iter(self.uplinks.values()), None)
-        self.said: list[str] = []
+        self.logged: list[str] = []
 
     def monitors(self) -> Monitors:
-        return Monitors(list(self.uplinks.values()), self.loop, self.said.append)
+        return Monitors(list(self.uplinks.values()), self.loop, self.logged.append)
 
 
 @pytest.fixture(autouse=True)
@@ -125,7 +125,7 @@ def test_each_tap_is_watched_for_its_uplink(place: Place) -> None:
     first, second = place.uplinks.values()
     assert (first.watched, second.watched, first.observer.malformed) == (True, True, 1)
     assert (len(first.entries()), len(second.entries())) == (1, 2)
-    assert place.said == []
+    assert place.logged == []
 
 
 def test_ports_are_followed(place: Place) -> None:
@@ -145,30 +145,30 @@ def test_no_nic_no_watch() -> None:
     monitors.close()
 
 
-def test_what_cannot_be_watched_is_said_and_done_without(place: Place) -> None:
+def test_what_cannot_be_watched_is_logged_and_done_without(place: Place) -> None:
     Watch.error = HostError("cannot watch tap: not permitted")
     Ports.error = HostError("rtnetlink: no")
     monitors = place.monitors()
-    assert place.said == [
+    assert place.logged == [
         "nic0: cannot watch tap: not permitted",
         "nic1: cannot watch tap: not permitted",
-        "whether taps are ready is not known: rtnetlink: no",
+        "the ports of the taps are taken for ready: rtnetlink: no",
     ]
     for uplink in place.uplinks.values():
         assert not uplink.watched
         assert isinstance(uplink.port, AlwaysReady)
     assert place.first is not None
     verifier = monitors.verifier(place.first, AnnounceOptions(verify=Verify.PROBE, refresh=True))
-    assert place.said[3:] == ["nic0: cannot watch tap: not permitted"]
-    verifier.begin()  # nobody will hear an answer, and that is what is told
+    assert place.logged[3:] == ["nic0: cannot watch tap: not permitted"]
+    verifier.begin()  # no answer will be seen, which is reported
     assert (verifier.wanted, len(verifier.missing())) == (True, 1)
     monitors.close()
 
 
-def test_a_watch_that_is_lost_is_said(place: Place) -> None:
+def test_a_watch_that_is_lost_is_logged(place: Place) -> None:
     place.monitors()
     Watch.all[0].on_error(OSError(100, "Network is down"))
-    assert place.said == ["nic0: its tap is watched no more: Network is down"]
+    assert place.logged == ["nic0: the tap is no longer watched: Network is down"]
     assert [uplink.watched for uplink in place.uplinks.values()] == [False, True]
 
 
@@ -248,4 +248,4 @@ def test_answers_of_a_tap_that_came_back_are_watched_again(place: Place) -> None
     watch.close()
     Watch.error = HostError("there is no such interface")
     monitors.verifier(place.first, options)
-    assert place.said == ["nic0: there is no such interface"]
+    assert place.logged == ["nic0: there is no such interface"]
