@@ -128,7 +128,7 @@ def test_what_the_guest_sends_is_seen_with_its_tags(
         na[:20] + b"\x11" + na[21:],  # UDP over IPv6
         head + bytes.fromhex("88cc") + bytes(46),  # LLDP
     ]
-    spoken = []
+    sent = []
     for tags in ((), VLAN, QINQ, (*QINQ, (TPID_8021Q, 7))):
         for frame in (
             rarp(MAC, tags),
@@ -136,14 +136,14 @@ def test_what_the_guest_sends_is_seen_with_its_tags(
             unsolicited_na(MAC, IP6, tags),
         ):
             place.tap.send(frame)
-            place.tap.send(bytes(others[len(spoken) % len(others)]))
-            spoken.append((stripped(frame), tags[0]) if tags else (frame, None))
+            place.tap.send(bytes(others[len(sent) % len(others)]))
+            sent.append((stripped(frame), tags[0]) if tags else (frame, None))
     # Four tags are more than any honest guest's.
     place.tap.send(rarp(MAC, (*QINQ, *QINQ)))
     place.tap.send(rarp(OTHER))
-    spoken.append((rarp(OTHER), None))
-    place.until(lambda: len(frames) >= len(spoken))
-    assert frames == spoken
+    sent.append((rarp(OTHER), None))
+    place.until(lambda: len(frames) >= len(sent))
+    assert frames == sent
     assert (tap.dropped, errors) == (0, [])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import msgspec
 
@@ -186,12 +187,7 @@ class AddressBook:
         makes too many, those of the configured address and those without VLAN come first.
         """
         self._filter = (
-            [
-                mac
-                for _, mac in zip(
-                    range(MAX_FILTER_ENTRIES), filter(is_host_mac, macs), strict=False
-                )
-            ],
+            list(islice(filter(is_host_mac, macs), MAX_FILTER_ENTRIES)),
             [vid for vid in vlans if 1 <= vid <= 4094][:MAX_FILTER_ENTRIES],
         )
         self._fix(now)

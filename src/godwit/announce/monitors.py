@@ -1,4 +1,4 @@
-"""The monitors of a VM's uplinks: of what taps pass on, of ports' states, of peers' answers.
+"""The monitors of a VM's uplinks: taps watched, ports followed, peers' answers received.
 
 A monitor that cannot be had (no permission, no such interface) is logged once and done without:
 then the guest's ack has to do, and the host knows fewer addresses.
