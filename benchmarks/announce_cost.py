@@ -11,8 +11,7 @@ Prints the table of docs/announcement.md.
 from __future__ import annotations
 
 from godwit.announce.frames import gratuitous_arp, unsolicited_na
-from godwit.announce.pacing import Pacer
-from godwit.announce.schedule import delays
+from godwit.announce.pacing import Pacer, round_delays
 from godwit.spec.parameters import AnnounceParameters
 
 GUESTS = 500
@@ -33,7 +32,7 @@ def round_of(vlans: int) -> list[int]:
 def sends(frames: int, rate: int) -> list[tuple[float, int]]:
     """(s after the resume, frames) of one guest: each round as a whole, when its turn comes."""
     pacer, now, sent = Pacer(), 0.0, []
-    for delay in delays(AnnounceParameters()):
+    for delay in round_delays(AnnounceParameters()):
         now += delay
         while wait := pacer.take(frames, rate, now):
             now += wait

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from godwit.announce.announcer import Announcer, no_verifier
-from godwit.announce.attempts import Verifier
 from godwit.announce.frames import gratuitous_arp
+from godwit.announce.nic_announcement import Verifier
 from godwit.announce.uplink import Uplink
 from godwit.host.net.ethernet import TPID_8021Q
 from godwit.hw.nic.rx_filter_info import RxFilterInfo
@@ -23,7 +23,7 @@ VLAN = ((TPID_8021Q, 100),)
 
 
 class Nic:
-    """A NIC that notes what it is asked, and when; its guest acknowledges, if ``acks_after``."""
+    """A NIC that records attempts and frames, and whose guest acknowledges if ``acks_after``."""
 
     def __init__(self, clock: FakeClock, name: str = "nic0", accepts: bool = True) -> None:
         self.id = name
@@ -61,7 +61,7 @@ class Nic:
 
     @property
     def sent_at(self) -> list[float]:
-        """When the host sent."""
+        """The seconds at which the host sent frames."""
         return [at for at, _ in self.sent]
 
     def _at(self) -> float:
@@ -69,7 +69,7 @@ class Nic:
 
 
 class Port:
-    """A port that the test makes ready."""
+    """A port whose state the test sets."""
 
     def __init__(self, not_ready_reason: str | None = None) -> None:
         self.not_ready_reason = not_ready_reason
@@ -82,7 +82,7 @@ class Port:
 
 
 class Questions:
-    """A verifier with answers by hand: of each :meth:`missing`; then nothing is missing."""
+    """A verifier with given answers for :meth:`missing`, after which nothing is missing."""
 
     wanted = True
 
@@ -108,7 +108,7 @@ class Questions:
 
 
 class Bench:
-    """A VM of NICs without the VM."""
+    """The NICs of a VM, their uplinks and the announcer."""
 
     def __init__(self, first: RunState = S.PRELAUNCH_MIGRATE, **accepts: bool) -> None:
         self.clock = FakeClock()
@@ -126,7 +126,7 @@ class Bench:
             self._verifier,
         )
         for nic in self.nics:
-            nic.on_ack = self._acked(nic.name)
+            nic.on_ack = self._acked(nic.id)
         self.states = RunStates(first)
         self.states.listen(self.announcer.run_state_changed)
 
@@ -138,32 +138,32 @@ class Bench:
         return [name for name, _ in self.events]
 
     def data(self, name: str) -> list[dict[str, object]]:
-        """Of each event of that name."""
+        """Return the data of each event of a name."""
         return [data for found, data in self.events if found == name]
 
     def guest_sends(self, frame: bytes, nic: int = 0) -> None:
-        """The watch brings a frame of the guest's."""
+        """Bring a frame of the guest's, as the watch does."""
         self.uplinks[nic].observer.frame(frame, None, self.clock.now())
 
     def watched(self, nic: int = 0) -> None:
-        """The NIC's tap is watched, and its guest was seen to use :data:`IP4`."""
+        """Watch the NIC's tap, and have the guest seen to use :data:`IP4`."""
         uplink = self.uplinks[nic]
         uplink.watched = True
-        uplink.on_seen = lambda sighting: self.announcer.seen(uplink.nic.name, sighting)
+        uplink.on_seen = lambda sighting: self.announcer.seen(uplink.nic.id, sighting)
         self.guest_sends(gratuitous_arp(uplink.nic.mac, IP4), nic)
 
     def _acked(self, name: str) -> Callable[[], None]:
         return lambda: self.announcer.acked(name)
 
     def _verifier(self, uplink: Uplink, options: AnnounceOptions) -> Verifier:
-        return self.verifiers.get(uplink.nic.name) or no_verifier(uplink, options)
+        return self.verifiers.get(uplink.nic.id) or no_verifier(uplink, options)
 
 
 ROUNDS = [0.0, 0.05, 0.2, 0.45, 0.8]
 
 
 def hung(**accepts: bool) -> Bench:
-    """A running VM whose guests accept and never acknowledge."""
+    """Return a running VM whose models accept and whose guests never acknowledge."""
     bench = Bench(**accepts or {"nic0": True})
     for nic in bench.nics:
         nic.acks_after = None

@@ -1,4 +1,4 @@
-"""The announcer: when it starts and when not, whom it asks, and what it does when that fails."""
+"""The announcer: when an announcement starts and when not, whom it asks, and failures."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from godwit.spec.parameters import AnnounceParameters, MigrationParameters
 from godwit.spec.runstate import RunState
 
 
-def test_a_move_is_announced_at_once_and_then_by_the_schedule() -> None:
+def test_a_migration_is_announced_at_once_and_then_by_the_schedule() -> None:
     bench = Bench(nic0=True)
     bench.go(S.RUNNING)
     assert bench.nics[0].asked == [0.0]
@@ -117,7 +117,7 @@ def test_a_timer_that_was_cancelled_too_late_does_nothing() -> None:
     assert bench.nics[0].asked == [0.0]
 
 
-def test_the_next_move_starts_anew() -> None:
+def test_the_next_migration_starts_anew() -> None:
     bench = Bench(nic0=True)
     bench.go(S.RUNNING)
     bench.clock.advance(0.06)
@@ -144,7 +144,7 @@ def test_a_write_that_fails_is_reported_and_the_schedule_goes_on() -> None:
     assert (record.rounds, record.host_sent, record.error) == (5, 4, cause)
 
 
-def test_a_model_that_fails_is_spoken_for_by_the_host() -> None:
+def test_the_host_announces_for_a_model_that_fails() -> None:
     bench = Bench(nic0=True)
     bench.nics[0].announce_error = KvmError("no interrupt")
     bench.go(S.RUNNING)
@@ -163,7 +163,7 @@ def test_a_model_that_changes_its_mind_is_asked_again_in_the_next_round() -> Non
     assert record.asked_at == pytest.approx(1000.05)
 
 
-def test_the_ack_is_timed_from_the_first_request() -> None:
+def test_the_ack_is_timed_from_the_first_attempt() -> None:
     bench = Bench(nic0=True)
     bench.nics[0].acks_after = 0.042
     bench.go(S.RUNNING)
@@ -207,7 +207,7 @@ def test_records_are_copies() -> None:
     assert bench.announcer.records()[0].rounds == 0
 
 
-def test_the_schedule_of_the_next_move_can_be_changed() -> None:
+def test_the_schedule_of_the_next_migration_can_be_changed() -> None:
     bench = Bench(nic0=True)
     bench.parameters = MigrationParameters(
         announce=AnnounceParameters(initial=1000, max=1000, rounds=2)

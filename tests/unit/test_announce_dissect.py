@@ -1,4 +1,4 @@
-"""What is read out of a guest's frames; scapy writes the frames, so it is the judge."""
+"""The dissection of a guest's frames, which scapy has written."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ VALID = {
 
 
 @pytest.mark.parametrize("name", VALID)
-def test_what_a_frame_says(name: str) -> None:
+def test_what_a_frame_shows(name: str) -> None:
     frame, expected = VALID[name]
     assert dissect(frame) == expected
     assert dissect(memoryview(frame)) == expected

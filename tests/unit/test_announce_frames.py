@@ -49,7 +49,7 @@ def _text(mac: bytes) -> str:
 def _judge(
     dst: str, src: bytes, tags: list[tuple[int, int]], ethertype: int, body: Packet
 ) -> bytes:
-    """scapy's frame: tags and type given one by one, padded as if untagged."""
+    """Return scapy's frame, with tags and type given one by one, padded as if untagged."""
     types = [tpid for tpid, _ in tags] + [ethertype]
     frame: Packet = Ether(dst=dst, src=_text(src), type=types[0])
     for (tpid, vid), following in zip(tags, types[1:], strict=True):
@@ -174,7 +174,7 @@ def test_wrong_lengths_and_types_are_refused() -> None:
 
 # --- layer 2 updates ------------------------------------------------------------------------------
 def test_a_layer2_update_is_an_xid_that_nobody_answers() -> None:
-    frame = Dot3(layer2_update(MAC, (), b"note"))
+    frame = Dot3(layer2_update(MAC, (), b"cookie"))
     assert (frame.dst, frame.src, frame.len) == ("ff:ff:ff:ff:ff:ff", MAC_TEXT, 6)
     # IEEE 802.2: null SAPs, the source's with the response bit; XID with its final bit clear.
     assert (frame[LLC].dsap, frame[LLC].ssap, frame[LLC].ctrl) == (0, 1, 0xAF)
@@ -183,22 +183,22 @@ def test_a_layer2_update_is_an_xid_that_nobody_answers() -> None:
 
 
 @given(macs, tag_stacks, st.binary(max_size=40))
-def test_the_note_and_the_tags_of_a_layer2_update_are_found(
-    mac: bytes, tags: list[tuple[int, int]], note: bytes
+def test_the_cookie_and_the_tags_of_a_layer2_update_are_found(
+    mac: bytes, tags: list[tuple[int, int]], cookie: bytes
 ) -> None:
-    frame = layer2_update(mac, tags, note)
-    assert read_cookie(frame) == note.ljust(40, b"\0")
+    frame = layer2_update(mac, tags, cookie)
+    assert read_cookie(frame) == cookie.ljust(40, b"\0")
     assert stack_of(frame) == b"".join(struct.pack("!HH", *tag) for tag in tags)
     if len(tags) < 3:
         assert dissect(frame) is None
 
 
 @given(st.binary(max_size=80))
-def test_no_other_frame_has_a_note(data: bytes) -> None:
+def test_no_other_frame_has_a_cookie(data: bytes) -> None:
     assert read_cookie(data) is None
     assert read_cookie(b"\xff" * 6 + data[6:]) is None or data[12:14] == b"\0\6"
 
 
-def test_a_note_that_does_not_fit() -> None:
-    with pytest.raises(ValueError, match="41 bytes; 40 are the most"):
+def test_a_cookie_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="41 bytes: use at most 40"):
         layer2_update(MAC, (), bytes(41))

@@ -1,4 +1,4 @@
-"""announce-self: the announcement on demand; and the announcer among threads."""
+"""The announcement on demand, announce-self, and the announcer among threads."""
 
 import threading
 
@@ -59,7 +59,7 @@ class TestOnDemand:
     def test_no_id_ends_the_resumes_announcement(self) -> None:
         bench = Bench(nic0=True)
         bench.go(S.RUNNING)
-        bench.announcer.announce_self(AnnounceParameters(rounds=0), id=module.RESUME)
+        bench.announcer.announce_self(AnnounceParameters(rounds=0), id=module.MIGRATION)
         bench.announcer.announce_self(AnnounceParameters(rounds=0))
         bench.clock.advance(60)
         assert bench.nics[0].asked == pytest.approx(ROUNDS)
@@ -72,7 +72,7 @@ class TestOnDemand:
 
 
 def test_once_a_pause_has_returned_no_frame_follows() -> None:
-    """A round under way in the loop's thread ends before the pause in another thread does."""
+    """End a round under way in the loop's thread before the pause in another thread ends."""
     bench = Bench(nic0=False)
     bench.go(S.RUNNING)
     nic = bench.nics[0]

@@ -1,4 +1,4 @@
-"""Pacing: a burst at once, the rest at the rate; two hundred NICs are told of without a flood."""
+"""Pacing: a burst at once, the rest at the rate, and two hundred NICs without a flood."""
 
 import math
 
@@ -16,7 +16,7 @@ from godwit.spec.parameters import (
 
 
 def _send(pacer: Pacer, count: int, rate: int, now: float) -> list[float]:
-    """Single frames, each as soon as it may go: when they went."""
+    """Send single frames, each as soon as the pacer allows, and return when each was sent."""
     sent = []
     for _ in range(count):
         while wait := pacer.take(1, rate, now):

@@ -1,4 +1,4 @@
-"""What may be announced; Python's ipaddress is the judge."""
+"""The policy for what may be announced, judged by Python's ipaddress."""
 
 from __future__ import annotations
 

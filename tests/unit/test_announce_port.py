@@ -1,4 +1,4 @@
-"""The announcement and its port: held while it is not ready, named when it left its bridge."""
+"""The announcement and its port: held while the port is not ready, named when out of a bridge."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_port_that_goes_between_two_rounds_holds_the_rest_until_it_is_back() -
     assert (len(bench.nics[0].sent), record.rounds, record.held) == (5, 5, None)
 
 
-def test_what_is_owed_when_the_port_goes_is_said_when_it_is_back() -> None:
+def test_a_fallback_that_falls_due_when_the_port_is_gone_is_made_when_it_is_back() -> None:
     bench = hung()  # the first round has asked, and nobody answers
     port = bench.uplinks[0].port = Port("down")
     bench.clock.advance(60)
@@ -59,7 +59,7 @@ def test_what_is_owed_when_the_port_goes_is_said_when_it_is_back() -> None:
     assert bench.announcer.records()[0].rounds == 5
 
 
-def test_the_hosts_word_waits_for_the_port_after_the_last_round_too() -> None:
+def test_the_fallback_waits_for_the_port_after_the_last_round_too() -> None:
     bench = Bench(nic0=True)
     port = bench.uplinks[0].port = Port()
     bench.nics[0].acks_after = None

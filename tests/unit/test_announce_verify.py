@@ -1,4 +1,4 @@
-"""Verification: the bridge's database, the peers' answers, and what of them the guest is told."""
+"""Verification: the bridge's database, the peers' answers, and what the guest gets of those."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from godwit.announce import frames
 from godwit.announce.frames import Tag, arp_request, gratuitous_arp, solicitation
 from godwit.announce.policy import parse_policy
 from godwit.announce.uplink import Uplink
-from godwit.announce.verify import PEERS, Verification
+from godwit.announce.verify import PEERS_ASKED, Verification
 from godwit.host.net import rtnetlink
 from godwit.host.net.ethernet import TPID_8021Q
 from godwit.host.net.rtnetlink import Forwarding
@@ -23,14 +23,14 @@ GATEWAY6 = bytes.fromhex("20010db8" + "00" * 11 + "01")
 
 
 def reply(mac: bytes, ip: bytes, tags: tuple[Tag, ...] = ()) -> bytes:
-    """An ARP reply of ``ip`` to the guest."""
+    """Return an ARP reply of ``ip`` to the guest."""
     return frames._ethernet(
         b"\x52\x54\0\0\0\x30", mac, tags, 0x0806, frames._arp(2, mac, ip, OTHER, IP4)
     )
 
 
 def advertisement(mac: bytes, ip: bytes, tags: tuple[Tag, ...] = ()) -> bytes:
-    """A solicited neighbour advertisement of ``ip`` to the guest."""
+    """Return a solicited neighbour advertisement of ``ip`` to the guest."""
     body = (0x6000_0000).to_bytes(4, "big") + ip + b"\2\1" + mac
     packet = frames._icmpv6(ip, IP6, 136, body)
     return frames._ethernet(b"\x52\x54\0\0\0\x30", mac, tags, 0x86DD, packet)
@@ -56,7 +56,7 @@ class Place:
             self.uplink.observer.frame(frame, None, self.clock.now())
 
     def talks(self) -> None:
-        """The guest knows its gateway, untagged in both families and in a VLAN."""
+        """Have the guest ask its gateway, untagged in both families and in a VLAN."""
         self.guest_sends(
             arp_request(self.mac, IP4, GATEWAY),
             arp_request(self.mac, IP4, GATEWAY, VLAN),
@@ -132,7 +132,7 @@ def test_an_address_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert place.verification.missing() == [place.mac.hex(":")]
 
 
-def test_without_a_bridge_or_an_answer_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_bridge_or_an_answer_nothing_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(Verify.FDB)
 
     def fails(index: int) -> list[Forwarding]:
@@ -208,7 +208,7 @@ def test_one_of_several_peers_is_enough_and_few_are_asked() -> None:
         place.guest_sends(arp_request(place.mac, IP4, peer))
     place.guest_sends(arp_request(place.mac, IP4, peers[3]))
     place.verification.ask()
-    assert len(place.sent()) == PEERS
+    assert len(place.sent()) == PEERS_ASKED
     assert place.sent()[0] == arp_request(place.mac, IP4, peers[3])
     place.verification.answer(reply(PEER, peers[3]), None)
     assert place.verification.missing() == []
@@ -242,7 +242,7 @@ def test_the_questions_are_not_taken_for_the_guests(monkeypatch: pytest.MonkeyPa
     place.talks()
     monkeypatch.setattr(place.nic, "send_from_host", place.guest_sends)
     place.verification.ask()
-    assert place.uplink.observer.own == 3
+    assert place.uplink.observer.host_frames == 3
 
 
 # --- hostile answers ------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_anything_may_come_as_an_answer(data: bytes, outer: Tag | None) -> None:
 
 
 # --- refresh --------------------------------------------------------------------------------------
-def test_the_guest_is_told_where_its_peers_are_once() -> None:
+def test_the_guest_is_shown_once_where_its_peers_are() -> None:
     place = Place(Verify.OFF, refresh=True)
     assert not place.verification.wanted
     place.talks()
@@ -294,7 +294,7 @@ def test_the_guest_is_told_where_its_peers_are_once() -> None:
         place.verification.answer(reply(PEER, GATEWAY), None)
         place.verification.answer(reply(PEER, GATEWAY, VLAN), None)
         place.verification.answer(advertisement(OTHER, GATEWAY6), None)
-        place.verification.answer(reply(OTHER, GATEWAY), None)  # late, and another's word
+        place.verification.answer(reply(OTHER, GATEWAY), None)  # late, and of another
     assert place.injected == [
         gratuitous_arp(PEER, GATEWAY),
         gratuitous_arp(PEER, GATEWAY, VLAN),

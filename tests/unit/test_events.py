@@ -112,10 +112,10 @@ def test_what_announcements_report_is_in_the_table() -> None:
     answered.verifiers["nic0"] = Questions(answered.clock, [])
     answered.verifiers["nic1"] = Questions(answered.clock, *[["VLAN 7"]] * 9)
     failing.nics[0].error = OSError(5, "Input/output error")
-    failing.stations[0].port = Port("no carrier")
+    failing.uplinks[0].port = Port("no carrier")
     for bench in (answered, failing):
         bench.go(S.RUNNING)
-    failing.stations[0].port = Port()
+    failing.uplinks[0].port = Port()
     failing.announcer.port_ready("nic0")
     answered.watched()
     for bench in (answered, silent, failing):

@@ -128,7 +128,7 @@ def test_what_the_guest_sends_is_seen_with_its_tags(
         na[:20] + b"\x11" + na[21:],  # UDP over IPv6
         head + bytes.fromhex("88cc") + bytes(46),  # LLDP
     ]
-    spoken = []
+    sent = []
     for tags in ((), VLAN, QINQ, (*QINQ, (TPID_8021Q, 7))):
         for frame in (
             rarp(MAC, tags),
@@ -136,14 +136,14 @@ def test_what_the_guest_sends_is_seen_with_its_tags(
             unsolicited_na(MAC, IP6, tags),
         ):
             place.tap.send(frame)
-            place.tap.send(bytes(others[len(spoken) % len(others)]))
-            spoken.append((stripped(frame), tags[0]) if tags else (frame, None))
+            place.tap.send(bytes(others[len(sent) % len(others)]))
+            sent.append((stripped(frame), tags[0]) if tags else (frame, None))
     # Four tags are more than any honest guest's.
     place.tap.send(rarp(MAC, (*QINQ, *QINQ)))
     place.tap.send(rarp(OTHER))
-    spoken.append((rarp(OTHER), None))
-    place.until(lambda: len(frames) >= len(spoken))
-    assert frames == spoken
+    sent.append((rarp(OTHER), None))
+    place.until(lambda: len(frames) >= len(sent))
+    assert frames == sent
     assert (tap.dropped, errors) == (0, [])
 
 
@@ -285,25 +285,36 @@ def test_an_interface_that_is_gone_is_reported_once(
     assert len(errors) == 1
 
 
+def _entries(observer: Observer, now: float) -> list[Entry]:
+    with observer.book(now) as book:
+        return book.entries()
+
+
+def _missing(observer: Observer, now: float) -> list[Entry]:
+    with observer.book(now) as book:
+        return book.seen.missing(book.entries())
+
+
 def test_the_observer_tells_the_guests_frames_from_the_hosts(place: Place) -> None:
     seen: list[Sighting] = []
     observer = Observer(MAC, place.loop.now(), seen.append)
     tap = place.watch(
         lambda frame, outer: observer.frame(frame, outer, place.loop.now()), place.loop
     )
-    observer.begin(place.loop.now())
+    with observer.book(place.loop.now()) as book:
+        book.seen.begin()
     for frame in (rarp(MAC), gratuitous_arp(MAC, IP4, VLAN), unsolicited_na(MAC, IP6, QINQ)):
-        observer.host_sent(frame, place.loop.now())
+        observer.host_sends(frame, place.loop.now())
         place.tap.send(frame)
-        place.until(lambda: observer.own)
-        observer.own = 0
+        place.until(lambda: observer.host_frames)
+        observer.host_frames = 0
     assert seen == []
     for frame in (gratuitous_arp(MAC, IP4, VLAN), unsolicited_na(MAC, IP6, QINQ)):
         place.tap.send(frame)
     place.until(lambda: len(seen) == 2)
     tap.close()
     assert [(one.tags, one.ip) for one in seen] == [(VLAN, IP4), (QINQ, IP6)]
-    assert [entry.ip for entry in observer.missing(place.loop.now())] == [None]
+    assert [entry.ip for entry in _missing(observer, place.loop.now())] == [None]
 
 
 @contextmanager
@@ -319,7 +330,7 @@ def observed(netns: str, tap: str) -> Iterator[tuple[Observer, Callable[..., Non
     def until(done: Callable[[], object]) -> None:
         deadline = time.monotonic() + 60
         while not done():
-            assert time.monotonic() < deadline, observer.entries(loop.now())
+            assert time.monotonic() < deadline, _entries(observer, loop.now())
             loop.run_once(0.5)
 
     try:
@@ -354,17 +365,20 @@ def test_a_guests_addresses_are_learned_past_vhost_and_its_announcement_is_seen(
             ["ip", "-n", bench.net.client.netns, "neigh", "flush", "all"], check=True, timeout=60
         )
         bench.answers()
-        until(lambda: _lab_addresses() <= _known(observer.entries(now())))
-        book = observer.save(now())
+        until(lambda: _lab_addresses() <= _known(_entries(observer, now())))
+        with observer.book(now()) as book:
+            state = book.save(now())
 
     target = bench.target(guest)
     with observed(target.host.netns, target.tap) as (observer, until):
-        observer.load(book, now())
-        observer.begin(now())
+        with observer.book(now()) as book:
+            book.load(state, now())
+            book.seen.begin()
         bench.move(guest, target)
         announced(target)
         until(
-            lambda: not _lab_addresses() & {(e.tags, e.ip) for e in observer.missing(now())}
+            lambda: not _lab_addresses() & {(e.tags, e.ip) for e in _missing(observer, now())}
         )  # fmt: skip
-        first = observer.entries(now())[0]
-        assert observer.announced_at(first) is not None
+        first = _entries(observer, now())[0]
+        with observer.book(now()) as book:
+            assert book.seen.announced_at(first) is not None

@@ -1,1 +1,1 @@
-"""See docs/design.md."""
+"""The announcement of a guest at its new host (docs/announcement.md)."""

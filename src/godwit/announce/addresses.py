@@ -1,13 +1,14 @@
-"""Which addresses a guest uses behind one NIC, and whom it talks to. Pure; time is passed in.
+"""The address book of one NIC: the addresses behind the NIC, and the peers of its guest.
 
-The guest decides what comes in here, so all of it is bounded and ages. An address is one of a MAC
-address alone, or of a MAC address with an IP address, within a stack of VLAN tags.
+Pure; time is passed in. The guest decides what comes in here, so everything is bounded and ages. An
+address is a MAC address alone, or a MAC address with an IP address, within a stack of VLAN tags.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import msgspec
 
@@ -17,21 +18,25 @@ from . import frames, saved
 from .dissect import Sighting, is_host_mac
 from .frames import Tag
 from .policy import Policy
-from .saved import ENTRIES, PEERS, AddressBookState, SavedEntry, SavedPeer
+from .saved import MAX_ENTRIES, MAX_MET, MAX_PEERS, AddressBookState, SavedEntry, SavedPeer
 
-#: Addresses that the NIC's filter tables tell of, at most.
-FILTER_ENTRIES = 128
-#: An address or a peer that was not heard of for so long is forgotten, s. A guest that gave an
-#: address up may have left it to another host: to announce it then would harm that one.
+#: Addresses from the NIC's filter tables, at most.
+MAX_FILTER_ENTRIES = 128
+#: Addresses whose announcement by the guest is remembered, at most.
+MAX_SEEN = 1024
+#: An address or a peer that was not seen for so long is forgotten, seconds. A guest that gave an
+#: address up may have left the address to another host, which an announcement would harm.
 MAX_AGE_S = 3600.0
 
 _Tags = tuple[Tag, ...]
+#: MAC address, tags, IP address if any.
+Address = tuple[bytes, _Tags, bytes | None]
 #: An IP address within its VLAN has one owner: the key is (tags, ip), or (tags, mac) without one.
 _Key = tuple[_Tags, bytes]
 
 
 class Source(enum.Enum):
-    """How an address came to be known."""
+    """The way in which an address came to be known."""
 
     CONFIG = "config"
     FILTER = "filter"
@@ -40,15 +45,16 @@ class Source(enum.Enum):
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One address.
+    """One address in an address book.
 
     Attributes:
         mac: six bytes.
         tags: VLAN tags from the outside in.
         ip: 4 or 16 bytes; None: none is known.
-        last_seen: when it was last heard of, in any way and on any host; s.
-        confirmed: when the guest last sent a frame from it on this host, s; None: not yet.
-        source: the way it was last heard of.
+        last_seen: when the address was last seen, in any way and on any host, seconds.
+        confirmed: when the guest last sent a frame from the address on this host, seconds; None:
+            not yet.
+        source: the way in which the address was last seen.
     """
 
     mac: bytes
@@ -58,9 +64,17 @@ class Entry(msgspec.Struct, frozen=True):
     confirmed: float | None
     source: Source
 
+    @property
+    def address(self) -> Address:
+        """The address alone: MAC address, tags, IP address."""
+        return self.mac, self.tags, self.ip
+
 
 class Peer(msgspec.Struct, frozen=True):
-    """Whom the guest asked for, or answered: ``count`` times, last at ``last_seen`` (s)."""
+    """An address that the guest asked for or answered, ``count`` times.
+
+    The last time was at ``last_seen``, in seconds.
+    """
 
     tags: _Tags
     ip: bytes
@@ -68,27 +82,67 @@ class Peer(msgspec.Struct, frozen=True):
     count: int
 
 
+class SeenAnnouncements:
+    """The addresses that the guest itself was seen to announce since :meth:`begin`.
+
+    Not thread-safe. Of more than 1,024 addresses the rest is not remembered, and counts as missing:
+    the host then announces once more what the guest announced.
+    """
+
+    def __init__(self) -> None:
+        self._at: dict[Address, float] = {}
+        self._begun = False
+
+    def begin(self) -> None:
+        """Forget all announcements, and remember those from now on."""
+        self._at.clear()
+        self._begun = True
+
+    def see(self, sighting: Sighting, now: float) -> None:
+        """Remember an announcement of the guest's, unless :meth:`begin` was never called."""
+        if not (self._begun and sighting.announces):
+            return
+        # A MAC address is announced by whatever announces the MAC with an IP address.
+        for ip in {sighting.ip, None}:
+            if len(self._at) < MAX_SEEN:
+                self._at.setdefault((sighting.mac, sighting.tags, ip), now)
+
+    def announced_at(self, entry: Entry) -> float | None:
+        """Return when the guest was first seen to announce an entry, in seconds, or None."""
+        return self._at.get(entry.address)
+
+    def missing(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return the entries that the guest was not seen to announce, in the same order."""
+        return [entry for entry in entries if self.announced_at(entry) is None]
+
+
 class AddressBook:
-    """The addresses behind one NIC, and its guest's peers. Not thread-safe.
+    """The addresses behind one NIC, and the peers of its guest.
+
+    Not thread-safe: :class:`.observer.Observer` holds the lock.
 
     At most 512 addresses come from frames. 384 of them may be of the configured MAC address; those
-    of others go first when room is needed, the one not heard of for the longest time first. So a
-    guest that makes addresses up pushes out neither the configured ones nor, if they are all its
-    own, those of others. The configured address without tag and IP is always there. 128 more may
-    come from the filter tables. Of 128 peers, 96 may be such that were met more than once; those
-    met once go first.
+    of other MAC addresses go first when space is needed, the one not seen for the longest time
+    first. So a guest that makes addresses up pushes out neither the configured ones nor, if all
+    are of its own MAC address, those of others. The configured address without tag and IP is always
+    there. 128 more may come from the filter tables. Of 128 peers, 96 may be such that were met more
+    than once; those met once go first.
 
     Worst memory use, all full of IPv6 addresses under two tags: less than 300 KB.
+
+    Attributes:
+        seen: the addresses that the guest itself was seen to announce.
     """
 
     def __init__(
         self,
         mac: bytes,
         now: float = 0.0,
-        limit: int = ENTRIES,
-        peers_limit: int = PEERS,
+        limit: int = MAX_ENTRIES,
+        peers_limit: int = MAX_PEERS,
         max_age_s: float = MAX_AGE_S,
     ) -> None:
+        self.seen = SeenAnnouncements()
         self._limit = limit
         self._peers_limit = peers_limit
         self._max_age = max_age_s
@@ -104,18 +158,18 @@ class AddressBook:
 
     @property
     def mac(self) -> bytes:
-        """The configured MAC address."""
+        """The configured MAC address, six bytes."""
         return self._mac
 
     def __len__(self) -> int:
         return len(self._own) + len(self._others) + len(self._fixed)
 
-    # --- what is heard ----------------------------------------------------------------------------
+    # --- what is learned --------------------------------------------------------------------------
     def set_configured(self, mac: bytes, now: float) -> None:
-        """The MAC address in force: as configured, or as the guest set it.
+        """Take over the MAC address in force: as configured, or as the guest set the address.
 
-        What is known of the one before is forgotten, if no filter has it: the guest may not listen
-        to it any more, and to announce it would lead its peers astray.
+        The addresses of the MAC before are forgotten, unless the filter has that MAC: the guest may
+        not receive for it any more, and its peers would be led astray.
         """
         before, self._mac = self._mac, mac
         gone = before not in (mac, *self._filter[0])
@@ -127,26 +181,27 @@ class AddressBook:
                 self._put(entry)
 
     def set_filter(self, macs: Iterable[bytes], vlans: Iterable[int], now: float) -> None:
-        """What the driver asked the NIC for: unicast addresses and 802.1Q VLANs, none but these.
+        """Take over the driver's filter tables: unicast addresses and 802.1Q VLANs.
 
-        The tables do not say which MAC address is in which VLAN: each may be in each. When that is
-        too many, those of the configured address and those without VLAN come first.
+        The tables do not show which MAC address is in which VLAN: each may be in each. When that
+        makes too many, those of the configured address and those without VLAN come first.
         """
         self._filter = (
-            [mac for _, mac in zip(range(FILTER_ENTRIES), filter(is_host_mac, macs), strict=False)],
-            [vid for vid in vlans if 1 <= vid <= 4094][:FILTER_ENTRIES],
+            list(islice(filter(is_host_mac, macs), MAX_FILTER_ENTRIES)),
+            [vid for vid in vlans if 1 <= vid <= 4094][:MAX_FILTER_ENTRIES],
         )
         self._fix(now)
 
     def learn(self, sighting: Sighting, now: float) -> None:
-        """A frame of the guest's."""
+        """Learn from what a frame of the guest's shows."""
+        self.seen.see(sighting, now)
         mac, tags, ip = sighting.mac, sighting.tags, sighting.ip
         self._put(Entry(mac, tags, ip, now, now, Source.FRAME))
         if sighting.peer is not None:
             self._meet((tags, sighting.peer), now)
 
     def forget_old(self, now: float) -> None:
-        """Forget what was last heard of too long ago."""
+        """Forget the addresses and peers that were last seen too long ago."""
         oldest = now - self._max_age
         for entries in (self._own, self._others):
             for key in [key for key, entry in entries.items() if entry.last_seen < oldest]:
@@ -157,22 +212,25 @@ class AddressBook:
 
     # --- what is known ----------------------------------------------------------------------------
     def entries(self) -> list[Entry]:
-        """All addresses, the most important first.
+        """Return all addresses, the most important first.
 
-        The configured one; its others, the latest first; what the filter says; other MACs', the
-        latest first.
+        That is the configured address, then others of the same MAC, the latest first, then the
+        filter's, then those of other MACs, the latest first.
         """
         base, *fixed = self._fixed.values()
         return [base, *reversed(self._own.values()), *fixed, *reversed(self._others.values())]
 
     def peers(self) -> list[Peer]:
-        """The peers, the one met most often first, and of these the latest: likely a gateway."""
+        """Return the peers, those met most often first, and of these the latest first.
+
+        The first is likely to be a gateway.
+        """
         both = [*self._met.values(), *self._met_once.values()]
         return sorted(both, key=lambda peer: (peer.count, peer.last_seen), reverse=True)
 
     # --- the saved state --------------------------------------------------------------------------
     def save(self, now: float) -> AddressBookState:
-        """What was learned, without what is too old."""
+        """Return what was learned from frames, without what is too old."""
         self.forget_old(now)
         return AddressBookState(
             [
@@ -186,10 +244,10 @@ class AddressBook:
         )
 
     def load(self, state: AddressBookState, now: float) -> None:
-        """Replace what was learned. Nothing changes if the state is refused.
+        """Replace what was learned by a state that msgspec has decoded.
 
         Raises:
-            StreamError: names the field that cannot be.
+            StreamError: the state is refused, and nothing changed; names the field.
         """
         saved.check(state)
         entries = [
@@ -222,25 +280,25 @@ class AddressBook:
             del self._others[next(iter(self._others))]
 
     def _fix(self, now: float) -> None:
-        """Build anew what configuration and filter say; what was heard from these stays known."""
+        """Build the addresses of configuration and filter anew, and keep what frames have shown."""
         macs, vlans = self._filter
         old = self._fixed
         self._fixed = fixed = {}
         key: _Key = ((), self._mac)
         fixed[key] = Entry(self._mac, (), None, now, None, Source.CONFIG)
         for mac, tags in _filtered(self._mac, macs, vlans):
-            if len(fixed) > FILTER_ENTRIES:
+            if len(fixed) > MAX_FILTER_ENTRIES:
                 break
             fixed.setdefault((tags, mac), Entry(mac, tags, None, now, None, Source.FILTER))
         for key in fixed:
             for known in (old, self._own, self._others):
-                heard = known.pop(key, None)
-                if heard is not None and heard.confirmed is not None:
-                    fixed[key] = heard
+                entry = known.pop(key, None)
+                if entry is not None and entry.confirmed is not None:
+                    fixed[key] = entry
 
     def _meet(self, key: _Key, now: float) -> None:
         old = self._met.pop(key, None) or self._met_once.pop(key, None)
-        count = min(old.count + 1, saved.MOST) if old else 1
+        count = min(old.count + 1, MAX_MET) if old else 1
         self._keep(key, Peer(key[0], key[1], now, count))
 
     def _keep(self, key: _Key, peer: Peer) -> None:
@@ -251,50 +309,11 @@ class AddressBook:
             del self._met_once[next(iter(self._met_once))]
 
 
-class Seen:
-    """Which addresses the guest itself has announced since a mark. Not thread-safe.
-
-    Of more than 1,024 addresses the rest is not noted, and counts as missing: the host then says
-    once more what the guest said.
-    """
-
-    LIMIT = 1024
-
-    def __init__(self) -> None:
-        self._at: dict[tuple[bytes, _Tags, bytes | None], float] = {}
-        #: When :meth:`begin` was called last, s.
-        self.began: float | None = None
-
-    def begin(self, now: float) -> None:
-        """The mark: nothing has been announced yet."""
-        self._at.clear()
-        self.began = now
-
-    def note(self, sighting: Sighting, now: float) -> None:
-        """A frame of the guest's; nothing is noted before the first mark."""
-        if self.began is None or not sighting.announces:
-            return
-        for ip in {sighting.ip, None}:
-            if len(self._at) < self.LIMIT:
-                self._at.setdefault((sighting.mac, sighting.tags, ip), now)
-
-    def when(self, entry: Entry) -> float | None:
-        """When it was announced first, s; None: it was not.
-
-        A MAC address alone is announced by whatever announces it, with an IP address or without.
-        """
-        return self._at.get((entry.mac, entry.tags, entry.ip))
-
-    def missing(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Those that were not announced, in the same order."""
-        return [entry for entry in entries if self.when(entry) is None]
-
-
 def announcements(entries: Iterable[Entry], policy: Policy | None = None) -> Iterator[bytes]:
-    """The frames in which the host announces ``entries`` in the guest's name.
+    """Yield the frames in which the host announces ``entries`` in the guest's name.
 
-    First a RARP for each MAC address in each VLAN: then every switch knows the way. After that
-    gratuitous ARPs and unsolicited neighbour advertisements, for the peers' tables.
+    First comes a RARP for each MAC address in each VLAN: then every switch knows the way. After
+    that come gratuitous ARPs and unsolicited neighbour advertisements, for the peers' tables.
     """
     policy = policy or Policy()
     allowed = [entry for entry in entries if policy.permits(entry.mac)]
@@ -304,12 +323,12 @@ def announcements(entries: Iterable[Entry], policy: Policy | None = None) -> Ite
         ip = entry.ip
         if ip is None or not policy.permits(entry.mac, ip):
             continue
-        speak = frames.gratuitous_arp if len(ip) == 4 else frames.unsolicited_na
-        yield speak(entry.mac, ip, entry.tags)
+        make_frame = frames.gratuitous_arp if len(ip) == 4 else frames.unsolicited_na
+        yield make_frame(entry.mac, ip, entry.tags)
 
 
 def _filtered(own: bytes, macs: list[bytes], vlans: list[int]) -> Iterator[tuple[bytes, _Tags]]:
-    for vid in vlans[: FILTER_ENTRIES // 2]:
+    for vid in vlans[: MAX_FILTER_ENTRIES // 2]:
         yield own, ((TPID_8021Q, vid),)
     for mac in macs:
         yield mac, ()

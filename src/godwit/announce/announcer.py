@@ -1,14 +1,14 @@
-"""Who announces which NIC, and when: a listener of the run states.
+"""The announcements of one VM: when they start, and of which NICs.
 
-The seed's rule ('Send the gratuitous by guest' V7): the announcement starts on the transition
-``prelaunch-migrate`` to ``running``, and at no other. What is done for each NIC is its
-:class:`.ladder.NicAnnouncement`. The first round is made inside the transition, the others by
-timers; leaving ``running`` ends them all.
+The rule is that of 'Send the gratuitous by guest' V7 (qemu-devel, 2013): the announcement starts on
+the transition ``prelaunch-migrate`` to ``running``, and at no other. What is done for each NIC is
+its :class:`.nic_announcement.NicAnnouncement`. The first round is made inside the transition, the
+others by timers; leaving ``running`` ends all rounds.
 
-Locks, outermost first. ``_rounds`` is held while NICs are asked, so that once a VM has left
+Locks, outermost first. ``_rounds_lock`` is held while NICs are asked, so that once a VM has left
 ``running`` (and this listener has returned) no further frame leaves. Hence **no caller may hold a
-NIC's own lock while it changes the run state**. ``_lock`` guards the records, and is never held
-while something else is called: a NIC may call :meth:`Announcer.acked` under its lock.
+NIC's own lock while it changes the run state**. ``_records_lock`` guards the records, and is never
+held while something else is called: a NIC may call :meth:`Announcer.acked` under its lock.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from godwit.spec.events import Event
 from godwit.spec.parameters import AnnounceOptions, AnnounceParameters, MigrationParameters
 from godwit.spec.runstate import RunState
 
-from .addresses import Entry
-from .attempts import NicAnnouncement, Report, Verifier
 from .dissect import Sighting
+from .nic_announcement import NicAnnouncement, Report, Verifier
 from .pacing import Pacer
 from .record import NicRecord
 from .uplink import Uplink
 
-#: The id of the announcement that a resume after a move starts.
-RESUME = "migration"
-#: The id of the one at a source whose guest stays after all.
+#: The id of the announcement that a resume after a migration starts.
+MIGRATION = "migration"
+#: The id of the announcement at a source whose guest stays after all.
 RETURNED = "returned"
+#: Addresses of a VM that ANNOUNCE_SEEN reports, at most.
+MAX_SEEN_REPORTS = 1024
 
 
-class _Unverified:
-    """The verifier of those who do not want one."""
+class _NoVerifier:
+    """The verifier of an announcement that nobody wants verified."""
 
     wanted = False
 
@@ -53,15 +54,15 @@ class _Unverified:
 
 
 def no_verifier(uplink: Uplink, options: AnnounceOptions) -> Verifier:
-    """For those who do not want one."""
-    return _Unverified()
+    """Return the verifier of an announcement that nobody wants verified."""
+    return _NoVerifier()
 
 
 class _Announcement:
-    """One announcement under way, of some NICs."""
+    """One announcement under way, of some or all NICs."""
 
     def __init__(self) -> None:
-        self.ladders: list[NicAnnouncement] = []
+        self.nics: list[NicAnnouncement] = []
         self.timers: set[Timer] = set()
         self.live = True
 
@@ -73,10 +74,11 @@ class _Announcement:
 
 
 class Announcer:
-    """Announces the NICs of one VM. Thread-safe; see the module for the order of locks.
+    """The announcer of one VM's NICs: a listener of the run states.
 
-    ``parameters()`` returns what the operator wants now: an announcement that begins reads it once.
-    ``make_verifier(uplink, options)`` gives a ladder its verifier.
+    Thread-safe; see the module for the order of locks. ``parameters()`` returns what the operator
+    wants now: an announcement that begins calls it once. ``make_verifier(uplink, options)`` returns
+    the verifier of one NIC's announcement.
     """
 
     def __init__(
@@ -93,23 +95,23 @@ class Announcer:
         self._report = report
         self._make_verifier = make_verifier
         self._pacer = Pacer()  # of all the VM's NICs together
-        self._rounds = threading.RLock()
-        self._lock = threading.Lock()
+        self._rounds_lock = threading.RLock()
+        self._records_lock = threading.Lock()
         self._running = False
         self._current: dict[str, _Announcement] = {}
         self._records = {name: NicRecord(name) for name in self._uplinks}
-        self._shown: set[tuple[str, bytes, object, bytes | None]] = set()
+        self._seen_reported: set[tuple[str, bytes, object, bytes | None]] = set()
 
     def run_state_changed(self, old: RunState, new: RunState) -> None:
-        """Listen to the run states: start, or end what is under way."""
-        with self._rounds:
+        """Listen to the run states: start an announcement, or end what is under way."""
+        with self._rounds_lock:
             self._running = new is RunState.RUNNING
             if not self._running:
                 for key in tuple(self._current):
                     self._cancel(key)
             elif old is RunState.PRELAUNCH_MIGRATE:
                 try:
-                    self._start(RESUME, tuple(self._uplinks))
+                    self._start(MIGRATION, tuple(self._uplinks))
                 except Exception as error:
                     # The guest runs here: an error that got out of this transition would look
                     # like a guest that did not arrive, and its source would let it run as well.
@@ -117,8 +119,8 @@ class Announcer:
                     self._report(*Event.ANNOUNCE_FAILED.of(nic="", round=0, cause=cause))
 
     def returned(self) -> None:
-        """The guest runs on where it was, though a peer may have heard of it from elsewhere."""
-        with self._rounds:
+        """Announce a guest that runs on at the source, though it may have run elsewhere."""
+        with self._rounds_lock:
             if self._running:
                 self._start(RETURNED, tuple(self._uplinks))
 
@@ -130,27 +132,30 @@ class Announcer:
     ) -> None:
         """Announce on demand, as QEMU's announce-self: the same ``id`` starts anew.
 
-        ``interfaces`` restricts it to the NICs of these names. No rounds at all ends the
-        announcement that has this ``id``.
+        ``interfaces`` are the names of the NICs to announce; None: all. With no rounds at all, the
+        announcement that has this ``id`` ends.
 
         Raises:
             ConfigError: there is no NIC of that name.
             StateError: the VM does not run.
         """
         names = self._chosen(interfaces)
-        with self._rounds:
+        with self._rounds_lock:
             if not self._running:
                 raise StateError("only a running VM announces itself")
             # A key of its own, so that no id given from outside ends the resume's announcement.
             self._start(f"id:{id or ''}", names, parameters)
 
     def acked(self, nic: str) -> None:
-        """Take note that the guest acknowledged; NIC models call it, also under their lock."""
+        """Take note that the guest acknowledged an attempt.
+
+        NIC models call this method, also under their own lock.
+        """
         now = self._clock.now()
         first, latency = False, None
-        with self._lock:
+        with self._records_lock:
             record = self._records.get(nic)
-            # Else an announcement before this one asked, and its ladder waits.
+            # Else an announcement before this one asked, and is notified all the same.
             if record is not None and record.asked_at is not None:
                 record.acks += 1
                 first = record.acked_at is None
@@ -159,51 +164,55 @@ class Announcer:
                 latency = record.ack_ms
         if first:
             self._report(*Event.ANNOUNCE_ACKED.of(nic=nic, ms=round(latency or 0.0, 3)))
-        # The ladder needs the outer lock.
-        self._clock.call_later(0, lambda: self._tell(nic, NicAnnouncement.acked))
+        # The NIC's announcements need the outer lock.
+        self._clock.call_later(0, lambda: self._notify(nic, NicAnnouncement.acked))
 
     def seen(self, nic: str, sighting: Sighting) -> None:
-        """The guest announced an address; told of each such frame."""
+        """Report that the guest's own announcement of an address was seen for the first time.
+
+        Call this for each frame in which the guest announces.
+        """
         key = (nic, sighting.mac, sighting.tags, sighting.ip)
-        with self._lock:
+        with self._records_lock:
             record = self._records[nic]
-            if not record.id or key in self._shown or len(self._shown) >= 1024:
+            reported = self._seen_reported
+            if not record.id or key in reported or len(reported) >= MAX_SEEN_REPORTS:
                 return
-            self._shown.add(key)
+            reported.add(key)
         self._report(
             *Event.ANNOUNCE_SEEN.of(
                 nic=nic,
                 **_address(sighting.mac, sighting.tags, sighting.ip),
                 kind=sighting.kind.value,
-                ms=record.since(self._clock.now()),
+                ms=record.ms_until(self._clock.now()),
             )
         )
 
     def port_ready(self, nic: str) -> None:
-        """The NIC's port is ready: what waited for it begins."""
-        self._tell(nic, NicAnnouncement.port_ready)
+        """Go on with the announcements that waited for the NIC's port."""
+        self._notify(nic, NicAnnouncement.port_ready)
 
     def records(self) -> list[NicRecord]:
-        """What became of each NIC's last announcement: copies, in the order of the NICs."""
-        with self._lock:
+        """Return what became of each NIC's last announcement: copies, in the order of the NICs."""
+        with self._records_lock:
             return [msgspec.structs.replace(record) for record in self._records.values()]
 
     def info(self) -> list[dict[str, object]]:
-        """The same with all addresses, as query-announce shows it. Times are ms since it began."""
+        """Return the records with all addresses, as query-announce shows them."""
         return [self._info(record) for record in self.records()]
 
     # --- inside -----------------------------------------------------------------------------------
     def _info(self, record: NicRecord) -> dict[str, object]:
         uplink = self._uplinks[record.nic]
-        observer = uplink.observer
-
-        def address(entry: Entry) -> dict[str, object]:
-            return {
+        entries = uplink.entries()
+        addresses = [
+            {
                 **_address(entry.mac, entry.tags, entry.ip),
-                "seen-ms": record.since(observer.announced_at(entry)),
-                "host-ms": record.since(uplink.said_at(entry)),
+                "seen-ms": record.ms_until(seen_at),
+                "host-ms": record.ms_until(uplink.host_announced_at(entry)),
             }
-
+            for entry, seen_at in zip(entries, uplink.seen_at(entries), strict=True)
+        ]
         return {
             "nic": record.nic,
             "id": record.id.removeprefix("id:"),
@@ -215,15 +224,15 @@ class Announcer:
             "ack-ms": None if record.ack_ms is None else round(record.ack_ms, 3),
             "timeouts": record.timeouts,
             "host-sent": record.host_sent,
-            "host-ms": record.since(record.host_sent_at),
+            "host-ms": record.ms_until(record.host_sent_at),
             "held": record.held,
-            "ready-ms": record.since(record.ready_at),
-            "verified-ms": record.since(record.verified_at),
+            "ready-ms": record.ms_until(record.ready_at),
+            "verified-ms": record.ms_until(record.verified_at),
             "unverified": record.unverified,
             "error": record.error,
             "watched": uplink.watched,
-            "malformed": observer.malformed,
-            "addresses": [address(entry) for entry in uplink.entries()],
+            "malformed": uplink.observer.malformed,
+            "addresses": addresses,
         }
 
     def _chosen(self, interfaces: Sequence[str] | None) -> tuple[str, ...]:
@@ -243,7 +252,7 @@ class Announcer:
         self._cancel(key)
         wanted = self._parameters()
         parameters, options = schedule or wanted.announce, wanted.announce_options
-        for old in [old for old, one in self._current.items() if all(x.over for x in one.ladders)]:
+        for old in [old for old, one in self._current.items() if all(nic.over for nic in one.nics)]:
             del self._current[old]
         if not parameters.rounds:
             return
@@ -252,10 +261,10 @@ class Announcer:
             uplink = self._uplinks[name]
             record = NicRecord(name, id=key, began_at=self._clock.now())
             uplink.begin()
-            with self._lock:
+            with self._records_lock:
                 self._records[name] = record
-                self._shown = {one for one in self._shown if one[0] != name}
-            ladder = NicAnnouncement(
+                self._seen_reported = {one for one in self._seen_reported if one[0] != name}
+            nic = NicAnnouncement(
                 uplink,
                 record,
                 parameters,
@@ -266,9 +275,9 @@ class Announcer:
                 self._make_verifier(uplink, options),
                 self._pacer,
             )
-            announcement.ladders.append(ladder)
+            announcement.nics.append(nic)
             # The frames first: an event costs the guest's peers time.
-            ladder.begin()
+            nic.begin()
         self._report(
             *Event.ANNOUNCE_STARTED.of(
                 id=key.removeprefix("id:"), nics=list(names), rounds=parameters.rounds
@@ -282,7 +291,7 @@ class Announcer:
 
     def _later(self, announcement: _Announcement, delay: float, call: Callable[[], None]) -> Timer:
         def due() -> None:
-            with self._rounds:
+            with self._rounds_lock:
                 announcement.timers.discard(timer)
                 # A timer that was already on its way when it was cancelled comes too late.
                 if announcement.live:
@@ -292,12 +301,13 @@ class Announcer:
         announcement.timers.add(timer)
         return timer
 
-    def _tell(self, nic: str, what: Callable[[NicAnnouncement], None]) -> None:
-        with self._rounds:
+    def _notify(self, name: str, call: Callable[[NicAnnouncement], None]) -> None:
+        """Make a call on each announcement of one NIC that is under way."""
+        with self._rounds_lock:
             for announcement in tuple(self._current.values()):
-                for ladder in announcement.ladders:
-                    if ladder.uplink.nic.id == nic and announcement.live:
-                        what(ladder)
+                for nic in announcement.nics:
+                    if nic.uplink.nic.id == name and announcement.live:
+                        call(nic)
 
 
 def _address(mac: bytes, tags: Sequence[tuple[int, int]], ip: bytes | None) -> dict[str, object]:

@@ -1,10 +1,10 @@
-"""What one frame of the guest's says about its addresses. Bytes in, a sighting out.
+"""The dissection of one frame of the guest's: bytes in, a sighting of its addresses out.
 
 Only the frames that bind an address to a place are read: RARP, ARP, and ICMPv6 neighbour
-solicitations and advertisements. The guest can send anything: what no honest host sends is
-:class:`Malformed`, and what is none of ours is None.
+solicitations and advertisements. The guest can send anything: a frame that no honest host sends is
+:class:`Malformed`, and for a frame of another kind the sighting is None.
 
-The ICMPv6 checksum is not verified: a guest may leave it to its NIC to fill in.
+The ICMPv6 checksum is not verified: a guest may leave the checksum to its NIC.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from godwit.host.net.ethernet import (
 
 from .frames import Tag
 
-#: More tags than this on a frame, and it is malformed.
+#: A frame with more tags is malformed.
 MAX_TAGS = 2
 
 # RFC 826 and RFC 903: operations; hardware type Ethernet.
@@ -44,11 +44,11 @@ _SOLICITED_NODE = bytes.fromhex("ff0200000000000000000001ff")
 
 
 class Malformed(ValueError):
-    """A frame that no honest host sends; the message is a short reason."""
+    """A frame that no honest host sends, with a short reason."""
 
 
 class Kind(enum.Enum):
-    """What a frame is."""
+    """The kind of a sighted frame."""
 
     RARP = "rarp"
     ARP = "arp"
@@ -57,17 +57,18 @@ class Kind(enum.Enum):
 
 
 class Sighting(NamedTuple):
-    """What a frame says.
+    """The addresses that one frame of the guest's shows.
 
     Attributes:
-        mac: the address that speaks: Ethernet source, and the sender within.
+        mac: the sender's address: Ethernet source, and the sender within.
         tags: the VLAN tags from the outside in, priority tags left out.
-        kind: what it is.
-        ip: the speaker's address, 4 or 16 bytes; None when it has none yet (RARP, ARP probe,
+        kind: the kind of the frame.
+        ip: the sender's address, 4 or 16 bytes; None when the sender has none yet (RARP, ARP probe,
             duplicate address detection).
-        announces: whether it tells the whole network where ``mac`` and ``ip`` are: gratuitous ARP,
-            unsolicited advertisement, RARP for itself; sent to all. To one peer is not enough.
-        peer: whom it asks for or answers, of ``ip``'s kind; None when that is nobody else.
+        announces: whether the frame announces ``mac`` and ``ip`` to the whole network: gratuitous
+            ARP, unsolicited advertisement, RARP for itself; sent to all. To one peer is not enough.
+        peer: the address that the sender asks for or answers, of ``ip``'s family; None when that
+            is nobody else.
     """
 
     mac: bytes
@@ -79,13 +80,13 @@ class Sighting(NamedTuple):
 
 
 def dissect(frame: bytes | memoryview, outer: Tag | None = None) -> Sighting | None:
-    """Read an Ethernet frame (no FCS) that left the guest's tap; None: it is none of ours.
+    """Return what an Ethernet frame (no FCS) shows, or None for a frame of another kind.
 
     ``outer`` is the tag that the kernel took off the frame (packet(7), PACKET_AUXDATA).
 
     Raises:
-        Malformed: cut off, lies about its lengths or its sender, more than two tags, or speaks for
-            an address that no host can have.
+        Malformed: the frame is cut off, has wrong lengths, two senders, more than two tags, or an
+            address that no host can have.
     """
     data = bytes(frame)
     tags, ethertype, at = _tags(data, outer)
@@ -97,11 +98,11 @@ def dissect(frame: bytes | memoryview, outer: Tag | None = None) -> Sighting | N
 
 
 def is_host_ip(ip: bytes) -> bool:
-    """Whether a host on a network can have the address: 4 or 16 bytes.
+    """Return whether a host on a network can have the IP address, 4 or 16 bytes.
 
     Not 0/8 and 127/8 (RFC 1122 section 3.2.1.3), multicast, broadcast; not ``::``, ``::1``,
-    multicast, nor an IPv4 address in IPv6's clothes (RFC 4291 sections 2.5 and 2.7). 240/4 may be:
-    Linux lets hosts have it.
+    multicast, nor an IPv4 address embedded in an IPv6 address (RFC 4291 sections 2.5 and 2.7).
+    240/4 may be: Linux lets hosts have such an address.
     """
     if len(ip) == 4:
         return ip[0] not in (0, 127) and not 224 <= ip[0] <= 239 and ip != b"\xff" * 4
@@ -112,12 +113,12 @@ def is_host_ip(ip: bytes) -> bool:
 
 
 def is_host_mac(mac: bytes) -> bool:
-    """Whether it is one uplink's address: six bytes, not multicast, not null."""
+    """Return whether one host can have the MAC address: six bytes, not multicast, not null."""
     return len(mac) == ETH_ALEN and not mac[0] & 1 and mac != bytes(6)
 
 
 def _tags(data: bytes, outer: Tag | None) -> tuple[tuple[Tag, ...], int, int]:
-    """(tags, ethertype, where the payload begins)."""
+    """Return the tags, the ethertype, and the payload's offset in the frame."""
     found = [] if outer is None else [outer]
     at = 12
     while True:
@@ -152,7 +153,10 @@ def _host(ip: bytes, what: str) -> bytes:
 
 
 def _peer(ip: bytes, own: bytes | None) -> bytes | None:
-    """An answer to a probe goes to 0.0.0.0: that is nobody, and no offence."""
+    """Return the address of a peer, or None if the address is the sender's own or no host's.
+
+    An answer to an ARP probe goes to 0.0.0.0, and is not malformed.
+    """
     return ip if ip != own and is_host_ip(ip) else None
 
 
@@ -236,7 +240,7 @@ def _neighbour(data: bytes, tags: tuple[Tag, ...], at: int) -> Sighting | None:
 
 
 def _link_layer(message: bytes, wanted: int, mac: bytes) -> bool:
-    """Whether there is a link-layer address option; it has to be the speaker's own."""
+    """Return whether the message has a link-layer address option with the sender's address."""
     found = False
     at = _ND_LENGTH
     while at < len(message):

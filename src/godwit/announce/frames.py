@@ -1,4 +1,4 @@
-"""The frames that tell a network where a guest is now. Bytes in, bytes out.
+"""The frames by which a network learns where a guest is now: bytes in, bytes out.
 
 All are complete Ethernet frames without the FCS. ``tags`` is the stack of VLAN tags from the
 outside in, each ``(tpid, vid)``: ``((0x88a8, 10), (0x8100, 200))`` is VLAN 200 inside service
@@ -47,16 +47,17 @@ _SOLICITED_NODE = bytes.fromhex("ff0200000000000000000001ff")
 
 #: IEEE 802.2: null DSAP, null SSAP with the response bit (so nobody answers), XID, its information.
 _XID = bytes.fromhex("0001af810100")
-#: What a layer 2 update has room for beside that without growing, bytes.
-NOTE = ETH_ZLEN - ETH_HLEN - len(_XID)
+#: The longest cookie: the bytes of a layer 2 update's padding.
+MAX_COOKIE = ETH_ZLEN - ETH_HLEN - len(_XID)
 _TPIDS = (TPID_8021Q.to_bytes(2, "big"), TPID_8021AD.to_bytes(2, "big"))
 
 
 def rarp(mac: bytes, tags: Tags = ()) -> bytes:
-    """A broadcast RARP request 'who am I' from ``mac``: bridges learn the port, no host answers.
+    """Return a broadcast RARP request 'who am I': bridges learn the port, and no host answers.
 
-    Field by field what QEMU (net/announce.c, announce_self_create), and after it Cloud Hypervisor
-    send: both hardware addresses ``mac``, both protocol addresses zero, 60 bytes untagged.
+    Field by field what QEMU (net/announce.c, announce_self_create) and, after QEMU, Cloud
+    Hypervisor send: both hardware addresses ``mac``, both protocol addresses zero, 60 bytes
+    untagged.
 
     Raises:
         ValueError: ``mac`` or a tag is not valid.
@@ -66,7 +67,7 @@ def rarp(mac: bytes, tags: Tags = ()) -> bytes:
 
 
 def gratuitous_arp(mac: bytes, ip4: bytes, tags: Tags = ()) -> bytes:
-    """An ARP request for one's own address, as Linux sends on NETDEV_NOTIFY_PEERS.
+    """Return an ARP request for one's own address, as Linux sends on NETDEV_NOTIFY_PEERS.
 
     Broadcast, target hardware address zero (net/ipv4/devinet.c, inetdev_send_gratuitous_arp;
     net/ipv4/arp.c, arp_create).
@@ -79,7 +80,7 @@ def gratuitous_arp(mac: bytes, ip4: bytes, tags: Tags = ()) -> bytes:
 
 
 def unsolicited_na(mac: bytes, ip6: bytes, tags: Tags = ()) -> bytes:
-    """An unsolicited neighbour advertisement to all nodes, override set.
+    """Return an unsolicited neighbour advertisement to all nodes, with the override flag.
 
     RFC 4861 section 7.2.6, with the fields that Linux uses (net/ipv6/ndisc.c,
     ndisc_send_unsol_na): source and target ``ip6``, not a router, target link-layer address.
@@ -95,7 +96,7 @@ def unsolicited_na(mac: bytes, ip6: bytes, tags: Tags = ()) -> bytes:
 
 
 def arp_request(mac: bytes, ip4: bytes, target: bytes, tags: Tags = ()) -> bytes:
-    """An ARP request of ``mac`` with ``ip4`` for ``target`` (RFC 826), broadcast.
+    """Return a broadcast ARP request for ``target`` from ``mac`` with ``ip4`` (RFC 826).
 
     Raises:
         ValueError: an address or a tag is not valid.
@@ -108,8 +109,9 @@ def arp_request(mac: bytes, ip4: bytes, target: bytes, tags: Tags = ()) -> bytes
 
 
 def solicitation(mac: bytes, ip6: bytes, target: bytes, tags: Tags = ()) -> bytes:
-    """A neighbour solicitation of ``mac`` with ``ip6`` for ``target`` (RFC 4861 section 4.3), to
-    its solicited-node address (RFC 4291 section 2.7.1).
+    """Return a neighbour solicitation for ``target`` from ``mac`` with ``ip6``.
+
+    RFC 4861 section 4.3; to the solicited-node address (RFC 4291 section 2.7.1).
 
     Raises:
         ValueError: an address or a tag is not valid.
@@ -123,24 +125,24 @@ def solicitation(mac: bytes, ip6: bytes, target: bytes, tags: Tags = ()) -> byte
     return _ethernet(b"\x33\x33" + to[12:], mac, tags, ETH_P_IPV6, ip)
 
 
-def layer2_update(mac: bytes, tags: Tags = (), note: bytes = b"") -> bytes:
-    """A broadcast from ``mac`` that tells bridges the port and hosts nothing.
+def layer2_update(mac: bytes, tags: Tags = (), cookie: bytes = b"") -> bytes:
+    """Return a broadcast from which bridges learn the port of ``mac``, and hosts nothing.
 
-    It is what an access point sends for a uplink that has roamed to it (IEEE 802.11F, 'Layer 2
-    Update frame'; net/wireless/util.c, cfg80211_send_layer2_update). ``note`` takes the place of
-    the padding: :func:`read_cookie` finds it.
+    An access point sends the same for a station that has roamed to it (IEEE 802.11F, 'Layer 2
+    Update frame'; net/wireless/util.c, cfg80211_send_layer2_update). With a ``cookie`` in place of
+    the padding the frame is a marker frame: :func:`read_cookie` finds the cookie.
 
     Raises:
-        ValueError: ``mac`` or a tag is not valid, or ``note`` is longer than :data:`NOTE`.
+        ValueError: ``mac`` or a tag is not valid, or the cookie is longer than :data:`MAX_COOKIE`.
     """
     _check(mac, ETH_ALEN, "MAC address")
-    if len(note) > NOTE:
-        raise ValueError(f"a note of {len(note)} bytes; {NOTE} are the most")
-    return _ethernet(BROADCAST, mac, tags, len(_XID), _XID + note)
+    if len(cookie) > MAX_COOKIE:
+        raise ValueError(f"the cookie has {len(cookie)} bytes: use at most {MAX_COOKIE}")
+    return _ethernet(BROADCAST, mac, tags, len(_XID), _XID + cookie)
 
 
 def stack_of(frame: bytes | memoryview) -> bytes:
-    """The VLAN tags of a frame, as they stand in it."""
+    """Return the VLAN tags of a frame as bytes, as in the frame."""
     at = 12
     while bytes(frame[at : at + 2]) in _TPIDS:
         at += 4
@@ -148,7 +150,7 @@ def stack_of(frame: bytes | memoryview) -> bytes:
 
 
 def read_cookie(frame: bytes | memoryview) -> bytes | None:
-    """The note in a layer 2 update, and what padding follows; None: it is another frame."""
+    """Return the cookie of a marker frame and the padding after, or None for other frames."""
     if bytes(frame[:6]) != BROADCAST:
         return None
     at = 12 + len(stack_of(frame))
@@ -157,7 +159,7 @@ def read_cookie(frame: bytes | memoryview) -> bytes | None:
 
 
 def _icmpv6(source: bytes, destination: bytes, kind: int, body: bytes) -> bytes:
-    """An IPv6 packet with an ICMPv6 message of code 0."""
+    """Return an IPv6 packet with an ICMPv6 message of code 0."""
     head = struct.pack("!BB", kind, 0)
     length = len(head) + 2 + len(body)
     # RFC 8200 section 8.1: the pseudo-header.
@@ -189,7 +191,7 @@ def _ethernet(dst: bytes, src: bytes, tags: Tags, ethertype: int, payload: bytes
 
 
 def _checksum(data: bytes) -> int:
-    """RFC 1071, of an even number of bytes."""
+    """Return the checksum (RFC 1071) of an even number of bytes."""
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)

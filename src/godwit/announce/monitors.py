@@ -1,7 +1,7 @@
-"""The uplinks' eyes and ears: their taps watched, their ports followed, their peers asked.
+"""The monitors of a VM's uplinks: taps watched, ports followed, peers' answers received.
 
-What cannot be had (no right to look, no such interface) is said once and done without: then the
-guest's word has to do, and the host knows fewer addresses.
+A monitor that cannot be had (no permission, no such interface) is logged once and done without:
+then the guest's ack has to do, and the host knows fewer addresses.
 """
 
 from __future__ import annotations
@@ -16,35 +16,40 @@ from godwit.host.net.tap_watch import TapWatch
 from godwit.spec.parameters import AnnounceOptions, Verify
 
 from .announcer import no_verifier
-from .attempts import Verifier
 from .dissect import Sighting
 from .frames import Tag
+from .nic_announcement import Verifier
 from .uplink import Uplink
 from .verify import Verification
 
 
 class Monitors:
-    """The monitors of some uplinks; ``log(text)`` is for the operator."""
+    """The monitors of some uplinks, on the event loop.
+
+    ``log(text)`` is for the operator.
+
+    Attributes:
+        on_seen: called with the NIC's id for each announcement of the guest's own that was seen.
+        on_ready: called with the NIC's id when the NIC's port became ready.
+    """
 
     def __init__(self, uplinks: Sequence[Uplink], loop: Loop, log: Callable[[str], None]) -> None:
         self._loop = loop
         self._log = log
         self._watches: list[TapWatch] = []
         self._answers: dict[str, TapWatch] = {}
-        # Of all announcements under way: one on demand may begin while a move's is verified.
+        # Of all announcements under way: one on demand may begin while a migration's is verified.
         self._asking: dict[str, WeakSet[Verification]] = {}
         self._ports: Ports | None = None
-        #: (NIC's name, what its guest announced).
         self.on_seen: Callable[[str, Sighting], None] = lambda nic, sighting: None
-        #: A NIC's port became ready.
         self.on_ready: Callable[[str], None] = lambda nic: None
         for uplink in uplinks:
-            self._watch(uplink)
+            self._watch_tap(uplink)
         if uplinks:
-            self._follow(uplinks)
+            self._follow_ports(uplinks)
 
     def verifier(self, uplink: Uplink, options: AnnounceOptions) -> Verifier:
-        """For an announcement that begins."""
+        """Return the verifier of an announcement that begins."""
         if options.verify is Verify.OFF and not options.refresh:
             return no_verifier(uplink, options)
         name = uplink.nic.id
@@ -69,7 +74,7 @@ class Monitors:
         return verification
 
     def close(self) -> None:
-        """Give everything back."""
+        """Stop all watches and the following of ports."""
         for watch in (*self._watches, *self._answers.values()):
             watch.close()
         if self._ports is not None:
@@ -79,14 +84,14 @@ class Monitors:
         for verification in tuple(self._asking.get(name, ())):
             verification.answer(frame, outer)
 
-    def _watch(self, uplink: Uplink) -> None:
+    def _watch_tap(self, uplink: Uplink) -> None:
         name = uplink.nic.id
         observer = uplink.observer
         clock = self._loop.now
 
         def lost(error: OSError) -> None:
             uplink.watched = False
-            self._log(f"{name}: its tap is watched no more: {error.strerror or error}")
+            self._log(f"{name}: the tap is no longer watched: {error.strerror or error}")
 
         def look(frame: bytes, outer: Tag | None) -> None:
             observer.frame(frame, outer, clock())
@@ -99,11 +104,11 @@ class Monitors:
         else:
             uplink.watched = True
 
-    def _follow(self, uplinks: Sequence[Uplink]) -> None:
+    def _follow_ports(self, uplinks: Sequence[Uplink]) -> None:
         try:
             self._ports = Ports([uplink.nic.tap for uplink in uplinks], self._loop)
         except HostError as error:
-            self._log(f"whether taps are ready is not known: {error}")
+            self._log(f"the ports of the taps are taken for ready: {error}")
             return
         by_tap = {uplink.nic.tap: uplink for uplink in uplinks}
         for port in self._ports.ports:

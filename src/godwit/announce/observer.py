@@ -1,7 +1,7 @@
-"""What is known of one NIC's guest from its frames: the address book, and what it announced itself.
+"""The observer of one NIC: what the guest's frames show, kept in the NIC's address book.
 
-No I/O: :class:`godwit.host.net.tap_watch.TapWatch` brings the frames. It sees those too that the
-host writes to the tap in the guest's name, so the host says beforehand what it sends.
+No I/O: :class:`godwit.host.net.tap_watch.TapWatch` brings the frames. The watch also sees what the
+host writes to the tap in the guest's name, so the observer has to know of such a frame before.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ from __future__ import annotations
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from .addresses import AddressBook, Entry, Peer, Seen
+from .addresses import AddressBook
 from .dissect import Malformed, Sighting, dissect
 from .frames import Tag
-from .saved import AddressBookState
 
 #: Frames of the host's that have not come by yet, at most: each address once as RARP and once with
 #: its IP address, and some to spare.
-OWN_LIMIT = 2048
-#: How long one is waited for, s. The watch pauses for less; what comes later, it has dropped.
-OWN_AGE_S = 2.0
+MAX_HOST_FRAMES = 2048
+#: How long a frame of the host's is waited for, seconds. The watch pauses for less; what comes
+#: later, the watch has dropped.
+HOST_FRAME_MAX_AGE_S = 2.0
 
 
-class _Own:
-    """Frames that the host sent and that have not come by: a multiset whose members expire."""
+class _HostFrames:
+    """The frames that the host sent and that have not come by: a multiset whose members expire."""
 
     def __init__(self) -> None:
         self._sent: dict[bytes, deque[float]] = {}  # when each expires; the latest frame last
@@ -32,7 +33,7 @@ class _Own:
 
     def add(self, frame: bytes, now: float) -> None:
         due = self._sent.pop(frame, None) or deque()
-        due.append(now + OWN_AGE_S)
+        due.append(now + HOST_FRAME_MAX_AGE_S)
         self._sent[frame] = due
         self._count += 1
         while self._sent:
@@ -40,13 +41,13 @@ class _Own:
             if due[-1] < now:
                 self._count -= len(due)
                 del self._sent[first]
-            elif self._count > OWN_LIMIT:
+            elif self._count > MAX_HOST_FRAMES:
                 self._take(first, due)
             else:
                 break
 
     def take(self, frame: bytes, now: float) -> bool:
-        """Whether it is one of them; it is no more."""
+        """Take a frame out, and return whether the frame was the host's."""
         due = self._sent.get(frame)
         while due:
             if self._take(frame, due) >= now:
@@ -65,14 +66,14 @@ class _Own:
 
 
 class Observer:
-    """One NIC's address book and what its guest announced. Thread-safe; its lock is a leaf.
+    """The observer of one NIC's frames, and the keeper of its address book.
 
-    Times are the clock's, s.
+    Thread-safe; its lock is a leaf. Times are the clock's, in seconds.
 
     Attributes:
-        frames: frames that came by, the host's own not among them.
-        malformed: how many of them no honest host sends.
-        own: the host's own that came by.
+        guest_frames: frames of the guest's that came by.
+        malformed: how many of the guest's frames no honest host sends.
+        host_frames: frames of the host's that came by.
     """
 
     def __init__(
@@ -81,35 +82,47 @@ class Observer:
         now: float,
         on_seen: Callable[[Sighting], None] = lambda sighting: None,
     ) -> None:
-        self.frames = 0
+        self.guest_frames = 0
         self.malformed = 0
-        self.own = 0
+        self.host_frames = 0
         self._lock = threading.Lock()
         self._book = AddressBook(mac, now)
-        self._seen = Seen()
-        self._own = _Own()
+        self._awaited = _HostFrames()
         self._on_seen = on_seen
 
-    # --- frames -----------------------------------------------------------------------------------
-    def host_sent(self, frame: bytes, now: float) -> None:
-        """The host is about to write ``frame`` to the tap; afterwards is too late."""
+    @contextmanager
+    def book(self, now: float) -> Iterator[AddressBook]:
+        """Lend the address book, without what is too old, for the length of a ``with`` block.
+
+        The lock is held meanwhile, so the block calls nothing that may lock.
+        """
         with self._lock:
-            self._own.add(frame, now)
+            self._book.forget_old(now)
+            yield self._book
+
+    def host_sends(self, frame: bytes, now: float) -> None:
+        """Take note of a frame that the host is about to write to the tap.
+
+        After the write, the note may be too late. ``frame`` is whole, with all its VLAN tags.
+        """
+        with self._lock:
+            self._awaited.add(frame, now)
 
     def frame(self, data: bytes | memoryview, outer: Tag | None, now: float) -> Sighting | None:
-        """A frame that came out of the tap, and the tag that the kernel took off it.
+        """Learn from a frame that came out of the tap, and return what the guest's frame shows.
 
-        Returns what it says; None for the host's own, for malformed and other frames. ``on_seen``
-        is called for each announcement of the guest's, without the lock.
+        ``outer`` is the tag that the kernel took off the frame. Returns None for the host's own
+        frames, for malformed and other ones. ``on_seen`` is called, without the lock, for each
+        announcement of the guest's own.
         """
         whole = bytes(data)
         if outer is not None:
             whole = whole[:12] + struct.pack("!HH", *outer) + whole[12:]
         with self._lock:
-            if self._own.take(whole, now):
-                self.own += 1
+            if self._awaited.take(whole, now):
+                self.host_frames += 1
                 return None
-            self.frames += 1
+            self.guest_frames += 1
             try:
                 sighting = dissect(data, outer)
             except Malformed:
@@ -118,58 +131,6 @@ class Observer:
             if sighting is None:
                 return None
             self._book.learn(sighting, now)
-            self._seen.note(sighting, now)
         if sighting.announces:
             self._on_seen(sighting)
         return sighting
-
-    # --- what the NIC says ------------------------------------------------------------------------
-    def set_configured(self, mac: bytes, now: float) -> None:
-        """See :meth:`AddressBook.set_configured`."""
-        with self._lock:
-            self._book.set_configured(mac, now)
-
-    def set_filter(self, macs: Iterable[bytes], vlans: Iterable[int], now: float) -> None:
-        """See :meth:`AddressBook.set_filter`."""
-        with self._lock:
-            self._book.set_filter(macs, vlans, now)
-
-    # --- what is known ----------------------------------------------------------------------------
-    def entries(self, now: float) -> list[Entry]:
-        """The addresses that are not too old, the most important first."""
-        with self._lock:
-            self._book.forget_old(now)
-            return self._book.entries()
-
-    def peers(self, now: float) -> list[Peer]:
-        """The peers that are not too old, the one met most often first."""
-        with self._lock:
-            self._book.forget_old(now)
-            return self._book.peers()
-
-    def begin(self, now: float) -> None:
-        """The mark from which on announcements count."""
-        with self._lock:
-            self._seen.begin(now)
-
-    def missing(self, now: float) -> list[Entry]:
-        """Of :meth:`entries`, those that the guest has not announced since the mark."""
-        with self._lock:
-            self._book.forget_old(now)
-            return self._seen.missing(self._book.entries())
-
-    def announced_at(self, entry: Entry) -> float | None:
-        """When the guest announced it first since the mark; None: it did not."""
-        with self._lock:
-            return self._seen.when(entry)
-
-    # --- the saved state --------------------------------------------------------------------------
-    def save(self, now: float) -> AddressBookState:
-        """The address book."""
-        with self._lock:
-            return self._book.save(now)
-
-    def load(self, state: AddressBookState, now: float) -> None:
-        """Replace what was learned. Raises StreamError."""
-        with self._lock:
-            self._book.load(state, now)

@@ -1,4 +1,4 @@
-"""What the host may announce in a guest's name."""
+"""The policy for what the host may announce in a guest's name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_ITEMS = 64
 
 
 class Network(msgspec.Struct, frozen=True):
-    """A range of IP addresses of ``length`` bytes: those that have ``address`` under ``mask``."""
+    """A range of IP addresses of ``length`` bytes: those with ``address`` under ``mask``."""
 
     length: int
     address: int
@@ -23,11 +23,11 @@ class Network(msgspec.Struct, frozen=True):
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """Restricts what the address book has; the book itself holds only what the guest used.
+    """A restriction of the address book's entries to those that the host may announce.
 
-    The default restricts nothing. A list restricts each kind that it names: with networks, an IP
-    address has to be in one of them; with MAC addresses, the MAC address has to be among them (the
-    NIC's own too, if it is to be announced).
+    The default restricts nothing. A list restricts each kind that the list names: with networks, an
+    IP address has to be in one of the networks; with MAC addresses, the MAC address has to be among
+    the list's (the NIC's own too, if that is to be announced).
 
     Attributes:
         networks: None for any IP address.
@@ -38,7 +38,7 @@ class Policy(msgspec.Struct, frozen=True):
     macs: frozenset[bytes] | None = None
 
     def permits(self, mac: bytes, ip: bytes | None = None) -> bool:
-        """Whether ``mac`` may be announced, alone or as the owner of ``ip``."""
+        """Return whether ``mac`` may be announced, alone or as the owner of ``ip``."""
         if self.macs is not None and mac not in self.macs:
             return False
         if ip is None or self.networks is None:
@@ -51,17 +51,17 @@ class Policy(msgspec.Struct, frozen=True):
 
 
 def parse_policy(text: str) -> Policy:
-    """``192.0.2.0/24;2001:db8::/64;52:54:00:12:34:56``.
+    """Return the policy of a list such as ``192.0.2.0/24;2001:db8::/64;52:54:00:12:34:56``.
 
     Raises:
-        ConfigError: names the item, and what may stand there.
+        ConfigError: an item is neither network nor MAC address; names the item.
     """
     # Costs as much as all of the announcement; only those who give a list pay.
     import ipaddress
 
     items = [item.strip() for item in text.split(";")]
     if len(items) > MAX_ITEMS:
-        raise ConfigError(f"allow: {len(items)} items; up to {MAX_ITEMS}, please")
+        raise ConfigError(f"allow: {len(items)} items: name at most {MAX_ITEMS}")
     networks: list[Network] = []
     macs: set[bytes] = set()
     for item in items:

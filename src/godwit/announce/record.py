@@ -1,4 +1,4 @@
-"""What became of one NIC's announcement: query-announce shows it."""
+"""The record of one NIC's announcement, as query-announce shows the record."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import msgspec
 
 
 class NicRecord(msgspec.Struct):
-    """What became of one NIC since its last announcement began. Times are the clock's, seconds.
+    """A record of what became of one NIC since its last announcement began.
+
+    Times are the clock's, in seconds; None: not yet.
 
     Attributes:
         nic: the NIC's name.
         id: the announcement: ``migration``, ``returned``, or what announce-self was given.
-        began_at: when it began.
+        began_at: when the announcement began.
         mac: the address announced last, ``52:54:00:...``.
         method: who announced last: ``guest`` or ``host``; None before the first round.
         rounds: rounds made for this NIC.
-        asked: how often the guest was asked and accepted.
-        asked_at: when it was first asked.
-        acked_at: when it first acknowledged.
-        acks: how often it did.
-        timeouts: how often it did not, in time.
+        asked: attempts: how often the guest was asked and the model accepted.
+        asked_at: when the guest was first asked.
+        acked_at: when the guest first acknowledged.
+        acks: how often the guest acknowledged.
+        timeouts: how often the guest did not acknowledge in time.
         host_sent: frames that the host sent.
-        host_sent_at: when it sent the first.
-        held: why the announcement waits for its port; None: it does not.
+        host_sent_at: when the host sent the first frame.
+        held: why the announcement waits for the port; None: it does not wait.
         ready_at: when a port that was waited for became ready.
-        verified_at: when the network was found to know.
-        unverified: what was not found to be known.
+        verified_at: when the network was found to know where the guest is.
+        unverified: what the network was not found to know.
         error: the cause of the last failure.
     """
 
@@ -50,11 +52,11 @@ class NicRecord(msgspec.Struct):
 
     @property
     def ack_ms(self) -> float | None:
-        """From the first request to the first ack, ms; None while there is no ack."""
+        """The milliseconds from the first attempt to the first ack, if there was an ack."""
         if self.asked_at is None or self.acked_at is None:
             return None
         return (self.acked_at - self.asked_at) * 1000
 
-    def since(self, at: float | None) -> float | None:
-        """From the beginning to ``at``, ms."""
+    def ms_until(self, at: float | None) -> float | None:
+        """Return the milliseconds from the announcement's beginning until ``at``, if any."""
         return None if at is None else round((at - self.began_at) * 1000, 3)

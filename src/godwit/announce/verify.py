@@ -1,12 +1,12 @@
-"""Does the network know where the guest is? Two ways to find out.
+"""The verification of an announcement: does the network know where the guest is?
 
-``fdb`` asks this host's bridge: its forwarding database must have each of the guest's MAC
-addresses, in its VLAN, at the tap. It says nothing about switches further on. ``probe`` asks the
-guest's known peers, as ARP requests and neighbour solicitations in the guest's name do, and an
-answer that comes to the tap proves the whole way for its VLAN.
+There are two ways. ``fdb`` asks this host's bridge: the forwarding database must have each of the
+guest's MAC addresses, in its VLAN, at the tap. That proves nothing of switches further on.
+``probe`` asks the guest's known peers by ARP requests and neighbour solicitations in the guest's
+name, and an answer that comes to the tap proves the whole way for its VLAN.
 
-What the guest's peers answer also tells where they are now. With ``refresh`` that is injected into
-the tap, so that the guest's own neighbour entries are right again.
+A peer's answer also shows where the peer is now. With ``refresh`` the answer is injected into the
+tap, so that the guest's own neighbour entries are right again.
 """
 
 from __future__ import annotations
@@ -23,45 +23,45 @@ from .dissect import Malformed, Sighting, dissect
 from .frames import Tag
 from .uplink import Uplink
 
-#: Peers asked in each VLAN and family, those met most often first: a gateway is likely among them.
-PEERS = 2
+#: Peers asked in each VLAN and family, those met most often first, a gateway likely among them.
+PEERS_ASKED = 2
 
 _Tags = tuple[Tag, ...]
-#: Whom an answer is awaited from.
+#: A peer from whom an answer is awaited: VLAN tags and IP address.
 _Key = tuple[_Tags, bytes]
 
 
 class Verification:
-    """Of one announcement of one NIC.
+    """The verification of one announcement of one NIC.
 
-    ``inject(frame)`` sends a frame into the guest; None: nothing is to be refreshed.
+    ``inject(frame)`` sends a frame to the guest; None: nothing is to be refreshed.
     """
 
     def __init__(
-        self, uplink: Uplink, how: Verify, inject: Callable[[bytes], None] | None = None
+        self, uplink: Uplink, method: Verify, inject: Callable[[bytes], None] | None = None
     ) -> None:
-        self.wanted = how is not Verify.OFF
-        self._how = how
-        self._station = uplink
+        self.wanted = method is not Verify.OFF
+        self._method = method
+        self._uplink = uplink
         self._inject = inject
         self._asked: dict[_Key, bool] = {}  # peer -> whether it answered
 
     def begin(self) -> None:
-        """The first round is made. What the guest knows of its peers is stale from the first."""
+        """Ask the peers at the first round, if the guest's neighbour entries are refreshed."""
         if self._inject is not None:
             self._ask_peers()
 
     def ask(self) -> None:
-        """All rounds are made: put the question, whose answer :meth:`missing` has later."""
-        if self._how is Verify.PROBE:
+        """Ask the peers after the last round, so that :meth:`missing` has their answers later."""
+        if self._method is Verify.PROBE:
             self._ask_peers()
 
     def missing(self) -> list[str]:
-        """What is not known to be right, in words; empty: all is."""
-        return self._misplaced() if self._how is Verify.FDB else self._unanswered()
+        """Return what is not verified, in words, or nothing if everything is."""
+        return self._misplaced() if self._method is Verify.FDB else self._unanswered()
 
     def answer(self, data: bytes, outer: Tag | None) -> None:
-        """A frame that tells of addresses is on its way to the guest."""
+        """Take note of an address resolution frame on its way to the guest."""
         try:
             sighting = dissect(data, outer)
         except Malformed:
@@ -76,8 +76,8 @@ class Verification:
 
     # --- the bridge -------------------------------------------------------------------------------
     def _misplaced(self) -> list[str]:
-        """Which MAC addresses the bridge has elsewhere, or not at all."""
-        port = self._station.port
+        """Return the MAC addresses that the bridge has elsewhere, or not at all."""
+        port = self._uplink.port
         port.refresh()
         if not port.bridge:
             return ["the tap is no bridge's port, so there is no forwarding database to ask"]
@@ -86,7 +86,7 @@ class Verification:
         except OSError as error:
             return [f"the forwarding database cannot be read: {error}"]
         at = {(one.mac, one.vlan) for one in known if one.port == port.index}
-        entries = self._station.entries()
+        entries = self._uplink.entries()
         tagged = {(entry.mac, entry.tags[0][1]) for entry in entries if entry.tags}
         # Untagged frames are in the port's own VLAN, whatever number that has: not one in which the
         # guest tags its frames.
@@ -103,34 +103,34 @@ class Verification:
 
     # --- the peers --------------------------------------------------------------------------------
     def _ask_peers(self) -> None:
-        """Ask those that did not answer yet."""
+        """Ask the peers that did not answer yet."""
         for entry, peer in self._questions():
             key = (peer.tags, peer.ip)
             if self._asked.get(key) or entry.ip is None:
                 continue
             self._asked[key] = False
-            ask = frames.arp_request if len(peer.ip) == 4 else frames.solicitation
+            make_frame = frames.arp_request if len(peer.ip) == 4 else frames.solicitation
             try:
-                self._station.send(ask(entry.mac, entry.ip, peer.ip, entry.tags))
+                self._uplink.send(make_frame(entry.mac, entry.ip, peer.ip, entry.tags))
             except (OSError, GodwitError):
-                return  # it stays without an answer, and that is what is told
+                return  # the peer stays without an answer, which is reported
 
     def _questions(self) -> list[tuple[Entry, Peer]]:
         mine: dict[tuple[_Tags, int], Entry] = {}
-        for entry in self._station.entries():
+        for entry in self._uplink.entries():
             if entry.ip is not None:
                 mine.setdefault((entry.tags, len(entry.ip)), entry)
         questions = []
         asked: dict[tuple[_Tags, int], int] = {}
-        for peer in self._station.peers():
+        for peer in self._uplink.peers():
             group = (peer.tags, len(peer.ip))
-            if group in mine and asked.get(group, 0) < PEERS:
+            if group in mine and asked.get(group, 0) < PEERS_ASKED:
                 asked[group] = asked.get(group, 0) + 1
                 questions.append((mine[group], peer))
         return questions
 
     def _unanswered(self) -> list[str]:
-        """VLANs and families of which no peer answered."""
+        """Return the VLANs and families in which no peer answered."""
         groups: dict[tuple[_Tags, int], bool] = {}
         for (tags, ip), answered in self._asked.items():
             group = (tags, len(ip))
@@ -144,14 +144,14 @@ class Verification:
         ]
 
     def _refresh(self, peer: Sighting) -> None:
-        """Tell the guest where its peer is, in the form that replaces an entry at once."""
+        """Show the guest where a peer is, in the form that replaces a neighbour entry at once."""
         if self._inject is None or peer.ip is None:
             return
-        tell = frames.gratuitous_arp if len(peer.ip) == 4 else frames.unsolicited_na
+        make_frame = frames.gratuitous_arp if len(peer.ip) == 4 else frames.unsolicited_na
         try:
-            self._inject(tell(peer.mac, peer.ip, peer.tags))
+            self._inject(make_frame(peer.mac, peer.ip, peer.tags))
         except OSError:
-            pass  # the tap is down: the guest hears nothing, not this either
+            pass  # the tap is down: the guest receives nothing, not this either
 
 
 def _in(tags: _Tags) -> str:

@@ -46,7 +46,10 @@ class Guest:
     def save(self) -> MachineState:
         """Return the machine's state and the address books; paused."""
         now = self._now()
-        books = {uplink.nic.id: uplink.observer.save(now) for uplink in self.uplinks}
+        books = {}
+        for uplink in self.uplinks:
+            with uplink.observer.book(now) as book:
+                books[uplink.nic.id] = book.save(now)
         return self.machine.save({ADDRESSES: msgspec.Raw(msgspec.msgpack.encode(books))})
 
     def load(self, state: MachineState, received: float, on_phase: OnPhase) -> None:
@@ -64,4 +67,5 @@ class Guest:
         self.machine.load(state, received, on_phase)
         now = self._now()
         for uplink in self.uplinks:
-            uplink.observer.load(books[uplink.nic.id], now)
+            with uplink.observer.book(now) as book:
+                book.load(books[uplink.nic.id], now)

@@ -1,4 +1,4 @@
-"""The uplinks' eyes and ears, with fakes for the watch and the ports.
+"""The monitors of uplinks, with fakes for the watch and the ports.
 
 tests/unit/test_watch.py and tests/vm/test_ports.py have the real ones.
 """
@@ -15,7 +15,7 @@ from announce_bench import GATEWAY, IP4, Nic, Port
 from godwit.announce import monitors as module
 from godwit.announce.dissect import Sighting
 from godwit.announce.frames import Tag, arp_request, gratuitous_arp
-from godwit.announce.monitors import Taps
+from godwit.announce.monitors import Monitors
 from godwit.announce.uplink import AlwaysReady, Uplink
 from godwit.errors import HostError
 from godwit.spec.parameters import AnnounceOptions, Verify
@@ -29,7 +29,7 @@ REPLY = (
 
 
 class Watch:
-    """Stands in for TapWatch."""
+    """A stand-in for the watch on a tap."""
 
     error: HostError | None = None
     all: list[Watch]
@@ -71,7 +71,7 @@ class TapPort(Port):
 
 
 class Ports:
-    """Stands in for Ports."""
+    """A stand-in for the ports of taps."""
 
     error: HostError | None = None
     all: list[Ports]
@@ -93,10 +93,10 @@ class Place:
         self.nics = [Nic(self.loop, f"nic{number}") for number in range(count)]
         self.uplinks = {f"tap{n}": Uplink(nic, self.loop) for n, nic in enumerate(self.nics)}
         self.first = next(iter(self.uplinks.values()), None)
-        self.said: list[str] = []
+        self.logged: list[str] = []
 
-    def taps(self) -> Taps:
-        return Taps(self.uplinks, self.loop, self.said.append)
+    def monitors(self) -> Monitors:
+        return Monitors(list(self.uplinks.values()), self.loop, self.logged.append)
 
 
 @pytest.fixture(autouse=True)
@@ -113,10 +113,10 @@ def place() -> Place:
     return Place()
 
 
-def test_each_tap_is_watched_for_its_station(place: Place) -> None:
-    taps = place.taps()
+def test_each_tap_is_watched_for_its_uplink(place: Place) -> None:
+    monitors = place.monitors()
     seen: list[tuple[str, Sighting]] = []
-    taps.on_seen = lambda nic, sighting: seen.append((nic, sighting))
+    monitors.on_seen = lambda nic, sighting: seen.append((nic, sighting))
     assert [(watch.tap, watch.answers) for watch in Watch.all] == [("tap0", False), ("tap1", False)]
     frame = gratuitous_arp(place.nics[1].mac, IP4)
     Watch.all[1].on_frame(frame, None)
@@ -125,13 +125,13 @@ def test_each_tap_is_watched_for_its_station(place: Place) -> None:
     first, second = place.uplinks.values()
     assert (first.watched, second.watched, first.observer.malformed) == (True, True, 1)
     assert (len(first.entries()), len(second.entries())) == (1, 2)
-    assert place.said == []
+    assert place.logged == []
 
 
 def test_ports_are_followed(place: Place) -> None:
-    taps = place.taps()
+    monitors = place.monitors()
     ready: list[str] = []
-    taps.on_ready = ready.append
+    monitors.on_ready = ready.append
     (ports,) = Ports.all
     assert [uplink.port for uplink in place.uplinks.values()] == ports.ports
     for port in reversed(ports.ports):
@@ -140,43 +140,43 @@ def test_ports_are_followed(place: Place) -> None:
 
 
 def test_no_nic_no_watch() -> None:
-    taps = Place(0).taps()
+    monitors = Place(0).monitors()
     assert (Watch.all, Ports.all) == ([], [])
-    taps.close()
+    monitors.close()
 
 
-def test_what_cannot_be_watched_is_said_and_done_without(place: Place) -> None:
+def test_what_cannot_be_watched_is_logged_and_done_without(place: Place) -> None:
     Watch.error = HostError("cannot watch tap: not permitted")
     Ports.error = HostError("rtnetlink: no")
-    taps = place.taps()
-    assert place.said == [
+    monitors = place.monitors()
+    assert place.logged == [
         "nic0: cannot watch tap: not permitted",
         "nic1: cannot watch tap: not permitted",
-        "whether taps are ready is not known: rtnetlink: no",
+        "the ports of the taps are taken for ready: rtnetlink: no",
     ]
     for uplink in place.uplinks.values():
         assert not uplink.watched
         assert isinstance(uplink.port, AlwaysReady)
     assert place.first is not None
-    verifier = taps.verifier(place.first, AnnounceOptions(verify=Verify.PROBE, refresh=True))
-    assert place.said[3:] == ["nic0: cannot watch tap: not permitted"]
-    verifier.begin()  # nobody will hear an answer, and that is what is told
+    verifier = monitors.verifier(place.first, AnnounceOptions(verify=Verify.PROBE, refresh=True))
+    assert place.logged[3:] == ["nic0: cannot watch tap: not permitted"]
+    verifier.begin()  # no answer will be seen, which is reported
     assert (verifier.wanted, len(verifier.missing())) == (True, 1)
-    taps.close()
+    monitors.close()
 
 
-def test_a_watch_that_is_lost_is_said(place: Place) -> None:
-    place.taps()
+def test_a_watch_that_is_lost_is_logged(place: Place) -> None:
+    place.monitors()
     Watch.all[0].on_error(OSError(100, "Network is down"))
-    assert place.said == ["nic0: its tap is watched no more: Network is down"]
+    assert place.logged == ["nic0: the tap is no longer watched: Network is down"]
     assert [uplink.watched for uplink in place.uplinks.values()] == [False, True]
 
 
 def test_all_is_given_back(place: Place) -> None:
-    taps = place.taps()
+    monitors = place.monitors()
     assert place.first is not None
-    taps.verifier(place.first, AnnounceOptions(refresh=True))
-    taps.close()
+    monitors.verifier(place.first, AnnounceOptions(refresh=True))
+    monitors.close()
     assert len(Watch.all) == 3
     assert all(watch.closed for watch in Watch.all)
     assert Ports.all[0].closed
@@ -196,22 +196,22 @@ def test_all_is_given_back(place: Place) -> None:
 def test_answers_are_watched_only_where_wanted(
     place: Place, options: AnnounceOptions, wanted: bool, answers: bool
 ) -> None:
-    taps = place.taps()
+    monitors = place.monitors()
     assert place.first is not None
     for _ in range(2):  # a second announcement does with the first one's watch
-        assert taps.verifier(place.first, options).wanted == wanted
+        assert monitors.verifier(place.first, options).wanted == wanted
     found = [watch.tap for watch in Watch.all if watch.answers]
     assert found == (["tap0"] if answers else [])
 
 
 @pytest.mark.parametrize("refresh", [False, True])
 def test_answers_come_to_the_verifier_and_go_to_the_guest(place: Place, refresh: bool) -> None:
-    taps = place.taps()
+    monitors = place.monitors()
     uplink = place.first
     assert uplink is not None
     Watch.all[0].on_frame(arp_request(place.nics[0].mac, IP4, GATEWAY), None)
     options = AnnounceOptions(verify=Verify.PROBE, refresh=refresh)
-    verifier = taps.verifier(uplink, options)
+    verifier = monitors.verifier(uplink, options)
     watch = Watch.all[-1]
     verifier.ask()
     assert verifier.missing() == ["no answer over IPv4"]
@@ -221,11 +221,11 @@ def test_answers_come_to_the_verifier_and_go_to_the_guest(place: Place, refresh:
 
 
 def test_an_answer_comes_to_all_that_ask(place: Place) -> None:
-    taps = place.taps()
+    monitors = place.monitors()
     assert place.first is not None
     Watch.all[0].on_frame(arp_request(place.nics[0].mac, IP4, GATEWAY), None)
     options = AnnounceOptions(verify=Verify.PROBE)
-    both = [taps.verifier(place.first, options) for _ in range(2)]
+    both = [monitors.verifier(place.first, options) for _ in range(2)]
     for verifier in both:
         verifier.ask()
     Watch.all[-1].on_frame(REPLY, None)
@@ -233,19 +233,19 @@ def test_an_answer_comes_to_all_that_ask(place: Place) -> None:
     # Those that are over are forgotten.
     del verifier, both
     gc.collect()
-    assert len(taps._asking["nic0"]) == 0
+    assert len(monitors._asking["nic0"]) == 0
 
 
 def test_answers_of_a_tap_that_came_back_are_watched_again(place: Place) -> None:
-    taps = place.taps()
+    monitors = place.monitors()
     assert place.first is not None
     options = AnnounceOptions(verify=Verify.PROBE)
-    taps.verifier(place.first, options)
+    monitors.verifier(place.first, options)
     watch = Watch.all[-1]
     watch.close()  # the interface was gone
-    taps.verifier(place.first, options)
+    monitors.verifier(place.first, options)
     assert (watch.opened, watch.closed, len(Watch.all)) == (2, False, 3)
     watch.close()
     Watch.error = HostError("there is no such interface")
-    taps.verifier(place.first, options)
-    assert place.said == ["nic0: there is no such interface"]
+    monitors.verifier(place.first, options)
+    assert place.logged == ["nic0: there is no such interface"]

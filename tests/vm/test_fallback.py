@@ -1,5 +1,7 @@
-"""A guest that cannot announce itself is spoken for, completely: it hangs, its interface is down,
-its driver is gone. What it cannot have been asked for is announced beside what it said."""
+"""The fallback: the host announces all addresses of a guest that cannot announce itself.
+
+The guest hangs, its interface is down, or its driver is gone.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def _client_addresses(bench: Bench) -> None:
 
 @pytest.fixture
 def pair(bench: Bench) -> Iterator[tuple[Guest, Watched]]:
-    """A guest with two NICs, and where it will go."""
+    """Yield a guest with two NICs, and its destination."""
     target = bench.run(bench.net.b, "--incoming", "defer", cpus=1, more_nics=[_NIC2])
     guest = bench.boot(keep=[target], cpus=1, more_nics=[_NIC2])
     guest.agent.sh(_SET_UP, 60)
@@ -60,7 +62,7 @@ def _by_host(frames: list[Announcement]) -> set[tuple[str, int, str]]:
     return {(f.kind, f.vlan, f.address) for f in frames if f.sender == "host"}
 
 
-#: What the host says for the second NIC.
+#: What the host announces for the second NIC.
 _COMPLETE = {
     ("RARP", 0, _MAC2),
     ("RARP", 100, _MAC2),
@@ -100,7 +102,7 @@ def test_an_interface_that_is_down_and_a_driver_that_is_gone(
     assert announce(target)["acks"] >= 5
 
 
-def test_a_guest_that_hangs_is_spoken_for_and_later_speaks_for_itself(
+def test_the_host_announces_for_a_guest_that_hangs_and_later_announces_itself(
     bench: Bench, pair: tuple[Guest, Watched]
 ) -> None:
     guest, target = pair

@@ -1,15 +1,18 @@
-"""The ladder of one NIC: ask the guest; ask once more; then the host speaks for it.
+"""The announcement of one NIC: attempts to have the guest announce itself, and the host's fallback.
 
-One :class:`NicAnnouncement` is one announcement of one NIC. It begins when the NIC's port is ready,
-makes its rounds by the schedule, and takes a rung at a time:
+A :class:`NicAnnouncement` begins when the NIC's port is ready, and makes its rounds by the
+schedule. A round goes like this:
 
-1. The model is asked. If it declines, the host announces, in this round and all others.
-2. No acknowledgement by the deadline: it is asked once more.
-3. None by the second deadline: the host announces, and goes on doing so until an ack comes.
-4. Acknowledged: the guest's frames are what counts. What the address book has and the guest did
-   not show by then is announced by the host.
+1. First attempt: the NIC's model is asked to have the guest announce itself. If the model declines,
+   the host announces, and the next round is a new attempt.
+2. Second attempt: the guest did not acknowledge by the deadline, and the model is asked once more.
+3. Fallback: the guest did not acknowledge by the second deadline. The host announces, in this round
+   and all others until an ack comes.
 
-A round that falls due while an answer is awaited waits for it, so that each round has its effect.
+After an ack the guest's frames are what counts: what the address book has and the guest was not
+seen to announce by then is announced by the host. A round that falls due while an ack is awaited
+waits for the ack, so that each round has its effect.
+
 All methods are called with the announcer's lock held.
 """
 
@@ -23,18 +26,19 @@ from godwit.host.loop import Clock, Timer
 from godwit.spec.events import Event
 from godwit.spec.parameters import AnnounceOptions, AnnounceParameters
 
-from .pacing import Pacer
+from .pacing import Pacer, round_delays
 from .record import NicRecord
-from .schedule import delays
 from .uplink import Uplink
 
-#: After an ack, the time in which the guest's frames must have come by, s. Linux sends them before
-#: it acknowledges (drivers/net/virtio_net.c, virtnet_config_changed_work), so this is only how
-#: long the watch may take to read them.
-SHOW_S = 0.1
-#: Rounds after the schedule's while the announcement is not verified: s after the one before.
-EXTRA_S = (1.0, 2.0, 4.0, 8.0, 16.0)
-#: From a question to its answer, s.
+#: Attempts to have a guest announce itself before the host falls back to announcing.
+MAX_ATTEMPTS = 2
+#: From an ack until the guest's frames must have been seen, seconds. Linux sends the frames before
+#: the ack (drivers/net/virtio_net.c, virtnet_config_changed_work), so this is only how long the
+#: watch may take to read them.
+SEEN_AFTER_ACK_S = 0.1
+#: Further rounds while the announcement is not verified: seconds from the round before.
+FURTHER_ROUNDS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+#: From a verifier's question to its answer, seconds.
 VERIFY_S = 0.3
 
 #: Receives an event and its data.
@@ -44,23 +48,23 @@ Later = Callable[[float, Callable[[], None]], Timer]
 
 
 class Verifier(Protocol):
-    """Finds out whether the network knows where the guest is; see :mod:`.verify`."""
+    """A way to find out whether the network knows where the guest is (:mod:`.verify`)."""
 
-    #: Whether anybody asks.
+    #: Whether the operator wants the announcement verified.
     wanted: bool
 
     def begin(self) -> None:
-        """The first round is made."""
+        """Take note that the first round is made."""
 
     def ask(self) -> None:
-        """Put the question."""
+        """Put the question to bridge or peers."""
 
     def missing(self) -> list[str]:
-        """What is not verified, in words; empty: all is."""
+        """Return what is not verified, in words, or nothing if everything is."""
 
 
 class NicAnnouncement:
-    """See the module."""
+    """One announcement of one NIC, as the module describes."""
 
     def __init__(
         self,
@@ -83,73 +87,81 @@ class NicAnnouncement:
         self._pacer = pacer
         self._rate = options.rate
         self._deadline_s = options.deadline / 1000
-        self._delays = delays(parameters)
-        self._extra: Sequence[float] = EXTRA_S
-        self._held = False
-        self._round_held = False
-        self._owed: str | None = None  # why the host shall speak, once the port is ready
-        self._awaited = 0  # requests without an answer since the last ack
+        self._delays = round_delays(parameters)
+        self._further: Sequence[float] = FURTHER_ROUNDS_S
+        self._timers = 0  # that are pending
+        # While an ack is awaited.
+        self._unacked = 0  # attempts since the last ack
         self._deadline: Timer | None = None
-        self._round_waits = False
-        self._host = False
-        self._pending = 0  # timers
+        self._round_due = False
+        self._fallback = False  # the host announces in each round, until an ack comes
+        # While the port is not ready.
+        self._held = False
+        self._held_round = False
+        self._held_host_reason: str | None = (
+            None  # why the host shall announce once the port is ready
+        )
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will come of it."""
-        return not self._held and not self._pending
+        """Whether nothing more will come of the announcement."""
+        return not self._held and not self._timers
 
     def begin(self) -> None:
-        """The VM runs. Announce, or wait for the port."""
+        """Make the first round of a VM that runs, or wait for the port."""
         next(self._delays, None)
         self._round()
 
     def port_ready(self) -> None:
-        """The port is ready now: a late one starts the schedule then, one that was gone goes on."""
+        """Start the schedule of a port that was late, or go on with that of a port that was gone.
+
+        Does nothing if the announcement does not wait for the port.
+        """
         if not self._held:
             return
         self._held = False
         self._record.held = None
         self._record.ready_at = self._clock.now()
-        owed, self._owed = self._owed, None
-        round_held, self._round_held = self._round_held, False
-        if round_held:
-            self._round()  # it says all there is to say
-        elif owed is not None:
-            self._speak(owed)
+        reason, self._held_host_reason = self._held_host_reason, None
+        held_round, self._held_round = self._held_round, False
+        if held_round:
+            self._round()  # announces all there is
+        elif reason is not None:
+            self._announce_from_host(reason)
 
     def acked(self) -> None:
-        """The guest acknowledged."""
+        """Take note that the guest acknowledged, and check soon what the guest left out."""
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-            self._pending -= 1
-        if not (self._awaited or self._host):
+            self._timers -= 1
+        if not (self._unacked or self._fallback):
             return
-        self._awaited = 0
-        self._host = False
-        self._after(SHOW_S, self._fill_in)
-        if self._round_waits:
-            self._round_waits = False
+        self._unacked = 0
+        self._fallback = False
+        self._after(SEEN_AFTER_ACK_S, self._announce_missing)
+        if self._round_due:
+            self._round_due = False
             self._round()
 
     def _after(self, delay: float, call: Callable[[], None]) -> Timer:
         def due() -> None:
-            self._pending -= 1
+            self._timers -= 1
             call()
 
-        self._pending += 1
+        self._timers += 1
         return self._later(delay, due)
 
     # --- rounds -----------------------------------------------------------------------------------
     def _round(self) -> None:
-        if self._awaited:
-            self._round_waits = True
+        """Make a round now, or once an ack, the port and the rate allow the round."""
+        if self._unacked:
+            self._round_due = True
             return
         if self._hold():
-            self._round_held = True
+            self._held_round = True
             return
-        # Whoever speaks, guest or host, has so much to say.
+        # Guest or host: whoever announces has about so many frames to send.
         frames = len(self.uplink.entries())
         first = not self._record.rounds
         wait = self._pacer.take(frames, self._rate, self._clock.now(), first)
@@ -159,7 +171,7 @@ class NicAnnouncement:
             self._make_round()
 
     def _hold(self) -> bool:
-        """Wait for the port, if it is not ready, or is gone since the last round."""
+        """Return whether the port is not ready, and if so, wait for the port."""
         reason = self.uplink.port.not_ready_reason
         if reason is None:
             return False
@@ -175,10 +187,10 @@ class NicAnnouncement:
         if self.uplink.port.warning is not None:
             self._failed(HostError(self.uplink.port.warning))
         record.mac = self.uplink.nic.mac.hex(":")
-        if self._host:
-            self._speak("no ack")
-        elif not self._ask():
-            self._speak("declined")
+        if self._fallback:
+            self._announce_from_host("no ack")
+        elif not self._attempt():
+            self._announce_from_host("declined")
         if record.rounds == 1:
             self._verifier.begin()
         self._schedule()
@@ -200,15 +212,15 @@ class NicAnnouncement:
                 record.verified_at = self._clock.now()
                 ms = (record.verified_at - record.began_at) * 1000
                 self._report(*Event.ANNOUNCE_VERIFIED.of(nic=record.nic, ms=round(ms, 3)))
-        elif self._extra:
-            delay, self._extra = self._extra[0], self._extra[1:]
+        elif self._further:
+            delay, self._further = self._further[0], self._further[1:]
             self._after(delay - VERIFY_S, self._round)
         else:
             self._report(*Event.ANNOUNCE_UNVERIFIED.of(nic=record.nic, what=record.unverified))
 
-    # --- rungs ------------------------------------------------------------------------------------
-    def _ask(self) -> bool:
-        """Ask the model; whether it accepted."""
+    # --- the guest's part: attempts ---------------------------------------------------------------
+    def _attempt(self) -> bool:
+        """Ask for the guest's own announcement, and return whether the model accepted."""
         record = self._record
         first = record.asked_at is None
         if first:  # before the model is asked: the ack may be quicker than its return
@@ -221,42 +233,45 @@ class NicAnnouncement:
         if accepted:
             record.method = "guest"
             record.asked += 1
-            self._awaited += 1
-            self._deadline = self._after(self._deadline_s, self._unanswered)
+            self._unacked += 1
+            self._deadline = self._after(self._deadline_s, self._attempt_timed_out)
         elif first:
             record.asked_at = None
         return accepted
 
-    def _unanswered(self) -> None:
+    def _attempt_timed_out(self) -> None:
+        """Make the second attempt, or fall back to the host."""
         self._deadline = None
         self._record.timeouts += 1
-        self._report(*Event.ANNOUNCE_TIMEOUT.of(nic=self._record.nic, asked=self._awaited))
-        if self._awaited < 2:
-            if self._ask():
+        self._report(*Event.ANNOUNCE_TIMEOUT.of(nic=self._record.nic, asked=self._unacked))
+        if self._unacked < MAX_ATTEMPTS:
+            if self._attempt():
                 return
-            why = "declined"
+            reason = "declined"
         else:
-            self._host = True
-            why = "no ack"
-        self._awaited = 0
-        if self._round_waits:
-            self._round_waits = False
+            self._fallback = True
+            reason = "no ack"
+        self._unacked = 0
+        if self._round_due:
+            self._round_due = False
             self._round()
         else:
-            self._speak(why)
+            self._announce_from_host(reason)
 
-    def _fill_in(self) -> None:
-        """The guest acknowledged; what did it leave out?"""
+    # --- the host's part: the fallback ------------------------------------------------------------
+    def _announce_missing(self) -> None:
+        """Announce what the guest left out of an announcement that the guest acknowledged."""
         if self.uplink.missing():
-            self._speak("not shown")
+            self._announce_from_host("not shown")
 
-    def _speak(self, why: str) -> None:
+    def _announce_from_host(self, reason: str) -> None:
+        """Announce in the guest's name, now or when the port is ready, and report the reason."""
         if self._hold():
-            self._owed = why
+            self._held_host_reason = reason
             return
         record = self._record
-        entries = self.uplink.missing() if why == "not shown" else self.uplink.entries()
-        if why != "not shown":
+        entries = self.uplink.missing() if reason == "not shown" else self.uplink.entries()
+        if reason != "not shown":
             record.method = "host"
         try:
             count = self.uplink.announce(entries)
@@ -269,7 +284,7 @@ class NicAnnouncement:
         if record.host_sent_at is None:
             record.host_sent_at = self._clock.now()
         self._report(
-            *Event.ANNOUNCE_HOST.of(nic=record.nic, round=record.rounds, frames=count, why=why)
+            *Event.ANNOUNCE_HOST.of(nic=record.nic, round=record.rounds, frames=count, why=reason)
         )
 
     def _failed(self, error: Exception) -> None:

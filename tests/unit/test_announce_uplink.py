@@ -1,4 +1,4 @@
-"""A NIC as the announcer deals with it, and what is told of its guest."""
+"""The uplink of a NIC, and what is reported of its guest."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def test_the_observer_knows_of_a_frame_before_it_is_sent(monkeypatch: pytest.Mon
     place.seen.clear()
     place.uplink.begin()
     assert place.uplink.announce(place.uplink.entries()) == 2
-    assert (place.uplink.observer.own, place.seen) == (2, [])
+    assert (place.uplink.observer.host_frames, place.seen) == (2, [])
     assert len(place.uplink.missing()) == 2
 
 
-def test_all_entries_are_announced_and_noted() -> None:
+def test_all_entries_are_announced_and_remembered() -> None:
     place = Place()
     mac = place.nic.mac
     place.guest_sends(gratuitous_arp(mac, IP4), unsolicited_na(OTHER, IP6))
@@ -60,9 +60,9 @@ def test_all_entries_are_announced_and_noted() -> None:
     ]  # fmt: skip
     place.clock.advance(1)
     place.uplink.announce(entries)
-    assert [place.uplink.said_at(entry) for entry in entries] == [1000.0] * 3
+    assert [place.uplink.host_announced_at(entry) for entry in entries] == [1000.0] * 3
     place.uplink.begin()
-    assert [place.uplink.said_at(entry) for entry in entries] == [None] * 3
+    assert [place.uplink.host_announced_at(entry) for entry in entries] == [None] * 3
 
 
 def test_nothing_to_announce_sends_nothing() -> None:
@@ -76,11 +76,11 @@ def test_a_backend_that_fails_raises_and_the_rest_is_not_sent() -> None:
     place.nic.error = OSError(100, "Network is down")
     with pytest.raises(OSError, match="Network is down"):
         place.uplink.announce(place.uplink.entries())
-    assert place.uplink.said_at(place.uplink.entries()[0]) is None
+    assert place.uplink.host_announced_at(place.uplink.entries()[0]) is None
 
 
 # --- policy ---------------------------------------------------------------------------------------
-def test_the_policy_decides_what_the_host_may_say() -> None:
+def test_the_policy_decides_what_the_host_may_announce() -> None:
     place = Place("192.0.2.0/24")
     mac = place.nic.mac
     place.guest_sends(
@@ -92,7 +92,9 @@ def test_the_policy_decides_what_the_host_may_say() -> None:
     entries = place.uplink.entries()
     assert [(entry.ip, entry.tags) for entry in entries] == [(None, ()), (IP4, ())]
     assert place.uplink.missing() == entries
-    place.uplink.announce(place.uplink.observer.entries(place.clock.now()))
+    with place.uplink.observer.book(place.clock.now()) as book:
+        known = book.entries()
+    place.uplink.announce(known)
     assert place.sent() == [rarp(mac), rarp(mac, VLAN), gratuitous_arp(mac, IP4)]
 
 
@@ -104,7 +106,7 @@ def test_a_policy_of_mac_addresses_may_forbid_the_nics_own() -> None:
     assert [entry.mac for entry in place.uplink.entries()] == [OTHER]
 
 
-# --- what the NIC says ----------------------------------------------------------------------------
+# --- what the driver has set ----------------------------------------------------------------------
 def test_entries_follow_the_drivers_filter_and_mac() -> None:
     place = Place()
     mac = place.nic.mac
@@ -120,7 +122,7 @@ def test_entries_follow_the_drivers_filter_and_mac() -> None:
     assert [entry.mac for entry in place.uplink.entries()] == [changed]
 
 
-def test_a_beginning_takes_over_the_filter_and_forgets_what_was_shown() -> None:
+def test_a_beginning_takes_over_the_filter_and_forgets_what_was_seen() -> None:
     place = Place()
     place.uplink.begin()
     place.guest_sends(gratuitous_arp(place.nic.mac, IP4))
@@ -132,7 +134,7 @@ def test_a_beginning_takes_over_the_filter_and_forgets_what_was_shown() -> None:
     ]  # fmt: skip
 
 
-def test_without_a_watch_nothing_is_said_to_be_missing() -> None:
+def test_without_a_watch_nothing_is_missing() -> None:
     place = Place()
     place.uplink.watched = False
     place.uplink.begin()
@@ -146,8 +148,8 @@ def test_a_port_that_nobody_can_be_asked_about_is_ready() -> None:
     assert (port.not_ready_reason, port.index, port.bridge) == (None, 0, 0)
 
 
-# --- what the announcer tells of it ---------------------------------------------------------------
-def test_an_address_is_told_once() -> None:
+# --- what the announcer reports -------------------------------------------------------------------
+def test_an_address_is_reported_once() -> None:
     bench = Bench(nic0=True)
     bench.watched()
     bench.guest_sends(gratuitous_arp(bench.nics[0].mac, IP4))
@@ -171,7 +173,7 @@ def test_an_address_is_told_once() -> None:
     assert len(bench.data(Event.ANNOUNCE_SEEN)) == 4
 
 
-def test_a_guest_that_makes_addresses_up_is_told_of_up_to_a_limit() -> None:
+def test_a_guest_that_makes_addresses_up_is_reported_up_to_a_limit() -> None:
     bench = Bench(nic0=True)
     bench.watched()
     bench.go(S.RUNNING)
@@ -181,7 +183,7 @@ def test_a_guest_that_makes_addresses_up_is_told_of_up_to_a_limit() -> None:
     assert len(bench.data(Event.ANNOUNCE_SEEN)) == 1024
 
 
-def test_the_hosts_own_frames_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hosts_own_frames_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(nic0=False)
     bench.watched()
     monkeypatch.setattr(bench.nics[0], "send_from_host", bench.guest_sends)
@@ -204,7 +206,7 @@ def test_info_of_a_nic_that_never_was_announced() -> None:
     ]  # fmt: skip
 
 
-def test_info_has_what_the_guest_showed_and_what_the_host_said() -> None:
+def test_info_has_what_guest_and_host_announced() -> None:
     bench = Bench(nic0=True, nic1=True)
     bench.watched()
     mac = bench.nics[0].mac

@@ -1,4 +1,4 @@
-"""The ladder: asked, asked once more, spoken for; a late ack; what was not shown."""
+"""The announcement of a NIC: two attempts, the fallback, a late ack, what was not seen."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from announce_bench import ACK_S, IP4, IP6, ROUNDS, Bench, Port, Questions, S, hung
 from godwit.announce.addresses import announcements
-from godwit.announce.attempts import EXTRA_S, SHOW_S, VERIFY_S
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
+from godwit.announce.nic_announcement import FURTHER_ROUNDS_S, SEEN_AFTER_ACK_S, VERIFY_S
 from godwit.errors import KvmError
 from godwit.spec.events import Event
 from godwit.spec.parameters import AnnounceOptions, AnnounceParameters, MigrationParameters
@@ -17,8 +17,8 @@ from godwit.spec.parameters import AnnounceOptions, AnnounceParameters, Migratio
 DEADLINE = AnnounceOptions().deadline / 1000
 
 
-# --- rungs ----------------------------------------------------------------------------------------
-def test_a_hung_guest_is_asked_twice_and_then_spoken_for_in_all_remaining_rounds() -> None:
+# --- attempts and fallback ------------------------------------------------------------------------
+def test_after_two_attempts_the_host_announces_for_a_hung_guest_in_all_remaining_rounds() -> None:
     bench = hung()
     nic = bench.nics[0]
     bench.clock.advance(DEADLINE - 0.001)
@@ -52,7 +52,7 @@ def test_the_deadline_can_be_set() -> None:
     assert bench.nics[0].sent_at[0] == pytest.approx(2.0)
 
 
-def test_a_single_round_climbs_the_ladder_too() -> None:
+def test_a_single_round_has_two_attempts_and_a_fallback_too() -> None:
     bench = Bench(nic0=True)
     bench.nics[0].acks_after = None
     bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=1))
@@ -84,7 +84,7 @@ def test_a_rounds_ack_that_is_in_time_cancels_the_deadline() -> None:
     assert bench.nics[0].asked == pytest.approx([0.0, 0.399, 0.549, 0.799, 1.149])
 
 
-def test_the_second_request_is_acknowledged() -> None:
+def test_the_second_attempt_is_acknowledged() -> None:
     bench = hung()
     bench.clock.advance(DEADLINE - 0.001)
     bench.nics[0].acks_after = 0.03
@@ -111,7 +111,7 @@ def test_after_a_late_ack_the_guest_is_asked_again() -> None:
     assert bench.data(Event.ANNOUNCE_ACKED) == [{"nic": "nic0", "ms": 900.0}]
 
 
-def test_a_guest_that_hangs_later_is_spoken_for_from_then_on() -> None:
+def test_the_host_announces_for_a_guest_that_hangs_later_from_then_on() -> None:
     bench = Bench(nic0=True)
     bench.go(S.RUNNING)
     bench.clock.advance(0.1)
@@ -136,7 +136,7 @@ def test_a_very_late_ack_of_a_hung_guest_asks_for_nothing_more() -> None:
     assert bench.clock.pending == []
 
 
-def test_a_model_that_declines_the_second_request_loses_no_round() -> None:
+def test_a_model_that_declines_the_second_attempt_loses_no_round() -> None:
     bench = hung()
     bench.clock.advance(0.3)
     bench.nics[0].accepts = False  # its driver was reset
@@ -146,7 +146,7 @@ def test_a_model_that_declines_the_second_request_loses_no_round() -> None:
     assert [data["round"] for data in bench.data(Event.ANNOUNCE_HOST)] == [2, 3, 4, 5]
 
 
-def test_a_model_that_declines_the_second_request_between_two_rounds() -> None:
+def test_a_model_that_declines_the_second_attempt_between_two_rounds() -> None:
     bench = Bench(nic0=True)
     bench.nics[0].acks_after = None
     bench.parameters = MigrationParameters(
@@ -159,7 +159,7 @@ def test_a_model_that_declines_the_second_request_between_two_rounds() -> None:
     assert bench.nics[0].asked == pytest.approx([0.0, 0.4, 1.0])
 
 
-def test_each_nic_has_a_ladder_of_its_own() -> None:
+def test_each_nic_has_an_announcement_of_its_own() -> None:
     bench = Bench(nic0=True, nic1=True, nic2=False)
     bench.nics[1].acks_after = None
     bench.go(S.RUNNING)
@@ -185,7 +185,7 @@ def test_missing_acks_do_not_block_a_later_announcement() -> None:
     assert bench.nics[0].asked[-1] == pytest.approx(10.2)
 
 
-def test_missing_acks_do_not_block_the_next_move() -> None:
+def test_missing_acks_do_not_block_the_next_migration() -> None:
     bench = hung()
     bench.clock.advance(0.5)
     bench.announcer.run_state_changed(S.RUNNING, S.FINISH_MIGRATE)
@@ -236,8 +236,8 @@ def test_a_new_announcement_of_the_id_ends_the_old_ones_deadline() -> None:
     assert bench.clock.pending == []
 
 
-# --- what the guest did not show ------------------------------------------------------------------
-def test_what_the_guest_leaves_out_is_said_by_the_host() -> None:
+# --- what the guest was not seen to announce ------------------------------------------------------
+def test_what_the_guest_leaves_out_is_announced_by_the_host() -> None:
     bench = Bench(nic0=True)
     bench.watched()
     bench.guest_sends(unsolicited_na(bench.nics[0].mac, IP6))
@@ -245,10 +245,10 @@ def test_what_the_guest_leaves_out_is_said_by_the_host() -> None:
     bench.go(S.RUNNING)
     mac = bench.nics[0].mac
     bench.guest_sends(gratuitous_arp(mac, IP4))
-    bench.clock.advance(ACK_S + SHOW_S - 0.001)
+    bench.clock.advance(ACK_S + SEEN_AFTER_ACK_S - 0.001)
     assert bench.nics[0].sent == []
     bench.clock.advance(60)
-    at = pytest.approx(ACK_S + SHOW_S)
+    at = pytest.approx(ACK_S + SEEN_AFTER_ACK_S)
     assert bench.nics[0].sent == [(at, rarp(mac)), (at, unsolicited_na(mac, IP6))]
     assert bench.data(Event.ANNOUNCE_HOST) == [
         {"nic": "nic0", "round": 1, "frames": 2, "why": "not shown"}
@@ -256,17 +256,17 @@ def test_what_the_guest_leaves_out_is_said_by_the_host() -> None:
     assert bench.announcer.records()[0].method == "guest"
 
 
-def test_what_comes_after_the_ack_is_shown_too() -> None:
+def test_what_comes_after_the_ack_is_seen_too() -> None:
     bench = Bench(nic0=True)
     bench.watched()
     bench.go(S.RUNNING)
-    bench.clock.advance(ACK_S + SHOW_S / 2)
+    bench.clock.advance(ACK_S + SEEN_AFTER_ACK_S / 2)
     bench.guest_sends(gratuitous_arp(bench.nics[0].mac, IP4))
     bench.clock.advance(60)
     assert bench.nics[0].sent == []
 
 
-def test_an_unwatched_guest_is_taken_at_its_word() -> None:
+def test_the_ack_of_an_unwatched_guest_has_to_do() -> None:
     bench = Bench(nic0=True)
     bench.watched()
     bench.uplinks[0].watched = False
@@ -275,7 +275,7 @@ def test_an_unwatched_guest_is_taken_at_its_word() -> None:
     assert bench.nics[0].sent == []
 
 
-def test_a_guest_that_does_not_answer_is_spoken_for_with_all_it_has() -> None:
+def test_the_host_announces_all_addresses_of_a_guest_that_does_not_answer() -> None:
     bench = Bench(nic0=True)
     bench.nics[0].acks_after = None
     bench.watched()
@@ -306,7 +306,7 @@ def test_each_error_of_the_model_is_reported_and_each_round_asks_anew() -> None:
     assert record.ack_ms == pytest.approx(5)
 
 
-def test_an_error_at_the_second_request_is_spoken_over_by_the_host() -> None:
+def test_the_host_announces_after_an_error_at_the_second_attempt() -> None:
     bench = hung()
     bench.nics[0].announce_error = OSError(5, "Input/output error")
     bench.clock.advance(60)
@@ -357,7 +357,7 @@ def test_what_is_not_verified_gets_five_more_rounds_and_a_warning() -> None:
     questions = bench.verifiers["nic0"] = Questions(bench.clock, *[["VLAN 7"]] * 99)
     bench.go(S.RUNNING)
     bench.clock.advance(600)
-    extra = [0.8 + sum(EXTRA_S[: count + 1]) for count in range(len(EXTRA_S))]
+    extra = [0.8 + sum(FURTHER_ROUNDS_S[: count + 1]) for count in range(len(FURTHER_ROUNDS_S))]
     assert extra == pytest.approx([1.8, 3.8, 7.8, 15.8, 31.8])
     assert bench.nics[0].asked == pytest.approx(ROUNDS + extra)
     assert questions.asked == pytest.approx([0.8, *extra])
@@ -432,7 +432,7 @@ def test_whatever_the_model_does_all_rounds_are_made_and_it_ends(
     (record,) = bench.announcer.records()
     assert record.rounds == rounds + unverified
     assert bench.clock.pending == []
-    # Each round had its effect: the guest was asked, or the host spoke.
+    # Each round had its effect: the guest was asked, or the host announced.
     assert record.asked - record.timeouts + record.host_sent >= 1
     assert record.asked + record.host_sent >= record.rounds
     assert Event.ANNOUNCE_VERIFIED in bench.names()
