@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import threading
 import time
 from collections import deque
@@ -38,7 +37,7 @@ class FakeVm(Vm):
     """
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("fake-vm")
+        self.fd = -1
         self._structs: dict[int, bytes] = {}
         self._clock_at = time.monotonic_ns()
         self.calls: list[Call] = []
@@ -144,10 +143,9 @@ class FakeVcpu(Vcpu):
     tsc_hertz = 1_000_000_000
 
     def __init__(self, index: int) -> None:
-        self.fd = os.memfd_create(f"fake-vcpu{index}")
-        os.ftruncate(self.fd, _RUN_SIZE)
+        self.fd = -1
         self.index = index
-        self.run_page = mmap.mmap(self.fd, _RUN_SIZE)
+        self.run_page = mmap.mmap(-1, _RUN_SIZE)
         self.xsave_size = abi.XSAVE_SIZE
         self.exits: deque[Callable[[], None]] = deque()
         self.structs: dict[int, bytes] = {}
@@ -259,7 +257,7 @@ class FakeSystem(System):
     """As :class:`godwit.host.kvm.handles.System`; :attr:`vms` has the VMs that were made."""
 
     def __init__(self) -> None:
-        self.fd = os.memfd_create("fake-kvm")
+        self.fd = -1
         self.vcpu_mmap_size = _RUN_SIZE
         self.vms: list[FakeVm] = []
 

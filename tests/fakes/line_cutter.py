@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import msgspec
@@ -40,6 +39,7 @@ class LineCutter:
     ) -> None:
         self._stalls = stalls
         self.cut = threading.Event()
+        self._dead = threading.Event()
         self.lines = 0
         self._far = far
         self._kind = kind
@@ -49,7 +49,7 @@ class LineCutter:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(near))
         self._listener.listen()
-        self._channels: list[SocketConnection] = []
+        self._connections: list[SocketConnection] = []
         self._threads: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._accept, daemon=True)
 
@@ -57,20 +57,15 @@ class LineCutter:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._hang_up()
         self._thread.join()
-        for channel in self._channels:
-            channel.interrupt()
+        for connection in self._connections:
+            connection.interrupt()
         for thread in self._threads:
             thread.join()
-        for channel in self._channels:
-            channel.close()
+        for connection in self._connections:
+            connection.close()
 
     def _hang_up(self) -> None:
         try:
@@ -91,15 +86,17 @@ class LineCutter:
             except GodwitError:
                 source.close()  # the destination is dead: as its kernel would refuse
                 continue
-            self._channels += [source, target]
+            self._connections += [source, target]
             for one, other in ((source, target), (target, source)):
                 one.set_silence(120)
-                arguments = (one, other, self.lines == 1)
+                arguments = (one, other, self.lines == 1, one is target)
                 thread = threading.Thread(target=self._pass, args=arguments, daemon=True)
                 self._threads.append(thread)
                 thread.start()
 
-    def _pass(self, one: SocketConnection, other: SocketConnection, first: bool) -> None:
+    def _pass(
+        self, one: SocketConnection, other: SocketConnection, first: bool, from_target: bool
+    ) -> None:
         try:
             while True:
                 kind, length = one.receive()
@@ -108,11 +105,14 @@ class LineCutter:
                 if self._stalls and first and self.cut.is_set():
                     continue  # into the void
                 cutting = kind is self._kind and not self.cut.is_set()
+                if from_target and self._dead.is_set():
+                    continue  # the dead send nothing
                 if kind is Kind.WELCOME:
                     payload = self._as_ours(payload)
                 if cutting:
                     self.cut.set()
                     if self._before is not None:
+                        self._dead.set()
                         self._before()
                         self._hang_up()
                 if not cutting or self._delivered:

@@ -73,8 +73,7 @@ class Place:
     def finish_migration(self) -> None:
         outgoing = self.vm.migrations._outgoing
         assert isinstance(outgoing, Outgoing)
-        outgoing.join(60)
-        assert not outgoing.active
+        assert outgoing._over.wait(60), "its thread may look for late packets on"
 
     def close(self) -> None:
         self.vm.close()
