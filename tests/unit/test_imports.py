@@ -71,7 +71,7 @@ def test_a_guest_is_on_its_way_before_its_devices_are_imported() -> None:
         *("hw.acpi", "hw.aml", "hw.boot", "hw.bus", "hw.console", "hw.layout", "hw.memory"),
     }
     assert {name for name in modules if name.startswith(("host.", "spec."))} == {
-        *("host.ioctl", "host.kvm", "host.loop", "host.memory", "host.pagemap"),
+        *("host.ioctl", "host.kvm", "host.loop", "host.memory"),
         *("spec.config", "spec.machine_types"),
         *("host.kvm.abi", "host.kvm.cpuid", "host.kvm.handles", "host.kvm.probe"),
     }

@@ -8,7 +8,7 @@ import pytest
 from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
 from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.qmp import commands
-from godwit.qmp.commands import COMMANDS, announce, migration, network, vm
+from godwit.qmp.commands import COMMANDS, announce, devices, migration, network, vm
 from godwit.qmp.controller import Controller
 from godwit.qmp.protocol import CommandNotFound
 from godwit.spec import events
@@ -73,6 +73,9 @@ class Vm:
 
     def announce_info(self) -> list[dict[str, object]]:
         return self.announced
+
+    def devices(self) -> list[tuple[str, str, dict[str, int]]]:
+        return [("rng0", "virtio-rng", {"bytes": 7}), ("power0", "power", {})]
 
     def rx_filters(self, name: str | None) -> list[tuple[str, RxFilterInfo]]:
         if name is not None and name not in self.filters:
@@ -387,7 +390,7 @@ def test_parameters_change_all_or_none() -> None:
 
 
 def test_each_command_is_in_one_features_table() -> None:
-    tables = [feature.COMMANDS for feature in (vm, migration, announce, network)]
+    tables = [feature.COMMANDS for feature in (vm, migration, announce, network, devices)]
     names = [name for table in tables for name in table]
     assert len(set(names)) == len(names)
     assert set(COMMANDS) == set(names)
@@ -434,3 +437,10 @@ def test_events_with_reasons() -> None:
         {"name": "nic0", "path": "/machine/nic0"},
     )
     assert events.migration("active") == ("MIGRATION", {"status": "active"})
+
+
+def test_devices_are_listed_with_their_counters() -> None:
+    assert run(Vm(S.FINISH_MIGRATE), "query-devices") == [
+        {"id": "rng0", "kind": "virtio-rng", "counters": {"bytes": 7}},
+        {"id": "power0", "kind": "power", "counters": {}},
+    ]

@@ -303,9 +303,10 @@ def test_a_guest_error_is_an_event_and_a_line(place: Place) -> None:
 
 def test_counters_and_filters_are_by_device() -> None:
     place = Place(NIC, RNG)
-    counters = {(id, kind): dict(counts) for id, kind, counts in place.vm.counters()}
+    counters = {(id, kind): dict(counts) for id, kind, counts in place.vm.devices()}
     assert counters[("dice", "virtio-rng")] == {"requests": 0, "bytes": 0}
     assert ("nic0", "virtio-net") in counters
+    assert counters[("serial0", "serial")] == {}
     ((name, view),) = place.vm.rx_filters(None)
     assert (name, view.promiscuous) == ("nic0", True)
     with pytest.raises(ConfigError, match="no NIC 'nic7'; this VM has: nic0"):

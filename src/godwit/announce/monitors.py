@@ -7,6 +7,7 @@ then the guest's ack has to do, and the host knows fewer addresses.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from godwit.errors import HostError
@@ -20,7 +21,9 @@ from .dissect import Sighting
 from .frames import Tag
 from .nic_announcement import Verifier
 from .uplink import Uplink
-from .verify import Verification
+
+if TYPE_CHECKING:
+    from .verify import Verification
 
 
 class Monitors:
@@ -67,6 +70,8 @@ class Monitors:
                     watch.reopen()
             except HostError as error:
                 self._log(f"{name}: {error}")
+        from .verify import Verification  # few ask for it
+
         inject = watch.inject if watch and options.refresh else None
         verification = Verification(uplink, options.verify, inject)
         # Replaced, not changed: another thread may be going through it.

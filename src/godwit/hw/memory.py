@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from godwit.errors import ConfigError, GuestError
-from godwit.host import memory, pagemap
+from godwit.host import memory
 from godwit.host.ioctl import address_of
 
 PAGE = 4096
@@ -106,6 +106,8 @@ class GuestMemory:
         Raises:
             HostError, OSError: the kernel does not answer.
         """
+        from godwit.host import pagemap  # only migrations ask
+
         runs: list[tuple[int, int]] = []
         for region in self.regions:
             if self.fd is None:

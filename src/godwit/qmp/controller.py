@@ -8,7 +8,7 @@ since: the table of transitions has the last word.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from godwit.hw.nic.rx_filter_info import RxFilterInfo
@@ -97,7 +97,19 @@ class NetworkController(Protocol):
         """
 
 
+class DeviceController(Protocol):
+    """The machine's devices."""
+
+    def devices(self) -> list[tuple[str, str, Mapping[str, int]]]:
+        """Return (id, kind, counters) of each device; one that does not count has no counters."""
+
+
 class Controller(
-    VmController, MigrationController, AnnounceController, NetworkController, Protocol
+    VmController,
+    MigrationController,
+    AnnounceController,
+    NetworkController,
+    DeviceController,
+    Protocol,
 ):
     """A VM as its operator sees it."""

@@ -22,8 +22,6 @@ from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine
 from godwit.machine.vcpu import StopReason
-from godwit.qmp import commands
-from godwit.qmp.server import Server
 from godwit.spec import events
 from godwit.spec.config import NicConfig
 from godwit.spec.events import Event
@@ -35,6 +33,7 @@ from .migrations import Migrations
 if TYPE_CHECKING:
     from godwit.migration.outgoing import Outgoing
     from godwit.migration.times import Times
+    from godwit.qmp.server import Server
 
 _S = RunState
 
@@ -98,6 +97,8 @@ class Vmm:
             # Before the server: the frames leave before the events are sent.
             self.states.listen(self.announcer.run_state_changed)
             if qmp is not None:
+                from godwit.qmp.server import Server
+
                 self._server = Server(loop, qmp, self._execute, self._loop_error)
                 self.states.listen(self._server.run_state_changed)
             for nic in self.machine.nics:
@@ -122,8 +123,8 @@ class Vmm:
         """Start the loaded kernel, with autostart."""
         if self._autostart:
             self.cont()
-        # The guest is on its way; what only a migration needs is imported meanwhile.
-        self._loop.call_soon(_prepare_to_migrate)
+        # The guest is on its way; what only its operator's commands need is imported meanwhile.
+        self._loop.call_soon(_import_commands)
 
     def await_guest(self, uri: str | None, insecure: bool) -> None:
         """Be a destination; with ``uri`` None, for the migrate-incoming that names one."""
@@ -163,12 +164,13 @@ class Vmm:
         self._filter_reported -= {nic.id for nic in nics}
         return [(nic.id, nic.rx_filter()) for nic in nics]
 
-    def counters(self) -> list[tuple[str, str, Mapping[str, int]]]:
-        """Return (id, kind, counters) of each device that counts."""
+    def devices(self) -> list[tuple[str, str, Mapping[str, int]]]:
+        """Return (id, kind, counters) of each device; one that does not count has no counters."""
+        devices = self.machine.devices
+        parts = ((device, devices.part(device, Counts)) for device in devices)
         return [
-            (device.id, device.kind, part.counters())
-            for device in self.machine.devices
-            if (part := self.machine.devices.part(device, Counts)) is not None
+            (device.id, device.kind, part.counters() if part is not None else {})
+            for device, part in parts
         ]
 
     def stop(self) -> None:
@@ -225,6 +227,8 @@ class Vmm:
 
     # --- what happens -----------------------------------------------------------------------------
     def _execute(self, name: str, arguments: Mapping[str, object]) -> object:
+        from godwit.qmp import commands
+
         return commands.execute(self, name, arguments)
 
     def _emit(self, event: Event, data: dict[str, object]) -> None:
@@ -316,8 +320,9 @@ class Vmm:
         self._loop.call_soon(self._loop.stop)
 
 
-def _prepare_to_migrate() -> None:
-    """Import the source's side, so that a later migration does not begin with reading files."""
+def _import_commands() -> None:
+    """Import commands and the source's side, so that neither begins with reading files."""
     from godwit.migration import guest, source
+    from godwit.qmp import commands
 
-    del guest, source
+    del commands, guest, source

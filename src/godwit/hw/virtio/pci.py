@@ -9,23 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from struct import pack, pack_into
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 
 from godwit.errors import GuestError, StreamError
 from godwit.hw.device import Device, HasSetupHints, Slot
-from godwit.hw.irq import Msix
-from godwit.hw.pci import PciFunction
+from godwit.hw.irq import Msix, MsixState
+from godwit.hw.pci import PciFunction, PciState
 from godwit.hw.setup_hints import SetupHints
+from godwit.spec.saved import U64
 
 from . import common
 from . import device as v
 from .cfg_access import CfgAccess
-from .common import CommonConfig
+from .common import CommonConfig, CommonState
 from .device import VirtioDevice
 from .notify import STRIDE, Notifications
-from .state import TransportState
+from .queue import QueueState
 
 BAR_SIZE = 0x4000
 _COMMON, _ISR, _DEVICE, _TABLE, _PENDING, _NOTIFY = 0, 0x400, 0x800, 0x1000, 0x1800, 0x2000
@@ -33,6 +34,19 @@ _CAP_MSIX, _CAP_VENDOR = 0x11, 0x09
 _KINDS = ((1, _COMMON, common.SIZE), (3, _ISR, 1), (4, _DEVICE, 0x100))
 
 _T = TypeVar("_T")
+
+
+class TransportState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The transport's share of a virtio device's saved state."""
+
+    pci: PciState
+    msix: MsixState
+    common: CommonState
+    negotiated: U64
+    isr: Annotated[int, msgspec.Meta(ge=0, le=3)]
+    #: The configuration access capability: a driver may stand between setting and using it.
+    cfg_access: Annotated[bytes, msgspec.Meta(min_length=CfgAccess.SIZE, max_length=CfgAccess.SIZE)]
+    queues: Annotated[list[QueueState], msgspec.Meta(max_length=64)]
 
 
 class VirtioState(msgspec.Struct, Generic[_T], frozen=True, forbid_unknown_fields=True):

@@ -36,8 +36,6 @@ from .control import (
     Control,
 )
 from .rxfilter import RxFilter, RxFilterState
-from .userspace import UserspaceBackend
-from .vhost import VhostBackend
 
 F_MTU = 1 << 3
 F_MAC = 1 << 5
@@ -333,12 +331,16 @@ def make(config: DeviceConfig, slot: Slot) -> VirtioPci:
 
 
 def _vhost(tap: Tap, slot: Slot) -> MakeBackend:
+    from .vhost import VhostBackend  # a guest does not wait for the other backend's code
+
     return lambda net: VhostBackend(
         tap, net.rx_backlog, slot.memory, slot.loop, net.lock, lambda m: net.on_guest_error(m)
     )
 
 
 def _userspace(tap: Tap, slot: Slot) -> MakeBackend:
+    from .userspace import UserspaceBackend
+
     return lambda net: UserspaceBackend(
         tap, net.rx_backlog, slot.loop, net.lock, net.accepts, lambda m: net.on_guest_error(m)
     )
