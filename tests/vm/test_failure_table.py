@@ -155,7 +155,7 @@ def test_the_destination_hangs(bench: Bench, guest: Guest, kind: Kind) -> None:
 
 def _given_up(source: Watched) -> bool:
     info = source.qmp.execute("query-migrate")
-    return info["status"] in ("completed", "failed") or "asking" in info.get("error-desc", "")
+    return info["status"] in ("completed", "failed") or "querying" in info.get("error-desc", "")
 
 
 @pytest.mark.parametrize("kind", _PHASES, ids=lambda kind: kind.name)

@@ -239,7 +239,7 @@ class Source(Outgoing):
         Raises:
             MigrationError: the guest is not there and never will be: it may run here.
         """
-        self.report.error = f"{cause}; querying the destination what became of the guest"
+        self.report.error = f"{cause}; querying the destination for the outcome"
         # If it is only silent: the other end is to listen elsewhere.
         self._live.interrupt()
         while True:
