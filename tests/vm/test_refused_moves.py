@@ -67,9 +67,9 @@ def test_who_refused_one_guest_takes_the_right_one(bench: Bench, guest: Guest) -
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
         assert stranger.recv(1000)[0] == messages.Kind.REFUSED
     line: SocketConnection = Address(uri, False).connect()
-    hello = messages.Hello("godwit-0.2", bytes(16), 2, [(0, 64 << 20)], [], {})
+    hello = messages.Hello("godwit-0.2", bytes(16), 2, [(0, 64 << 20)], [], 1)
     line.send(messages.Kind.HELLO, hello)
-    with pytest.raises(PeerRefused, match=r"RAM.*NICs: 0 at the source, 1 here"):
+    with pytest.raises(PeerRefused, match=r"RAM.*device nic0 .*missing at the source"):
         line.expect_struct(messages.Kind.WELCOME, messages.Welcome)
     line.close()
     assert target.status() == "inmigrate"
