@@ -210,8 +210,8 @@ def test_a_virtio_net_takes_the_state_and_goes_on(stream: Stream, memory: GuestM
         bench.load(state)
         assert bench.save() == state
         assert bench.net.mac == MAC
-        assert bench.net.filter.vlans == [0, 100, 200]
-        assert not bench.net.filter.promiscuous
+        assert bench.net.control.filter.vlans == [0, 100, 200]
+        assert not bench.net.control.filter.promiscuous
         assert all(queue.enabled for queue in bench.net.queues)
         bench.pci.resume()
         assert bench.backend.running

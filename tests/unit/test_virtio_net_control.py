@@ -37,7 +37,7 @@ def test_switches(bench: Bench) -> None:
     for command, name in enumerate((*names, "no_broadcast")):
         for value in (1, 0):
             assert bench.guest.command(0, command, bytes((value,))) == OK
-            assert getattr(bench.net.filter, name) is bool(value)
+            assert getattr(bench.net.control.filter, name) is bool(value)
     assert bench.guest.command(0, 6, b"\1") == ERR
 
 
@@ -47,13 +47,13 @@ def test_tables(bench: Bench) -> None:
     # Linux sends both tables as one buffer each.
     whole = _tables([A, B], [C])
     assert guest.command(1, 0, whole[:16], whole[16:]) == OK
-    assert (net.filter.unicast, net.filter.multicast) == ([A, B], [C])
+    assert (net.control.filter.unicast, net.control.filter.multicast) == ([A, B], [C])
     many = [struct.pack("<HI", 2, i) for i in range(65)]
     assert guest.command(1, 0, _tables(many, [])) == OK
-    assert (net.filter.unicast, net.filter.unicast_overflow) == ([], True)
-    assert (net.filter.multicast, net.filter.multicast_overflow) == ([], False)
+    assert (net.control.filter.unicast, net.control.filter.unicast_overflow) == ([], True)
+    assert (net.control.filter.multicast, net.control.filter.multicast_overflow) == ([], False)
     assert guest.command(1, 0, _tables([], [])) == OK
-    assert not net.filter.unicast_overflow
+    assert not net.control.filter.unicast_overflow
 
 
 def test_vlans(bench: Bench) -> None:
@@ -61,10 +61,10 @@ def test_vlans(bench: Bench) -> None:
     guest.probe()
     for vid in (0, 100, 4095, 100):
         assert guest.command(2, 0, vid.to_bytes(2, "little")) == OK
-    assert net.filter.vlans == [0, 100, 4095]
+    assert net.control.filter.vlans == [0, 100, 4095]
     for _ in range(2):
         assert guest.command(2, 1, b"\x64\0") == OK
-    assert net.filter.vlans == [0, 4095]
+    assert net.control.filter.vlans == [0, 4095]
 
 
 def test_the_mac_address(bench: Bench) -> None:
@@ -105,9 +105,9 @@ def test_malformed_and_unknown_requests_fail_and_change_nothing(
     bench: Bench, kind: int, command: int, data: bytes
 ) -> None:
     bench.guest.probe()
-    before = bench.net.filter.copy()
+    before = bench.net.control.filter.copy()
     assert bench.guest.command(kind, command, data) == ERR
-    assert bench.net.filter == before
+    assert bench.net.control.filter == before
     assert bench.net.mac == MAC
     assert not bench.errors
 

@@ -28,11 +28,11 @@ from godwit.spec.saved import Mac
 
 from .backend import Backend, Ring
 from .control import (
-    ERR,
+    F_CTRL_MAC_ADDR,
     F_CTRL_RX,
     F_CTRL_RX_EXTRA,
     F_CTRL_VLAN,
-    OK,
+    F_GUEST_ANNOUNCE,
     Control,
 )
 from .rxfilter import RxFilter, RxFilterState
@@ -41,8 +41,6 @@ F_MTU = 1 << 3
 F_MAC = 1 << 5
 F_STATUS = 1 << 16
 F_CTRL_VQ = 1 << 17
-F_GUEST_ANNOUNCE = 1 << 21
-F_CTRL_MAC_ADDR = 1 << 23
 
 _OWN_FEATURES = (
     F_MAC | F_STATUS | F_CTRL_VQ | F_CTRL_RX | F_CTRL_VLAN | F_CTRL_RX_EXTRA | F_CTRL_MAC_ADDR
@@ -90,8 +88,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
     ) -> None:
         sizes = queue_size, queue_size, _CTRL_QUEUE_SIZE
         super().__init__(id, _OWN_FEATURES, [Virtqueue(memory, size) for size in sizes])
-        self.configured_mac = mac
-        self._mac = mac
+        self.control = Control(mac)
         self._mtu = mtu
         self._queue_size = queue_size
         self._loop = loop
@@ -104,16 +101,14 @@ class VirtioNet(VirtioDevice, Nic, Counts):
             self._offered |= F_MTU
         if guest_announce:
             self._offered |= F_GUEST_ANNOUNCE
-        self._announce_pending = False
-        self._counts = {"control-requests": 0, "announcements": 0, "acknowledgements": 0}
-        self.filter = RxFilter()
+        self._announcements = 0
         self.on_ack: Callable[[], None] = lambda: None
         self.on_filter: Callable[[], None] = lambda: None
 
     def properties(self) -> Mapping[str, str | int | None]:
         """Return the configured MAC address, MTU and queue size."""
         return {
-            "mac": self.configured_mac.hex(":"),
+            "mac": self.control.configured_mac.hex(":"),
             "mtu": self._mtu,
             "queue-size": self._queue_size,
         }
@@ -124,13 +119,17 @@ class VirtioNet(VirtioDevice, Nic, Counts):
 
     def counters(self) -> Mapping[str, int]:
         """Return how many control requests, announcements and acknowledgements there were."""
-        return dict(self._counts)
+        return {
+            "control-requests": self.control.requests,
+            "announcements": self._announcements,
+            "acknowledgements": self.control.acknowledgements,
+        }
 
     # --- Nic --------------------------------------------------------------------------------------
     @property
     def mac(self) -> bytes:
         """The MAC address in force."""
-        return self._mac
+        return self.control.mac
 
     def announce(self) -> bool:
         """Ask the guest to announce itself (5.1.6.5.4); return False when it cannot.
@@ -142,8 +141,8 @@ class VirtioNet(VirtioDevice, Nic, Counts):
                 return False
             if not self.queues[CTRL].enabled:
                 return False  # there would be no way to acknowledge it
-            self._announce_pending = True
-            self._counts["announcements"] += 1
+            self.control.announce_pending = True
+            self._announcements += 1
             self.transport.signal_config()
             return True
 
@@ -154,22 +153,22 @@ class VirtioNet(VirtioDevice, Nic, Counts):
     def rx_filter(self) -> RxFilterInfo:
         """Return what the driver asked for on the control queue."""
         with self.lock:
-            return self.filter.view(self._mac, bool(self.negotiated & F_CTRL_VLAN))
+            return self.control.filter.view(self.mac, bool(self.negotiated & F_CTRL_VLAN))
 
     @property
     def announce_pending(self) -> bool:
         """Whether an announcement waits for its acknowledgement."""
-        return self._announce_pending
+        return self.control.announce_pending
 
     def accepts(self, frame: memoryview) -> bool:
         """Return whether the driver's filter takes ``frame``; the userspace backend asks."""
-        return self.filter.accepts(frame, self._mac, bool(self.negotiated & F_CTRL_VLAN))
+        return self.control.filter.accepts(frame, self.mac, bool(self.negotiated & F_CTRL_VLAN))
 
     # --- VirtioDevice -----------------------------------------------------------------------------
     def config(self) -> bytes:
         """Return the configuration, which the guest cannot write: CTRL_MAC_ADDR sets the MAC."""
-        status = S_LINK_UP | (S_ANNOUNCE if self._announce_pending else 0)
-        return _CONFIG.pack(self._mac, status, 1, self._mtu or 0)
+        status = S_LINK_UP | (S_ANNOUNCE if self.announce_pending else 0)
+        return _CONFIG.pack(self.mac, status, 1, self._mtu or 0)
 
     def prepare(self, features: int) -> None:
         """Have the backend prepare for these features."""
@@ -185,7 +184,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
         self.started = True
         if self.queues[CTRL].enabled:
             self._loop.watch(self.transport.kick_fd(CTRL), self._control_kicked)
-        if self._announce_pending:
+        if self.announce_pending:
             self.transport.signal_config()  # it survived a migration or a stop: raise it again
 
     def stop(self) -> None:
@@ -198,9 +197,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
     def reset(self) -> None:
         """Forget what the driver set."""
         self.rx_backlog.clear()
-        self._announce_pending = False
-        self._mac = self.configured_mac
-        self.filter = RxFilter()
+        self.control.reset()
 
     def vector_changed(self, index: int) -> None:
         """Interrupt by another eventfd for a data queue."""
@@ -220,7 +217,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
     # --- saved state ------------------------------------------------------------------------------
     def save(self) -> NetState:
         """Return the state; paused."""
-        return NetState(self._mac, self._announce_pending, self.filter.save())
+        return NetState(self.mac, self.announce_pending, self.control.filter.save())
 
     def load(self, state: NetState) -> None:
         """Take over a saved state; paused, and after the transport's.
@@ -232,9 +229,9 @@ class VirtioNet(VirtioDevice, Nic, Counts):
             raise StreamError(f"mac: {state.mac.hex(':')} is a multicast address")
         if state.announce_pending and not self.negotiated & F_GUEST_ANNOUNCE:
             raise StreamError("announce_pending: the guest did not negotiate GUEST_ANNOUNCE")
-        self._mac = state.mac
-        self._announce_pending = state.announce_pending
-        self.filter = RxFilter.load(state.filter)
+        self.control.mac = state.mac
+        self.control.announce_pending = state.announce_pending
+        self.control.filter = RxFilter.load(state.filter)
 
     # --- the control queue ------------------------------------------------------------------------
     def _control_kicked(self) -> None:
@@ -242,65 +239,20 @@ class VirtioNet(VirtioDevice, Nic, Counts):
             if not self.started:
                 return
             drain(self.transport.kick_fd(CTRL))
-            before = self.filter.copy(), self._mac
-            acked = 0
+            control = self.control
+            before = control.filter.copy(), control.mac
+            acknowledged = control.acknowledgements
             with self.guarded("control queue"):
-                acked = self.serve_control()
-            changed = (self.filter, self._mac) != before
-        for _ in range(acked):
+                if control.serve(self.queues[CTRL], self.negotiated):
+                    os.eventfd_write(self.transport.kick_fd(CTRL), 1)
+                if self.queues[CTRL].should_notify():
+                    self.transport.signal_queue(CTRL)
+            changed = (control.filter, control.mac) != before
+            acknowledged = control.acknowledgements - acknowledged
+        for _ in range(acknowledged):
             self.on_ack()
         if changed:
             self.on_filter()
-
-    def serve_control(self) -> int:
-        """Answer the control queue's requests; return how many announcements were acknowledged.
-
-        Raises:
-            GuestError: a request without space for its command or its answer.
-        """
-        queue = self.queues[CTRL]
-        control = Control(self.filter, self.negotiated)
-        acked = 0
-        # A driver waits for each answer, so more than a ring's worth in one go is not honest work.
-        for _ in range(queue.size):
-            chain = queue.pop()
-            if chain is None:
-                break
-            if chain.readable_size() < 2 or not chain.writable_size():
-                raise GuestError("a request needs a class, a command and a byte for the answer")
-            self._counts["control-requests"] += 1
-            request = chain.read(1 << 16)
-            kind, command, data = request[0], request[1], request[2:]
-            if kind == 3:
-                status = self._acknowledge(command, data)
-                acked += status == OK
-            elif kind == 1 and command == 1:
-                status = self._set_mac(data)
-            else:
-                status = control.execute(kind, command, data)
-            next(part for part in chain.writable if len(part))[0] = status
-            queue.push(chain, 1)
-        else:
-            os.eventfd_write(self.transport.kick_fd(CTRL), 1)
-        if queue.should_notify():
-            self.transport.signal_queue(CTRL)
-        return acked
-
-    def _acknowledge(self, command: int, data: bytes) -> int:
-        """Execute a request of class 3: clear the bit before the buffer is used (5.1.6.5.4.2)."""
-        if command != 0 or data or not self._announce_pending:
-            return ERR
-        if not self.negotiated & F_GUEST_ANNOUNCE:
-            return ERR
-        self._announce_pending = False
-        self._counts["acknowledgements"] += 1
-        return OK
-
-    def _set_mac(self, data: bytes) -> int:
-        if not self.negotiated & F_CTRL_MAC_ADDR or len(data) != 6 or data[0] & 1:
-            return ERR
-        self._mac = bytes(data)
-        return OK
 
 
 def make(config: DeviceConfig, slot: Slot) -> VirtioPci:
