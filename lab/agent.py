@@ -5,7 +5,6 @@ import select
 import socket
 import time
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 from .errors import AgentError
@@ -53,12 +52,7 @@ class Agent:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
