@@ -1,3 +1,3 @@
-"""Godwit: a KVM virtual machine monitor whose guests keep their network when they move."""
+"""Godwit: a KVM virtual machine monitor whose guests keep their network when they migrate."""
 
 __version__ = "0.1.0"

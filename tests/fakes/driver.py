@@ -18,6 +18,17 @@ _DESC = Struct("<QIHH")
 _USED = Struct("<II")
 
 
+def read_u16(memory: GuestMemory, address: int) -> int:
+    """Return a little-endian u16, read in one access, as a guest's driver does."""
+    return int(memory.view(address, 2).cast("H")[0])
+
+
+def write_u16(memory: GuestMemory, address: int, value: int) -> None:
+    """Store a little-endian u16 in one access (``struct.pack_into`` would show a zero first)."""
+    memory.view(address, 2).cast("H")[0] = value
+    memory.mark_dirty(address, 2)
+
+
 class Part(NamedTuple):
     """One descriptor: where, how long, and whether the device writes it."""
 
@@ -59,7 +70,7 @@ class Driver:
         memory.write(base, bytes(self.space - base))
 
     def set_up(self, queue: Virtqueue, features: int | None = None) -> None:
-        """Tell ``queue`` where its rings are; with ``features``, enable it too."""
+        """Set the rings of ``queue``; with ``features``, enable it too."""
         queue.size = self.size
         queue.desc, queue.avail, queue.used = self.desc, self.avail, self.used
         if features is not None:
@@ -84,30 +95,30 @@ class Driver:
 
     def set_flags(self, flags: int) -> None:
         """``avail.flags``: 1 asks for no interrupts."""
-        self.memory.write_u16(self.avail, flags)
+        write_u16(self.memory, self.avail, flags)
 
     def set_used_event(self, index: int) -> None:
         """Ask for an interrupt when the used index passes ``index`` (EVENT_IDX)."""
-        self.memory.write_u16(self.avail + 4 + 2 * self.size, index & 0xFFFF)
+        write_u16(self.memory, self.avail + 4 + 2 * self.size, index & 0xFFFF)
 
     def avail_event(self) -> int:
-        """The index whose addition the device wants to hear of (EVENT_IDX)."""
-        return self.memory.read_u16(self.used + 4 + 8 * self.size)
+        """The index whose addition the device wants a notification for (EVENT_IDX)."""
+        return read_u16(self.memory, self.used + 4 + 8 * self.size)
 
     def avail_index(self) -> int:
         """The available index, as the ring shows it."""
-        return self.memory.read_u16(self.avail + 2)
+        return read_u16(self.memory, self.avail + 2)
 
     def used_index(self) -> int:
         """The used index, as the ring shows it."""
-        return self.memory.read_u16(self.used + 2)
+        return read_u16(self.memory, self.used + 2)
 
     # --- adding -----------------------------------------------------------------------------------
     def publish(self, head: int) -> None:
         """Make ``head`` available, whatever it is."""
-        self.memory.write_u16(self.avail + 4 + 2 * (self.added % self.size), head)
+        write_u16(self.memory, self.avail + 4 + 2 * (self.added % self.size), head)
         self.added += 1
-        self.memory.write_u16(self.avail + 2, self.added & 0xFFFF)
+        write_u16(self.memory, self.avail + 2, self.added & 0xFFFF)
 
     def add(self, parts: Sequence[Part], *, indirect: bool = False) -> int:
         """Make a buffer of ``parts`` available; its head."""
@@ -152,7 +163,7 @@ class Driver:
         """
         old, self._kicked = self._kicked, self.added
         if not self.event_idx:
-            return not self.memory.read_u16(self.used) & 1
+            return not read_u16(self.memory, self.used) & 1
         return (self.added - self.avail_event() - 1) & 0xFFFF < (self.added - old) & 0xFFFF
 
     # --- taking back ------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_the_end_of_the_block_is_the_end_of_the_vm(tmp_path: Path) -> None:
         vm.status()
         vm.kill()
         assert vm.wait() == -9
-        with pytest.raises(VmGone, match="hung up"):
+        with pytest.raises(VmGone, match="closed the connection"):
             vm.status()
 
 

@@ -19,7 +19,7 @@ from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.virtio.net.backend import Ring
 from godwit.hw.virtio.net.vhost import VhostBackend
 from godwit.hw.virtio.queue import F_EVENT_IDX, Virtqueue
-from tests.fakes.driver import Driver, Part
+from tests.fakes.driver import Driver, Part, write_u16
 from tests.fakes.tap import FakeTap
 from tests.fakes.vhost import FakeVhost
 
@@ -180,7 +180,7 @@ def test_a_late_frame_goes_in_after_what_vhost_used(bench: Bench) -> None:
     bench.start()
     # vhost received three frames meanwhile: it has moved on, and so has the used ring.
     bench.device.bases[0] = 3
-    bench.memory.write_u16(bench.rx.used + 2, 3)
+    write_u16(bench.memory, bench.rx.used + 2, 3)
     bench.backlog.inject([frame(7)])
     assert bench.rx.used_index() == 4
     assert bench.device.bases[0] == 4

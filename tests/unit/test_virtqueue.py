@@ -7,7 +7,7 @@ import pytest
 from godwit.errors import GuestError
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
-from tests.fakes.driver import Driver, Part
+from tests.fakes.driver import Driver, Part, write_u16
 
 SIZE = 8
 
@@ -168,7 +168,7 @@ def test_avail_event_asks_for_the_next_buffer_only_when_the_ring_is_empty(
 def test_a_ring_that_vhost_left_asks_for_notifications_again(memory: GuestMemory) -> None:
     """Without EVENT_IDX vhost sets VRING_USED_F_NO_NOTIFY while it polls, and leaves it so."""
     driver, queue = _pair(memory, 0)
-    memory.write_u16(driver.used, 1)
+    write_u16(memory, driver.used, 1)
     driver.add_out(b"x")
     assert not driver.must_kick()
     assert queue.pop() is not None
@@ -211,7 +211,7 @@ def test_a_queue_goes_on_where_it_was_saved(memory: GuestMemory, features: int) 
 
 def test_another_device_may_have_moved_the_used_index(memory: GuestMemory) -> None:
     driver, queue = _pair(memory, F_EVENT_IDX)
-    memory.write_u16(driver.used + 2, 777)
+    write_u16(memory, driver.used + 2, 777)
     queue.last_avail = 777
     queue.resync_used()
     assert queue.last_used == 777
@@ -268,5 +268,5 @@ def _go_to(driver: Driver, queue: Virtqueue, index: int) -> None:
     """Both sides at free-running ``index``."""
     driver.added = driver.taken = driver._kicked = index
     queue.last_avail = queue.last_used = index & 0xFFFF
-    driver.memory.write_u16(driver.avail + 2, index & 0xFFFF)
-    driver.memory.write_u16(driver.used + 2, index & 0xFFFF)
+    write_u16(driver.memory, driver.avail + 2, index & 0xFFFF)
+    write_u16(driver.memory, driver.used + 2, index & 0xFFFF)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from godwit.errors import GuestError
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
-from tests.fakes.driver import INDIRECT, NEXT, WRITE, Driver
+from tests.fakes.driver import INDIRECT, NEXT, WRITE, Driver, write_u16
 
 SIZE = 8
 RAM = 32 << 20
@@ -122,7 +122,7 @@ def _too_far_ahead(driver: Driver) -> None:
 
 
 def _behind(driver: Driver) -> None:
-    driver.memory.write_u16(driver.avail + 2, 0xFFFF)
+    write_u16(driver.memory, driver.avail + 2, 0xFFFF)
 
 
 MALFORMED = {
@@ -274,7 +274,7 @@ def test_garbage_in_the_rings_is_a_guest_error_or_a_chain_in_ram(
     outer = [(place if flags & INDIRECT else at, n, flags, to) for at, n, flags, to in table]
     memory.write(driver.desc, _table(*outer))
     memory.write(driver.avail + 4, struct.pack(f"<{SIZE}H", *avail))
-    memory.write_u16(driver.avail + 2, index)
+    write_u16(memory, driver.avail + 2, index)
     try:
         for _ in range(SIZE + 1):
             chain = queue.pop()

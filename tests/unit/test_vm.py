@@ -124,11 +124,19 @@ def test_a_guest_goes_from_one_vm_to_the_other(pair: tuple[Place, Place], tmp_pa
     uri = f"unix:{tmp_path / 'm'}"
     other.vm.await_guest(uri, False)
     states: list[tuple[RunState, bool]] = []
-    other.vm.states.listen(lambda old, new: states.append((new, other.vm.machine.running)))
+    running = threading.Event()
+
+    def note(old: RunState, new: RunState) -> None:
+        states.append((new, other.vm.machine.running))
+        if new is S.RUNNING:
+            running.set()
+
+    other.vm.states.listen(note)
     one.vm.migrate(uri, False)
     with pytest.raises(StateError, match="under way already"):
         one.vm.migrate(uri, False)
     one.finish_migration()
+    assert running.wait(60), "the source is notified first"
     assert states == [(S.PRELAUNCH_MIGRATE, False), (S.RUNNING, True)], "machine first, then state"
     assert (one.vm.machine.running, other.vm.machine.running) == (False, True)
     assert one.vm.states.current is S.POSTMIGRATE

@@ -1,1 +1,1 @@
-"""The command line: argv to action; the only place that exits and prints for people."""
+"""The command line, from argv to action: the only place that exits and prints for people."""

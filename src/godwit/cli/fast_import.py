@@ -1,4 +1,4 @@
-"""Imported before anything else by what starts a guest: it makes msgspec's import a lighter one.
+"""A lighter import of msgspec, to be imported first by what starts a guest.
 
 msgspec looks for typing_extensions first (msgspec/_utils.py), which only development tools bring
 here, and with it inspect, ast and tokenize: a sixth of the start-up, which a guest waits for. The

@@ -14,7 +14,7 @@ from godwit.spec.config import DEVICE_OPTIONS
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; the exit code."""
+    """Run the command line; return the exit code."""
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.action(arguments)
@@ -29,8 +29,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Help as wide as the terminal. argparse asks shutil for that, at each start and not only for
-    help, and shutil brings three compressors along: a twentieth of the way to a running guest."""
+    """A formatter of help that is as wide as the terminal.
+
+    argparse asks shutil for the width, at each start and not only for help, and shutil brings three
+    compressors along: a twentieth of the start-up of a guest.
+    """
 
     def __init__(self, prog: str) -> None:
         try:
@@ -41,7 +44,7 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class _Parser(argparse.ArgumentParser):
-    """With that formatter; its subparsers are of this class as well."""
+    """A parser with that formatter, as are its subparsers."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(formatter_class=_Formatter, **given)
@@ -49,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="godwit", description="A KVM VMM whose guests keep their network when they move."
+        prog="godwit", description="A KVM VMM whose guests keep their network when they migrate."
     )
     parser.add_argument("--version", action="version", version=f"godwit {__version__}")
     sub = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -103,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     migrate = sub.add_parser("migrate", help="migrate a running guest, or save it")
     migrate.add_argument("--qmp", required=True, help="the guest's QMP socket")
     migrate.add_argument("--insecure", action="store_true", help="allow tcp: beyond this host")
-    migrate.add_argument("uri", help="where a 'godwit run --incoming' waits, or file:PATH")
+    migrate.add_argument(
+        "uri", help="the address at which a 'godwit run --incoming' waits, or file:PATH"
+    )
     migrate.set_defaults(action=_migrate)
     return parser
 

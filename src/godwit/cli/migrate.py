@@ -1,11 +1,10 @@
-"""``godwit migrate``: migrates a guest by its QMP socket, shows the copy, prints the report."""
+"""``godwit migrate``: a migration by the guest's QMP socket, with progress and report."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 from godwit.client.qmp import Client
@@ -19,10 +18,10 @@ _BAR = 24
 
 
 def migrate(qmp: str, uri: str, insecure: bool) -> int:
-    """Migrate the guest behind ``qmp`` to ``uri``, and return 0 once it has arrived.
+    """Migrate the guest behind ``qmp`` to ``uri``; return 0 once the guest has arrived.
 
     Raises:
-        GodwitError: it was refused or failed; the guest is where it was.
+        GodwitError: the migration was refused or failed; the guest is where it was.
     """
     with Client.connect(qmp) as client, Progress(sys.stderr) as progress:
         client.execute("migrate", {"uri": uri, "insecure": insecure})
@@ -40,7 +39,7 @@ def migrate(qmp: str, uri: str, insecure: bool) -> int:
 
 
 class Progress:
-    """One line of a terminal, written anew each time and gone with the block; else nothing."""
+    """One line of a terminal, written anew each time and gone with the block, or else nothing."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -50,19 +49,14 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._width:
             self._write("")
             self._stream.write("\r")
             self._stream.flush()
 
     def show(self, text: str) -> None:
-        """Replace the line."""
+        """Replace the line by ``text``."""
         if self._shows:
             # In the last column a terminal may wrap, and \r would not come back to the line.
             self._write(text[: max(1, shutil.get_terminal_size().columns - 1)])
@@ -74,7 +68,7 @@ class Progress:
 
 
 def doing(info: dict[str, Any]) -> str:
-    """Return the copy's progress, and while RAM is copied what stands in the way of the end."""
+    """Return the progress of the copy, and while RAM is copied, dirty pages and throttle."""
     ram = info.get("ram", {})
     sent, left = ram.get("transferred", 0), ram.get("remaining", 0)
     text = printable(info["status"])
@@ -91,7 +85,7 @@ def doing(info: dict[str, Any]) -> str:
 
 
 def rows(info: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the report: names and values."""
+    """Return the report as names and values."""
     own = info["godwit"]
     found = [("total time", f"{info['total-time']:.0f} ms")]
     if "downtime" in info:  # a guest in a file is not running yet
@@ -111,6 +105,6 @@ def rows(info: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def table(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the rows as lines, the values below each other; a peer's words are in them."""
+    """Return the rows as printable lines, with the values below each other."""
     width = max(len(name) for name, _ in rows)
     return [f"{name.ljust(width)}  {printable(value)}" for name, value in rows]

@@ -32,10 +32,10 @@ _ESCAPE = 0x1D  # ctrl-]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run a VM until it ends; the exit code.
+    """Run a VM until its end; return the exit code.
 
     Raises:
-        GodwitError: it could not be made.
+        GodwitError: the VM could not be made.
     """
     memory, shared = parse_memory(arguments.memory)
     config = VmConfig(
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(board: Board, arguments: argparse.Namespace) -> int:
-    """The rest of it, for a guest that may be on its way already."""
+    """Make the rest of the VM, for a guest that may run already, and run the loop."""
     from . import fast_import as lean  # before all that needs msgspec
 
     del lean
@@ -121,7 +121,7 @@ def _console(spec: str) -> Iterator[tuple[Console, bool]]:
     if spec == "none":
         path = os.devnull
     elif kind != "file" or not path:
-        raise ConfigError(f"--console {spec}: stdio, file:PATH or none, please")
+        raise ConfigError(f"--console {spec}: give stdio, file:PATH or none")
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     except OSError as error:
@@ -134,7 +134,7 @@ def _console(spec: str) -> Iterator[tuple[Console, bool]]:
 
 @contextmanager
 def _input(loop: Loop, vmm: Vmm, interactive: bool, log: Callable[[str], None]) -> Iterator[None]:
-    """The terminal's keys go to the guest, raw, until the escape."""
+    """Send the terminal's keys to the guest, raw, until the escape."""
     fd = sys.stdin.fileno() if interactive and sys.stdin else -1
     if fd < 0:
         yield

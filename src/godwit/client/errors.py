@@ -1,4 +1,4 @@
-"""What a client's calls raise, beside the tree of ``godwit.errors``.
+"""The errors of a client's calls, beside the tree of ``godwit.errors``.
 
 ::
 
@@ -13,11 +13,11 @@ from godwit.errors import ConfigError, GodwitError, HostError
 
 
 class ClientError(GodwitError):
-    """Base of every error that a client raises on purpose."""
+    """The base of every error that a client raises on purpose."""
 
 
 class CommandRefused(ClientError, ConfigError):
-    """The VM's answer to a command, if that is an error; its class is in ``error_class``."""
+    """An error that is the VM's answer to a command; its class is in ``error_class``."""
 
     def __init__(self, text: str, error_class: str) -> None:
         super().__init__(text)
@@ -25,4 +25,4 @@ class CommandRefused(ClientError, ConfigError):
 
 
 class VmGone(ClientError, HostError):
-    """No VM on the socket, or none that answers in time and as QMP has it."""
+    """The absence of a VM on the socket that answers in time and as QMP has it."""

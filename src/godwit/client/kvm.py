@@ -1,4 +1,4 @@
-"""The question that comes before a VM is started: can this host run one?"""
+"""The check before a VM is started: can this host run one?"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Messages:
         """Add what has arrived, and yield each whole message and its length in bytes.
 
         Raises:
-            ValueError: it is not a stream of JSON objects, or one is too long.
+            ValueError: the stream is not one of JSON objects, or a message is too long.
         """
         self._data += data
         while match := (_INSIDE if self._quoted else _OUTSIDE).search(self._data, self._at):

@@ -1,7 +1,7 @@
 """A synchronous QMP client on a Unix socket, of Godwit or of QEMU.
 
-The server is not trusted: what it may make this process keep is bounded, and a call ends by its
-deadline however the server spreads its bytes.
+The server is not trusted: what a server may make this process keep is bounded, and a call ends by
+its deadline however the server spreads its bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, TypeVar
 
 from .errors import CommandRefused, VmGone
@@ -29,19 +28,19 @@ Event = Mapping[str, Any]
 MAX_EVENTS, MAX_EVENT_BYTES = 10_000, 8 << 20
 #: Between two attempts to connect to a VM that is not up yet, seconds.
 _RETRY = 0.02
-#: Of looking at what the socket holds, for a server that sends without an end, seconds.
+#: The longest look at what the socket holds, for a server that sends without an end, seconds.
 _LOOK = 1.0
 _CHUNK = 1 << 16
 
 
 class _Broken(Exception):
-    """The connection is of no use any more; the text says why."""
+    """The end of a connection's use; the text has the reason."""
 
 
 class Client:
     """A connection to one VM. Use it as a context manager, from one thread.
 
-    Events that arrive between calls are kept, in order, until they are asked for.
+    Events that arrive between calls are kept, in order, until asked for.
     """
 
     def __init__(self, path: str, sock: socket.socket) -> None:
@@ -95,16 +94,11 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Hang up; harmless when that has been done."""
+        """Close the connection; harmless the second time."""
         self._broken = self._broken or "the connection is closed"
         self._sock.close()
 
@@ -115,13 +109,13 @@ class Client:
 
         Raises:
             CommandRefused: the VM answered with an error.
-            VmGone: it did not answer.
+            VmGone: the VM did not answer.
         """
         with self._reported(f"'{command}'", deadline):
             reply = self._ask(command, arguments, time.monotonic() + deadline)
         if "error" in reply:
-            said = reply["error"] if isinstance(reply["error"], dict) else {}
-            text, kind = said.get("desc", "no reason given"), said.get("class", "GenericError")
+            found = reply["error"] if isinstance(reply["error"], dict) else {}
+            text, kind = found.get("desc", "no reason given"), found.get("class", "GenericError")
             raise CommandRefused(str(text), str(kind))
         return reply.get("return")
 
@@ -132,7 +126,7 @@ class Client:
             while not self._broken and time.monotonic() < end and self._receive():
                 pass
         except _Broken:
-            pass  # the next call that needs the VM says so
+            pass  # the next call that needs the VM raises it
         found = [event for event, _ in self._events]
         self._events.clear()
         self._event_bytes = 0
@@ -147,16 +141,16 @@ class Client:
         """Wait for the next event ``name`` whose data ``predicate`` accepts, and pass over others.
 
         Raises:
-            VmGone: none came within ``deadline`` seconds, or the VM hung up.
+            VmGone: none came within ``deadline`` seconds, or the VM closed the connection.
         """
         with self._reported(f"event {name}", deadline):
             return self._next(name, time.monotonic() + deadline, predicate)
 
     def wait_any(self, name: str, deadline: float) -> Event | None:
-        """Wait for the next event ``name``; None if it does not come within ``deadline`` seconds.
+        """Return the next event ``name``; None if none comes within ``deadline`` seconds.
 
         Raises:
-            VmGone: the VM hung up.
+            VmGone: the VM closed the connection.
         """
         with self._reported(f"event {name}", deadline):
             try:
@@ -176,7 +170,7 @@ class Client:
     def _ask(
         self, command: str, arguments: Mapping[str, object] | None, end: float
     ) -> dict[str, Any]:
-        """Send a command, and return its reply; those of commands given up before are dropped."""
+        """Send a command, and return its reply. Replies to commands given up before are dropped."""
         self._count += 1
         self._expected = self._count
         self._replies.clear()
@@ -207,7 +201,7 @@ class Client:
         """Send and receive until ``condition`` holds.
 
         Raises:
-            TimeoutError: it does not at ``end``.
+            TimeoutError: the condition does not hold at ``end``.
             _Broken: the connection broke.
         """
         while not condition():
@@ -229,23 +223,23 @@ class Client:
         except BlockingIOError:
             pass
         except OSError:
-            self._unsent.clear()  # what it sent before it hung up is still to be read
+            self._unsent.clear()  # what the VM sent before its end is still to be read
 
     def _receive(self) -> bool:
-        """Receive what a call of the system gives; False if that is nothing."""
+        """Receive what one system call gives; return False for nothing."""
         try:
             data = self._sock.recv(_CHUNK)
         except BlockingIOError:
             return False
         except OSError as error:
-            raise self._break(f"it hung up: {error.strerror}") from error
+            raise self._break(f"the VM closed the connection: {error.strerror}") from error
         if not data:
-            raise self._break("it hung up")
+            raise self._break("the VM closed the connection")
         try:
             for message, size in self._messages.feed(data):
                 self._sort(message, size)
         except ValueError as error:
-            raise self._break(f"what it sends is not QMP: {error}") from error
+            raise self._break(f"what the VM sends is not QMP: {error}") from error
         return True
 
     def _sort(self, message: dict[str, Any], size: int) -> None:
@@ -264,7 +258,7 @@ class Client:
 
     @contextmanager
     def _reported(self, what: str, deadline: float) -> Iterator[None]:
-        """Have the caller know a failure as VmGone."""
+        """Raise a failure as VmGone."""
         try:
             yield
         except TimeoutError as error:

@@ -1,4 +1,4 @@
-"""A VM as a process of its own: start one, wait for it, migrate it, end it.
+"""A VM as a process of its own: start one, wait for one, migrate one, end one.
 
 ::
 
@@ -84,7 +84,7 @@ class Vm:
 
     @property
     def pid(self) -> int:
-        """The process' id."""
+        """The id of the process."""
         return self._process.pid
 
     @property
@@ -100,7 +100,7 @@ class Vm:
 
     @property
     def qmp(self) -> Client:
-        """The QMP connection; the socket is waited for."""
+        """The QMP connection, for whose socket the first use waits."""
         if self._client is None:
             end = time.monotonic() + 60
             while not self.qmp_path.exists() and not self._ended and time.monotonic() < end:
@@ -112,7 +112,7 @@ class Vm:
         """Wait until ``text`` was printed, and return all that was printed.
 
         Raises:
-            VmGone: it was not, in ``deadline`` seconds, or the process exited before.
+            VmGone: ``text`` was not printed in ``deadline`` seconds, or before the process exited.
         """
         sought = text.encode()
         with self._changed:
@@ -125,7 +125,7 @@ class Vm:
             return self._text.decode(errors="replace")
 
     def status(self) -> str:
-        """Return the run state."""
+        """Return the VM's run state."""
         return str(self.qmp.execute("query-status")["status"])
 
     def migrate(self, uri: str, insecure: bool = False, deadline: float = 60.0) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class Vm:
         """Begin to migrate the guest; ``insecure`` allows ``tcp:`` beyond this host.
 
         Raises:
-            CommandRefused: the VM does not do that.
+            CommandRefused: the VM refused the migration.
         """
         self.qmp.execute("migrate", {"uri": uri, "insecure": insecure})
 
@@ -159,7 +159,7 @@ class Vm:
         """Wait until the process has exited, and return its exit code.
 
         Raises:
-            VmGone: it runs on after ``deadline`` seconds.
+            VmGone: the process still runs after ``deadline`` seconds.
         """
         try:
             code = self._process.wait(deadline)

@@ -1,7 +1,7 @@
-"""ACPI tables (ACPI 6.5, chapter 5): what a stock kernel needs to find CPUs, PCI and the button.
+"""ACPI tables (ACPI 6.5, chapter 5) that describe CPUs, PCI and the power button to a stock kernel.
 
-Without them Debian's kernel, which has no MP tables (MPPARSE is off), finds no local APIC and no
-MSI, and virtio-pci fails to probe.
+Without the tables Debian's kernel, which has no MP tables (MPPARSE is off), finds no local APIC and
+no MSI, and virtio-pci fails to probe.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ RSDP_ADDRESS = 0xE0000
 _TABLES_ADDRESS = 0xE0040
 _LOCAL_APIC = 0xFEE00000
 _IO_APIC = 0xFEC00000
-#: What PCI devices may use: below the I/O APIC, above RAM.
-PCI_WINDOW = (HOLE_START, _IO_APIC - 1)
+#: Addresses for PCI devices: below the I/O APIC, above RAM.
+PCI_RANGE = (HOLE_START, _IO_APIC - 1)
 
 _OEM = (b"GODWIT", b"GODWITVM", 1, b"GDWT", 1)
 
@@ -68,7 +68,7 @@ def _rsdp(xsdt: int) -> bytes:
 
 
 def _register(port: int, bits: int) -> bytes:
-    """Generic address structure in I/O space (5.2.3.2); an absent register has no port."""
+    """Return a generic address structure in I/O space (5.2.3.2), all zeros for port 0."""
     return pack("<BBBBQ", 1, bits, 0, 0, port) if port else bytes(12)
 
 
@@ -97,14 +97,14 @@ def _madt(cpus: int) -> bytes:
 
 
 def _interrupt_route(slot: int) -> bytes:
-    """INTA of a slot to a pin of the I/O APIC, without a link device (6.2.13)."""
+    """Return the route of INTA to a pin of the I/O APIC, without a link device (6.2.13)."""
     function = aml.integer(slot << 16 | 0xFFFF)
     pin, source = aml.integer(0), aml.integer(0)
     return aml.package(function, pin, source, aml.integer(layout.intx_gsi(slot)))
 
 
 def _dsdt() -> bytes:
-    first, last = PCI_WINDOW
+    first, last = PCI_RANGE
     host_bridge = aml.device(
         "PCI0",
         aml.name("_HID", aml.eisa_id("PNP0A03")),

@@ -6,7 +6,7 @@ from struct import pack
 
 
 def pkg_length(body: bytes) -> bytes:
-    """PkgLength (20.2.4) in front of ``body``; it counts its own bytes too."""
+    """Put PkgLength (20.2.4), which counts its own bytes as well, in front of ``body``."""
     if len(body) + 1 < 0x40:
         return bytes((len(body) + 1,)) + body
     for extra in (1, 2, 3):
@@ -18,27 +18,27 @@ def pkg_length(body: bytes) -> bytes:
 
 
 def name(path: str, value: bytes) -> bytes:
-    """``Name (path, value)``."""
+    """Return the encoding of ``Name (path, value)``."""
     return b"\x08" + _name_string(path) + value
 
 
 def scope(path: str, *terms: bytes) -> bytes:
-    """``Scope (path) {...}``."""
+    """Return the encoding of ``Scope (path) {...}``."""
     return b"\x10" + pkg_length(_name_string(path) + b"".join(terms))
 
 
 def device(path: str, *terms: bytes) -> bytes:
-    """``Device (path) {...}``."""
+    """Return the encoding of ``Device (path) {...}``."""
     return b"\x5b\x82" + pkg_length(_name_string(path) + b"".join(terms))
 
 
 def package(*elements: bytes) -> bytes:
-    """``Package () {...}``."""
+    """Return the encoding of ``Package () {...}``."""
     return b"\x12" + pkg_length(bytes((len(elements),)) + b"".join(elements))
 
 
 def integer(value: int) -> bytes:
-    """An integer constant, in its shortest form."""
+    """Return an integer constant in its shortest form."""
     if value in (0, 1):
         return bytes((value,))
     for prefix, size in ((0x0A, 1), (0x0B, 2), (0x0C, 4), (0x0E, 8)):
@@ -48,40 +48,40 @@ def integer(value: int) -> bytes:
 
 
 def eisa_id(text: str) -> bytes:
-    """An EISA id such as ``PNP0A03`` as a DWord (19.3.4)."""
+    """Return an EISA id such as ``PNP0A03`` as a DWord (19.3.4)."""
     a, b, c = (ord(char) - 0x40 for char in text[:3])
     number = a << 26 | b << 21 | c << 16 | int(text[3:], 16)
     return b"\x0c" + number.to_bytes(4, "big")
 
 
 def resources(*descriptors: bytes) -> bytes:
-    """``ResourceTemplate () {...}`` as a Buffer, end tag included (6.4)."""
+    """Return ``ResourceTemplate () {...}`` as a Buffer, end tag included (6.4)."""
     body = b"".join(descriptors) + b"\x79\x00"
     return b"\x11" + pkg_length(integer(len(body)) + body)
 
 
 def io_port(first: int, count: int) -> bytes:
-    """I/O port descriptor, 16-bit decode (6.4.2.5)."""
+    """Return an I/O port descriptor with a 16-bit decode (6.4.2.5)."""
     return b"\x47" + pack("<BHHBB", 1, first, first, 1, count)
 
 
 def irq(line: int) -> bytes:
-    """IRQ descriptor: edge, active high (6.4.2.1)."""
+    """Return an IRQ descriptor for edges, active high (6.4.2.1)."""
     return b"\x22" + pack("<H", 1 << line)
 
 
 def bus_range(first: int, last: int) -> bytes:
-    """``WordBusNumber`` (6.4.3.5.3)."""
+    """Return a ``WordBusNumber`` descriptor (6.4.3.5.3)."""
     return b"\x88" + pack("<HBBBHHHHH", 13, 2, 0x0C, 0, 0, first, last, 0, last - first + 1)
 
 
 def io_range(first: int, last: int) -> bytes:
-    """``WordIO``, entire range, produced by the bridge."""
+    """Return a ``WordIO`` descriptor of an entire range, produced by the bridge."""
     return b"\x88" + pack("<HBBBHHHHH", 13, 1, 0x0C, 3, 0, first, last, 0, last - first + 1)
 
 
 def memory_range(first: int, last: int) -> bytes:
-    """``DWordMemory``, read-write, not cacheable, produced by the bridge."""
+    """Return a ``DWordMemory`` descriptor, read-write, not cacheable, produced by the bridge."""
     return b"\x87" + pack("<HBBBIIIII", 23, 0, 0x0C, 1, 0, first, last, 0, last - first + 1)
 
 

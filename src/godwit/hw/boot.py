@@ -29,7 +29,7 @@ _E820_RAM, _E820_RESERVED = 1, 2
 
 
 class Boot(NamedTuple):
-    """Where the first vCPU starts, and what it holds."""
+    """The entry point of the first vCPU, and the address of its zero page."""
 
     entry: int
     zero_page: int
@@ -123,10 +123,10 @@ def start_vcpu(vcpu: Vcpu, boot: Boot) -> None:
 
 
 class _File:
-    """A file that goes into RAM; a regular one without a copy on the way.
+    """A file that goes into RAM, without a copy on the way if the file is a regular one.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the file cannot be read.
     """
 
     def __init__(self, path: str, what: str) -> None:
@@ -147,13 +147,21 @@ class _File:
         self.size = found.st_size if self._whole is None else len(self._whole)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Up to ``length`` bytes. Raises ConfigError."""
+        """Return up to ``length`` bytes from ``offset`` on.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
         data = bytearray(max(0, min(length, self.size - offset)))
         self.into(memoryview(data), offset)
         return bytes(data)
 
     def into(self, target: memoryview, offset: int) -> None:
-        """Fill ``target``. Raises ConfigError, also where the file has become shorter."""
+        """Fill ``target`` with the file's bytes from ``offset`` on.
+
+        Raises:
+            ConfigError: the file cannot be read, or has become shorter.
+        """
         if self._whole is not None:
             target[:] = self._whole[offset : offset + len(target)]
             return
@@ -191,7 +199,7 @@ def _e820(zero: bytearray, memory: GuestMemory) -> None:
 
 
 def _page_tables(memory: GuestMemory) -> None:
-    """The first 4 GiB mapped one to one by 2 MiB pages."""
+    """Map the first 4 GiB one to one by 2 MiB pages."""
     pdpt = _PAGE_TABLES + PAGE
     directory = pdpt + PAGE
     memory.write(_PAGE_TABLES, pack("<Q", pdpt | 3))

@@ -1,4 +1,4 @@
-"""Where a guest's console goes: a writer thread that loses nothing, and an optional input."""
+"""The guest's console: a writer thread that loses nothing, and an optional input."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _OVERRUN = 16 << 20
 
 
 class Console:
-    """Writes bytes to ``fd`` from a thread of its own.
+    """A console that writes bytes to ``fd`` from a thread of its own.
 
     The descriptor may be a terminal that somebody stopped: a blocking write then holds this thread
-    and no vCPU. ``has_space()`` is False while more than ``limit`` bytes wait, and the UART tells
-    the guest so; nothing is dropped.
+    and no vCPU. ``has_space()`` is False while more than ``limit`` bytes wait, and the UART reports
+    that to the guest; nothing is dropped.
     """
 
     def __init__(self, fd: int, limit: int = 1 << 16) -> None:
@@ -32,14 +32,13 @@ class Console:
         self._thread.start()
 
     def has_space(self) -> bool:
-        """Whether a byte may be written now."""
+        """Return whether a byte may be written now."""
         return len(self._waiting) < self._limit
 
     def write(self, data: bytes) -> None:
-        """Take ``data``; never blocks.
+        """Accept ``data`` without blocking.
 
-        A writer that does not heed :meth:`has_space` overruns it in the end, as it would a real
-        UART.
+        A writer that ignores :meth:`has_space` overruns the console in the end, as on a real UART.
         """
         with self._changed:
             if len(self._waiting) >= _OVERRUN:
@@ -49,12 +48,12 @@ class Console:
                 self._changed.notify_all()
 
     def flush(self, timeout: float) -> bool:
-        """Wait until all is written; False when ``timeout`` seconds did not suffice."""
+        """Wait until all is written; return False when ``timeout`` seconds did not suffice."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting and not self._writing, timeout)
 
     def close(self, timeout: float = 5.0) -> bool:
-        """Flush and end the thread; whether all was written."""
+        """Flush and end the thread; return whether all was written."""
         done = self.flush(timeout)
         with self._changed:
             self._closed = True
@@ -77,7 +76,7 @@ class Console:
                 while data:
                     data = data[self._write(data) :]
             except OSError:
-                # The reader is gone (EPIPE, EIO): there is nobody left to lose it for.
+                # The reader is gone (EPIPE, EIO): there is nobody to lose it for.
                 pass
             with self._changed:
                 self._writing = False

@@ -2,8 +2,9 @@
 
 A device is made with its :class:`Slot`, so that a half-made one does not exist. A machine drives
 all of its devices the same way (:mod:`godwit.machine.machine`), and finds those that can do more by
-``machine.devices.having(Capability)``. A capability is a class of its own; the object that has it
-is the device, or one of its :meth:`Device.parts` (a virtio device behind its transport, a backend).
+``machine.devices.having(Capability)``. A capability is a class of its own; the object that has the
+capability is the device, or one of its :meth:`Device.parts` (a virtio device behind its transport,
+a backend).
 """
 
 from __future__ import annotations
@@ -31,8 +32,6 @@ _FIRST_BAR = 0xE000_0000
 _BAR_STRIDE = 1 << 20  # space for any device's BAR, aligned to its size
 #: I/O BARs: ports above all that a PC has by tradition.
 _FIRST_PORT, _PORT_STRIDE = 0xC000, 0x100
-#: PCI slots of a bus, the host bridge's among them.
-PCI_SLOTS = 32
 
 #: Receives a device's id and the rule that the guest broke.
 OnGuestError = Callable[[str, str], None]
@@ -101,7 +100,7 @@ class Device(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Become as after power-on; paused."""
+        """Return to the state after power-on; paused."""
 
     @abstractmethod
     def save(self) -> msgspec.Struct:
@@ -112,7 +111,7 @@ class Device(ABC):
         """Take over a saved state, a :attr:`State`; paused.
 
         Raises:
-            StreamError: the device cannot be in that state; the message names the field.
+            StreamError: the device cannot be in the state; the message names the field.
         """
 
     def close(self) -> None:
@@ -133,7 +132,7 @@ class LogsDirtyPages(ABC):
 
     @abstractmethod
     def stop_log(self) -> None:
-        """Log no more."""
+        """Log no more written pages."""
 
 
 class Negotiates(ABC):
@@ -221,7 +220,7 @@ class Devices:
 
     # --- one lifecycle ----------------------------------------------------------------------------
     def resume(self) -> None:
-        """Resume all devices."""
+        """Resume all of the devices."""
         for device in self:
             device.resume()
 
@@ -235,12 +234,12 @@ class Devices:
         return next((device for device in self if not device.paused(timeout)), None)
 
     def reset(self) -> None:
-        """Reset all devices."""
+        """Reset all of the devices."""
         for device in self:
             device.reset()
 
     def save(self) -> list[DeviceState]:
-        """Return all devices' states."""
+        """Return the states of all devices."""
         return [
             DeviceState(
                 device.id, device.kind, device.version, msgspec.Raw(saved.encode(device.save()))
@@ -253,7 +252,7 @@ class Devices:
 
         Raises:
             StreamError: a device is missing, unknown, there twice, of another kind or version, or
-                has a state that its kind cannot have; the message names it.
+                has a state that its kind cannot have; the message names the device.
         """
         given = list(states)
         by_id = {state.id: state for state in given}

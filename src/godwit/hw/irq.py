@@ -2,7 +2,7 @@
 
 PCI Local Bus 3.0, 6.8.2 'MSI-X Capability & Table Structures'. Every vector has an eventfd for the
 device's life; only the irqfd comes and goes with the mask, so what is signalled while masked waits
-in the eventfd, and polling it is the pending bit.
+in the eventfd, and polling the eventfd is the pending bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MASKED = 1
 
 
 class IntxLines:
-    """INTA of every slot. A pin is high while one of its devices holds it up (PCI 3.0, 2.2.6)."""
+    """INTA of every slot, high while a device holds the pin up (PCI 3.0, 2.2.6)."""
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
@@ -34,7 +34,7 @@ class IntxLines:
         self._lock = threading.Lock()
 
     def of(self, slot: int) -> Callable[[bool], None]:
-        """The line of ``slot``: a function that sets its level."""
+        """Return a function that sets the level of the line of ``slot``."""
         gsi = intx_gsi(slot)
 
         def set_level(level: bool) -> None:
@@ -50,7 +50,7 @@ class IntxLines:
 
 
 class Routes:
-    """The VM's MSI routes; KVM_SET_GSI_ROUTING replaces the whole table each time."""
+    """The VM's MSI routes, which KVM_SET_GSI_ROUTING replaces as a whole each time."""
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
@@ -62,7 +62,7 @@ class Routes:
         self._lock = threading.Lock()
 
     def allocate(self) -> int:
-        """A GSI for one vector."""
+        """Return a GSI for one vector."""
         self._next += 1
         return self._next - 1
 
@@ -75,7 +75,7 @@ class Routes:
                 self._commit()
 
     def hold(self) -> None:
-        """Collect changes until :meth:`release`: loading a state sets many at once."""
+        """Collect changes until :meth:`release`, as loading a state sets many at once."""
         self._held = True
 
     def release(self) -> None:
@@ -91,7 +91,7 @@ class Routes:
 
 
 class MsixState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The table, the control bits, and which vectors wait for their unmasking."""
+    """The table, the control bits, and the vectors that wait for their unmasking."""
 
     table: Annotated[bytes, msgspec.Meta(max_length=_ENTRY * 64)]
     enabled: bool
@@ -100,7 +100,7 @@ class MsixState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Msix:
-    """The vectors of one device; accessed under the device's lock. Detached at first."""
+    """The vectors of one device, detached at first, and accessed under the device's lock."""
 
     def __init__(self, vm: Vm, routes: Routes, count: int) -> None:
         self._vm = vm
@@ -115,7 +115,7 @@ class Msix:
         self.reset()
 
     def reset(self) -> None:
-        """As after power-on: disabled, every vector masked."""
+        """Disable MSI-X and mask every vector, as after power-on."""
         self._table = bytearray((bytes(12) + _MASKED.to_bytes(4, "little")) * self.count)
         self._enabled = self._masked = False
         for fd in self.fds:
@@ -123,33 +123,33 @@ class Msix:
         self._update()
 
     def signal(self, vector: int) -> None:
-        """Raise ``vector``; out of range means 'no vector', and nothing happens."""
+        """Raise ``vector``; one out of range means 'no vector', and nothing happens."""
         if 0 <= vector < self.count and self._enabled:
             os.eventfd_write(self.fds[vector], 1)
 
     def control(self) -> int:
-        """Message control, for configuration space."""
+        """Return message control, for configuration space."""
         return self.count - 1 | self._masked << 14 | self._enabled << 15
 
     def set_control(self, value: int) -> None:
-        """The guest wrote message control."""
+        """Take the guest's write of message control."""
         self._masked = bool(value & 1 << 14)
         self._enabled = bool(value & 1 << 15)
         self._update()
 
     def read_table(self, offset: int, size: int) -> int:
-        """Guest reads of the table."""
+        """Return what the guest reads in the table."""
         return int.from_bytes(self._table[offset : offset + size], "little")
 
     def write_table(self, offset: int, size: int, value: int) -> None:
-        """Guest writes of the table."""
+        """Take the guest's write of the table."""
         if offset + size <= len(self._table):
             self._table[offset : offset + size] = value.to_bytes(size, "little")
-            if offset % _ENTRY + size > 12:  # the control word
+            if offset % _ENTRY + size > 12:  # vector control
                 self._update(offset // _ENTRY)
 
     def read_pending(self, offset: int, size: int) -> int:
-        """Guest reads of the pending bit array."""
+        """Return what the guest reads in the pending bit array."""
         bits = sum(1 << vector for vector in self._pending())
         return bits >> 8 * offset & (1 << 8 * size) - 1
 
@@ -159,7 +159,7 @@ class Msix:
         self._update()
 
     def attach(self) -> None:
-        """Give the irqfds back."""
+        """Give the irqfds back to KVM."""
         self._attached = True
         self._update()
 
@@ -169,7 +169,7 @@ class Msix:
         return bytes(self._table)
 
     def prepare(self, table: bytes) -> None:
-        """The guest that will come has this table: have its messages' routes ready."""
+        """Prepare the routes of the table that the arriving guest has."""
         for vector, gsi in enumerate(self._gsis):
             entry = table[vector * _ENTRY : (vector + 1) * _ENTRY]
             if len(entry) == _ENTRY and not entry[12] & _MASKED:
@@ -177,11 +177,15 @@ class Msix:
                 self._routes.set(gsi, address, int.from_bytes(entry[8:12], "little"))
 
     def save(self) -> MsixState:
-        """The state; the device is paused."""
+        """Return the state; the device is paused."""
         return MsixState(bytes(self._table), self._enabled, self._masked, self._pending())
 
     def load(self, state: MsixState) -> None:
-        """Take over a saved state; ValueError when it is not this device's."""
+        """Take over a saved state.
+
+        Raises:
+            ValueError: the state is not this device's.
+        """
         if len(state.table) != len(self._table):
             raise ValueError(f"msix.table has {len(state.table)} bytes, not {len(self._table)}")
         if any(vector >= self.count for vector in state.pending):

@@ -1,7 +1,7 @@
-"""Where the fixed devices are: what the ACPI tables tell the guest before the devices are made.
+"""The places of the fixed devices, which the ACPI tables describe before the devices are made.
 
-ACPI 6.5, 4.8.3 'PM1 Event / Control registers'; the reset control register at 0xCF9 is Intel's
-(ICH data sheets); 0xFE to port 0x64 pulses the reset line of an 8042.
+ACPI 6.5, 4.8.3 'PM1 Event / Control registers'; the reset control register at 0xCF9 is Intel's (ICH
+data sheets); 0xFE to port 0x64 pulses the reset line of an 8042.
 """
 
 from __future__ import annotations
@@ -18,5 +18,5 @@ INTX_GSIS = range(16, 24)
 
 
 def intx_gsi(slot: int) -> int:
-    """The I/O APIC's pin of INTA of the device in ``slot``; the DSDT's _PRT says the same."""
+    """Return the I/O APIC's pin of INTA of the device in ``slot``, as the DSDT's _PRT has it."""
     return INTX_GSIS[slot % len(INTX_GSIS)]

@@ -1,7 +1,7 @@
 """Guest RAM: private memory or a shared memfd, with transparent huge pages, every access checked.
 
 Layout: RAM from 0, a hole for devices from 3 GiB to 4 GiB, the rest from 4 GiB up. Writes by the
-VMM itself are marked in a dirty set while a migration logs, because KVM sees only the guest's own.
+VMM itself are noted in a dirty set while a migration logs, because KVM sees only the guest's own.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Region(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The first guest address after it."""
+        """The first guest address after the region."""
         return self.start + self.size
 
 
 def layout(size: int) -> list[tuple[int, int]]:
-    """(guest address, bytes) of each region of a guest with ``size`` bytes of RAM."""
+    """Return (guest address, bytes) of each region of a guest with ``size`` bytes of RAM."""
     low = min(size, HOLE_START)
     return [(0, low)] + ([(HOLE_END, size - low)] if size > low else [])
 
@@ -101,6 +101,11 @@ class GuestMemory:
     def populated(self) -> list[tuple[int, int]]:
         """Return the pages that exist, as (guest address, pages); all others are zeros.
 
+        Pages of shared RAM that another process alone has used count as well.
+
+        Raises:
+            HostError, OSError: the kernel does not answer.
+
         Pages of shared RAM that another process alone has touched count as well.
 
         Raises:
@@ -128,16 +133,16 @@ class GuestMemory:
         memory.populate(host, size)
 
     def discard(self, host: int, size: int) -> None:
-        """Give ``size`` bytes at ``host`` of this process back: zeros from now on."""
+        """Give ``size`` bytes at ``host`` of this process back, which then read as zeros."""
         memory.discard(host, size, shared=self.fd is not None)
 
     # --- access -----------------------------------------------------------------------------------
 
     def view(self, address: int, length: int) -> memoryview:
-        """The bytes themselves, for reading.
+        """Return the bytes of RAM themselves, for reading.
 
         Raises:
-            GuestError: some of them are not RAM.
+            GuestError: some of the bytes are not RAM.
         """
         for region in self.regions:
             offset = address - region.start
@@ -148,7 +153,11 @@ class GuestMemory:
         raise GuestError(f"guest address {address:#x}+{length:#x} is not in its RAM")
 
     def views(self, runs: Iterable[tuple[int, int]]) -> list[memoryview]:
-        """The bytes of runs of pages, (guest address, pages). Raises GuestError as :meth:`view`."""
+        """Return the bytes of runs of pages, (guest address, pages).
+
+        Raises:
+            GuestError: some of the bytes are not RAM.
+        """
         found = []
         # From 0 on, and nearly always all there is; none of it is left once it was closed.
         low = self.regions[0].view if self.regions else memoryview(b"")
@@ -160,41 +169,45 @@ class GuestMemory:
         return found
 
     def writable(self, address: int, length: int) -> memoryview:
-        """The bytes themselves, for writing; marked dirty now, so write before the next pass."""
+        """Return the bytes of RAM themselves, for writing before the next round.
+
+        The pages are marked dirty now.
+
+        Raises:
+            GuestError: some of the bytes are not RAM.
+        """
         view = self.view(address, length)
         self.mark_dirty(address, length)
         return view
 
     def read(self, address: int, length: int) -> bytes:
-        """A copy of ``length`` bytes. Raises GuestError as :meth:`view` does."""
+        """Return a copy of ``length`` bytes.
+
+        Raises:
+            GuestError: some of the bytes are not RAM.
+        """
         return bytes(self.view(address, length))
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        """Copy ``data`` into RAM. Raises GuestError as :meth:`view` does."""
+        """Copy ``data`` into RAM.
+
+        Raises:
+            GuestError: some of the bytes are not RAM.
+        """
         view = self.view(address, len(data))
         view[:] = data
         self.mark_dirty(address, len(data))
 
-    def read_u16(self, address: int) -> int:
-        """A little-endian u16, read in one access where it is aligned."""
-        view = self.view(address, 2)
-        return view[0] | view[1] << 8 if address & 1 else int(view.cast("H")[0])
-
-    def write_u16(self, address: int, value: int) -> None:
-        """A little-endian u16 in one store (``struct.pack_into`` would show a zero in between)."""
-        self.view(address, 2).cast("H")[0] = value
-        self.mark_dirty(address, 2)
-
     def start_log(self) -> None:
-        """Begin to mark what the VMM writes."""
+        """Begin to note the pages that the VMM writes."""
         self._dirty = set()
 
     def stop_log(self) -> None:
-        """Mark no more."""
+        """Note no more pages that the VMM writes."""
         self._dirty = None
 
     def take_log(self) -> set[int]:
-        """Page numbers (guest address / 4096) written by the VMM since the last call."""
+        """Return the page numbers (guest address / 4096) written since the last call."""
         with self._dirty_lock:
             taken = self._dirty
             if taken is None:
@@ -203,7 +216,7 @@ class GuestMemory:
             return taken
 
     def mark_dirty(self, address: int, length: int) -> None:
-        """Note that the VMM wrote there; nothing happens while no migration logs."""
+        """Note that the VMM wrote to these pages; nothing happens while no migration logs."""
         if self._dirty is None:
             return
         with self._dirty_lock:
@@ -216,7 +229,7 @@ class GuestMemory:
             self.discard(region.host, region.size)
 
     def close(self) -> None:
-        """Give the memory back; no view of it may be in use."""
+        """Give the memory back, of which no view may be in use."""
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None

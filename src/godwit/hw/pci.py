@@ -16,7 +16,6 @@ from .bus import BusDevice, MmioBus, PortBus
 from .device import Device
 
 CONFIG_ADDRESS = 0xCF8
-CONFIG_DATA = 0xCFC
 
 COMMAND, STATUS = 0x04, 0x06
 BAR0 = 0x10
@@ -32,7 +31,7 @@ _STATUS_CAPABILITIES = 1 << 4
 
 
 class PciState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the guest can change in a configuration space."""
+    """The part of a configuration space that the guest can change."""
 
     command: U16
     bar0: U32
@@ -40,7 +39,7 @@ class PciState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PciFunction:
-    """Configuration space of a function; only bits in the write mask ever change.
+    """Configuration space of a function, in which only bits of the write mask ever change.
 
     A subclass answers its BAR's accesses with ``read`` and ``write`` (see :class:`BusDevice`).
     """
@@ -65,14 +64,14 @@ class PciFunction:
         self._io: _IoBar | None = None
 
     def add_bar(self, size: int, address: int) -> None:
-        """BAR 0: 32-bit memory of ``size`` bytes, placed as firmware would."""
+        """Add BAR 0, 32-bit memory of ``size`` bytes, placed as firmware would."""
         self._bar_size = size
         self._bar_home = address
         pack_into("<I", self.config, BAR0, address)
         pack_into("<I", self._mask, BAR0, -size & 0xFFFFFFFF)
 
     def add_io_bar(self, index: int, size: int, port: int, device: BusDevice) -> None:
-        """BAR ``index``: ``size`` ports that ``device`` answers, placed as firmware would."""
+        """Add BAR ``index``: ``size`` ports that ``device`` answers, placed as firmware would."""
         at = BAR0 + 4 * index
         self._io = _IoBar(at, size, port, device)
         pack_into("<I", self.config, at, port | 1)
@@ -80,7 +79,7 @@ class PciFunction:
         self._mask[COMMAND] |= _COMMAND_IO
 
     def add_capability(self, kind: int, body: bytes, mask: bytes = b"") -> int:
-        """Append a capability; its offset. ``mask`` marks the writable bits of ``body``."""
+        """Append a capability and return its offset; ``mask`` has the writable bits of ``body``."""
         at = self._capabilities
         self.config[self._last_capability] = at
         self.config[at : at + 2 + len(body)] = bytes((kind, 0)) + body
@@ -92,15 +91,15 @@ class PciFunction:
 
     @property
     def bar(self) -> int | None:
-        """Where BAR 0 answers now; None while memory decoding is off."""
+        """The address of BAR 0 now; None while memory decoding is off."""
         return self._bar_mapped
 
     def read_config(self, offset: int, size: int) -> int:
-        """Guest reads of configuration space."""
+        """Return what the guest reads in configuration space."""
         return int.from_bytes(self.config[offset : offset + size], "little")
 
     def write_config(self, offset: int, size: int, value: int) -> None:
-        """Guest writes of configuration space."""
+        """Take the guest's write of configuration space."""
         for i in range(size):
             at = offset + i
             mask = self._mask[at]
@@ -110,17 +109,17 @@ class PciFunction:
             self._remap_io()
 
     def reset_config(self) -> None:
-        """As firmware leaves it: decoding off, the BARs at home."""
+        """Restore what firmware leaves: decoding off, the BARs at their first places."""
         if self._io is not None:
             self.write_config(self._io.at, 4, self._io.home)
         self._set_state(PciState(0, self._bar_home, 0))
 
     def save_config(self) -> PciState:
-        """What the guest changed."""
+        """Return the registers that the guest can change."""
         return PciState(self.read_config(COMMAND, 2), self.read_config(BAR0, 4), self.config[0x3C])
 
     def load_config(self, state: PciState) -> None:
-        """Take over a saved state: as if the guest wrote it, so masks hold."""
+        """Take over a saved state as if the guest wrote the registers, so masks hold."""
         self._set_state(state)
 
     def _set_state(self, state: PciState) -> None:
@@ -155,18 +154,18 @@ class PciFunction:
             io.mapped = wanted
 
     def bar_moved(self) -> None:
-        """BAR 0 answers elsewhere now, or not at all; subclasses move their ioeventfds."""
+        """React to a new place of BAR 0, or to none; subclasses move their ioeventfds."""
 
     def read(self, offset: int, size: int) -> int:
-        """A read in BAR 0."""
+        """Return what the guest reads in BAR 0."""
         return (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """A write in BAR 0."""
+        """Take the guest's write in BAR 0."""
 
 
 class _IoBar:
-    """An I/O BAR: its offset in configuration space, its size, and where it answers now."""
+    """An I/O BAR: its offset in configuration space, its size, and its ports now."""
 
     def __init__(self, at: int, size: int, home: int, device: BusDevice) -> None:
         self.at = at
@@ -186,7 +185,7 @@ class PciBusState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class PciBus(Device):
     """Bus 0 and its host bridge, which answers the eight ports from 0xCF8.
 
-    ``ports`` is where I/O BARs go, if anywhere.
+    ``ports`` is the bus for I/O BARs, if they have one.
     """
 
     kind = "pci-host"
@@ -208,7 +207,7 @@ class PciBus(Device):
         function._bus = self
 
     def read(self, offset: int, size: int) -> int:
-        """0xCF8: the address. 0xCFC: the configuration space that it names."""
+        """Read the address at 0xCF8, or at 0xCFC the configuration space that the address names."""
         with self._lock:
             if offset < 4:
                 return self._address >> 8 * offset & (1 << 8 * size) - 1
@@ -218,7 +217,7 @@ class PciBus(Device):
             return function.read_config(register, size)
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """As :meth:`read`."""
+        """Write the registers that :meth:`read` reads."""
         with self._lock:
             if offset == 0 and size == 4:
                 self._address = value
@@ -228,7 +227,7 @@ class PciBus(Device):
                     function.write_config(register, size, value)
 
     def reset(self) -> None:
-        """Forget the address."""
+        """Forget the address register."""
         self._address = 0
 
     def save(self) -> PciBusState:

@@ -1,6 +1,6 @@
 """Power off, power button and reset: ACPI's fixed registers, the reset port, the keyboard's.
 
-Their addresses, and the sources of all of it, are in layout.py.
+The addresses of the registers, and the sources of all that is here, are in layout.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CNT_SLP_EN = 1 << 13
 
 
 class PowerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """PM1's registers."""
+    """The saved registers of PM1."""
 
     status: U16
     enable: U16
@@ -42,7 +42,7 @@ class Pm1(Device):
         self.reset()
 
     def reset(self) -> None:
-        """As after power-on, with ACPI mode already on (there is no SMI to ask for it)."""
+        """Set the registers as after power-on, in ACPI mode (there is no SMI to ask for it)."""
         self._status = self._enable = 0
         self._control = _CNT_SCI_EN
         self._level = False
@@ -54,13 +54,13 @@ class Pm1(Device):
             self._update()
 
     def read(self, offset: int, size: int) -> int:
-        """Any width: the registers lie side by side."""
+        """Read any width, as the registers lie side by side."""
         with self._lock:
             whole = self._status | self._enable << 16 | self._control << 32
         return whole >> 8 * offset & (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Status bits are cleared by writing ones; SLP_EN with S5's type ends the VM."""
+        """Clear status bits by ones; SLP_EN with S5's type switches the VM off."""
         off = False
         with self._lock:
             for i in range(size):
@@ -82,7 +82,7 @@ class Pm1(Device):
             self._off()
 
     def save(self) -> PowerState:
-        """The state; the VM is stopped."""
+        """Return the state; the VM is stopped."""
         return PowerState(self._status, self._enable, self._control)
 
     def load(self, state: PowerState) -> None:
@@ -99,18 +99,18 @@ class Pm1(Device):
 
 
 class ResetPorts:
-    """The reset control register, and the 8042's command port, which has nothing else to say."""
+    """The reset control register, and the 8042's command port, which does nothing else."""
 
     def __init__(self, kind: int, reset: Callable[[], None]) -> None:
         self._kind = kind
         self._reset = reset
 
     def read(self, offset: int, size: int) -> int:
-        """0 from the reset register; all ones from the keyboard controller: there is none."""
+        """Return 0 from the reset register, all ones from the absent keyboard controller."""
         return 0 if self._kind == RESET_PORT else (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Bit 2 of 0xCF9 resets on its way up; so does 0xFE to the keyboard controller."""
+        """Reset on bit 2 to 0xCF9, or on 0xFE to the keyboard controller."""
         if self._kind == RESET_PORT:
             if value & 4:
                 self._reset()

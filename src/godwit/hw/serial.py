@@ -26,13 +26,13 @@ _RX_LIMIT = 1 << 16
 
 
 class Sink(Protocol):
-    """Where the transmitted bytes go."""
+    """A receiver of the transmitted bytes."""
 
     def has_space(self) -> bool:
-        """Whether a byte may be written now."""
+        """Return whether a byte may be written now."""
 
     def write(self, data: bytes) -> None:
-        """Take ``data`` without blocking."""
+        """Accept ``data`` without blocking."""
 
 
 class SerialState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,7 +64,7 @@ class Serial(Device):
         self.reset()
 
     def reset(self) -> None:
-        """As after power-on."""
+        """Set the registers as after power-on."""
         self._ier = self._fcr = self._lcr = self._scr = self._dlm = 0
         self._mcr = 0x08
         self._dll = 12
@@ -73,7 +73,7 @@ class Serial(Device):
         self._rx.clear()
 
     def receive(self, data: bytes) -> int:
-        """Bytes from the outside; how many were taken (the rest found the buffer full)."""
+        """Take bytes from the outside; return how many of them the buffer had space for."""
         with self._lock:
             taken = data[: _RX_LIMIT - len(self._rx)]
             self._rx.extend(taken)
@@ -88,7 +88,7 @@ class Serial(Device):
             self._update()
 
     def read(self, offset: int, size: int) -> int:
-        """A register; every one is a byte."""
+        """Return the register at ``offset``, of which every one is a byte."""
         with self._lock:
             if offset == 0:
                 if self._lcr & _LCR_DLAB:
@@ -122,7 +122,7 @@ class Serial(Device):
             return self._scr
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """A register; every one is a byte."""
+        """Write the register at ``offset``, of which every one is a byte."""
         value &= 0xFF
         with self._lock:
             if offset == 0:
@@ -157,7 +157,7 @@ class Serial(Device):
             self._update()
 
     def save(self) -> SerialState:
-        """The state; the VM is stopped."""
+        """Return the state; the VM is stopped."""
         with self._lock:
             return SerialState(
                 ier=self._ier,

@@ -1,8 +1,8 @@
 """Setup hints: parts of a device's state that seldom change, and take the kernel long to set up.
 
 A source sends the hints before the guest stops, so that its destination has the set-up in place by
-then. Hints are a guess: the state that comes in the downtime counts, and what differs from it is
-set up anew.
+then. Hints are a guess: the state that comes in the downtime counts, and what differs from the
+hints is set up anew.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The board: RAM, vCPUs and empty buses, all that a guest's first instructions need.
 
-It imports little, because a booting guest waits for that alone. A bzImage spends its first second
-on an emulated CPU, 0.1 s on a real one, unpacking itself, and leaves the guest for nothing:
-meanwhile the rest of Godwit is imported, and devices and NICs are made (:meth:`Board.start_early`).
+This module imports little, because a booting guest waits for these imports alone. A bzImage spends
+its first second on an emulated CPU, 0.1 s on a real one, unpacking itself, and leaves the guest for
+nothing: meanwhile the rest of Godwit is imported, and devices and NICs are made
+(:meth:`Board.start_early`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .vcpu import StopReason, VcpuThread
 
 
 class Board:
-    """A machine without devices; its vCPUs' threads wait.
+    """A machine without devices, whose vCPUs' threads wait.
 
     Raises:
         HostError: KVM is missing.
@@ -56,10 +57,10 @@ class Board:
             self._undo = undo.pop_all()
 
     def make_vcpus(self, vm: Vm, undo: ExitStack) -> list[Vcpu]:
-        """The vCPUs of this configuration, for ``vm``, and closed by ``undo``.
+        """Make the vCPUs of this configuration for ``vm``, to be closed by ``undo``.
 
         Raises:
-            KvmError: the host does not give them.
+            KvmError: the host does not give the vCPUs.
         """
         supported = self.system.supported_cpuid()
         deadline = bool(self.system.check(abi.CAP_TSC_DEADLINE_TIMER))
@@ -77,7 +78,7 @@ class Board:
         """Load kernel, initrd and tables, and put the first vCPU at the kernel's entry.
 
         Raises:
-            ConfigError: no kernel was given, or it cannot be loaded.
+            ConfigError: no kernel was given, or the kernel cannot be loaded.
         """
         config = self.config
         if config.kernel is None:
@@ -87,14 +88,14 @@ class Board:
         linuxboot.start_vcpu(self.vcpus[0].vcpu, boot)
 
     def start_early(self) -> None:
-        """Let the first vCPU compute; what needs a device waits for the machine's start.
+        """Let the first vCPU run up to its first exit, which waits for the machine's start.
 
-        Nothing of it is seen outside, and of what KVM serves by itself only clocks run.
+        Nothing of this is seen outside, and of what KVM serves by itself only clocks run.
         """
         self.vcpus[0].start_early()
 
     def set_dirty_log(self, on: bool) -> None:
-        """Have KVM log the guest's writes, or not."""
+        """Switch KVM's log of the guest's writes on or off."""
         for region in self.memory.regions:
             self.vm.set_memory(region.slot, region.start, region.size, region.host, on)
 

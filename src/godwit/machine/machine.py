@@ -1,4 +1,4 @@
-"""The machine: a board with its devices, which it starts and stops in one order.
+"""The machine: a board with its devices, started and stopped in one order.
 
 Pause: vCPUs, then devices, in two steps. Resume: devices, then vCPUs.
 """
@@ -28,7 +28,7 @@ from .board import Board
 from .state import MachineState
 from .vcpu import StopReason, VcpuThread
 
-#: The longest that is plausible between the reading of a source's clock and the arrival of its
+#: The longest plausible time between the reading of a source's clock and the arrival of its
 #: state, seconds.
 _PLAUSIBLE_S = 2.0
 #: How long devices may take to finish the work in flight at a pause, seconds.
@@ -39,18 +39,18 @@ OnPhase = Callable[[str], None]
 
 
 def _ignore(phase: str) -> None:
-    """Ignore a phase."""
+    """Ignore the end of a phase."""
 
 
 class PowerOn(NamedTuple):
-    """vCPUs and platform as after power-on."""
+    """The state of vCPUs and platform after power-on."""
 
     vcpus: list[cpustate.VcpuState]
     platform: cpustate.PlatformState
 
 
 class Machine:
-    """A machine, paused at first; from now on the machine closes ``board``.
+    """A machine, paused at first, which closes ``board`` at its end.
 
     ``on_exit(reason, detail)`` is called in a vCPU's thread when the guest will not go on by
     itself, ``on_guest_error(device's id, message)`` from any thread.
@@ -84,7 +84,7 @@ class Machine:
                 self.devices.add(registry.make(config, slot))
             self._undo = undo.pop_all()
         board.on_exit = on_exit
-        #: For each vCPU the MSRs as KVM made them, on the way to a load.
+        #: For each vCPU the MSRs as KVM made them, kept for the next load.
         self._reset_msrs: list[cpustate.ResetMsrs] = []
 
     @property
@@ -137,9 +137,9 @@ class Machine:
 
     # --- boot, resume, pause ----------------------------------------------------------------------
     def power_on_state(self) -> PowerOn:
-        """Return what KVM makes of a new VM like this one.
+        """Return the state of a new VM like this one.
 
-        A new VM is made for it: by the time anybody could look, this one's guest had run.
+        A new VM is made for this: by the time anybody could look, this one's guest had run.
 
         Raises:
             ConfigError: this guest cannot boot here, as no kernel was given.
@@ -147,7 +147,7 @@ class Machine:
         """
         if self.config.kernel is None:
             raise ConfigError(
-                "the guest asked for a reboot, but it was booted on another host, and no kernel "
+                "the guest asked for a reboot, but booted on another host, and no kernel "
                 "was given here; give --kernel and --initrd beside --incoming"
             )
         try:
@@ -181,7 +181,7 @@ class Machine:
             self._board.boot()
 
     def resume(self, on_phase: OnPhase = _ignore) -> None:
-        """Let the guest run."""
+        """Resume the devices and let the guest run."""
         with self.lock:
             if self.running:
                 return
@@ -234,13 +234,13 @@ class Machine:
             on_phase("devices-paused")
 
     def _resume_vcpus(self) -> None:
-        """Let all vCPUs go on: half a machine must not stand."""
+        """Let all vCPUs go on, as half a machine must not stand still."""
         for thread in self.vcpus:
             thread.resume()
 
     @property
     def exited(self) -> tuple[StopReason, str] | None:
-        """Why the guest will not go on by itself; None while it would."""
+        """The stop reason and its detail; None while the guest would go on by itself."""
         return next((t.exited for t in self.vcpus if t.exited is not None), None)
 
     def close(self) -> None:
@@ -251,14 +251,14 @@ class Machine:
         self._board.close()
 
     def _guest_asked(self, reason: StopReason, detail: str) -> None:
-        """Stop the vCPU at hand: called by a device within that vCPU's exit."""
+        """Stop the vCPU at hand; called by a device within that vCPU's exit."""
         for thread in self.vcpus:
             if thread.is_current():
                 thread.exit(reason, detail)
 
     # --- dirty pages ------------------------------------------------------------------------------
     def set_dirty_log(self, on: bool) -> None:
-        """Have KVM log the guest's writes, or not."""
+        """Switch KVM's log of the guest's writes on or off."""
         self._board.set_dirty_log(on)
 
     # --- state ------------------------------------------------------------------------------------
@@ -303,26 +303,26 @@ class Machine:
         return self.devices.part(device, HasSetupHints)
 
     def load(self, state: MachineState, received: float, on_phase: OnPhase = _ignore) -> None:
-        """Take over a saved state; paused. The guest's clock makes up for what it missed.
+        """Take over a saved state; paused. The guest's clock makes up for the time in between.
 
         ``received`` is the ``time.monotonic()`` at which the state came; ``on_phase`` is called
         when a part is done.
 
         Raises:
-            StreamError: the state is not one of this machine; names what differs.
+            StreamError: the state is not one of this machine; the message names what differs.
         """
         if len(state.vcpus) != len(self.vcpus):
             raise StreamError(f"vcpus: {len(state.vcpus)} in the stream, {len(self.vcpus)} here")
         devices = self.devices.decode(state.devices)
         on_phase("devices-decoded")
-        stood_still = clock_read_at(state.platform, received)
+        clock_at = clock_read_at(state.platform, received)
         reset, self._reset_msrs = self._reset_msrs or [cpustate.NO_RESET_MSRS] * len(self.vcpus), []
         for vcpu, vcpu_state, msrs in zip(self._vcpus, state.vcpus, reset, strict=True):
             cpustate.load_vcpu(vcpu, vcpu_state, msrs)
         on_phase("vcpus")
         cpustate.load_platform(self.vm, state.platform)
         on_phase("platform")
-        self._load_clocks(state.vcpus, state.platform, stood_still)
+        self._load_clocks(state.vcpus, state.platform, clock_at)
         on_phase("clocks")
         self._routes.hold()
         try:
@@ -336,7 +336,7 @@ class Machine:
         platform: cpustate.PlatformState,
         since: float,
     ) -> None:
-        """Set the guest's clocks to what they are by now, and its timers to wait for that.
+        """Set the guest's clocks to the present, and its timers to wait for that.
 
         ``since`` is the time.monotonic at which the clocks were what the states have.
 
@@ -355,8 +355,8 @@ class Machine:
 def clock_read_at(platform: cpustate.PlatformState, received: float) -> float:
     """Return when the guest's clock was read at its source, as this host's time.monotonic.
 
-    If both hosts' clocks agree, the source's reading says it exactly. They may not: what is known
-    for sure is that the clock was read before the state came, and not long before.
+    If both hosts' clocks agree, the source's reading is exact. The clocks may not agree: certain is
+    only that the clock was read before the state came, and not long before.
     """
     realtime, monotonic = clocks.host_clocks()
     since = monotonic - received

@@ -1,4 +1,4 @@
-"""A machine's saved state: what follows RAM in a migration stream."""
+"""A machine's saved state, which follows RAM in a migration stream."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ VERSION = 1
 
 
 class MachineState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything but RAM.
+    """The saved state of everything but RAM.
 
     Attributes:
         vcpus: the vCPUs, in order.
         platform: what KVM keeps beside the vCPUs.
-        devices: each device's state by id, kind and version; the kind's own type decodes it.
+        devices: each device's state by id, kind and version, to be decoded by the kind's own type.
         sections: by name, what a guest takes along that is no device's (the address book).
     """
 

@@ -1,11 +1,11 @@
-"""A vCPU's thread: in KVM_RUN nearly always; it leaves for port I/O, MMIO, and when it is kicked.
+"""A vCPU's thread: in KVM_RUN nearly always, out of the guest for port I/O, MMIO and kicks.
 
 Kick: ``immediate_exit`` in the shared page and a signal whose handler does nothing. KVM_RUN then
 first completes what was pending (the second half of an IN or an MMIO read) and returns EINTR, so a
 vCPU parks only with its architectural state complete (Documentation/virt/kvm/api.rst, KVM_RUN).
 
-A throttled vCPU parks after each slice of time in the guest, and goes on by itself: it rests. It is
-parked then as any other, so that a pause need not wait for it.
+A throttled vCPU parks after each slice of time in the guest, and goes on by itself after a rest. A
+resting vCPU is parked as any other, so that a pause need not wait for the rest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MOST_COUNTED_S = 0.050
 
 
 class StopReason(Enum):
-    """Why a vCPU will not go on by itself."""
+    """The reason for which a vCPU will not go on by itself."""
 
     POWER_OFF = "power-off"
     RESET = "reset"
@@ -40,17 +40,17 @@ class StopReason(Enum):
 
 
 def install_kick_handler() -> None:
-    """Once, from the main thread, before the first vCPU runs."""
+    """Install the handler once, from the main thread, before the first vCPU runs."""
     signal.signal(KICK_SIGNAL, lambda number, frame: None)
 
 
 def rest_after(ran: float, percent: int) -> float:
-    """How long to keep out of the guest, seconds, after ``ran`` seconds in it."""
+    """Return how many seconds to keep out of the guest after ``ran`` seconds inside."""
     return min(ran, _MOST_COUNTED_S) * percent / (100 - percent)
 
 
 class VcpuThread:
-    """Runs ``vcpu``; parked at first. ``on_exit(reason, detail)`` is called in its thread."""
+    """A thread that runs ``vcpu``, parked at first, and calls ``on_exit(reason, detail)``."""
 
     def __init__(
         self,
@@ -68,30 +68,33 @@ class VcpuThread:
         self._run_wanted = False
         self._parked = True
         self._quit = False
-        #: The first exit waits: what would serve it is still being made.
-        self._held = False
+        #: The first exit waits for :meth:`resume`: the devices are still being made.
+        self._early = False
         #: Percent of the time to be kept out of the guest.
         self._throttle = 0
-        #: Since when it may be in the guest, and until when it rests; time.monotonic().
+        #: Since when the vCPU may be in the guest, and until when it rests; time.monotonic().
         self._entered = self._rests_until = 0.0
-        #: Set by a device during an exit: the guest asked for its own end.
+        #: The stop reason: set by :meth:`exit`, by a device too during an exit.
         self.exited: tuple[StopReason, str] | None = None
         self._thread = threading.Thread(target=self._main, name=f"vcpu{vcpu.index}", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; it waits for :meth:`resume`."""
+        """Start the thread, which waits for :meth:`resume`."""
         self._thread.start()
 
     def resume(self) -> None:
-        """Let the guest run; a vCPU that ended stays parked until :meth:`revive`."""
-        self._held = False
+        """Let the guest run; a vCPU that exited stays parked until :meth:`revive`."""
+        self._early = False
         self._go()
 
     @property
     def early(self) -> bool:
-        """Whether it has its head start: then it may be in the guest, and KVM's calls for this
-        vCPU would wait until it leaves."""
-        return self._held
+        """True from :meth:`start_early` to :meth:`resume`.
+
+        The vCPU may be in the guest then, and KVM's calls for the vCPU would wait until the next
+        exit.
+        """
+        return self._early
 
     def _go(self) -> None:
         with self._changed:
@@ -102,47 +105,50 @@ class VcpuThread:
 
     def start_early(self) -> None:
         """Let the guest run up to its first exit, which waits for :meth:`resume`."""
-        self._held = True
+        self._early = True
         self._go()
 
     def revive(self) -> None:
-        """Forget the ending: the VM was reset."""
+        """Forget the stop reason, as the VM was reset."""
         self.exited = None
 
     def request_pause(self) -> None:
-        """Ask it to leave the guest; does not wait."""
+        """Ask the vCPU to leave the guest, without waiting."""
         with self._changed:
             self._run_wanted = False
             self._kick()
 
     def _kick(self) -> None:
-        """Have it leave the guest; the caller has the lock."""
+        """Have the vCPU leave the guest; the caller has the lock."""
         self.vcpu.kick(None if self._parked else self._thread.ident)
 
     def wait_paused(self, timeout: float = 10.0) -> None:
-        """Wait until it is parked.
+        """Wait until the vCPU is parked.
 
         Raises:
-            KvmError: it did not come back in ``timeout`` seconds.
+            KvmError: the vCPU did not leave the guest in ``timeout`` seconds.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._parked, timeout):
                 raise KvmError(f"vCPU {self.vcpu.index} did not leave the guest in {timeout} s")
 
     def throttle(self, percent: int) -> None:
-        """Keep it out of the guest for so much of the time, 0 to 99: whoever sets this has
-        :meth:`end_slice` called. 0 lets a vCPU that rests go on at once."""
+        """Keep the vCPU out of the guest for ``percent`` of the time, 0 to 99.
+
+        The caller has :meth:`end_slice` called from then on. 0 lets a vCPU that rests go on at
+        once.
+        """
         with self._changed:
             if not self._throttle:
-                self._entered = time.monotonic()  # what it ran before is not held against it
+                self._entered = time.monotonic()  # the time before does not count
             self._throttle = percent
             self._changed.notify_all()
 
     def end_slice(self) -> float:
-        """Have it rest, if it is throttled and its slice is over; does not wait.
+        """Have a throttled vCPU rest if its slice is over, without waiting.
 
         Returns:
-            After how many seconds to ask again.
+            Seconds after which to ask again.
         """
         with self._changed:
             now = time.monotonic()
@@ -155,11 +161,11 @@ class VcpuThread:
             return SLICE_S
 
     def is_current(self) -> bool:
-        """Whether this vCPU's thread is the one that asks."""
+        """Return whether the caller is in this vCPU's thread."""
         return self._thread is threading.current_thread()
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the vCPU's thread."""
         with self._changed:
             self._quit = True
             self._changed.notify_all()
@@ -177,7 +183,7 @@ class VcpuThread:
                 if self._quit:
                     return
                 self._parked = False
-                # That kick is answered; a pause would have taken back that it is to run.
+                # That kick is answered; a pause would have cleared _run_wanted.
                 self._page[abi.RUN_IMMEDIATE_EXIT] = 0
                 self._entered = time.monotonic()
             try:
@@ -188,9 +194,10 @@ class VcpuThread:
                 self.exit(StopReason.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
 
     def _rest(self) -> None:
-        """Wait for what the throttle asks after a slice.
+        """Rest for as long as the throttle asks after a slice.
 
-        A pause does not even wake it: it is parked, and it only goes on if it is to run by then.
+        A pause does not even wake a resting vCPU, which is parked, and only goes on if wanted by
+        then.
         """
         if self._throttle and self._run_wanted:
             now = time.monotonic()
@@ -202,7 +209,7 @@ class VcpuThread:
             self._rests_until = 0.0
 
     def _run(self) -> None:
-        """Until it is kicked, or the guest ends."""
+        """Run the guest until a kick, or until the vCPU exits for good."""
         run = self.vcpu.run
         page = memoryview(self._page)
         reason_at = page[abi.RUN_EXIT_REASON : abi.RUN_EXIT_REASON + 4].cast("I")
@@ -217,10 +224,10 @@ class VcpuThread:
                 except BlockingIOError:  # an AP that got its INIT
                     continue
                 except OSError:
-                    if self._held and not self._let_go():
+                    if self._early and not self._await_resume():
                         return
-                    raise  # now there is somebody to be told
-                if self._held and not self._let_go():
+                    raise  # now somebody receives the reason
+                if self._early and not self._await_resume():
                     return
                 reason = reason_at[0]
                 if reason == abi.EXIT_IO:
@@ -235,10 +242,10 @@ class VcpuThread:
             reason_at.release()
             page.release()
 
-    def _let_go(self) -> bool:
-        """Wait until the devices are there; False if they never will be."""
+    def _await_resume(self) -> bool:
+        """Wait until the devices are there; return False if the thread ends first."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._held or self._quit)
+            self._changed.wait_for(lambda: not self._early or self._quit)
             return not self._quit
 
     def _port_io(self, page: memoryview) -> None:
@@ -263,7 +270,7 @@ class VcpuThread:
             page[at : at + size] = value.to_bytes(size, "little")
 
     def exit(self, reason: StopReason, detail: str) -> None:
-        """The guest will not go on by itself: the first reason is told, and it parks."""
+        """Park the vCPU for good, and report the first reason."""
         with self._changed:
             self._run_wanted = False
             first = self.exited is None
@@ -282,4 +289,4 @@ def _explain(reason: int, page: memoryview) -> tuple[StopReason, str]:
     if reason == abi.EXIT_INTERNAL_ERROR:
         code = int.from_bytes(page[union : union + 4], "little")
         return StopReason.INTERNAL_ERROR, f"KVM could not emulate an instruction (suberror {code})"
-    return StopReason.INTERNAL_ERROR, f"KVM exit {reason} that nothing here handles"
+    return StopReason.INTERNAL_ERROR, f"KVM exit {reason}, which has no handler here"

@@ -1,7 +1,7 @@
 """A VM's migrations: out, in, and the take-over of a guest that arrived.
 
-The rule for every start: the machine runs first and the state says so second, so that what listens
-to the state (the announcer above all) acts after the VM has started, never before.
+The rule for every start: the machine runs first and the state changes second, so that a listener of
+the state (the announcer above all) acts after the VM has started, never before.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Migrations:
     # --- out --------------------------------------------------------------------------------------
     @property
     def active(self) -> bool:
-        """Whether a migration out is under way."""
+        """True while a migration out is under way."""
         return self._outgoing is not None and self._outgoing.active
 
     def migrate(self, uri: str, insecure: bool) -> None:
@@ -126,14 +126,17 @@ class Migrations:
             raise StateError("too late to cancel: the guest was handed over")
 
     def cancel_for_exit(self) -> None:
-        """End a migration of a guest that exited; not under the machine's lock, which it needs."""
+        """End a migration of a guest that exited; not under the machine's lock.
+
+        The migration needs that lock.
+        """
         if self._outgoing is not None and self._outgoing.active:
             self._outgoing.cancel()
             self._outgoing.join(10)
 
     # --- in ---------------------------------------------------------------------------------------
     def await_guest(self, uri: str, insecure: bool) -> None:
-        """Wait for a guest at ``uri``, or load it from a file.
+        """Wait for a guest at ``uri``, or load one from a file.
 
         Raises:
             ConfigError: the URI is wrong, or is open to others without ``insecure``.
@@ -182,7 +185,7 @@ class Migrations:
         machine, packets = self._machine, incoming.packets
         with machine.lock:
             if self._closing:
-                raise MigrationError("the destination is ending")
+                raise MigrationError("the destination is closing")
             self._states.set(_S.PRELAUNCH_MIGRATE)
             if self.autostart and running:
                 if packets is not None:
@@ -190,7 +193,7 @@ class Migrations:
                 machine.resume(incoming.phase)
                 if packets is not None and packets.settle():
                     incoming.phase("packets-handed-over")
-                # The source first: it waits, and those who listen to the state take their time.
+                # The source first: it waits, and listeners of the state take their time.
                 incoming.started([*map(str, self._states.history), str(_S.RUNNING)])
                 self._states.set(_S.RUNNING)
             else:
@@ -217,7 +220,7 @@ class Migrations:
         return {"status": "completed" if arrived else "setup", "godwit": own}
 
     def close(self) -> None:
-        """End both; the guest stops before the connection to its source is closed.
+        """End both migrations. The guest stops before the connection to its source is closed.
 
         A source that queries and finds nobody may let its guest go on.
         """

@@ -1,8 +1,8 @@
 """One VM under its operator's hand: run states, machine, migrations, announcement, QMP together.
 
-It implements :class:`godwit.qmp.controller.Controller`. The rule for every start: the machine runs
-first and the state says so second, so that what listens to the state (the announcer above all)
-acts after the VM has started, never before.
+:class:`Vmm` implements :class:`godwit.qmp.controller.Controller`. The rule for every start: the
+machine runs first and the state changes second, so that a listener of the state (the announcer
+above all) acts after the VM has started, never before.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ EXIT_INTERNAL_ERROR = 5
 
 
 class Vmm:
-    """A VM from its board, which it closes, to its end.
+    """A VM from its board, which the VM closes, to its end.
 
     ``log(text)`` receives what an operator at the terminal should know.
 
@@ -127,7 +127,7 @@ class Vmm:
         self._loop.call_soon(_import_commands)
 
     def await_guest(self, uri: str | None, insecure: bool) -> None:
-        """Be a destination; with ``uri`` None, for the migrate-incoming that names one."""
+        """Become a destination; with ``uri`` None, for the migrate-incoming that names one."""
         self.states.set(_S.INMIGRATE)
         if uri is not None:
             self.migrate_incoming(uri, insecure)
@@ -152,11 +152,15 @@ class Vmm:
         self.migrations.parameters = new
 
     def announce_info(self) -> list[dict[str, object]]:
-        """Return what became of each NIC's last announcement."""
+        """Return the progress of each NIC's last announcement."""
         return self.announcer.info()
 
     def rx_filters(self, name: str | None) -> list[tuple[str, RxFilterInfo]]:
-        """Return the receive filter of each NIC, or of the one of that name. Raises ConfigError."""
+        """Return the receive filter of each NIC, or of the one with that name.
+
+        Raises:
+            ConfigError: no NIC has that name.
+        """
         nics = [nic for nic in self.machine.nics if name in (None, nic.id)]
         if name is not None and not nics:
             known = ", ".join(nic.id for nic in self.machine.nics) or "none"
@@ -181,7 +185,7 @@ class Vmm:
             self.states.set(_S.PAUSED)
 
     def cont(self) -> None:
-        """Start or resume a guest."""
+        """Start or resume the guest."""
         with self.machine.lock:
             self.states.require(_S.PRELAUNCH, _S.PRELAUNCH_MIGRATE, _S.PAUSED)
             self.migrations.switch_over()
@@ -189,16 +193,16 @@ class Vmm:
             self.states.set(_S.RUNNING)
 
     def powerdown(self) -> None:
-        """Press the power button."""
+        """Press the guest's power button."""
         self.machine.pm1.press()
 
     def quit(self) -> None:
-        """End the VM soon."""
+        """End the VM soon, with the exit code 0."""
         self._emit(*events.shutdown(events.Reason.HOST_QUIT))
         self._loop.call_soon(self._loop.stop)
 
     def end_by_signal(self) -> None:
-        """End the VM soon: a signal came, or the operator left the terminal."""
+        """End the VM soon, as a signal came or the operator left the terminal."""
         self._emit(*events.shutdown(events.Reason.HOST_SIGNAL))
         self._loop.call_soon(self._loop.stop)
 
@@ -207,7 +211,7 @@ class Vmm:
         self.migrations.migrate(uri, insecure)
 
     def migrate_incoming(self, uri: str, insecure: bool) -> None:
-        """Wait for a guest at ``uri``, or load it from a file."""
+        """Wait for a guest at ``uri``, or load one from a file."""
         self.states.require(_S.INMIGRATE)
         self.migrations.await_guest(uri, insecure)
 
@@ -306,7 +310,7 @@ class Vmm:
             self._end(_S.INTERNAL_ERROR, events.Reason.HOST_ERROR, EXIT_INTERNAL_ERROR)
 
     def _restart(self) -> None:
-        """Reboot: the guest asked for it."""
+        """Reboot the guest at its own request."""
         initial = self.machine.power_on_state()
         self.states.set(_S.PRELAUNCH)
         self.machine.reboot(initial)

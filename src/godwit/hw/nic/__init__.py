@@ -1,1 +1,1 @@
-"""Network cards: what every NIC is, and the frames on their way into a guest."""
+"""Network cards: the NIC capability, the models, and the frames on their way into a guest."""

@@ -1,4 +1,4 @@
-"""The NIC capability: what a network card is to the announcement and to a migration."""
+"""The NIC capability: the view that the announcement and a migration have of a network card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Nic(ABC):
         id: the NIC's name, as configured: ``nic0``.
         tap: name of the tap.
         tap_fd: the tap's descriptor: readable while frames wait there.
-        rx_backlog: frames on their way to the guest, for whoever hands packets over at a migration.
+        rx_backlog: frames on their way to the guest, for the packet handover of a migration.
         on_ack: called for each announcement that the guest acknowledged, perhaps under the NIC's
             lock.
         on_filter: called when the guest changed the filter or its MAC address; never under the
@@ -33,7 +33,7 @@ class Nic(ABC):
     @property
     @abstractmethod
     def mac(self) -> bytes:
-        """The MAC address in force, six bytes: the one the guest set, if it set one."""
+        """The MAC address in force, six bytes: the guest's, if the guest set one."""
 
     @abstractmethod
     def announce(self) -> bool:
@@ -44,7 +44,7 @@ class Nic(ABC):
 
     @abstractmethod
     def rx_filter(self) -> RxFilterInfo:
-        """Return what the guest told the NIC to receive; from any thread."""
+        """Return the receive filter that the guest set; from any thread."""
 
     @abstractmethod
     def send_from_host(self, frame: bytes) -> None:

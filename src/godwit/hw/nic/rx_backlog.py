@@ -1,8 +1,8 @@
 """The rx backlog of a NIC: frames that the guest gets before those that wait in its tap.
 
-When a guest has migrated, the frames that still reached its old host are sent after it
-(docs/decisions/0013-handover.md). They are older than what arrives at the new tap, so the tap has
-to wait until the last of them is there.
+When a guest has migrated, the frames that still reached its old host are sent after the guest
+(docs/decisions/0013-handover.md). Those frames are older than what arrives at the new tap, so the
+tap has to wait until the last of them is there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RxBacklog:
 
     @property
     def held(self) -> bool:
-        """Whether nothing may be taken from the tap."""
+        """True while nothing may be taken from the tap."""
         return self._held
 
     # --- around a migration -----------------------------------------------------------------------
@@ -60,8 +60,8 @@ class RxBacklog:
     def inject(self, frames: Iterable[bytes]) -> int:
         """Give the guest these frames before the tap's; return how many were refused.
 
-        A frame is refused if there are too many (:data:`MAX_FRAMES`, :data:`MAX_BYTES`), or if it
-        is too short or too long.
+        A frame is refused if there are too many (:data:`MAX_FRAMES`, :data:`MAX_BYTES`), or if the
+        frame is too short or too long.
         """
         refused = 0
         with self._lock:

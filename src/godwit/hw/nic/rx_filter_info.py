@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class RxFilterInfo(NamedTuple):
-    """What the guest told its NIC to receive. QEMU's RxFilterInfo (qapi/net.json) has the same.
+    """The receive filter that the guest set. QEMU's RxFilterInfo (qapi/net.json) has the same.
 
     Attributes:
         promiscuous: everything is received.

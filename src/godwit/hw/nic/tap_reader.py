@@ -1,4 +1,4 @@
-"""Frames from a tap to a guest, in turns of the event loop; shared by all that Python moves."""
+"""Frames from a tap to a guest, in turns of the event loop, for all devices served by Python."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from godwit.host.net.tap import HEADER, Tap
 
 from .rx_backlog import RxBacklog
 
-#: Frames moved before other work of the loop gets a turn.
+#: Frames delivered before other work of the loop gets a turn.
 BUDGET = 64
 
 #: Returns whether a frame (without the tap's header) is for the guest.
@@ -17,7 +17,7 @@ Accepts = Callable[[memoryview], bool]
 
 
 class TapReader:
-    """Reads while its owner has space. The owner's lock covers it.
+    """A reader of a tap, active while its owner has space, and covered by the owner's lock.
 
     ``deliver(frame)``, header included, returns False when there is no space now: the frame is
     kept, and the rest stays in the tap.
@@ -42,16 +42,16 @@ class TapReader:
 
     @property
     def waiting(self) -> bool:
-        """Whether a frame waits that is no event of the tap's."""
+        """True while a frame waits that is no event of the tap's."""
         return bool(self._backlog)
 
     def start(self, readable: Callable[[], None]) -> None:
-        """Have ``readable`` called while there are frames; it calls :meth:`turn`."""
+        """Have ``readable``, which calls :meth:`turn`, called while there are frames."""
         self._readable = readable
         self._update()
 
     def stop(self) -> None:
-        """Watch no more; what was read already waits for the next turn, as the tap's frames do."""
+        """Watch no more. Frames read already wait for the next turn, as the tap's frames do."""
         self._readable = None
         self._update()
 
@@ -60,7 +60,7 @@ class TapReader:
 
         Raises as ``deliver`` does.
         """
-        moved = False
+        delivered = False
         for _ in range(BUDGET):
             frame = self._backlog.next()
             if frame is None:
@@ -71,10 +71,10 @@ class TapReader:
                 self._backlog.requeue(frame)
                 self.stop()
                 break
-            moved = True
+            delivered = True
         else:
             self._go_on()
-        return moved
+        return delivered
 
     def _changed(self) -> None:
         self._update()

@@ -1,1 +1,1 @@
-"""virtio 1.2: split virtqueues, what a device is, the PCI transport, the devices."""
+"""virtio 1.2: split virtqueues, the base of all devices, the PCI transport, the devices."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 
 class CfgAccess:
-    """struct virtio_pci_cfg_cap at ``at`` of a configuration space: which bytes it means."""
+    """The struct virtio_pci_cfg_cap at ``at`` of a configuration space."""
 
     SIZE: ClassVar[int] = 20
     #: What a driver may write, from cap_len on: bar, offset, length, data.
@@ -20,11 +20,11 @@ class CfgAccess:
 
     @property
     def data(self) -> int:
-        """The register whose access is an access of the BAR."""
+        """The offset of the register whose access is an access of the BAR."""
         return self._at + 16
 
     def target(self) -> tuple[int, int]:
-        """Offset in the BAR and length; length 0 where the driver broke the rules."""
+        """Return offset in the BAR and length; length 0 where the driver broke the rules."""
         bar = self._config[self._at + 4]
         at, length = unpack_from("<II", self._config, self._at + 8)
         if bar or length not in (1, 2, 4) or at % length or at + length > self._bar_size:
@@ -32,10 +32,10 @@ class CfgAccess:
         return at, length
 
     def save(self) -> bytes:
-        """All of it: a driver may stand between setting and using it."""
+        """Return the whole capability, as a driver may stand between setting and using it."""
         return bytes(self._config[self._at : self._at + self.SIZE])
 
     def load(self, saved: bytes) -> None:
-        """Take over what a driver may write."""
+        """Take over the fields that a driver may write."""
         for index, (byte, mask) in enumerate(zip(saved[2:], self.MASK, strict=True), self._at + 2):
             self._config[index] = self._config[index] & ~mask | byte & mask

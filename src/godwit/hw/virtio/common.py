@@ -17,7 +17,7 @@ _QUEUE_ADDRESSES = ((0x20, "desc"), (0x28, "avail"), (0x30, "used"))
 
 
 class CommonState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The registers; a driver may stand between any two accesses when the VM stops."""
+    """The saved registers; a driver may stand between any two accesses when the VM stops."""
 
     status: U8
     generation: U8
@@ -42,19 +42,19 @@ class CommonConfig:
         self.clear()
 
     def clear(self) -> None:
-        """As after a device reset; the generation goes on."""
+        """Clear the registers as after a device reset; the generation goes on."""
         self.status = 0
         self.config_vector = NO_VECTOR
         self.driver_features = 0
         self._feature_select = self._driver_feature_select = self._queue_select = 0
 
     def changed(self) -> None:
-        """The device configuration is about to be announced as changed: a new generation."""
+        """Begin a new generation: the configuration will be announced as changed."""
         self._generation = self._generation + 1 & 0xFF
         self._seen = self._device.config()
 
     def save(self) -> CommonState:
-        """The state; paused."""
+        """Return the state; paused."""
         return CommonState(
             self.status,
             self._generation,
@@ -77,7 +77,7 @@ class CommonConfig:
         self._seen = None
 
     def read(self, offset: int) -> int:
-        """The register at ``offset``, perhaps wider than what was asked for; 0 between them."""
+        """Return the register at ``offset``, perhaps wider than asked for; 0 where none is."""
         queues = self._device.queues
         if offset == 0x15:
             return self._current_generation()
@@ -109,7 +109,7 @@ class CommonConfig:
         }.get(offset, 0)
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """The guest wrote; what is read-only, or fixed by now, stays as it is."""
+        """Take the guest's write, which leaves what is read-only, or fixed by now, as it is."""
         if offset == 0x00:
             self._feature_select = value & 0xFFFFFFFF
         elif offset == 0x08:
@@ -155,10 +155,10 @@ class CommonConfig:
         return value if value < self._vectors else NO_VECTOR
 
     def _current_generation(self) -> int:
-        """A new one whenever the configuration is not what it was at the last look (4.1.4.3.1).
+        """Return a new generation if the configuration changed since the last look (4.1.4.3.1).
 
-        A driver that reads it before and after sees every change: those that come with an
-        interrupt, and those that its own control commands make.
+        A driver that reads the generation before and after the configuration sees every change:
+        those that come with an interrupt, and those that its own control commands make.
         """
         now = self._device.config()
         if self._seen is not None and now != self._seen:

@@ -1,4 +1,4 @@
-"""What every virtio device has: features, status, queues; and what the transport gives it."""
+"""The base of all virtio devices (features, status, queues), and the interface of a transport."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 import msgspec
 
-from godwit.errors import GuestError
+from godwit.hw import guest_errors
 from godwit.hw.device import Negotiates
 
 from .queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
@@ -23,13 +23,13 @@ DRIVER_BITS = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED
 
 
 class Transport(Protocol):
-    """What a device may ask of its transport."""
+    """The functions of a transport that a device may use."""
 
     def signal_queue(self, index: int) -> None:
         """Raise the interrupt of a queue."""
 
     def signal_config(self) -> None:
-        """Raise the interrupt that says 'configuration changed'."""
+        """Raise the interrupt for a changed configuration."""
 
     def queue_fd(self, index: int) -> int:
         """Return the eventfd that raises the interrupt of a queue; -1 without a vector."""
@@ -104,15 +104,23 @@ class VirtioDevice(Negotiates):
 
     # --- life -------------------------------------------------------------------------------------
     def prepare(self, features: int) -> None:
-        """Set up ahead what a driver with these features will need. Raises OSError."""
+        """Set up early what a driver with these features will need.
+
+        Raises:
+            OSError: the kernel refused.
+        """
 
     def start(self) -> None:
-        """Serve the queues: the driver is ready (DRIVER_OK). Raises GuestError on bad rings."""
+        """Serve the queues, as the driver is ready (DRIVER_OK).
+
+        Raises:
+            GuestError: a ring that cannot be served.
+        """
 
     def stop(self) -> None:
         """Take no more work from the queues; work in flight may go on. Stopping twice is harmless.
 
-        The queues' positions are up to date once :meth:`stopped` says so.
+        The queues' positions are up to date once :meth:`stopped` returns True.
         """
 
     def stopped(self, timeout: float) -> bool:
@@ -123,7 +131,7 @@ class VirtioDevice(Negotiates):
         return True
 
     def reset(self) -> None:
-        """Forget the driver; stopped."""
+        """Forget the driver's settings; stopped."""
 
     def vector_changed(self, index: int) -> None:
         """Signal a queue by its new vector: the driver changed it while the device runs."""
@@ -144,8 +152,6 @@ class VirtioDevice(Negotiates):
 
     @contextmanager
     def guarded(self, where: str = "") -> Iterator[None]:
-        """Report a guest error that is raised inside, and go on behind."""
-        try:
+        """Report a guest error that is raised inside, and go on behind the block."""
+        with guest_errors.guarded(self.on_guest_error, where):
             yield
-        except GuestError as error:
-            self.on_guest_error(f"{where}: {error}" if where else str(error))

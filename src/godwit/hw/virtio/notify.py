@@ -12,7 +12,7 @@ STRIDE = 4  # bytes of the notification area for each queue
 
 
 class Notifications:
-    """The eventfds of a device; they live as long as it does, ioeventfds come and go."""
+    """The eventfds of a device for its whole life, whose ioeventfds come and go."""
 
     def __init__(self, vm: Vm, count: int) -> None:
         self._vm = vm
@@ -20,15 +20,15 @@ class Notifications:
         self._registered: list[tuple[int, int]] = []  # (eventfd, guest address)
 
     def kick(self, index: int) -> None:
-        """As if the guest had notified queue ``index``; nothing happens if there is none."""
+        """Signal queue ``index`` as if the guest had; nothing happens if there is no such queue."""
         if 0 <= index < len(self.fds):
             os.eventfd_write(self.fds[index], 1)
 
     def register(self, base: int, queues: Iterable[int]) -> None:
         """Have 16-bit writes to the area at ``base`` signal the eventfds, without an exit.
 
-        Other widths are legal too; they arrive as exits, and at :meth:`kick`. What was registered
-        before is, if it is not the same, taken back: each costs the kernel a grace period.
+        Other widths are legal too, and arrive as exits, and at :meth:`kick`. What was registered
+        before is taken back, unless the same: each costs the kernel a grace period.
         """
         wanted = self.keep(base, queues)
         for fd, address in () if self._registered else wanted:
@@ -39,14 +39,14 @@ class Notifications:
             self._registered.append((fd, address))
 
     def keep(self, base: int, queues: Iterable[int]) -> list[tuple[int, int]]:
-        """Take back what is registered, unless it is just this; what it should be."""
+        """Take back what is registered, unless exactly right; return what should be registered."""
         wanted = [(self.fds[index], base + STRIDE * index) for index in queues]
         if wanted != self._registered:
             self.unregister()
         return wanted
 
     def unregister(self) -> None:
-        """Undo :meth:`register`, if it was called."""
+        """Undo :meth:`register`, if there was a call."""
         while self._registered:
             self._vm.ioeventfd(*self._registered.pop(), 2, False)
 

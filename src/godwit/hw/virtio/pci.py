@@ -125,7 +125,7 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
 
     @property
     def driver_ok(self) -> bool:
-        """Whether the driver is running, and the device has not given up on it."""
+        """True while the driver is running, and the device has not given up on the driver."""
         return self._common.status & (v.DRIVER_OK | v.NEEDS_RESET) == v.DRIVER_OK
 
     # --- the life of the VM -----------------------------------------------------------------------
@@ -144,11 +144,11 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
                 self.device.stop()
 
     def paused(self, timeout: float) -> bool:
-        """Wait for the device's work in flight."""
+        """Wait for the work in flight, at most ``timeout`` seconds; return whether all is done."""
         return self.device.stopped(timeout)
 
     def resume(self) -> None:
-        """Serve the guest again."""
+        """Serve the guest again, if paused."""
         with self.device.lock:
             if not self._paused:
                 return
@@ -166,7 +166,7 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
                 self.msix.signal(self._common.config_vector)
 
     def reset(self) -> None:
-        """Become as after power-on."""
+        """Return to the state after power-on."""
         with self.device.lock:
             self._reset_device()
             self.msix.reset()
@@ -181,7 +181,7 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
 
     # --- setup hints ------------------------------------------------------------------------------
     def hints(self) -> SetupHints:
-        """Return where the device is notified, its MSI-X table and its features."""
+        """Return the address of the notifications, the MSI-X table and the features."""
         with self.device.lock:
             return SetupHints(
                 self.bar or 0, self._notified(), self.msix.table, self.device.negotiated
@@ -204,7 +204,11 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
             return VirtioState(self._save_transport(), self.device.save())
 
     def load(self, state: VirtioState[Any]) -> None:
-        """Take over both states. Raises StreamError."""
+        """Take over both states.
+
+        Raises:
+            StreamError: the device cannot be in the state; the message names the field.
+        """
         with self.device.lock:
             self._load_transport(state.transport)
             self.device.load(state.device)
@@ -261,7 +265,7 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
         return super().read_config(offset, size)
 
     def write_config(self, offset: int, size: int, value: int) -> None:
-        """Write as :meth:`read_config` reads."""
+        """Write configuration space in the way that :meth:`read_config` reads."""
         super().write_config(offset, size, value)
         if offset <= self._msix_at + 3 < offset + size:
             control = self.config[self._msix_at + 2 : self._msix_at + 4]
@@ -273,7 +277,7 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
                 self.write(at, length, value & (1 << 8 * length) - 1)
 
     def bar_moved(self) -> None:
-        """Move the notification addresses along. While paused, whoever moves BAR 0 sees to them."""
+        """Move the notification addresses along, if not paused."""
         with self.device.lock:
             if self._paused:
                 return

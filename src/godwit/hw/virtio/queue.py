@@ -27,7 +27,7 @@ F_EVENT_IDX = 1 << 29
 
 
 class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is saved of a virtqueue; addresses are guest physical."""
+    """The saved state of a virtqueue, with guest physical addresses."""
 
     size: U16  # what the guest wrote: no good size until the queue is enabled
     ready: bool
@@ -49,7 +49,7 @@ class Chain(NamedTuple):
     writable_at: list[tuple[int, int]]
 
     def read(self, limit: int) -> bytes:
-        """The readable bytes, at most ``limit``."""
+        """Return the readable bytes, at most ``limit``."""
         out = bytearray()
         for part in self.readable:
             out += part[: limit - len(out)]
@@ -58,11 +58,11 @@ class Chain(NamedTuple):
         return bytes(out)
 
     def readable_size(self) -> int:
-        """Bytes that the device may read."""
+        """Return the number of bytes that the device may read."""
         return sum(len(part) for part in self.readable)
 
     def writable_size(self) -> int:
-        """Bytes that the device may write."""
+        """Return the number of bytes that the device may write."""
         return sum(len(part) for part in self.writable)
 
 
@@ -71,9 +71,9 @@ _fence = threading.Lock()
 
 
 class Virtqueue:
-    """A queue. The transport sets the public fields; :meth:`enable` freezes them.
+    """A queue whose public fields the transport sets, until :meth:`enable` freezes them.
 
-    Not thread-safe: the device's lock covers it.
+    Not thread-safe: the device's lock covers each access.
     """
 
     def __init__(self, memory: GuestMemory, max_size: int) -> None:
@@ -82,7 +82,7 @@ class Virtqueue:
         self.reset()
 
     def reset(self) -> None:
-        """As after a device reset."""
+        """Clear all fields as after a device reset."""
         self.size = self.max_size
         self.ready = False
         self.desc = self.avail = self.used = 0
@@ -122,16 +122,16 @@ class Virtqueue:
 
     @property
     def enabled(self) -> bool:
-        """Whether :meth:`enable` was called since the last reset."""
+        """True if :meth:`enable` was called since the last reset."""
         return self._table is not None
 
     def resync_used(self) -> None:
-        """Take the used index from the ring: another device (vhost) has moved it."""
+        """Take the used index from the ring, where another device (vhost) advanced it."""
         self.last_used = self._used16[1]
         self._signalled = None
 
     def pop(self) -> Chain | None:
-        """The next buffer, or None when there is none; then the driver is asked to notify.
+        """Return the next buffer; without one, ask the driver to notify and return None.
 
         Raises:
             GuestError: the driver broke the ring's rules.
@@ -154,7 +154,9 @@ class Virtqueue:
             if not pending:
                 return None
         if pending > self.size:
-            raise GuestError(f"avail index is {pending} ahead in a queue of {self.size}")
+            raise GuestError(
+                f"avail index is {pending} beyond the device's in a queue of {self.size}"
+            )
         head = self._avail[2 + self.last_avail % self.size]
         chain = self._walk(head)
         self.last_avail = self.last_avail + 1 & 0xFFFF
@@ -165,7 +167,7 @@ class Virtqueue:
         self.last_avail = self.last_avail - 1 & 0xFFFF
 
     def push(self, chain: Chain, written: int) -> None:
-        """Mark ``chain`` used, ``written`` bytes of it written."""
+        """Put ``chain`` into the used ring with ``written`` bytes written."""
         left = written
         for address, length in chain.writable_at:
             if left <= 0:
@@ -183,7 +185,7 @@ class Virtqueue:
         self._pushed = True
 
     def should_notify(self) -> bool:
-        """Whether the driver wants an interrupt for what was pushed since the last one (2.7.10)."""
+        """Return whether the driver wants an interrupt for what was pushed (2.7.10)."""
         if not self._pushed:
             return False
         self._pushed = False
@@ -197,7 +199,7 @@ class Virtqueue:
         return (self.last_used - event - 1) & 0xFFFF < (self.last_used - old) & 0xFFFF
 
     def save(self) -> QueueState:
-        """The state of a queue that nobody serves now."""
+        """Return the state of a queue that nobody serves now."""
         return QueueState(
             self.size,
             self.ready,
@@ -210,7 +212,7 @@ class Virtqueue:
         )
 
     def load(self, state: QueueState) -> None:
-        """Take over a saved state; :meth:`enable` checks it against RAM."""
+        """Take over a saved state, which :meth:`enable` checks against RAM."""
         self.reset()
         self.size, self.ready, self.vector = state.size, state.ready, state.vector
         self.desc, self.avail, self.used = state.desc, state.avail, state.used

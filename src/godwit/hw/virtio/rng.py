@@ -30,7 +30,7 @@ _MOST = 1024
 
 
 class RngState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The saved state of the random number generator: nothing but its transport's."""
+    """The saved state of the random number generator, which is its transport's alone."""
 
 
 class VirtioRng(VirtioDevice, Counts):
@@ -66,7 +66,7 @@ class VirtioRng(VirtioDevice, Counts):
         self._loop.watch(self.transport.kick_fd(0), self._kicked)
 
     def stop(self) -> None:
-        """Serve no more; requests that wait for the next period stay in the queue."""
+        """Serve no more. Requests that wait for the next period stay in the queue."""
         if self.started:
             self.started = False
             self._loop.unwatch(self.transport.kick_fd(0))
@@ -75,11 +75,11 @@ class VirtioRng(VirtioDevice, Counts):
             self._timer = None
 
     def save(self) -> RngState:
-        """Return the state."""
+        """Return the (empty) saved state."""
         return RngState()
 
     def load(self, state: RngState) -> None:
-        """Take over a saved state: there is nothing in it."""
+        """Take over a saved state, which is empty."""
 
     def _kicked(self) -> None:
         with self.lock:

@@ -1,7 +1,7 @@
-"""The EEPROM: its words, and the two ways to read it (SDM 5.3 to 5.6, 13.4 EECD and EERD).
+"""The EEPROM: its words, and the two ways to read them (SDM 5.3 to 5.6, 13.4 EECD and EERD).
 
-Drivers read it through EERD, or, as Linux does with this controller, clock a Microwire command into
-EECD bit by bit. It cannot be written: the MAC address is the host's to give.
+Drivers read words through EERD, or, as Linux does with this controller, clock a Microwire command
+into EECD bit by bit. Words cannot be written: the MAC address is the host's to give.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _READ = 0b110
 
 
 def contents(mac: bytes) -> list[int]:
-    """The 64 words of a NIC with that address (SDM 5.6)."""
+    """Return the 64 words of a NIC with this MAC address (SDM 5.6)."""
     words = [0] * _WORDS
     words[0:3] = [mac[i] | mac[i + 1] << 8 for i in (0, 2, 4)]
     words[0x08:0x0A] = 0xFFFF, 0xFFFF  # no printed board assembly number
@@ -45,13 +45,13 @@ class Eeprom:
         self.reset()
 
     def reset(self) -> None:
-        """No command is under way."""
+        """Forget the command that is under way."""
         self._eecd = 0
         self._command = self._output = 0
         self._presented = -1
 
     def read_by_eerd(self, value: int) -> int:
-        """The guest wrote ``value`` to EERD: what EERD says afterwards."""
+        """Return EERD's content after the guest wrote ``value`` there."""
         if not value & _EERD_START:
             return value & 0xFF00
         address = value >> 8 & 0xFF
@@ -59,13 +59,13 @@ class Eeprom:
         return word << 16 | address << 8 | _EERD_DONE
 
     def read_eecd(self) -> int:
-        """EECD: access is granted at once; DO is high while the chip has nothing to say."""
+        """Return EECD, with access granted at once and DO high while the chip is idle."""
         out = self._presented <= 0 or self._output >> 16 - self._presented & 1
         granted = _GNT if self._eecd & _REQ else 0
         return self._eecd | _PRES | granted | (_DO if out else 0)
 
     def write_eecd(self, value: int) -> None:
-        """The chip sees DI at each rise of SK while CS is high."""
+        """Write EECD: the chip samples DI at each rise of SK while CS is high."""
         before, self._eecd = self._eecd, value & _WRITABLE
         if not self._eecd & _CS:
             self._command, self._presented = 0, -1
@@ -86,11 +86,15 @@ class Eeprom:
                 self._command = 0  # writing and erasing: not with this one
 
     def save(self) -> EepromState:
-        """The state."""
+        """Return the state of the chip."""
         return EepromState(self._eecd, self._command, self._output, self._presented)
 
     def load(self, state: EepromState) -> None:
-        """Take over a saved state. Raises StreamError."""
+        """Take over a saved state.
+
+        Raises:
+            StreamError: EECD has bits that a driver cannot set.
+        """
         if state.eecd & ~_WRITABLE:
             raise StreamError(f"eeprom.eecd: {state.eecd:#x} has bits that a driver cannot set")
         self._eecd, self._command = state.eecd, state.command

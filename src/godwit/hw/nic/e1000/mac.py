@@ -1,11 +1,12 @@
-"""The controller behind its registers (SDM chapter 13). No PCI here, and no tap."""
+"""The controller behind its registers (SDM chapter 13), without PCI and without a tap."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from godwit.errors import GuestError, StreamError
+from godwit.errors import StreamError
+from godwit.hw.guest_errors import guarded
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.rx_filter_info import RxFilterInfo
 
@@ -21,24 +22,24 @@ from .transmit import Transmitter
 
 
 class Wires(NamedTuple):
-    """What the controller asks of its surroundings."""
+    """The functions by which the controller acts on its surroundings."""
 
-    #: A frame with its virtio_net_hdr is to be sent.
+    #: Send a frame with its virtio_net_hdr.
     send: Callable[[bytes], None]
-    #: Whether an interrupt is wanted has changed, perhaps.
+    #: Set the interrupt line; called when the level may have changed.
     interrupt: Callable[[bool], None]
-    #: Whether frames can be received has changed, or there is room for more.
+    #: Look at the receiver: turned on or off, or with space for more.
     receive: Callable[[], None]
-    #: There are frames to send.
+    #: Send the frames that wait.
     transmit: Callable[[], None]
-    #: The guest broke a rule.
+    #: Report the rule that the guest broke.
     guest_error: Callable[[str], None]
-    #: What is received has changed.
+    #: Report that the receive filter changed.
     filter: Callable[[], None]
 
 
 class Mac:
-    """Not thread-safe: the NIC's lock covers it."""
+    """The controller; not thread-safe, as the NIC's lock covers each access."""
 
     def __init__(self, memory: GuestMemory, mac: bytes, wires: Wires) -> None:
         self._wires = wires
@@ -49,7 +50,7 @@ class Mac:
         self.statistics = Statistics()
         self.receiver = Receiver(memory, self._registers, self.filter, self.statistics)
         self.transmitter = Transmitter(memory, self._registers, self.statistics, wires.send)
-        #: The guest broke a rule, and did not reset the controller since.
+        #: True from a guest error until the guest resets the controller.
         self.broken = False
         self._readers: dict[int, Callable[[], int]] = {
             regs.CTRL_DUP: lambda: self._registers[regs.CTRL],
@@ -77,7 +78,7 @@ class Mac:
 
     # --- what the guest does ----------------------------------------------------------------------
     def read(self, offset: int) -> int:
-        """A guest's read of the register at ``offset``, a multiple of four."""
+        """Return the register at ``offset``, a multiple of four, as the guest reads it."""
         reader = self._readers.get(offset)
         if reader is not None:
             return reader()
@@ -89,7 +90,7 @@ class Mac:
         return found[0][found[1]] if found else 0
 
     def write(self, offset: int, value: int) -> None:
-        """A guest's write of the register at ``offset``, a multiple of four."""
+        """Take the guest's write of the register at ``offset``, a multiple of four."""
         writer = self._writers.get(offset)
         if writer is not None:
             writer(value)
@@ -99,9 +100,9 @@ class Mac:
             self.filter.write(*found, value)
             self._wires.filter()
 
-    def _store_and(self, offset: int, value: int, tell: Callable[[], None]) -> None:
+    def _store_and(self, offset: int, value: int, notify: Callable[[], None]) -> None:
         self._registers[offset] = value & regs.REGISTERS[offset].mask
-        tell()
+        notify()
 
     def _receive_control(self, value: int) -> None:
         self._store_and(regs.RCTL, value, self._wires.receive)
@@ -124,7 +125,7 @@ class Mac:
             self.raise_causes(regs.ICR_MDAC)
 
     def reset(self) -> None:
-        """CTRL.RST, or power-on: all but the PCI configuration."""
+        """Reset all but the PCI configuration, by CTRL.RST or at power-on."""
         self._registers.update(regs.power_on())
         for part in (self.eeprom, self.phy, self.filter, self.statistics, self.transmitter):
             part.reset()
@@ -135,7 +136,7 @@ class Mac:
     # --- interrupts -------------------------------------------------------------------------------
     @property
     def interrupting(self) -> bool:
-        """Whether a cause that is not masked waits."""
+        """True while a cause that is not masked waits."""
         return bool(self._registers[regs.ICR] & self._registers[regs.IMS])
 
     def raise_causes(self, causes: int) -> None:
@@ -161,45 +162,46 @@ class Mac:
     # --- frames -----------------------------------------------------------------------------------
     @property
     def receiving(self) -> bool:
-        """Whether the receiver is on."""
+        """True while the receiver is on."""
         return bool(self._registers[regs.RCTL] & regs.RCTL_EN) and not self.broken
 
     def accepts(self, frame: memoryview) -> bool:
-        """Whether the guest wants ``frame``."""
+        """Return whether the guest wants ``frame``."""
         return self.receiver.accepts(frame)
 
     def received(self) -> None:
-        """Frames were delivered: tell the guest."""
+        """Notify the guest of delivered frames."""
         low = regs.ICR_RXDMT0 if self.receiver.is_low() else 0
         self.raise_causes(regs.ICR_RXT0 | low)
 
     def transmit(self) -> bool:
-        """Send some of the frames that wait; whether more can be sent at once."""
+        """Send some of the frames that wait; return whether more can be sent at once."""
         if self.broken or not self._registers[regs.TCTL] & regs.TCTL_EN:
             return False
         causes, more = 0, False
-        try:
+        with guarded(self.guest_error):
             causes, more = self.transmitter.run()
-        except GuestError as error:
-            self.guest_error(str(error))
         if causes:
             self.raise_causes(causes)
         return more
 
     def guest_error(self, message: str) -> None:
-        """The guest broke a rule: no frames move until it resets the controller. The VM lives."""
+        """Report a broken rule, and carry no frames until the guest resets the controller.
+
+        The VM goes on.
+        """
         if not self.broken:
             self.broken = True
             self._wires.receive()
             self._wires.guest_error(message)
 
     def view_filter(self) -> RxFilterInfo:
-        """The receive filter in words."""
+        """Return the receive filter in words."""
         return self.filter.view(self._registers[regs.RCTL])
 
     # --- saved state ------------------------------------------------------------------------------
     def save(self) -> MacState:
-        """The state."""
+        """Return the state of the controller."""
         named = {regs.REGISTERS[at].name: value for at, value in self._registers.items()}
         contexts = [(context.lower, context.upper) for context in self.transmitter.contexts]
         return MacState(
@@ -216,7 +218,7 @@ class Mac:
         """Take over a saved state.
 
         Raises:
-            StreamError: the controller cannot be in it; names the field.
+            StreamError: the controller cannot be in the state; the message names the field.
         """
         known = {register.name: at for at, register in regs.REGISTERS.items()}
         if state.registers.keys() != known.keys():

@@ -1,7 +1,7 @@
 """The e1000 as a device of the machine: the controller, PCI and a tap together.
 
-Registers are accessed by vCPUs, the tap is read by the event loop; one lock covers all of it. The
-guest's frames are sent by the vCPU that announces them, up to a budget, and the rest by the loop.
+Registers are accessed by vCPUs, the tap is read by the event loop, under one lock. The guest's
+frames are sent by the vCPU that announces them, up to a budget, and the rest by the loop.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 
-from godwit.errors import ConfigError, GuestError
+from godwit.errors import ConfigError
 from godwit.host.net.tap import Tap
 from godwit.hw.device import Counts, Device, Slot
+from godwit.hw.guest_errors import guarded
 from godwit.hw.nic.nic import Nic
 from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.nic.rx_filter_info import RxFilterInfo
@@ -50,7 +51,7 @@ def make(config: DeviceConfig, slot: Slot) -> E1000:
 
 
 class E1000(Device, Nic, Counts):
-    """The controller, on a tap that it owns and closes."""
+    """The controller on a tap, which the device owns and closes."""
 
     kind = "e1000"
     State = E1000State
@@ -91,7 +92,7 @@ class E1000(Device, Nic, Counts):
         return {"mac": self.configured_mac.hex(":")}
 
     def counters(self) -> Mapping[str, int]:
-        """Return how many frames were moved each way."""
+        """Return how many frames were sent and received."""
         return {"frames-sent": self._sent, "frames-received": self._received}
 
     # --- Nic --------------------------------------------------------------------------------------
@@ -106,7 +107,11 @@ class E1000(Device, Nic, Counts):
         return False
 
     def send_from_host(self, frame: bytes) -> None:
-        """Send a frame as if the guest had. Raises OSError."""
+        """Send a frame as if the guest had.
+
+        Raises:
+            OSError: the tap did not take the frame.
+        """
         self._tap.send(frame)
 
     def rx_filter(self) -> RxFilterInfo:
@@ -125,13 +130,13 @@ class E1000(Device, Nic, Counts):
 
     # --- Device -----------------------------------------------------------------------------------
     def pause(self) -> None:
-        """Move no frames. The interrupt line keeps its level: what holds the line up is saved."""
+        """Carry no frames. The interrupt line keeps its level: what holds the line up is saved."""
         with self._lock:
             self._paused = True
             self._reader.stop()
 
     def resume(self) -> None:
-        """Move frames.
+        """Carry frames again.
 
         KVM forgets a line's level on the way to another host: set the level anew.
         """
@@ -141,7 +146,7 @@ class E1000(Device, Nic, Counts):
             self._dma_changed()
 
     def reset(self) -> None:
-        """Become as after power-on."""
+        """Return to the state after power-on."""
         with self._lock:
             self._mac.reset()
             self.rx_backlog.clear()
@@ -150,14 +155,14 @@ class E1000(Device, Nic, Counts):
             self.function.update_line(always=True)
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give the tap back."""
         with self._lock:
             self._paused = True
             self._reader.stop()
             self._tap.close()
 
     def save(self) -> E1000State:
-        """Return the state."""
+        """Return the saved state."""
         with self._lock:
             io_bar, io_address = self.function.save_io()
             return E1000State(
@@ -168,7 +173,11 @@ class E1000(Device, Nic, Counts):
             )
 
     def load(self, state: E1000State) -> None:
-        """Take over a saved state. Raises StreamError."""
+        """Take over a saved state.
+
+        Raises:
+            StreamError: the device cannot be in the state; the message names the field.
+        """
         with self._lock:
             self._mac.load(state.mac)
             self.function.load_io(state.io_bar, state.io_address)
@@ -183,7 +192,7 @@ class E1000(Device, Nic, Counts):
         self._transmit()
 
     def _receive_changed(self) -> None:
-        """The receiver was turned on or off, or has more space."""
+        """React to a receiver that was turned on or off, or has more space."""
         if not self._works() or not self._mac.receiving:
             self._reader.stop()
             return
@@ -195,11 +204,9 @@ class E1000(Device, Nic, Counts):
         with self._lock:
             if not self._works() or not self._mac.receiving:
                 return
-            try:
+            with guarded(self._mac.guest_error):
                 if self._reader.turn():
                     self._mac.received()
-            except GuestError as error:
-                self._mac.guest_error(str(error))
 
     def _deliver(self, frame: bytes) -> bool:
         delivered = self._mac.receiver.deliver(frame)

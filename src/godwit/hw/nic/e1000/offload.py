@@ -2,7 +2,7 @@
 
 The controller adds up all from a start to an end, the checksum field's present content included,
 and stores the complement: just what a virtio_net_hdr with NEEDS_CSUM asks of the kernel (virtio
-1.2, 5.1.6.2). Where the controller can do what such a header cannot say, it is done here.
+1.2, 5.1.6.2). Where the controller can do what such a header cannot express, the work is done here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _TUCMD_TCP, _TUCMD_IPV4 = 1 << 24, 1 << 25
 
 
 class Context:
-    """A context descriptor, both halves of it (SDM 3.3.6, 3.5.8)."""
+    """A context descriptor, with both halves (SDM 3.3.6, 3.5.8)."""
 
     def __init__(self, lower: int, upper: int) -> None:
         self.lower = lower
@@ -29,14 +29,17 @@ class Context:
 
 
 def fold(total: int) -> int:
-    """A sum of 16-bit words in ones' complement (RFC 1071)."""
+    """Return a sum of 16-bit words in ones' complement (RFC 1071)."""
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total
 
 
 def ones_sum(data: bytes | bytearray) -> int:
-    """The ones' complement sum of big-endian 16-bit words; an odd byte counts as a high one."""
+    """Return the ones' complement sum of big-endian 16-bit words.
+
+    An odd byte at the end counts as the high byte of a word.
+    """
     if len(data) & 1:
         data = data + b"\0"
     # Modulo 65,535 the words of a large number add up.
@@ -45,7 +48,7 @@ def ones_sum(data: bytes | bytearray) -> int:
 
 
 class Offload:
-    """What is still to be done to ``frame``, as a virtio_net_hdr says it."""
+    """The work that is still to be done to ``frame``, as the fields of a virtio_net_hdr."""
 
     def __init__(self, frame: bytearray) -> None:
         self.frame = frame
@@ -55,9 +58,9 @@ class Offload:
         self.segments = 1
 
     def segment(self, context: Context) -> bool:
-        """Have the frame cut into segments of TCP; False where the context makes no sense.
+        """Have the frame cut into TCP segments; return False if the context makes no sense.
 
-        The driver leaves lengths out of the headers, for the controller fills them in (3.5.7). The
+        The driver leaves lengths out of the headers, as the controller fills them in (3.5.7). The
         kernel wants those of the whole frame.
         """
         frame = self.frame
@@ -79,11 +82,11 @@ class Offload:
         return True
 
     def ip_checksum(self, context: Context) -> None:
-        """Store the checksum of an IPv4 header; the kernel has no offload of it."""
+        """Store the checksum of an IPv4 header, for which the kernel has no offload."""
         self._store(context.ipcss, context.ipcso, context.ipcse)
 
     def checksum(self, start: int, at: int, last: int) -> None:
-        """Have the sum from ``start`` to ``last`` (0: to the end) stored ``at``."""
+        """Have the sum from ``start`` to ``last`` (0: to the end) stored at ``at``."""
         whole = last == 0 or last >= len(self.frame) - 1
         if whole and start <= at and at + 2 <= len(self.frame):
             self.flags |= _NEEDS_CSUM

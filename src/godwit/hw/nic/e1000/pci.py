@@ -48,11 +48,11 @@ class E1000Pci(PciFunction):
 
     @property
     def may_dma(self) -> bool:
-        """Whether the guest lets the function read and write its memory."""
+        """True while the guest lets the function read and write guest memory."""
         return bool(self.read_config(pci.COMMAND, 2) & pci.COMMAND_MASTER)
 
     def update_line(self, always: bool = False) -> None:
-        """Have INTA say what the controller says; ``always``: even if it did before."""
+        """Set INTA to the controller's level, with ``always`` even if unchanged."""
         wanted = self._mac.interrupting
         status = self.config[pci.STATUS] & ~pci.STATUS_INTERRUPT
         self.config[pci.STATUS] = status | (pci.STATUS_INTERRUPT if wanted else 0)
@@ -63,7 +63,7 @@ class E1000Pci(PciFunction):
             self._intx(wanted)
 
     def write_config(self, offset: int, size: int, value: int) -> None:
-        """As PCI; the command register rules the line and the DMA, the line the status register."""
+        """Write configuration space, of which the command register rules line and DMA."""
         super().write_config(offset, size, value)
         if offset < pci.STATUS + 2 and offset + size > pci.COMMAND:
             with self._lock:
@@ -72,21 +72,21 @@ class E1000Pci(PciFunction):
 
     # --- BAR 0 ------------------------------------------------------------------------------------
     def read(self, offset: int, size: int) -> int:
-        """Registers are read whole; anything else finds nothing."""
+        """Return a register, which is read whole; any other access gives 0."""
         if size != 4 or offset & 3:
             return 0
         with self._lock:
             return self._mac.read(offset)
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Registers are written whole; anything else is lost."""
+        """Write a register, which is written whole; any other access is lost."""
         if size == 4 and not offset & 3:
             with self._lock:
                 self._mac.write(offset, value)
 
     # --- the I/O BAR ------------------------------------------------------------------------------
     def read_port(self, offset: int, size: int) -> int:
-        """IOADDR, or the register that it names."""
+        """Return IOADDR, or the register that IOADDR names."""
         if offset == _IOADDR and size == 4:
             return self._io_address
         if offset == _IODATA and self._io_address < regs.BAR_SIZE:
@@ -94,23 +94,23 @@ class E1000Pci(PciFunction):
         return 0
 
     def write_port(self, offset: int, size: int, value: int) -> None:
-        """As :meth:`read_port`."""
+        """Write IOADDR, or the register that IOADDR names."""
         if offset == _IOADDR and size == 4:
             self._io_address = value
         elif offset == _IODATA and self._io_address < regs.BAR_SIZE:
             self.write(self._io_address, size, value)
 
     def save_io(self) -> tuple[int, int]:
-        """The I/O BAR, and IOADDR."""
+        """Return the I/O BAR and IOADDR."""
         return self.read_config(_IO_BAR_AT, 4), self._io_address
 
     def load_io(self, bar: int, address: int) -> None:
-        """Take both over; before the rest of the configuration."""
+        """Take over the I/O BAR and IOADDR, before the rest of the configuration."""
         self.write_config(_IO_BAR_AT, 4, bar)
         self._io_address = address
 
     def reset_io(self) -> None:
-        """As after power-on."""
+        """Set IOADDR as after power-on."""
         self._io_address = 0
 
 
@@ -121,9 +121,9 @@ class _Ports:
         self._function = function
 
     def read(self, offset: int, size: int) -> int:
-        """What an ``in`` gives."""
+        """Return the value for an ``in``."""
         return self._function.read_port(offset, size)
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """What an ``out`` does."""
+        """Do an ``out`` to the ports."""
         self._function.write_port(offset, size, value)

@@ -1,6 +1,6 @@
 """The PHY, Marvell's 88E1011, behind MDIC (SDM chapter 8 and 13.4 MDIC; IEEE 802.3 clause 22).
 
-Its link is up at 1000 Mb/s full duplex, and has been negotiated: a tap has no cable.
+The link is up at 1000 Mb/s full duplex, and has been negotiated: a tap has no cable.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _WRITABLE = (0, 4, 7, 9, 16, 18, 20, 24, 29, 30)
 
 
 class Phy:
-    """The PHY's 32 registers."""
+    """The 32 registers of the PHY."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """As after power-on."""
+        """Set the registers as after power-on."""
         self._registers = [_VALUES.get(index, 0) for index in range(_COUNT)]
 
     def access(self, mdic: int) -> tuple[int, bool]:
-        """The guest wrote ``mdic``: what MDIC says when it is done, and whether to interrupt."""
+        """Do the access of a write to MDIC; return MDIC afterwards, and whether to interrupt."""
         operation, address, index = mdic >> 26 & 3, mdic >> 21 & 31, mdic >> 16 & 31
         result = mdic & ~(_READY | _ERROR) | _READY
         if address != _ADDRESS or operation not in (_READ, _WRITE):
@@ -63,14 +63,14 @@ class Phy:
         self._registers[index] = value
 
     def save(self) -> list[int]:
-        """The registers."""
+        """Return the registers of the PHY."""
         return list(self._registers)
 
     def load(self, registers: list[int]) -> None:
         """Take over saved registers.
 
         Raises:
-            StreamError: one that a driver cannot write has another value than it has here.
+            StreamError: a register that a driver cannot write has another value than here.
         """
         for index, value in enumerate(registers):
             if index not in _WRITABLE and value != _VALUES.get(index, 0):

@@ -1,4 +1,4 @@
-"""The receive ring: frames of the tap go into the guest's buffers (SDM 3.2)."""
+"""The receive ring, by which frames of the tap go into the guest's buffers (SDM 3.2)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _SPECIAL_SHIFT = 48
 
 
 def buffer_size(rctl: int) -> int:
-    """Bytes of each of the driver's buffers."""
+    """Return the bytes of each of the driver's buffers."""
     size = 2048 >> (rctl >> regs.RCTL_BSIZE_SHIFT & 3)
     return min(size * 16, 16384) if rctl & regs.RCTL_BSEX else size
 
 
 class Receiver:
-    """The receive unit."""
+    """The receive unit of the controller."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Receiver:
         self._statistics = statistics
 
     def accepts(self, frame: memoryview) -> bool:
-        """Whether the guest wants ``frame``, and it is not too long."""
+        """Return whether the guest wants ``frame``, and the frame is not too long."""
         rctl = self._registers[regs.RCTL]
         limit = _MAX_LONG if rctl & regs.RCTL_LPE else _MAX_NORMAL
         if len(frame) + _FCS > limit:
@@ -53,14 +53,14 @@ class Receiver:
         return self._filter.accepts(frame, rctl, self._registers[regs.VET])
 
     def deliver(self, frame: bytes) -> bool:
-        """Put a frame (with the tap's header) into the ring; False when it has too little room.
+        """Put a frame (with the tap's header) into the ring; return False for lack of space.
 
         Raises:
             GuestError: the ring or a buffer is not in RAM.
         """
         registers = self._registers
         data = frame[HEADER:].ljust(_MIN_FRAME, b"\0")
-        # The tap's frames are finished, but nobody has looked at their checksums: IXSM says so.
+        # The tap's frames are finished, but nobody has looked at their checksums: hence IXSM.
         upper = DONE | _IXSM
         payload = data
         if not registers[regs.RCTL] & regs.RCTL_SECRC:
@@ -75,20 +75,20 @@ class Receiver:
         if needed > owned:
             # One that would never fit is dropped; a ring is full with one descriptor unused.
             return owned > 0 and needed >= self._ring.count
-        for ahead in range(needed):
-            address, _ = self._ring.peek(ahead)
-            self._memory.write(address, payload[ahead * size : (ahead + 1) * size])
-        for ahead in range(needed):
-            if ahead + 1 < needed:
-                self._ring.write_back(DONE | size, ahead)
+        for index in range(needed):
+            address, _ = self._ring.peek(index)
+            self._memory.write(address, payload[index * size : (index + 1) * size])
+        for index in range(needed):
+            if index + 1 < needed:
+                self._ring.write_back(DONE | size, index)
             else:
-                self._ring.write_back(upper | _EOP | len(payload) - ahead * size, ahead)
+                self._ring.write_back(upper | _EOP | len(payload) - index * size, index)
         self._ring.advance(needed)
         self._statistics.received(data)
         return True
 
     def is_low(self) -> bool:
-        """Whether few descriptors are left, as RCTL.RDMTS has it (SDM 3.2.6)."""
+        """Return whether few descriptors are left, as RCTL.RDMTS has it (SDM 3.2.6)."""
         threshold = 1 + (self._registers[regs.RCTL] >> regs.RCTL_RDMTS_SHIFT & 3)
         count = self._registers[regs.RDBAL + regs.LEN] // 16
         return self._ring.owned() <= count >> threshold

@@ -1,4 +1,4 @@
-"""Register offsets and bits (SDM chapter 13; e1000_hw.h), and which of them are plain storage."""
+"""Register offsets and bits (SDM chapter 13, e1000_hw.h), and the registers of plain storage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ TDBAL, TDT = 0x3800, 0x3818
 BAL, BAH, LEN, HEAD, TAIL = 0x00, 0x04, 0x08, 0x10, 0x18
 
 CTRL_FD = 1 << 0
-CTRL_SLU = 1 << 6
 CTRL_RST = 1 << 26
 CTRL_VME = 1 << 30
 CTRL_PHY_RST = 1 << 31
@@ -46,7 +45,7 @@ class Register(NamedTuple):
     reset: int = 0
 
 
-#: What is saved of the registers, but for tables and counters. Reads of others give 0.
+#: The registers that are saved, but for tables and counters. Reads of others give 0.
 REGISTERS: dict[int, Register] = {
     CTRL: Register("CTRL", _ALL & ~(CTRL_RST | CTRL_PHY_RST), CTRL_FD),
     CTRL_EXT: Register("CTRL_EXT"),
@@ -102,5 +101,5 @@ STATISTICS, STATISTICS_COUNT = 0x4000, 64
 
 
 def power_on() -> dict[int, int]:
-    """The registers after a reset."""
+    """Return the reset values of the registers."""
     return {offset: register.reset for offset, register in REGISTERS.items()}

@@ -1,4 +1,4 @@
-"""A ring of 16-byte descriptors (SDM 3.2.6, 3.4). The guest sets its registers: each use checks."""
+"""A ring of 16-byte descriptors (SDM 3.2.6, 3.4), whose registers are checked at each use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DONE = 1 << 32
 
 
 class Ring:
-    """A ring whose registers are at ``base`` of ``registers``, which it shares with the device."""
+    """A ring whose registers, shared with the device, are at ``base`` of ``registers``."""
 
     def __init__(
         self, name: str, memory: GuestMemory, registers: dict[int, int], base: int
@@ -26,7 +26,7 @@ class Ring:
         self.count = 0
 
     def owned(self) -> int:
-        """How many descriptors are the device's: from the head up to the tail.
+        """Return how many descriptors are the device's: from the head up to the tail.
 
         Raises:
             GuestError: head or tail is beyond the ring, or the ring is not in RAM.
@@ -45,16 +45,16 @@ class Ring:
         self._quads = self._memory.view(self._at, size).cast("Q")
         return (tail - head) % self.count
 
-    def peek(self, ahead: int = 0) -> tuple[int, int]:
-        """Both halves of a descriptor that is owned, ``ahead`` of the head."""
-        index = (self._registers[self._base + regs.HEAD] + ahead) % self.count
-        return self._quads[2 * index], self._quads[2 * index + 1]
+    def peek(self, index: int = 0) -> tuple[int, int]:
+        """Return both halves of an owned descriptor, ``index`` places behind the head."""
+        at = (self._registers[self._base + regs.HEAD] + index) % self.count
+        return self._quads[2 * at], self._quads[2 * at + 1]
 
-    def write_back(self, upper: int, ahead: int = 0) -> None:
-        """Store the upper half of a descriptor, in one access."""
-        index = (self._registers[self._base + regs.HEAD] + ahead) % self.count
-        self._quads[2 * index + 1] = upper
-        self._memory.mark_dirty(self._at + 16 * index + 8, 8)
+    def write_back(self, upper: int, index: int = 0) -> None:
+        """Store the upper half of a descriptor in one access."""
+        at = (self._registers[self._base + regs.HEAD] + index) % self.count
+        self._quads[2 * at + 1] = upper
+        self._memory.mark_dirty(self._at + 16 * at + 8, 8)
 
     def advance(self, by: int) -> None:
         """Give the first ``by`` descriptors back to the driver."""

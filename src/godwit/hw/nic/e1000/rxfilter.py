@@ -1,4 +1,4 @@
-"""Which frames the controller takes (SDM 3.2.1 'Packet Address Filtering', 13.5)."""
+"""The controller's receive filter (SDM 3.2.1 'Packet Address Filtering', 13.5)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HASH_SHIFT = (4, 3, 2, 0)
 
 
 def hash_of(address: bytes, offset: int) -> int:
-    """The bit of the MTA that stands for ``address``, by RCTL.MO (e1000_hash_mc_addr)."""
+    """Return the bit of the MTA that stands for ``address``, by RCTL.MO (e1000_hash_mc_addr)."""
     return (address[4] | address[5] << 8) >> _HASH_SHIFT[offset] & 0xFFF
 
 
@@ -30,7 +30,7 @@ class RxFilter:
         self.reset()
 
     def reset(self) -> None:
-        """As after a reset: the first address is the EEPROM's."""
+        """Clear the tables, and set the first address to the EEPROM's."""
         self._ra = [0] * regs.RA_COUNT
         self._mta = [0] * regs.MTA_COUNT
         self._vfta = [0] * regs.VFTA_COUNT
@@ -39,7 +39,7 @@ class RxFilter:
         self._update()
 
     def table(self, offset: int) -> tuple[list[int], int] | None:
-        """The table that has the register at ``offset``, and its index there."""
+        """Return the table that has the register at ``offset``, and the register's index."""
         for table, first in ((self._ra, regs.RA), (self._mta, regs.MTA), (self._vfta, regs.VFTA)):
             if first <= offset < first + 4 * len(table):
                 return table, (offset - first) // 4
@@ -62,12 +62,12 @@ class RxFilter:
 
     @property
     def mac(self) -> bytes:
-        """The address in force: the first, if it is valid and one that a NIC may have."""
+        """The address in force: the first, if valid and one that a NIC may have."""
         own = self._exact[0] if self._ra[1] & _VALID_MASK == _VALID else self._configured
         return self._configured if own[0] & 1 or own == bytes(6) else own
 
     def accepts(self, frame: memoryview, rctl: int, vet: int) -> bool:
-        """Whether the guest wants ``frame`` (Ethernet, no FCS)."""
+        """Return whether the guest wants ``frame`` (Ethernet, no FCS)."""
         if len(frame) < 14:
             return False
         if rctl & regs.RCTL_VFE and len(frame) >= 16 and frame[12] << 8 | frame[13] == vet:
@@ -85,7 +85,7 @@ class RxFilter:
         return bool(self._mta[bit >> 5] >> (bit & 31) & 1)
 
     def view(self, rctl: int) -> RxFilterInfo:
-        """As operators see it. The MTA is a hash: what it takes cannot be told from it."""
+        """Return the filter as operators see it. The MTA is a hash: its addresses are not known."""
         vlans = [
             32 * index + bit
             for index, word in enumerate(self._vfta)
@@ -110,11 +110,15 @@ class RxFilter:
         )
 
     def save(self) -> FilterState:
-        """The tables."""
+        """Return the saved tables."""
         return FilterState(list(self._ra), list(self._mta), list(self._vfta))
 
     def load(self, state: FilterState) -> None:
-        """Take over saved tables. Raises StreamError."""
+        """Take over saved tables.
+
+        Raises:
+            StreamError: a register has bits that the controller lacks.
+        """
         for index in range(1, regs.RA_COUNT, 2):
             if state.ra[index] & ~_RAH_BITS:
                 raise StreamError(f"filter.ra: RAH{index // 2} is {state.ra[index]:#x}")

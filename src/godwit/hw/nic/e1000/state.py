@@ -1,4 +1,4 @@
-"""The saved state of an e1000."""
+"""The saved state of an e1000, part by part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from godwit.spec.saved import U16, U32, U64
 
 
 class EepromState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the driver is in clocking a command through EECD."""
+    """The progress of a driver that clocks a command through EECD."""
 
     eecd: Annotated[int, msgspec.Meta(ge=0, lt=1 << 7)]
     #: Start bit, two bits of opcode, six of address: those that came so far.
@@ -22,7 +22,7 @@ class EepromState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FilterState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The tables, register by register: RAL0, RAH0, RAL1 and so on; MTA; VFTA."""
+    """The tables, register by register: RAL0, RAH0, RAL1 and so on, then MTA, then VFTA."""
 
     ra: Annotated[list[U32], msgspec.Meta(min_length=32, max_length=32)]
     mta: Annotated[list[U32], msgspec.Meta(min_length=128, max_length=128)]
@@ -30,7 +30,7 @@ class FilterState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MacState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The controller behind its registers."""
+    """The saved state of the controller behind its registers."""
 
     #: By name, all of :data:`.regs.REGISTERS`.
     registers: Annotated[
@@ -46,7 +46,7 @@ class MacState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class E1000State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All of it."""
+    """The saved state of the whole device."""
 
     pci: PciState
     #: The I/O BAR, and the register that its data port reaches.

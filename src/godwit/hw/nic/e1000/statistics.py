@@ -1,6 +1,6 @@
-"""The counters at 0x4000 (SDM 13.7 'Statistics Registers'): those a wire of no errors can have.
+"""The counters at 0x4000 (SDM 13.7 'Statistics Registers') that a wire without errors can have.
 
-A counter is cleared by reading it; one of 64 bits by reading its upper half.
+A counter is cleared by reading, and one of 64 bits by reading its upper half.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _MAX = 0xFFFF_FFFF
 
 
 class Statistics:
-    """64 registers; those with no meaning here stay at 0."""
+    """The 64 registers, of which those without a meaning here stay at 0."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        """All zeros."""
+        """Set all counters to zero."""
         self._counters = [0] * regs.STATISTICS_COUNT
 
     def read(self, offset: int) -> int:
-        """A guest's read of the register at ``offset``."""
+        """Return the register at ``offset`` as the guest reads it."""
         index = (offset - regs.STATISTICS) // 4
         value = self._counters[index]
         if offset not in _WIDE:
@@ -41,14 +41,14 @@ class Statistics:
         return value
 
     def received(self, frame: bytes | memoryview) -> None:
-        """A frame (Ethernet, no FCS) was given to the guest."""
+        """Count a frame (Ethernet, no FCS) that was given to the guest."""
         size = len(frame) + _FCS
         self._count(_PRC64, size, _GPRC, _TPR)
         self._add(_MPRC, _BPRC, frame)
         self._add_wide(size, _GORCL, _TORL)
 
     def sent(self, frame: bytes | bytearray, count: int) -> None:
-        """A frame of the guest's was sent, or ``count`` segments made of it."""
+        """Count a frame of the guest's that was sent, or ``count`` segments made of the frame."""
         size = len(frame) // count + _FCS
         self._count(_PTC64, size, _GPTC, _TPT, count)
         self._add(_MPTC, _BPTC, frame, count)
@@ -77,7 +77,7 @@ class Statistics:
             self._counters[index + 1] = total >> 32 & _MAX
 
     def save(self) -> list[int]:
-        """The counters."""
+        """Return the saved counters."""
         return list(self._counters)
 
     def load(self, counters: list[int]) -> None:

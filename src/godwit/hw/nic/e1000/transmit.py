@@ -1,4 +1,4 @@
-"""The transmit ring: descriptors become frames for the tap (SDM 3.3 to 3.5).
+"""The transmit ring, whose descriptors become frames for the tap (SDM 3.3 to 3.5).
 
 Checksums and segmentation are left to the host's kernel, by the virtio_net_hdr in front of each
 frame. A frame is sent when all of its descriptors are there, so nothing is kept of half a frame.
@@ -52,12 +52,12 @@ class Transmitter:
         self.reset()
 
     def reset(self) -> None:
-        """As after a reset."""
-        #: What the newest context descriptors said: for checksums, and for segmentation (3.5.3).
+        """Forget the context descriptors, as after a reset."""
+        #: The newest context descriptors: for checksums, and for segmentation (3.5.3).
         self.contexts = [Context(0, 0), Context(0, 0)]
 
     def run(self) -> tuple[int, bool]:
-        """Send some of what waits: causes for ICR, and whether more can be sent at once.
+        """Send some of what waits; return causes for ICR, and whether more can be sent at once.
 
         Raises:
             GuestError: the ring, or what a descriptor points at, is not what it may be.
@@ -78,15 +78,15 @@ class Transmitter:
         return causes, left > 0
 
     def _next(self, left: int) -> tuple[int, bool]:
-        """Do a context descriptor or a frame: how many descriptors it had; was a report wanted."""
+        """Do a context descriptor or a frame; return its descriptors, and if a report is due."""
         lower, upper = self._ring.peek()
         if upper & _DEXT and upper >> 20 & 15 == _CONTEXT:
             self.contexts[bool(upper & _DATA_TSE)] = Context(lower, upper)
             return 1, self._report(0, upper)
         frame = bytearray()
         uppers: list[int] = []
-        for ahead in range(min(left, _MAX_DESCRIPTORS)):
-            lower, upper = self._ring.peek(ahead)
+        for index in range(min(left, _MAX_DESCRIPTORS)):
+            lower, upper = self._ring.peek(index)
             frame += self._memory.view(lower, self._length(upper))
             if len(frame) > MAX_FRAME - HEADER:
                 raise GuestError(f"a frame of more than {MAX_FRAME - HEADER} bytes")
@@ -98,7 +98,7 @@ class Transmitter:
                 raise GuestError(f"a frame of more than {_MAX_DESCRIPTORS} descriptors")
             return 0, False
         self._transmit(frame, uppers[0], uppers[-1])
-        reports = [self._report(ahead, upper) for ahead, upper in enumerate(uppers)]
+        reports = [self._report(index, upper) for index, upper in enumerate(uppers)]
         return len(uppers), any(reports)
 
     @staticmethod
@@ -109,13 +109,13 @@ class Transmitter:
             raise GuestError(f"a descriptor of type {upper >> 20 & 15} within a frame")
         return upper & 0xFFFFF
 
-    def _report(self, ahead: int, upper: int) -> bool:
+    def _report(self, index: int, upper: int) -> bool:
         if upper & _RS:
-            self._ring.write_back(upper | DONE, ahead)
+            self._ring.write_back(upper | DONE, index)
         return bool(upper & _RS)
 
     def _transmit(self, frame: bytearray, first: int, last: int) -> None:
-        """Send a frame; one that makes no sense is dropped, as a wire would not carry it."""
+        """Send a frame, or drop one that makes no sense, as a wire would not carry it."""
         if len(frame) < 14:
             return
         offload = Offload(frame)

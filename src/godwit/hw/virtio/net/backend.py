@@ -1,4 +1,4 @@
-"""What moves a virtio NIC's frames: vhost-net in the kernel, or a loop in this process."""
+"""The backends of a virtio NIC: vhost-net in the kernel, or a loop in this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ F_MRG_RXBUF = 1 << 15
 
 
 class Ring(NamedTuple):
-    """A data queue as a backend needs it."""
+    """A data queue with its eventfds, as a backend needs them."""
 
     queue: Virtqueue
     kick: int  # eventfd: the guest notified
@@ -18,7 +18,7 @@ class Ring(NamedTuple):
 
 
 class Backend(Protocol):
-    """Moves frames between a tap and two virtqueues. Called under the device's lock.
+    """A carrier of frames between a tap and two virtqueues, called under the device's lock.
 
     Frames for the guest come from the NIC's rx backlog, which asks the tap. A backend that writes
     guest memory by itself has :class:`godwit.hw.device.LogsDirtyPages`.
@@ -28,10 +28,18 @@ class Backend(Protocol):
     features: int
 
     def prepare(self, features: int) -> None:
-        """Set up ahead what a start with these features will need. Raises OSError."""
+        """Set up early what a start with these features will need.
+
+        Raises:
+            OSError: the kernel refused.
+        """
 
     def start(self, features: int, rx: Ring, tx: Ring) -> None:
-        """Serve both rings. Raises GuestError on rings that cannot be served."""
+        """Serve both of the rings.
+
+        Raises:
+            GuestError: a ring that cannot be served.
+        """
 
     def stop(self) -> None:
         """Serve no more; the queues' positions are up to date then. Stopping twice is harmless."""

@@ -46,7 +46,7 @@ class Control:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what the driver set."""
+        """Forget all that the driver set by commands."""
         self.mac = self.configured_mac
         self.filter = RxFilter()
         self.announce_pending = False

@@ -1,4 +1,4 @@
-"""virtio-net (virtio 1.2, 5.1): configuration, the control queue, and its way to announce itself.
+"""virtio-net (virtio 1.2, 5.1): configuration, the control queue, and the guest announcement.
 
 The data queues belong to the backend. The control queue is served here, from the event loop.
 """
@@ -66,7 +66,7 @@ class NetState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VirtioNet(VirtioDevice, Nic, Counts):
-    """The network device; it owns its tap, and closes the tap."""
+    """The network device, which owns its tap, and closes the tap."""
 
     kind = "virtio-net"
     State = NetState
@@ -132,7 +132,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
         return self.control.mac
 
     def announce(self) -> bool:
-        """Ask the guest to announce itself (5.1.6.5.4); return False when it cannot.
+        """Ask the guest to announce itself (5.1.6.5.4); return False if the guest cannot.
 
         Never before DRIVER_OK: kernels without be5dcaed694e deadlock in their probe.
         """
@@ -147,7 +147,11 @@ class VirtioNet(VirtioDevice, Nic, Counts):
             return True
 
     def send_from_host(self, frame: bytes) -> None:
-        """Send a frame as if the guest had. Raises OSError."""
+        """Send a frame as if the guest had.
+
+        Raises:
+            OSError: the tap did not take the frame.
+        """
         self._tap.send(frame)
 
     def rx_filter(self) -> RxFilterInfo:
@@ -157,7 +161,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
 
     @property
     def announce_pending(self) -> bool:
-        """Whether an announcement waits for its acknowledgement."""
+        """True while an announcement waits for its acknowledgement."""
         return self.control.announce_pending
 
     def accepts(self, frame: memoryview) -> bool:
@@ -188,7 +192,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
             self.transport.signal_config()  # it survived a migration or a stop: raise it again
 
     def stop(self) -> None:
-        """Take the rings back."""
+        """Take the rings back from the backend."""
         if self.started:
             self.started = False
             self._loop.unwatch(self.transport.kick_fd(CTRL))
@@ -223,7 +227,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
         """Take over a saved state; paused, and after the transport's.
 
         Raises:
-            StreamError: names the field that cannot be.
+            StreamError: the device cannot be in the state; the message names the field.
         """
         if state.mac[0] & 1:
             raise StreamError(f"mac: {state.mac.hex(':')} is a multicast address")

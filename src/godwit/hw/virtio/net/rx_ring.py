@@ -1,4 +1,4 @@
-"""A frame into a virtio-net receive queue (virtio 1.2, 5.1.6.4), for whoever does it in Python."""
+"""Placement of a frame in a virtio-net receive queue (virtio 1.2, 5.1.6.4) in Python."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .backend import Ring
 
 
 def place(queue: Virtqueue, frame: bytes, merge: bool) -> bool:
-    """Put one frame, header included, into as many buffers as it needs; False: there are too few.
+    """Put one frame, header included, into the buffers; return False if there are too few.
 
     ``merge``: VIRTIO_NET_F_MRG_RXBUF was negotiated. A frame that never fits is dropped: longer
-    than a buffer, if they are not merged, or than all that the ring can hold at once.
+    than a buffer, if buffers are not merged, or than all that the ring can hold at once.
 
     Raises:
         GuestError: a buffer without space, or another broken rule.
@@ -44,7 +44,7 @@ def place(queue: Virtqueue, frame: bytes, merge: bool) -> bool:
 
 
 def notify(ring: Ring) -> None:
-    """Interrupt the guest, if it wants to know of what was used."""
+    """Interrupt the guest, if the driver wants an interrupt for what was used."""
     if ring.queue.should_notify() and ring.call >= 0:
         os.eventfd_write(ring.call, 1)
 

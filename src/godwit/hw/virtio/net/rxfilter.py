@@ -1,7 +1,7 @@
-"""Which frames a NIC takes: the tables a driver sets, and the verdict on a frame.
+"""The receive filter of a virtio NIC: the tables a driver sets, and the verdict on a frame.
 
-virtio 1.2, 5.1.6.5 'Control Virtqueue' says what each switch means. vhost-net does not filter, as
-with every VMM: the tap then delivers all, and the guest's kernel drops what is not its own.
+virtio 1.2, 5.1.6.5 'Control Virtqueue' defines each switch. vhost-net does not filter, as with
+every VMM: the tap then delivers all, and the guest's kernel drops what is not its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _Vid = Annotated[int, msgspec.Meta(ge=0, lt=4096)]
 
 
 class RxFilterState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The saved tables. Without defaults: what a stream lacks is not made up."""
+    """The saved tables, without defaults: what a stream lacks is not made up."""
 
     promiscuous: bool
     all_multicast: bool
@@ -42,9 +42,9 @@ class RxFilterState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RxFilter(msgspec.Struct):
-    """The tables; nothing in them is derived."""
+    """The tables of the filter, of which none is derived."""
 
-    promiscuous: bool = True  # until the driver says otherwise
+    promiscuous: bool = True  # until the driver sets the filter
     all_multicast: bool = False
     all_unicast: bool = False
     no_multicast: bool = False
@@ -57,16 +57,16 @@ class RxFilter(msgspec.Struct):
     vlans: list[int] = []
 
     def save(self) -> RxFilterState:
-        """The tables as they are now."""
+        """Return a copy of the tables as a saved state."""
         return RxFilterState(**msgspec.structs.asdict(self.copy()))
 
     @classmethod
     def load(cls, state: RxFilterState) -> RxFilter:
-        """Tables as they were saved, which share nothing with ``state``."""
+        """Return the saved tables as a filter that shares nothing with ``state``."""
         return cls(**msgspec.structs.asdict(state)).copy()
 
     def accepts(self, frame: memoryview | bytes, mac: bytes, filter_vlans: bool) -> bool:
-        """Whether the guest wants ``frame`` (Ethernet, no FCS)."""
+        """Return whether the guest wants ``frame`` (Ethernet, no FCS)."""
         if len(frame) < 14:
             return False
         if self.promiscuous:
@@ -86,7 +86,10 @@ class RxFilter(msgspec.Struct):
         return to == mac or self.all_unicast or self.unicast_overflow or to in self.unicast
 
     def view(self, mac: bytes, filter_vlans: bool) -> RxFilterInfo:
-        """As operators see it. ``filter_vlans``: the driver asked for VLANs one by one."""
+        """Return the filter as operators see it.
+
+        ``filter_vlans``: the driver asked for VLANs one by one.
+        """
         return RxFilterInfo(
             promiscuous=self.promiscuous,
             unicast=_how(self.no_unicast, self.all_unicast or self.unicast_overflow),
@@ -102,7 +105,7 @@ class RxFilter(msgspec.Struct):
         )
 
     def copy(self) -> RxFilter:
-        """One that shares nothing with this one."""
+        """Return a copy that shares nothing with this filter."""
         return msgspec.structs.replace(
             self,
             unicast=self.unicast.copy(),
@@ -111,7 +114,7 @@ class RxFilter(msgspec.Struct):
         )
 
     def set_tables(self, unicast: list[bytes], multicast: list[bytes]) -> None:
-        """Replace both tables."""
+        """Replace both of the tables."""
         self.unicast_overflow = len(unicast) > TABLE_LIMIT
         self.unicast = [] if self.unicast_overflow else unicast
         self.multicast_overflow = len(multicast) > TABLE_LIMIT

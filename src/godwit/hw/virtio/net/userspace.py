@@ -1,4 +1,4 @@
-"""The userspace backend (``vhost=off``): vhost-net's way, walked by Python in the event loop.
+"""The userspace backend (``vhost=off``): vhost-net's work, done by Python in the event loop.
 
 For hosts without vhost-net.
 """
@@ -13,6 +13,7 @@ from godwit.errors import GuestError
 from godwit.host.eventfd import drain
 from godwit.host.loop import Loop
 from godwit.host.net.tap import MAX_FRAME, Tap
+from godwit.hw.guest_errors import guarded
 from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.nic.tap_reader import BUDGET, Accepts, TapReader
 from godwit.hw.virtio.queue import Chain
@@ -45,7 +46,11 @@ class UserspaceBackend:
         self._merge = False
 
     def prepare(self, features: int) -> None:
-        """Set the tap's offloads: the kernel notifies all who stand on the tap. Raises OSError."""
+        """Set the tap's offloads early, as the kernel then notifies all users of the tap.
+
+        Raises:
+            OSError: the tap refused the offloads.
+        """
         self._tap.set_offloads(offloads.tap_flags(features))
 
     def start(self, features: int, rx: Ring, tx: Ring) -> None:
@@ -63,7 +68,10 @@ class UserspaceBackend:
             self._loop.call_soon(self._receive)
 
     def stop(self) -> None:
-        """Watch nothing; a frame that found no space waits for :meth:`start`, as the tap's do."""
+        """Watch nothing more.
+
+        A frame that found no space waits for :meth:`start`, as the tap's frames do.
+        """
         for ring in (self._rx, self._tx):
             if ring is not None:
                 self._loop.unwatch(ring.kick)
@@ -79,7 +87,7 @@ class UserspaceBackend:
                 self._tx = self._tx._replace(call=fd)
 
     def close(self) -> None:
-        """Stop."""
+        """Stop serving both rings."""
         self.stop()
 
     # --- the event loop's side --------------------------------------------------------------------
@@ -89,7 +97,8 @@ class UserspaceBackend:
             if ring is None:
                 return
             drain(ring.kick)
-            self._guarded(lambda: self._transmit(ring))
+            with guarded(self._on_guest_error):
+                self._transmit(ring)
 
     def _transmit(self, ring: Ring) -> None:
         for _ in range(BUDGET):
@@ -118,22 +127,17 @@ class UserspaceBackend:
                 drain(self._rx.kick)
                 self._reader.start(self._receive)
                 if self._reader.waiting:
-                    self._guarded(self._receive_some)
+                    self._receive_some()
 
     def _receive(self) -> None:
         with self._lock:
             if self._rx is not None:
-                self._guarded(self._receive_some)
+                self._receive_some()
 
     def _receive_some(self) -> None:
-        if self._reader.turn() and self._rx is not None:
-            notify(self._rx)
+        with guarded(self._on_guest_error):
+            if self._reader.turn() and self._rx is not None:
+                notify(self._rx)
 
     def _receive_frame(self, frame: bytes) -> bool:
         return self._rx is not None and place(self._rx.queue, frame, self._merge)
-
-    def _guarded(self, work: Callable[[], object]) -> None:
-        try:
-            work()
-        except GuestError as error:
-            self._on_guest_error(str(error))

@@ -1,4 +1,4 @@
-"""The vhost-net backend: the kernel walks the rings, Python is not on the frames' road.
+"""The vhost-net backend, where the kernel walks the rings and Python carries no frame.
 
 KVM cannot see vhost's writes, so a migration asks vhost to log them: VHOST_F_LOG_ALL and a bitmap
 that vhost sets bits in. Python has no atomic swap of a bitmap, so there are two: vhost is switched
@@ -17,6 +17,7 @@ from godwit.host.loop import Loop
 from godwit.host.net.tap import Tap
 from godwit.host.vhost import DEVICE, F_LOG_ALL, LOG_PAGE, Vhost
 from godwit.hw.device import LogsDirtyPages
+from godwit.hw.guest_errors import guarded
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
@@ -57,7 +58,7 @@ class VhostBackend(LogsDirtyPages):
         self._backlog = backlog
         backlog.on_change = self._serve
         self._receiving = False  # vhost has the receive ring
-        self._starved = False  # the guest is to say when the receive ring has space
+        self._starved = False  # the guest is to notify when the receive ring has space
         self._device = device()
         try:
             self._supported = self._device.features()
@@ -74,11 +75,15 @@ class VhostBackend(LogsDirtyPages):
         self._logs: list[bytearray] = []
 
     def prepare(self, features: int) -> None:
-        """Set the tap's offloads: the kernel notifies all who stand on the tap. Raises OSError."""
+        """Set the tap's offloads early, as the kernel then notifies all users of the tap.
+
+        Raises:
+            OSError: the tap refused the offloads.
+        """
         self._tap.set_offloads(offloads.tap_flags(features))
 
     def start(self, features: int, rx: Ring, tx: Ring) -> None:
-        """Hand the rings to the kernel."""
+        """Hand both rings to the kernel."""
         self._negotiated = features & self._supported & _RING_FEATURES
         self._rings = (rx, tx)
         try:
@@ -107,7 +112,7 @@ class VhostBackend(LogsDirtyPages):
             raise GuestError(f"vhost-net refused a ring: {error}") from error
 
     def stop(self) -> None:
-        """Take the rings back, and learn where the kernel was."""
+        """Take the rings back, and learn the kernel's positions."""
         self._feed_no_more()
         rings, self._rings = self._rings, ()
         if rings:
@@ -131,7 +136,7 @@ class VhostBackend(LogsDirtyPages):
             self._set_log_flags()
 
     def take_log(self) -> bytes:
-        """Switch vhost to the other bitmap, and return this one."""
+        """Switch vhost to the other bitmap, and return the bits of the idle one."""
         with self._lock:
             self._logs.reverse()
             self._set_log_base()
@@ -141,7 +146,7 @@ class VhostBackend(LogsDirtyPages):
             return taken
 
     def stop_log(self) -> None:
-        """Log no more."""
+        """Log no more of vhost's writes."""
         with self._lock:
             self._logs, old = [], self._logs
             self._set_log_flags()
@@ -149,10 +154,11 @@ class VhostBackend(LogsDirtyPages):
 
     # --- the receive ring ----------------------------------------------------------------------
     def _serve(self) -> None:
-        try:
-            self._receive()
-        except (OSError, GuestError) as error:
-            self._on_guest_error(f"receive ring: {error}")
+        with guarded(self._on_guest_error, "receive ring"):
+            try:
+                self._receive()
+            except OSError as error:
+                raise GuestError(str(error)) from error
 
     def _receive(self) -> None:
         """Place the backlog's frames in the ring; give vhost the ring when none is left."""
@@ -201,7 +207,7 @@ class VhostBackend(LogsDirtyPages):
             self._learn(0, ring.queue)
 
     def _learn(self, index: int, queue: Virtqueue) -> None:
-        """Learn where the kernel was in a ring."""
+        """Learn the kernel's position in a ring."""
         queue.last_avail = self._device.base(index)
         queue.resync_used()
 
