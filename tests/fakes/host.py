@@ -8,7 +8,7 @@ from typing import cast
 from unittest import mock
 
 from godwit.host.loop import Loop
-from godwit.host.net import tun
+from godwit.host.net.tap import F_CSUM, F_TSO4, F_TSO6, F_TSO_ECN, F_UFO
 from godwit.hw.console import Console
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine
@@ -19,7 +19,7 @@ from .kvm import FakeSystem, FakeVcpu, FakeVm
 from .tap import FakeTap
 
 #: As a tap of a present kernel.
-ALL_OFFLOADS = tun.F_CSUM | tun.F_TSO4 | tun.F_TSO6 | tun.F_TSO_ECN | tun.F_UFO
+ALL_OFFLOADS = F_CSUM | F_TSO4 | F_TSO6 | F_TSO_ECN | F_UFO
 #: A NIC whose frames this process moves.
 NIC = ("--nic", "tap=tap0,mac=52:54:00:12:34:56,vhost=off")
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import socket
 
-from godwit.host.net import tun
-from godwit.host.net.tap import HEADER, Tap
+from godwit.host.net.tap import F_CSUM, F_TSO4, F_TSO6, F_TSO_ECN, HEADER, Tap
 
 
 class FakeTap(Tap):
     """As :class:`godwit.host.net.tap.Tap`; the other end is :meth:`put` and :meth:`get`."""
 
-    def __init__(
-        self, offloads: int = tun.F_CSUM | tun.F_TSO4 | tun.F_TSO6, name: str = "tap0"
-    ) -> None:
+    def __init__(self, offloads: int = F_CSUM | F_TSO4 | F_TSO6, name: str = "tap0") -> None:
         mine, self._network = socket.socketpair(
             socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
         )
@@ -24,7 +21,7 @@ class FakeTap(Tap):
 
     def set_offloads(self, flags: int) -> None:
         """Note them; what no kernel takes is refused."""
-        if flags & tun.F_TSO_ECN and not flags & (tun.F_TSO4 | tun.F_TSO6):
+        if flags & F_TSO_ECN and not flags & (F_TSO4 | F_TSO6):
             raise OSError("ECN without TSO")  # drivers/net/tun.c, set_offload: EINVAL
         self.flags = flags
 

@@ -7,7 +7,7 @@ from godwit.announce.frames import gratuitous_arp
 from godwit.announce.nic_announcement import Verifier
 from godwit.announce.uplink import Uplink
 from godwit.host.net.ethernet import TPID_8021Q
-from godwit.hw.nic.rx_filter_info import RxFilterInfo
+from godwit.hw.nic.nic import RxFilterInfo
 from godwit.hw.virtio.net.rxfilter import RxFilter
 from godwit.spec.parameters import AnnounceOptions, MigrationParameters
 from godwit.spec.runstate import RunState, RunStates

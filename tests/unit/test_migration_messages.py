@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from godwit.errors import StreamError
+from godwit.hw.device import SetupHints
 from godwit.hw.memory import PAGE
 from godwit.hw.power import PowerState
 from godwit.hw.serial import SerialState
-from godwit.hw.setup_hints import SetupHints
 from godwit.migration.ram.page_runs import chunks
 from godwit.migration.wire import messages
 from godwit.migration.wire.messages import (

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
-from godwit.hw.nic.rx_filter_info import RxFilterInfo
+from godwit.hw.nic.nic import RxFilterInfo
 from godwit.qmp import commands
 from godwit.qmp.commands import COMMANDS, announce, devices, migration, network, vm
 from godwit.qmp.controller import Controller

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from godwit.host.net import tun
+from godwit.host.net.tap import F_CSUM, F_TSO4, F_TSO6, F_UFO
 from godwit.hw.virtio.net import offloads
 from godwit.hw.virtio.net.rxfilter import TABLE_LIMIT, RxFilter, RxFilterState
 from tests.fakes.tap import FakeTap
@@ -97,7 +97,7 @@ def test_a_saved_one_shares_nothing_and_lacks_nothing() -> None:
 def test_what_a_tap_cannot_do_is_not_offered() -> None:
     nothing = offloads.offered(0)
     assert nothing == offloads.CSUM | offloads.HOST_TSO4 | offloads.HOST_TSO6 | offloads.HOST_ECN
-    assert offloads.offered(tun.F_CSUM) == nothing | offloads.GUEST_CSUM
+    assert offloads.offered(F_CSUM) == nothing | offloads.GUEST_CSUM
     everything = offloads.offered(31)
     assert everything & (offloads.GUEST_UFO | offloads.HOST_UFO | offloads.GUEST_ECN) == (
         offloads.GUEST_UFO | offloads.HOST_UFO | offloads.GUEST_ECN
@@ -119,6 +119,6 @@ def test_whatever_is_negotiated_the_tap_takes_it(features: int) -> None:
     if not negotiated & offloads.GUEST_CSUM:
         assert tap.flags == 0
     else:
-        for bit, flag in ((bits[1], tun.F_TSO4), (bits[2], tun.F_TSO6), (bits[4], tun.F_UFO)):
+        for bit, flag in ((bits[1], F_TSO4), (bits[2], F_TSO6), (bits[4], F_UFO)):
             assert bool(negotiated & bit) == bool(tap.flags & flag)
     tap.close()

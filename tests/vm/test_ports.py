@@ -24,7 +24,7 @@ from godwit.host.net.ethernet import TPID_8021Q
 from godwit.host.net.links import Port, Ports
 from godwit.host.net.rtnetlink import Forwarding
 from godwit.host.net.tap import Tap
-from godwit.hw.nic.rx_filter_info import RxFilterInfo
+from godwit.hw.nic.nic import RxFilterInfo
 from godwit.hw.virtio.net.rxfilter import RxFilter
 from godwit.spec.parameters import Verify
 from lab.netns import inside

@@ -11,22 +11,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
 
-from godwit.errors import StreamError
+from godwit.errors import GuestError, StreamError
 from godwit.host.kvm.handles import Vm
 from godwit.host.loop import Loop
 from godwit.spec import saved
 from godwit.spec.machine_types import MachineType
+from godwit.spec.saved import U64
 
 from .irq import IntxLines, Routes
 from .memory import GuestMemory
 
 if TYPE_CHECKING:
     from .pci import PciBus
-    from .setup_hints import SetupHints
 
 _FIRST_BAR = 0xE000_0000
 _BAR_STRIDE = 1 << 20  # space for any device's BAR, aligned to its size
@@ -118,6 +119,15 @@ class Device(ABC):
         """Give the host's resources back; paused. Closing twice is harmless."""
 
 
+@contextmanager
+def guarded(report: Callable[[str], None], where: str = "") -> Iterator[None]:
+    """Report a guest error that is raised inside, and go on behind the block."""
+    try:
+        yield
+    except GuestError as error:
+        report(f"{where}: {error}" if where else str(error))
+
+
 # --- capabilities --------------------------------------------------------------------------------
 class LogsDirtyPages(ABC):
     """A part that writes guest memory behind both KVM's and the VMM's back."""
@@ -147,6 +157,27 @@ class Negotiates(ABC):
     @abstractmethod
     def negotiated(self) -> int:
         """Feature bits that the guest uses now."""
+
+
+_Queue = Annotated[int, msgspec.Meta(ge=0, lt=64)]
+
+
+class SetupHints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The parts of a device's state that seldom change, and take the kernel long to set up.
+
+    A source sends the hints before the guest stops, so that its destination has the set-up in place
+    by then. Hints are a guess: the state that comes in the downtime counts, and what differs from
+    the hints is set up anew.
+    """
+
+    #: Guest address of BAR 0; 0: not mapped.
+    bar: Annotated[int, msgspec.Meta(ge=0, lt=1 << 52)]
+    #: Queues that are notified.
+    queues: Annotated[list[_Queue], msgspec.Meta(max_length=64)]
+    #: The MSI-X table.
+    table: Annotated[bytes, msgspec.Meta(max_length=16 * 64)]
+    #: Feature bits that the guest uses.
+    features: U64
 
 
 class HasSetupHints(ABC):

@@ -17,11 +17,10 @@ from godwit.host.kvm.handles import Vcpu
 from godwit.host.loop import Loop
 from godwit.hw import layout, power, registry, serial
 from godwit.hw.console import Console
-from godwit.hw.device import Device, Devices, HasSetupHints, OnGuestError, Slot
+from godwit.hw.device import Device, Devices, HasSetupHints, OnGuestError, SetupHints, Slot
 from godwit.hw.irq import IntxLines, Routes
 from godwit.hw.nic.nic import Nic
 from godwit.hw.pci import CONFIG_ADDRESS, PciBus
-from godwit.hw.setup_hints import SetupHints
 from godwit.spec import saved
 
 from .board import Board

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from godwit.hw.nic.rx_filter_info import RxFilterInfo
+from godwit.hw.nic.nic import RxFilterInfo
 from godwit.spec.parameters import AnnounceParameters, MigrationParameters
 from godwit.spec.runstate import RunStates
 

@@ -18,7 +18,7 @@ from godwit.errors import ConfigError, GodwitError
 from godwit.host.loop import Loop
 from godwit.hw.console import Console
 from godwit.hw.device import Counts
-from godwit.hw.nic.rx_filter_info import RxFilterInfo
+from godwit.hw.nic.nic import RxFilterInfo
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine
 from godwit.machine.vcpu import StopReason

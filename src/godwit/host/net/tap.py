@@ -1,14 +1,28 @@
-"""A tap: the host's end of a NIC (Documentation/networking/tuntap.rst)."""
+"""A tap: the host's end of a NIC (Documentation/networking/tuntap.rst, include/uapi/linux/if_h)."""
 
 from __future__ import annotations
 
 import errno
 import os
+from struct import Struct
 
 from godwit.errors import HostError
-from godwit.host.ioctl import ioctl, ioctl_in, ioctl_out
+from godwit.host.ioctl import ioctl, ioctl_in, ioctl_out, ior, iow
 
-from . import tun
+_TUN = 0x54  # 'T'
+IFREQ = Struct("=16sH22x")
+
+TUNSETIFF = iow(_TUN, 202, 4)
+TUNGETFEATURES = ior(_TUN, 207, 4)
+TUNSETOFFLOAD = iow(_TUN, 208, 4)
+TUNGETIFF = ior(_TUN, 210, 4)
+TUNSETVNETHDRSZ = iow(_TUN, 216, 4)
+
+IFF_TAP = 0x0002
+IFF_NO_PI = 0x1000
+IFF_VNET_HDR = 0x4000
+
+F_CSUM, F_TSO4, F_TSO6, F_TSO_ECN, F_UFO = 1, 2, 4, 8, 16
 
 #: Length of virtio_net_hdr with num_buffers, which VERSION_1 always has (virtio 1.2, 5.1.6).
 HEADER = 12
@@ -35,11 +49,11 @@ class Tap:
             raise HostError(
                 f"/dev/net/tun: {error.strerror}; load the module (modprobe tun) and run as root"
             ) from error
-        flags = tun.IFF_TAP | tun.IFF_NO_PI | tun.IFF_VNET_HDR
-        request = bytearray(tun.IFREQ.pack(name.encode(), flags))
+        flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+        request = bytearray(IFREQ.pack(name.encode(), flags))
         try:
-            ioctl_out(self.fd, tun.TUNSETIFF, request)
-            ioctl_in(self.fd, tun.TUNSETVNETHDRSZ, HEADER.to_bytes(4, "little"))
+            ioctl_out(self.fd, TUNSETIFF, request)
+            ioctl_in(self.fd, TUNSETVNETHDRSZ, HEADER.to_bytes(4, "little"))
         except OSError as error:
             os.close(self.fd)
             why = {
@@ -55,10 +69,10 @@ class Tap:
     def _probe(self) -> int:
         """Return the TUN_F_* that the kernel takes: versions differ about UFO."""
         found = 0
-        for flag in (tun.F_CSUM, tun.F_TSO4, tun.F_TSO6, tun.F_TSO_ECN, tun.F_UFO):
+        for flag in (F_CSUM, F_TSO4, F_TSO6, F_TSO_ECN, F_UFO):
             wanted = found | flag
             try:
-                ioctl(self.fd, tun.TUNSETOFFLOAD, wanted)
+                ioctl(self.fd, TUNSETOFFLOAD, wanted)
                 found = wanted
             except OSError:
                 continue
@@ -73,7 +87,7 @@ class Tap:
         """
         if flags != self._unfinished:  # each call makes the kernel notify the bridge
             self._unfinished = None
-            ioctl(self.fd, tun.TUNSETOFFLOAD, flags)
+            ioctl(self.fd, TUNSETOFFLOAD, flags)
             self._unfinished = flags
 
     def send(self, frame: bytes) -> None:

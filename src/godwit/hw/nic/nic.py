@@ -4,9 +4,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 from .rx_backlog import RxBacklog
-from .rx_filter_info import RxFilterInfo
+
+
+class RxFilterInfo(NamedTuple):
+    """The receive filter that the guest set. QEMU's RxFilterInfo (qapi/net.json) has the same.
+
+    Attributes:
+        promiscuous: everything is received.
+        unicast, multicast, vlan: ``normal`` (by the table), ``all`` or ``none``.
+        broadcast: whether broadcasts are received.
+        unicast_overflow, multicast_overflow: there were too many for the table.
+        main_mac: the address in force, six bytes.
+        unicast_table, multicast_table: further addresses, six bytes each.
+        vlan_table: VLAN ids.
+    """
+
+    promiscuous: bool
+    unicast: str
+    multicast: str
+    vlan: str
+    broadcast: bool
+    unicast_overflow: bool
+    multicast_overflow: bool
+    main_mac: bytes
+    unicast_table: tuple[bytes, ...]
+    multicast_table: tuple[bytes, ...]
+    vlan_table: tuple[int, ...]
 
 
 class Nic(ABC):

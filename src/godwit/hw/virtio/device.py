@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 import msgspec
 
-from godwit.hw import guest_errors
+from godwit.hw import device as hw_device
 from godwit.hw.device import Negotiates
 
 from .queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
@@ -153,5 +153,5 @@ class VirtioDevice(Negotiates):
     @contextmanager
     def guarded(self, where: str = "") -> Iterator[None]:
         """Report a guest error that is raised inside, and go on behind the block."""
-        with guest_errors.guarded(self.on_guest_error, where):
+        with hw_device.guarded(self.on_guest_error, where):
             yield

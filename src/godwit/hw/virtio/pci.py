@@ -14,10 +14,9 @@ from typing import Annotated, Any, Generic, TypeVar
 import msgspec
 
 from godwit.errors import GuestError, StreamError
-from godwit.hw.device import Device, HasSetupHints, Slot
+from godwit.hw.device import Device, HasSetupHints, SetupHints, Slot
 from godwit.hw.irq import Msix, MsixState
 from godwit.hw.pci import PciFunction, PciState
-from godwit.hw.setup_hints import SetupHints
 from godwit.spec.saved import U64
 
 from . import common

@@ -18,9 +18,8 @@ from typing import Annotated
 import msgspec
 
 from godwit.errors import StreamError
-from godwit.hw.device import Name
+from godwit.hw.device import Name, SetupHints
 from godwit.hw.memory import PAGE
-from godwit.hw.setup_hints import SetupHints
 from godwit.spec.saved import U64
 
 #: Changes when an older peer could misread the stream; both must have the same.

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from godwit.errors import StreamError
-from godwit.hw.guest_errors import guarded
+from godwit.hw.device import guarded
 from godwit.hw.memory import GuestMemory
-from godwit.hw.nic.rx_filter_info import RxFilterInfo
+from godwit.hw.nic.nic import RxFilterInfo
 
 from . import regs
 from .eeprom import Eeprom

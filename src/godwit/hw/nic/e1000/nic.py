@@ -12,11 +12,9 @@ from collections.abc import Callable, Mapping
 
 from godwit.errors import ConfigError
 from godwit.host.net.tap import Tap
-from godwit.hw.device import Counts, Device, Slot
-from godwit.hw.guest_errors import guarded
-from godwit.hw.nic.nic import Nic
+from godwit.hw.device import Counts, Device, Slot, guarded
+from godwit.hw.nic.nic import Nic, RxFilterInfo
 from godwit.hw.nic.rx_backlog import RxBacklog
-from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.hw.nic.tap_reader import TapReader
 from godwit.spec.config import DeviceConfig, NicConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from godwit.errors import StreamError
 from godwit.host.net.ethernet import BROADCAST
-from godwit.hw.nic.rx_filter_info import RxFilterInfo
+from godwit.hw.nic.nic import RxFilterInfo
 
 from . import regs
 from .state import FilterState

@@ -17,9 +17,8 @@ from godwit.host.loop import Loop
 from godwit.host.net.tap import Tap
 from godwit.hw.device import Counts, Slot
 from godwit.hw.memory import GuestMemory
-from godwit.hw.nic.nic import Nic
+from godwit.hw.nic.nic import Nic, RxFilterInfo
 from godwit.hw.nic.rx_backlog import RxBacklog
-from godwit.hw.nic.rx_filter_info import RxFilterInfo
 from godwit.hw.virtio.device import VirtioDevice
 from godwit.hw.virtio.pci import VirtioPci
 from godwit.hw.virtio.queue import Virtqueue

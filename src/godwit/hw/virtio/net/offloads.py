@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from godwit.host.net import tun
+from godwit.host.net import tap
 
 CSUM = 1 << 0
 GUEST_CSUM = 1 << 1
@@ -17,11 +17,11 @@ HOST_UFO = 1 << 14
 
 #: What the tap must do for the guest to receive unfinished frames.
 _RECEIVE = {
-    GUEST_CSUM: tun.F_CSUM,
-    GUEST_TSO4: tun.F_TSO4,
-    GUEST_TSO6: tun.F_TSO6,
-    GUEST_ECN: tun.F_TSO_ECN,
-    GUEST_UFO: tun.F_UFO,
+    GUEST_CSUM: tap.F_CSUM,
+    GUEST_TSO4: tap.F_TSO4,
+    GUEST_TSO6: tap.F_TSO6,
+    GUEST_ECN: tap.F_TSO_ECN,
+    GUEST_UFO: tap.F_UFO,
 }
 #: What the host finishes for the guest: the vnet header alone makes it possible.
 _SEND = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN
@@ -29,7 +29,7 @@ _SEND = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN
 
 def offered(tap_offloads: int) -> int:
     """Return the virtio-net features that a tap with these TUN_F_* flags can carry."""
-    features = _SEND | (HOST_UFO if tap_offloads & tun.F_UFO else 0)
+    features = _SEND | (HOST_UFO if tap_offloads & tap.F_UFO else 0)
     for feature, flag in _RECEIVE.items():
         if tap_offloads & flag:
             features |= feature
@@ -42,6 +42,6 @@ def tap_flags(negotiated: int) -> int:
     for feature, flag in _RECEIVE.items():
         if negotiated & feature:
             flags |= flag
-    if not flags & (tun.F_TSO4 | tun.F_TSO6):
-        flags &= ~tun.F_TSO_ECN  # alone it is EINVAL, and a guest may negotiate what it likes
-    return flags if flags & tun.F_CSUM else 0
+    if not flags & (tap.F_TSO4 | tap.F_TSO6):
+        flags &= ~tap.F_TSO_ECN  # alone it is EINVAL, and a guest may negotiate what it likes
+    return flags if flags & tap.F_CSUM else 0

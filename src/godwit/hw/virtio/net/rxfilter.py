@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 
 from godwit.host.net.ethernet import BROADCAST
-from godwit.hw.nic.rx_filter_info import RxFilterInfo
+from godwit.hw.nic.nic import RxFilterInfo
 from godwit.spec.saved import Mac
 
 #: More addresses than this and the table is given up: all of that kind are taken.

@@ -13,7 +13,7 @@ from godwit.errors import GuestError
 from godwit.host.eventfd import drain
 from godwit.host.loop import Loop
 from godwit.host.net.tap import MAX_FRAME, Tap
-from godwit.hw.guest_errors import guarded
+from godwit.hw.device import guarded
 from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.nic.tap_reader import BUDGET, Accepts, TapReader
 from godwit.hw.virtio.queue import Chain

@@ -16,8 +16,7 @@ from godwit.host.ioctl import address_of
 from godwit.host.loop import Loop
 from godwit.host.net.tap import Tap
 from godwit.host.vhost import DEVICE, F_LOG_ALL, LOG_PAGE, Vhost
-from godwit.hw.device import LogsDirtyPages
-from godwit.hw.guest_errors import guarded
+from godwit.hw.device import LogsDirtyPages, guarded
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
