@@ -109,6 +109,8 @@ class SocketConnection(WaitingConnection):
         self._times = times
         self._silence = times.silence
         self._receive_until = 0.0
+        #: The last call had the rest of the message's time, and no whole silence.
+        self._due_soon = False
         self._set = {socket.SO_RCVTIMEO: -1.0, socket.SO_SNDTIMEO: -1.0}
         # Blocking, with the kernel's own time-outs: a whole message is then one call each way,
         # where Python's would poll before each piece.
@@ -187,6 +189,7 @@ class SocketConnection(WaitingConnection):
         left = until - self._times.now()
         if left <= 0:
             raise TimeoutError
+        self._due_soon = left < self._silence / 2
         left = min(left, self._silence)
         if abs(self._set[option] - left) > _EXACT_S or left < _EXACT_S:
             self._set[option] = left
@@ -218,9 +221,9 @@ class SocketConnection(WaitingConnection):
         return f"{near[0]} {near[1]}", f"{far[0]} {far[1]}"
 
     def _lost(self, error: OSError) -> LinkLost:
-        if isinstance(error, BlockingIOError):
+        if isinstance(error, BlockingIOError) and not self._due_soon:
             return LinkLost(f"the peer was silent for {self._silence:g} s")
-        if isinstance(error, TimeoutError):
+        if isinstance(error, (BlockingIOError, TimeoutError)):
             return LinkLost("the peer took too long for a message")
         return LinkLost(f"the connection broke: {error.strerror or error}")
 
