@@ -43,7 +43,7 @@ class Rows:
             os.fsync(file.fileno())
 
 
-#: Method of each part whose name is none.
+#: Part -> method, where the name of the part is no name of a method.
 _METHODS = {"2g": "large", "idle-again": "idle_again"}
 
 
