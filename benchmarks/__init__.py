@@ -1,1 +1,1 @@
-"""Godwit and QEMU side by side: ``make bench``. See docs/performance.md."""
+"""Measurements of Godwit and QEMU side by side (``make bench``, docs/performance.md)."""

@@ -1,6 +1,6 @@
-"""``python -m benchmarks``: measure, judge, show and keep. What ``make bench`` runs.
+"""``python -m benchmarks``: measure, judge, show and keep, as ``make bench`` does.
 
-The measuring is done where KVM works (inside.py); all else here, where nothing is emulated.
+The measuring is done where KVM works (inside.py), and all else here, where nothing is emulated.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from lab.errors import LabCrashed, LabError, LabTimeout
 from . import machines, plan, result, show
 from .others import Others
 
-#: A run's time, seconds; a lab that is cut off by it leaves its samples.
+#: A run's time, seconds. A lab that is cut off leaves its samples.
 BUDGET_S, QUICK_BUDGET_S = 1170.0, 228.0
-#: Of labs: their emulated CPU has faults (docs/decisions/0010-the-labs-faults.md).
+#: Labs that a run may use up: their emulated CPU has faults
+#: (docs/decisions/0010-the-labs-faults.md).
 LABS = 8
-#: Two guests of 2 GB with 1.5 GB in use, and their host.
+#: Memory for two guests of 2 GB with 1.5 GB in use, and their host.
 LAB_MEMORY_MB = 6144
-#: What this machine needs beside that.
+#: Memory that this machine needs beside the lab's.
 _SPARE_MB = 1024
-#: A lab with less time left than this measures nothing.
+#: A lab with less time left measures nothing, seconds.
 _LEAST_S = 30.0
 
 
 def main() -> int:
-    """As the module says; the exit status."""
+    """Run the benchmark that the command line asks for, and return the exit status."""
     arguments = _parser().parse_args()
     out = arguments.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -58,24 +59,26 @@ def main() -> int:
         if arguments.part:
             planned = plan.only_parts(planned, arguments.part)
         if _free_mb() < LAB_MEMORY_MB + _SPARE_MB:
-            say(f"the 2 GB guests are left out: they need {LAB_MEMORY_MB + _SPARE_MB} MB of memory")
+            log(
+                f"the 2 GB guests are left out, which need {LAB_MEMORY_MB + _SPARE_MB} MB of memory"
+            )
             planned = [job for job in planned if job.guest != "large"]
         budget = arguments.budget or (QUICK_BUDGET_S if quick else BUDGET_S)
         measure(planned, compared, rates, out, rows_file, budget)
-        told = settings(rates, emulated, repetitions, quick)
-        note(rows_file, state="settings", settings={**told, **compared.settings()})
+        known = settings(rates, emulated, repetitions, quick)
+        note(rows_file, state="settings", settings={**known, **compared.settings()})
     rows = read(rows_file)
     given = [row["settings"] for row in rows if row.get("state") == "settings"]
     judged = result.judge(rows, given[-1] if given else {})
     result.keep(judged, out)
     show.table(judged)
-    say(f"kept: {out / 'bench.json'}, {out / 'bench.svg'}")
+    log(f"kept: {out / 'bench.json'}, {out / 'bench.svg'}")
     return 0 if judged["ratios"] or judged["ratios_base"] else 1
 
 
 @dataclass(frozen=True)
 class Compared:
-    """The VMMs beside this Godwit, in the order of their turns, and where they are."""
+    """The VMMs beside this Godwit in the order of their turns, and their paths."""
 
     vmms: tuple[str, ...]
     qemu: str
@@ -83,7 +86,7 @@ class Compared:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Compared:
-        """Return what the command line asks for; QEMU is left out beside another Godwit.
+        """Return the VMMs that the command line asks for, without QEMU beside another Godwit.
 
         Raises:
             LabError: there is no such program, or no such checkout.
@@ -99,7 +102,7 @@ class Compared:
         return cls(vmms, program, tree)
 
     def settings(self) -> dict[str, Any]:
-        """Return what the result says of them; the QEMU's version is with the machine's."""
+        """Return the settings that name the VMMs (QEMU's version is with the machine's)."""
         base = _commit(self.base) if self.base else None
         return {"compared": self.vmms, "base_commit": base}
 
@@ -110,7 +113,7 @@ def _commit(tree: str) -> str:
 
 
 def settings(rates: plan.Rates, emulated: bool, repetitions: int, quick: bool) -> dict[str, Any]:
-    """What the samples were taken with, for whoever compares two results."""
+    """Return the settings of the samples, by which two results can be compared."""
     return {
         "when": time.strftime("%Y-%m-%d %H:%M"),
         "commit": _commit("."),
@@ -158,7 +161,7 @@ def measure(
     rows_file: Path,
     budget: float,
 ) -> None:
-    """Have all jobs done, in as many labs as it takes; what is had is in ``rows_file``."""
+    """Do all jobs in up to ``LABS`` labs, which add their samples to ``rows_file``."""
     kernel = kernels.get("cloud-6.12")
     given: dict[str, Any] = {
         "rows": str(rows_file),
@@ -170,10 +173,10 @@ def measure(
         "qemu": compared.qemu,
         "base": compared.base,
     }
-    if compared.base:  # as setup does for this tree: the lab could not keep the byte code
+    if compared.base:  # as setup does for this tree: the lab cannot keep the byte code
         compileall.compile_dir(Path(compared.base) / "src", quiet=2)
     for program in (traffic.sender, load.receiver, load.bulk):
-        program()  # compiled here, where there is a cache to keep them in
+        program()  # compiled here, where there is a cache to keep the programs in
     memory_mb = LAB_MEMORY_MB if [job for job in planned if job.guest == "large"] else 4096
     end = time.monotonic() + budget
     for _ in range(LABS):
@@ -190,12 +193,12 @@ def measure(
         others = Others()
         try:
             with others:
-                host.run(argv, timeout_s=remaining, memory_mb=memory_mb, rw=[out], env=env, log=say)
+                host.run(argv, timeout_s=remaining, memory_mb=memory_mb, rw=[out], env=env, log=log)
         except LabCrashed as error:
-            say(f"the lab died; another one goes on ({error})")
+            log(f"the lab died; another one goes on ({error})")
             note(rows_file, state="lab died", error=str(error))
         except LabTimeout as error:
-            say(f"the time is up ({error})")
+            log(f"the time is up; go on with --resume ({error})")
             note(rows_file, state="time is up")
         finally:
             if why_unusable() is not None:  # on KVM the guests are no children of ours
@@ -203,7 +206,7 @@ def measure(
 
 
 def _free_mb() -> int:
-    """Memory that may still be had here."""
+    """Return the memory that this machine still has, MB."""
     (line,) = (
         line
         for line in Path("/proc/meminfo").read_text().splitlines()
@@ -213,7 +216,7 @@ def _free_mb() -> int:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows so far. A lab's death may have left half of a last one, or zeros."""
+    """Return the rows so far, without half a row or zeros that a lab's death left."""
     rows = []
     for line in path.read_text(errors="replace").replace("\0", "").splitlines():
         try:
@@ -224,13 +227,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def note(path: Path, **row: Any) -> None:
-    """Add a row from out here."""
+    """Add a row to the file, from outside the lab."""
     with path.open("a") as file:
         file.write("\n" + json.dumps(row) + "\n")
 
 
-def say(text: str) -> None:
-    """A line of progress."""
+def log(text: str) -> None:
+    """Print a line of progress."""
     print(text, flush=True)
 
 

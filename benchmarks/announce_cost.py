@@ -1,4 +1,4 @@
-"""What announcements cost a network: a host of 500 guests, evacuated in parallel.
+"""The cost of announcements in a network: a host of 500 guests, evacuated in parallel.
 
     python benchmarks/announce_cost.py
 
@@ -23,14 +23,14 @@ RATES = (0, 1000, 20)
 
 
 def round_of(vlans: int) -> list[int]:
-    """Bytes on the wire of each frame that one guest sends in one round."""
+    """Return the bytes on the wire of each frame that one guest sends in one round."""
     mac, ip4, ip6 = bytes(5) + b"\2", bytes(4), bytes(16)
     one = [gratuitous_arp(mac, ip4, [(0x8100, 1)]), *2 * [unsolicited_na(mac, ip6, [(0x8100, 1)])]]
     return [len(frame) + WIRE for frame in one] * vlans
 
 
 def sends(frames: int, rate: int) -> list[tuple[float, int]]:
-    """(s after the resume, frames) of one guest: each round as a whole, when its turn comes."""
+    """Return (seconds after the resume, frames) of one guest, each round as a whole."""
     pacer, now, sent = Pacer(), 0.0, []
     for delay in round_delays(AnnounceParameters()):
         now += delay
@@ -41,12 +41,12 @@ def sends(frames: int, rate: int) -> list[tuple[float, int]]:
 
 
 def busiest(sent: list[tuple[float, int]]) -> int:
-    """Frames of one guest in its busiest second."""
+    """Return the number of frames that one guest sends in its busiest second."""
     return max(sum(count for at, count in sent if start <= at < start + 1.0) for start, _ in sent)
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table of docs/announcement.md."""
     print("| VLANs | rate of a VM | frames of a guest | until its last | of 500 guests |", end="")
     print(" busiest second | on the wire |")
     print("|---|---|---|---|---|---|---|")

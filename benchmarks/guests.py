@@ -1,4 +1,4 @@
-"""One guest of one VMM in the lab's network, wherever it runs."""
+"""One guest of one VMM in the lab's network, on either host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .machines import Image
 
 
 class Guest:
-    """One guest, from its boot on, wherever it runs. Closes with the stack."""
+    """One guest from its boot on, on either host, closed with the stack."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Guest:
         self.agent.ping(30)
 
     def target(self) -> tuple[LabVm, str]:
-        """A process on the other host that waits for the guest, and where it listens."""
+        """Return a process on the other host that waits for the guest, and its URI."""
         target, uri = self._spare or self._start_target()
         self._spare = None
         self.last_target = target
@@ -57,7 +57,7 @@ class Guest:
         return target, uri
 
     def printed(self) -> dict[str, str]:
-        """The end of what its processes printed, the guest's console included."""
+        """Return the end of each process's output, the guest's console included."""
         vms = [self.vm, *([self.last_target] if self.last_target else [])]
         return {vm.name: vm.console[-1500:] for vm in vms}
 
@@ -71,14 +71,14 @@ class Guest:
         return target, uri
 
     def arrive(self, target: LabVm) -> None:
-        """The guest is there now; the process that it left ends."""
+        """Take ``target`` for the guest's process, and close the one that the guest left."""
         self.agent.ping(30)
         self.vm.close()
         self.vm = target
         self.host = self.net.a if self.host is self.net.b else self.net.b
 
     def flows(self, families: int, later: int = 0) -> list[Flow]:
-        """Those whose turn it is in this repetition, or so many turns later."""
+        """Return the flows whose turn comes in this repetition, or ``later`` turns later."""
         count = self.rates.networks_at_once
         first = self.job.repetition * count + later
         chosen = [plan.NETWORKS[(first + n) % len(plan.NETWORKS)] for n in range(count)]

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.inside PLAN``: the jobs of a plan, where KVM works. It judges nothing.
+"""``python -m benchmarks.inside PLAN``: the jobs of a plan, where KVM works.
 
-Samples go into the plan's file of rows as soon as they are had, a line of JSON each, because the
-emulated host may die at any time. Each job is a child of its own, with a deadline.
+Nothing is judged here. Each sample goes at once into the plan's file of rows, a line of JSON each,
+because the emulated host may die at any time. Each job is a child of its own, with a deadline.
 """
 
 from __future__ import annotations
@@ -30,25 +30,29 @@ from .machines import Image
 
 
 class Rows:
-    """The file of rows."""
+    """The file of rows, one for each sample."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def add(self, **row: Any) -> None:
-        """Append one, and have it on the disk before anything else happens."""
+        """Append a row, and have the row on the disk before anything else happens."""
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
 
-#: What is no name of a method.
+#: Part -> method, where the name of the part is no name of a method.
 _METHODS = {"2g": "large", "idle-again": "idle_again"}
 
 
 def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
-    """Measure the parts of one job. Raises LabError or ClientError when it cannot go on."""
+    """Measure the parts of one job.
+
+    Raises:
+        LabError, ClientError: the job cannot go on.
+    """
     with ExitStack() as stack:
         # Not in the shared folder, which is slow in the lab.
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="godwit-")))
@@ -65,16 +69,16 @@ def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
                         guest = parts.Measured(job, rates, image, net, folder, stack)
                     sample = getattr(guest, _METHODS.get(part, part))()
             except (LabError, ClientError, OSError, KeyError) as error:
-                said = f"{type(error).__name__}: {error}"[-600:]
+                text = f"{type(error).__name__}: {error}"[-600:]
                 printed = guest.printed() if guest is not None else {}
-                rows.add(state="failed", error=said, printed=printed, **row)
+                rows.add(state="failed", error=text, printed=printed, **row)
                 raise
             rows.add(state="done", at=time.time(), **row, **sample)
-            say(f"{part:8} {_short(sample)}")
+            log(f"{part:8} {_short(sample)}")
 
 
 def run_apart(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows, deadline: float) -> None:
-    """The same in a child, which is ended with all of its processes after ``deadline`` seconds."""
+    """Run the job in a child, killed with all of its processes after ``deadline`` seconds."""
     sys.stdout.flush()
     child = os.fork()
     if not child:
@@ -97,15 +101,15 @@ def run_apart(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows, deadli
         return
     try:
         os.waitpid(child, 0)
-        say("no end in time: given up")
+        log("no exit in time: given up")
     except ChildProcessError:
         pass
 
 
 def warm_up(image: Image, vmms: Sequence[str]) -> None:
-    """Start a guest with each VMM, unmeasured, so that the first is not to pay for cold caches.
+    """Start a guest with each VMM, unmeasured, so that no sample pays for cold caches.
 
-    That is the page cache, and in the emulated lab also the one of translated code.
+    The caches are the page cache, and in the emulated lab also the one of translated code.
     """
     for path in (image.kernel, image.initrd):
         Path(path).read_bytes()
@@ -114,7 +118,7 @@ def warm_up(image: Image, vmms: Sequence[str]) -> None:
         for number, vmm in enumerate(vmms):
             host = (net.a, net.b)[number % 2]
             before = hosts.get(host)
-            if before is not None:  # it has the tap
+            if before is not None:  # this VM has the tap
                 before.qmp.execute("query-status", deadline=60)
                 before.close()
             vm = machines.boot(vmm, vmm, Path(name), host, 128, image)
@@ -124,7 +128,7 @@ def warm_up(image: Image, vmms: Sequence[str]) -> None:
 
 
 def machine(compared: str) -> dict[str, Any]:
-    """Return what it runs on, and which QEMU is compared ("": none)."""
+    """Return this machine's description, with the version of the QEMU compared ("": none)."""
     cpus = Path("/proc/cpuinfo").read_text()
     models = [line.partition(":")[2].strip() for line in cpus.splitlines() if "model name" in line]
     return {
@@ -138,7 +142,7 @@ def machine(compared: str) -> dict[str, Any]:
 
 
 def _short(sample: dict[str, Any]) -> str:
-    """The numbers of a sample in a line."""
+    """Return the numbers of a sample in a line."""
     numbers = {key: value for key, value in sample.items() if isinstance(value, (int, float))}
     return ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
 
@@ -146,13 +150,13 @@ def _short(sample: dict[str, Any]) -> str:
 _START = time.monotonic()
 
 
-def say(text: str) -> None:
-    """Tell what was done."""
+def log(text: str) -> None:
+    """Print a line of progress with the seconds since the start."""
     print(f"  [{time.monotonic() - _START:6.1f} s] {text}", flush=True)
 
 
 def main() -> None:
-    """As the module says."""
+    """Do the jobs of the plan that the command line names."""
     given = json.loads(Path(sys.argv[1]).read_text())
     rows = Rows(Path(given["rows"]))
     image = Image(given["kernel"], given["initrd"], given["qemu"], given["base"])
@@ -160,11 +164,11 @@ def main() -> None:
     vmms: list[str] = given["vmms"]
     rows.add(state="machine", **machine(image.qemu if plan.QEMU in vmms else ""))
     warm_up(image, vmms)
-    say("warmed up")
+    log("warmed up")
     for number, values in enumerate(given["jobs"], given["before"] + 1):
         job = plan.Job.from_json(values)
         of = f"{job.vmm}, {job.guest} guest, repetition {job.repetition + 1}"
-        say(f"job {number} of {given['in_all']}: {of}")
+        log(f"job {number} of {given['in_all']}: {of}")
         run_apart(job, rates, image, rows, plan.DEADLINE_S[job.guest])
 
 

@@ -1,4 +1,4 @@
-"""The compared VMMs behind one face: a guest that boots, and a process that it can move to."""
+"""The compared VMMs behind one face: a guest that boots, and a process that can receive one."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .plan import BASE, CPUS, IN_PROCESS, QEMU
 
 MAC = "52:54:00:67:77:01"
 _ENDS = ("completed", "failed", "cancelled")
-#: A look at what the VMM said costs the guest time, where the CPU is emulated. The times that are
-#: kept are the VMM's own stamps, so they do not depend on it.
+#: A look at the VMM's events costs the guest time, where the CPU is emulated, seconds. The times
+#: that are kept are the VMM's own stamps, and do not depend on the look.
 _LOOK_S = 0.1
 #: Both copy as fast as they can: QEMU's own default is 128 MiB/s.
 _UNLIMITED = 1 << 40
-#: Share of the CPU time that is idle where a start's work is over.
+#: Idle share of the CPU time from which a start's work is over.
 _IDLE = 0.8
 Event = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Image:
-    """What guests boot, and the programs that Godwit is compared with."""
+    """The kernel and initrd that guests boot, and the programs that Godwit is compared with."""
 
     kernel: str
     initrd: str
@@ -48,7 +48,7 @@ def base_module(tree: Path) -> str:
     """Return the module that is the command ``godwit`` in a checkout, which may be an older one.
 
     Raises:
-        LabError: it is no checkout of Godwit.
+        LabError: the tree is no checkout of Godwit.
     """
     for file, module in (("cli/main.py", "godwit.cli.main"), ("cli.py", "godwit.cli")):
         if (tree / "src/godwit" / file).exists():
@@ -71,8 +71,8 @@ class Base(LabVm):
 
 
 @dataclass(frozen=True)
-class Moved:
-    """A move's end. Times in ms, ``began`` and ``resumed`` realtime in seconds."""
+class Migrated:
+    """A migration's outcome, ``began`` and ``resumed`` realtime in seconds, other times in ms."""
 
     began: float
     resumed: float
@@ -93,8 +93,8 @@ def boot(vmm: str, name: str, folder: Path, host: Host, memory_mb: int, image: I
 def await_guest(
     vmm: str, name: str, folder: Path, host: Host, memory_mb: int, image: Image
 ) -> tuple[LabVm, str]:
-    """Start a process that a guest can move to; it, and where it will listen."""
-    socket = folder / f"{name}.move"
+    """Start a process that waits for a guest, and return the process and its URI."""
+    socket = folder / f"{name}.migration"
     socket.unlink(missing_ok=True)
     uri = f"unix:{socket}"
     if vmm == QEMU:
@@ -115,11 +115,11 @@ def _godwit(
     return LabVm(name, folder, argv, host.netns)
 
 
-def move(source: LabVm, target: LabVm, uri: str, deadline: float = 90.0) -> Moved:
-    """Move the guest, and wait until it runs there.
+def migrate(source: LabVm, target: LabVm, uri: str, deadline: float = 90.0) -> Migrated:
+    """Migrate the guest, and wait until the target runs.
 
     Raises:
-        LabError: the move failed, or did not end in time.
+        LabError: the migration failed, or did not end within ``deadline`` seconds.
     """
     if isinstance(source, qemu.Qemu):
         source.qmp.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED})
@@ -127,20 +127,20 @@ def move(source: LabVm, target: LabVm, uri: str, deadline: float = 90.0) -> Move
     target.qmp.events()
     began = time.time()
     source.start_migration(uri)
-    told: list[Event] = []
+    seen: list[Event] = []
     end = time.monotonic() + deadline
-    while not [event for event in told if _is_end(event)]:
+    while not [event for event in seen if _is_end(event)]:
         if time.monotonic() > end or not source.alive:
-            raise LabError(f"the move did not end within {deadline:g} s")
+            raise LabError(f"the migration did not end within {deadline:g} s")
         time.sleep(_LOOK_S)
-        told += source.qmp.events()
+        seen += source.qmp.events()
     info = dict(source.qmp.execute("query-migrate"))
     if info["status"] != "completed":
-        raise LabError(f"the move ended as {info['status']}: {info.get('error-desc', '')}")
+        raise LabError(f"the migration ended as {info['status']}: {info.get('error-desc', '')}")
     resumed = stamp(target.qmp.wait_event("RESUME", 30))
-    stops = [stamp(event) for event in told if event["event"] == "STOP"]
+    stops = [stamp(event) for event in seen if event["event"] == "STOP"]
     pause = (resumed - stops[-1]) * 1000 if stops else None
-    return Moved(began, resumed, pause, info)
+    return Migrated(began, resumed, pause, info)
 
 
 def _is_end(event: Event) -> bool:
@@ -148,15 +148,15 @@ def _is_end(event: Event) -> bool:
 
 
 def stamp(event: Event) -> float:
-    """When an event happened: realtime, seconds."""
+    """Return the time of an event, realtime in seconds."""
     at = event["timestamp"]
     return float(at["seconds"] + at["microseconds"] / 1e6)
 
 
 def settle(limit: int = 8) -> float:
-    """Wait until the CPUs are mostly idle, at most ``limit`` seconds; the idle share, 0 to 1.
+    """Wait until the CPUs are idle, at most ``limit`` seconds, and return the idle share (0 to 1).
 
-    After a boot or a start the host still has work; on two slow CPUs that would be measured.
+    After a boot or a start the host still has work, which on two slow CPUs would be measured.
     """
     idle = 0.0
     for _ in range(limit):
@@ -170,7 +170,7 @@ def settle(limit: int = 8) -> float:
 
 
 def _cpu_times() -> list[int]:
-    """Of the CPUs that may be used: the lab has one that stands aside."""
+    """Return the CPU times of the CPUs that may be used (the lab has one that stands aside)."""
     ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     with open("/proc/stat") as file:
         lines = [line.split() for line in file]

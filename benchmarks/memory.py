@@ -1,7 +1,7 @@
-"""A VMM's memory beyond its guest's RAM, from ``/proc/PID/smaps``; the same rule for both VMMs.
+"""A VMM's memory beyond its guest's RAM, from ``/proc/PID/smaps``, by one rule for both VMMs.
 
-Guest RAM is what the VMM advised huge pages for: an anonymous mapping with the flag ``hg``
-(proc(5)). Both do that for guest RAM and for nothing else of size.
+Guest RAM is the memory for which the VMM advised huge pages: an anonymous mapping with the flag
+``hg`` (proc(5)). Both advise so for guest RAM and for nothing else of size.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 _HEAD = re.compile(r"^[0-9a-f]+-[0-9a-f]+ ", re.MULTILINE)
 _FIELD = re.compile(r"^(\w+): +(\d+) kB$", re.MULTILINE)
 _FLAGS = re.compile(r"^VmFlags: (.*)$", re.MULTILINE)
-#: What is smaller than a huge page is no guest RAM: QEMU advises them for its ROMs, too.
+#: A mapping smaller than a huge page is no guest RAM: QEMU advises huge pages for its ROMs, too.
 _LEAST_KB = 2048
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Sizes in kB."""
+    """A process's memory, in kB."""
 
     pss: int
-    """Resident beyond the guest's RAM; a page that N processes map counts 1/N."""
+    """Resident beyond the guest's RAM, where a page that N processes map counts 1/N."""
     rss: int
     """The same, a shared page counted in full."""
     ram: int
@@ -31,7 +31,7 @@ class Memory:
 
 
 def beyond_ram(smaps: str) -> Memory:
-    """Take ``smaps`` apart."""
+    """Return the sizes that a text of ``smaps`` shows."""
     starts = [match.start() for match in _HEAD.finditer(smaps)] + [len(smaps)]
     pss = rss = ram = 0
     for begin, end in pairwise(starts):
@@ -47,5 +47,5 @@ def beyond_ram(smaps: str) -> Memory:
 
 
 def measure(pid: int) -> Memory:
-    """Of a running process."""
+    """Return the sizes of a running process."""
     return beyond_ram(Path(f"/proc/{pid}/smaps").read_text())

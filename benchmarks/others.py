@@ -1,6 +1,6 @@
-"""What other programs take of this machine's CPUs while the emulated lab measures.
+"""Other programs' share of this machine's CPUs while the emulated lab measures.
 
-The lab has no way to see that, and its times double when somebody compiles beside it.
+The lab has no way to see the others, and its times double when somebody compiles beside the lab.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Self
 
 
 class Others:
-    """Context manager: a thread that looks once a second."""
+    """A context manager with a thread that looks at the CPU times once a second."""
 
     def __init__(self) -> None:
-        #: (realtime in s, share of all CPU time that went neither to a child of ours nor to nobody)
+        #: (realtime in seconds, share of the CPU time that was neither a child of ours nor idle)
         self.seen: list[tuple[float, float]] = []
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -36,13 +36,13 @@ class Others:
             children, busy, everything = _ticks()
             ours = children - before[0]
             passed = everything - before[2]
-            if passed and ours >= 0:  # less: a child ended
+            if passed and ours >= 0:  # less: a child exited
                 share = max(0.0, busy - before[1] - ours) / passed
                 self.seen.append((round(time.time(), 1), round(share, 2)))
 
 
 def _ticks() -> tuple[int, int, int]:
-    """CPU time so far of our children, of all but the idle, and all that passed (proc_stat(5))."""
+    """Return the CPU time so far: our children's, all but the idle, and all (proc_stat(5))."""
     words = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     ticks = [int(word) for word in words]
     ours = 0
@@ -50,7 +50,7 @@ def _ticks() -> tuple[int, int, int]:
         try:
             fields = path.read_text().rpartition(")")[2].split()
         except OSError:
-            continue  # it ended
+            continue  # the process exited
         if int(fields[1]) == os.getpid():
             ours += int(fields[11]) + int(fields[12])
     return ours, sum(ticks) - ticks[3] - ticks[4], sum(ticks)

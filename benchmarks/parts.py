@@ -1,4 +1,4 @@
-"""The measurements of one guest: each method is a part, and returns its sample."""
+"""The measurements of one guest, where each method is a part and returns its sample."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from . import machines, memory, plan, socketloop
 from .guests import Guest
 
 Sample = dict[str, Any]
-#: After the answers are back: what else the announcement brings about is still seen.
+#: After the answers are back, seconds: the announcement's later effects are still seen.
 _TAIL_S = 0.6
-#: Between the load's begin and the move's.
+#: Between the load's begin and the migration's, seconds.
 _HEAD_S = 1.0
-#: For moves whose load is another: enough to see that the guest is on the network.
+#: Between two pings, seconds, beside another load: enough to see the guest on the network.
 _SLOW_PING = 0.05
-#: Numbered packets that the guest sends if nobody ends it: two minutes of them.
+#: Length of the guest's flows of numbered packets if nobody ends the flows, seconds.
 _MANY_S = 120
 
 
 class Measured(Guest):
-    """A guest and its parts."""
+    """A guest with its measured parts."""
 
     # --- a guest that stays -----------------------------------------------------------------------
     def boot(self) -> Sample:
-        """From the process' start to the guest's init, s."""
+        """Return the time from the process' start to the guest's init, seconds."""
         return {"seconds": round(self.boot_s, 3)}
 
     def memory(self) -> Sample:
-        """Of the process beyond the guest's RAM, MB."""
+        """Measure the process' memory beyond the guest's RAM, MB."""
         machines.settle()
         found = memory.measure(self.vm.pid)
         if not self.memory_mb <= found.ram / 1024 < self.memory_mb + 64:
@@ -44,7 +44,7 @@ class Measured(Guest):
         return {"pss_mb": found.pss / 1024, "rss_mb": found.rss / 1024}
 
     def network(self) -> Sample:
-        """TCP to and from the guest, bytes a second; a ping's median round trip, ms."""
+        """Measure TCP each way, bytes a second, and a ping's median round trip, milliseconds."""
         netns, address = self.net.client.netns, LANS[0].guest[0]
         machines.settle()
         took = round_trips(netns, address, self.rates.round_trips, 0.005)
@@ -52,17 +52,17 @@ class Measured(Guest):
         rates |= throughput(netns, address, self.rates.stream_s, FROM_GUEST)
         return {"round_trip_ms": median(took), "answers": len(took), **rates}
 
-    # --- moves ------------------------------------------------------------------------------------
+    # --- migrations -------------------------------------------------------------------------------
     def idle(self) -> Sample:
-        """An idle guest of 128 MB; its pings as often as they are to be."""
-        return self._moved(self.flows(2), self.rates.ping_interval)
+        """Migrate an idle guest of 128 MB under pings at the full rate."""
+        return self._migrated(self.flows(2), self.rates.ping_interval)
 
     def idle_again(self) -> Sample:
-        """The same, with pings in the next network."""
-        return self._moved(self.flows(2, later=1), self.rates.ping_interval)
+        """Migrate an idle guest again, with pings in the next network."""
+        return self._migrated(self.flows(2, later=1), self.rates.ping_interval)
 
     def udp(self) -> Sample:
-        """Numbered packets in both directions, counted at both ends."""
+        """Migrate under numbered packets in both directions, counted at both ends."""
         netns = self.net.client.netns
         flows = self.flows(self.rates.families_at_once)
         target, uri = self.target()
@@ -77,7 +77,7 @@ class Measured(Guest):
                 self.agent.udp_send(flow.client, PORT, flow.id, rate, rate * _MANY_S)
             time.sleep(_HEAD_S)
             before = self.agent.flows()
-            moved = machines.move(self.vm, target, uri)
+            migrated = machines.migrate(self.vm, target, uri)
             self.agent.ping(30)
             time.sleep(_TAIL_S)
             sender.stop()
@@ -92,17 +92,17 @@ class Measured(Guest):
             early, late, back = before[flow.id], arrived[flow.id], counted[flow.id]
             lost[_name(flow)] = {
                 "to_guest": late.lost(by_client[flow.id]),
-                # Lost before the move began: the machine was too slow for the load.
+                # Lost before the migration began: the machine was too slow for the load.
                 "to_guest_before": early.lost(early.max_seq + 1),
                 "from_guest": back.lost(by_guest[flow.id]),
                 "duplicates": [late.duplicates, back.duplicates],
                 "reordered": [late.reordered, back.reordered],
                 "gap_ms": [late.longest_gap_us / 1000, back.longest_gap_us / 1000],
             }
-        return {**_told(moved), "udp": lost}
+        return {**_reported(migrated), "udp": lost}
 
     def tcp(self) -> Sample:
-        """TCP in both directions as fast as it goes."""
+        """Migrate under TCP in both directions at full speed."""
         address = LANS[0].guest[0]
         bulks: list[Bulk] = []
 
@@ -110,29 +110,29 @@ class Measured(Guest):
             started = Bulk(self.net.client.netns, self.folder, address, BOTH_WAYS)
             bulks.append(self.stack.enter_context(started))
 
-        sample = self._moved(self.flows(1)[:1], _SLOW_PING, load)
+        sample = self._migrated(self.flows(1)[:1], _SLOW_PING, load)
         bulks[0].stop()
         return {**sample, **bulks[0].rates()}
 
     def hot(self) -> Sample:
-        """A guest that writes 64 MB again and again."""
+        """Migrate a guest that writes 64 MB again and again."""
 
         def load() -> None:
             self.agent.hot_start(plan.HOT_MB)
 
-        sample = self._moved(self.flows(1)[:1], _SLOW_PING, load)
+        sample = self._migrated(self.flows(1)[:1], _SLOW_PING, load)
         self.agent.hot_check()
         return sample
 
     def large(self) -> Sample:
-        """Much memory, most of it in use."""
+        """Migrate a guest of 2 GB with most memory in use."""
         self.agent.mem_fill(plan.POPULATED_MB)
-        return self._moved(self.flows(1)[:1], _SLOW_PING)
+        return self._migrated(self.flows(1)[:1], _SLOW_PING)
 
-    def _moved(
+    def _migrated(
         self, flows: list[Flow], interval: float, load: Callable[[], None] | None = None
     ) -> Sample:
-        """Move it under pings of these flows."""
+        """Migrate the guest under pings of these flows, and return the sample."""
         client = self.net.client.netns
         target, uri = self.target()
         with ExitStack() as stack:
@@ -145,22 +145,22 @@ class Measured(Guest):
             for ping in pings:
                 ping.wait_answer(0.0)
             time.sleep(_HEAD_S)
-            moved = machines.move(self.vm, target, uri)
+            migrated = machines.migrate(self.vm, target, uri)
             for ping in pings:
-                ping.wait_answer(moved.resumed)
+                ping.wait_answer(migrated.resumed)
             time.sleep(_TAIL_S)
         self.arrive(target)
         seen = {_name(ping.flow): ping.answers() for ping in pings}
         return {
-            **_told(moved),
+            **_reported(migrated),
             "cpu_idle": idle,
-            "gap_ms": {name: a.gap_ms(moved.began, float("inf")) for name, a in seen.items()},
+            "gap_ms": {name: a.gap_ms(migrated.began, float("inf")) for name, a in seen.items()},
             "pings_lost": {name: a.sent - a.received for name, a in seen.items()},
         }
 
 
 def limit() -> Sample:
-    """The plain socket loop, bytes a second: the median of three."""
+    """Measure the plain socket loop three times, bytes a second, with the median as the rate."""
     machines.settle()
     tries = [socketloop.bytes_a_second(plan.LIMIT_MB) for _ in range(3)]
     return {"rate": median(tries), "tries": tries}
@@ -170,13 +170,13 @@ def _name(flow: Flow) -> str:
     return f"{flow.network} {flow.family}"
 
 
-def _told(moved: machines.Moved) -> Sample:
-    """What the VMM said of its move, ms and bytes."""
-    info = moved.info
+def _reported(migrated: machines.Migrated) -> Sample:
+    """Return the VMM's own figures of its migration, milliseconds and bytes."""
+    info = migrated.info
     return {
         "total_ms": info["total-time"],
         "downtime_ms": info["downtime"],
-        "pause_ms": moved.pause,
+        "pause_ms": migrated.pause,
         "bytes": info["ram"]["transferred"],
         "passes": info["ram"]["dirty-sync-count"],
         "report": info.get("godwit", {}),

@@ -1,4 +1,4 @@
-"""What is measured, how often, and under which load: the constants of the benchmark.
+"""The benchmark's constants: the measured parts, their repetitions and their loads.
 
 A **job** is one guest of one VMM; its **parts** are measured one after the other, each a sample.
 """
@@ -12,21 +12,21 @@ from typing import Any
 GODWIT, QEMU = "godwit", "qemu"
 #: Another checkout of Godwit.
 BASE = "base"
-#: Godwit with ``vhost=off``: frames are moved by its own process.
+#: Godwit with ``vhost=off``: its own process carries the frames.
 IN_PROCESS = "godwit-in-process"
 
 #: Guests by name -> RAM, MB.
 MEMORY_MB = {"small": 128, "hot": 512, "large": 2048, "in-process": 128}
-#: Their parts, in order. All but boot, memory, network and limit are moves.
+#: Their parts, in order. All but boot, memory, network and limit are migrations.
 PARTS = {
     "small": ("boot", "memory", "network", "idle", "idle-again", "udp", "tcp"),
     "hot": ("hot",),
     "large": ("2g", "limit"),
     "in-process": ("network",),
 }
-#: Moves by part -> the load. An idle guest moves twice, with pings in two networks one after the
-#: other, or each network's gap would have one sample or two.
-MOVES = {
+#: Part that migrates -> the load. An idle guest migrates twice, with pings in two networks one
+#: after the other, or each network's gap would have one sample or two.
+MIGRATIONS = {
     "idle": "idle",
     "idle-again": "idle",
     "udp": "udp",
@@ -34,7 +34,7 @@ MOVES = {
     "hot": "hot",
     "2g": "2g",
 }
-#: How long a job may take in the emulated lab, seconds; twice what it usually does.
+#: Time that a job may take in the emulated lab, seconds: twice the usual.
 DEADLINE_S = {"small": 140, "hot": 60, "large": 110, "in-process": 60}
 
 CPUS = 2
@@ -48,28 +48,28 @@ NETWORKS = ("untagged", "vlan100", "vlan200")
 
 @dataclass(frozen=True)
 class Rates:
-    """How much traffic the measured guests have."""
+    """The rates of the measured guests' traffic."""
 
     ping_interval: float = 0.005
     """Seconds between two pings of a flow."""
     udp_rate: int = 1000
     """Numbered packets a second, of each flow and in each direction."""
     networks_at_once: int = 3
-    """Networks that have pings, or numbered flows, in one move; the repetitions take turns."""
+    """Networks with pings, or numbered flows, in one migration (the repetitions take turns)."""
     families_at_once: int = 2
-    """Of numbered flows."""
+    """Address families of the numbered flows."""
     stream_s: int = 5
-    """Length of a measurement of throughput."""
+    """Length of a measurement of throughput, seconds."""
     round_trips: int = 500
 
 
-#: The emulated lab's two CPUs saturate under six flows, and then nothing is measured but that.
+#: The emulated lab's two CPUs saturate under six flows, and nothing else would be measured.
 LAB = Rates(networks_at_once=1, stream_s=2, round_trips=150)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One guest and what is measured of it."""
+    """One guest with the parts to measure."""
 
     guest: str
     vmm: str
@@ -85,7 +85,7 @@ class Job:
 
 
 def jobs(repetitions: int, compared: Sequence[str] = (QEMU,)) -> list[Job]:
-    """Return all jobs, Godwit and those compared in turns; each repetition begins with another."""
+    """Return all jobs, in turns of the VMMs, where each repetition begins with another VMM."""
     found = []
     for number in range(repetitions):
         for guest in ("small", "hot", "large"):
@@ -99,7 +99,7 @@ def jobs(repetitions: int, compared: Sequence[str] = (QEMU,)) -> list[Job]:
 
 
 def quick_jobs(compared: Sequence[str] = (QEMU,)) -> list[Job]:
-    """Return each job once: first what has a mark, then what there is time for."""
+    """Return each job once, first the parts with a mark, then the others if time is left."""
     found = _turns("small", 0, ("boot", "memory", "network", "idle"), compared)
     for guest in ("large", "hot"):
         found += _turns(guest, 0, PARTS[guest], compared)
@@ -109,7 +109,7 @@ def quick_jobs(compared: Sequence[str] = (QEMU,)) -> list[Job]:
 def _turns(guest: str, number: int, parts: tuple[str, ...], compared: Sequence[str]) -> list[Job]:
     vmms = (GODWIT, *compared)
     first = number % len(vmms)
-    # The limit is measured beside Godwit's move: it is the line's, not a VMM's.
+    # The limit is measured beside Godwit's migration: it is the socket's, not a VMM's.
     others = tuple(part for part in parts if part != "limit")
     return [
         Job(guest, vmm, number, parts if vmm == GODWIT else others)
@@ -118,16 +118,16 @@ def _turns(guest: str, number: int, parts: tuple[str, ...], compared: Sequence[s
 
 
 def only_parts(planned: list[Job], parts: Sequence[str]) -> list[Job]:
-    """Of each job these parts; jobs that have none of them are left out."""
+    """Return the jobs with these parts alone, and none without any."""
     chosen = [replace(job, parts=tuple(p for p in job.parts if p in parts)) for job in planned]
     return [job for job in chosen if job.parts]
 
 
 def left(planned: list[Job], rows: list[dict[str, Any]]) -> list[Job]:
-    """The jobs with parts that neither have a sample nor failed too often; only those parts.
+    """Return the jobs with the parts alone that neither have a sample nor failed too often.
 
-    A part that began and has no end (its lab died) counts as failed; one that the time cut off
-    does not.
+    A part that began and has no end (its lab died) counts as failed, but not one that the time cut
+    off.
     """
     began: dict[tuple[str, str, int, str], int] = {}
     good = set()

@@ -1,4 +1,4 @@
-"""From rows to ``bench.json``."""
+"""The content of ``bench.json``, from the rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import plan, show, stats
 
 
 def judge(rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``bench.json``. ``settings``: with what the samples were taken."""
+    """Return the content of ``bench.json`` for rows taken with ``settings``."""
     all_rows, samples = rows, stats.with_others(rows)
     rows = [dict(row) for row in stats.undisturbed(samples)]
     quantities = stats.quantities(rows)
@@ -61,6 +61,6 @@ def _judged(mark: stats.Mark, value: float | None) -> dict[str, Any]:
 
 
 def keep(result: dict[str, Any], out: Path) -> None:
-    """Write ``bench.json`` and ``bench.svg``."""
+    """Write ``bench.json`` and ``bench.svg`` into ``out``."""
     (out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     show.draw(result, out / "bench.svg")

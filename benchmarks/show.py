@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def table(result: dict[str, Any]) -> None:
-    """Print it."""
+    """Print the result as tables and lines."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -26,7 +26,7 @@ def table(result: dict[str, Any]) -> None:
 
     vmms = [vmm for vmm in _NAMES if any(vmm in by for by in result["lost"].values())]
     columns = [column for vmm in vmms for column in (_NAMES[vmm], "each")]
-    rows = Table("packets lost a move", *columns, title_justify="left", box=box.SIMPLE)
+    rows = Table("packets lost a migration", *columns, title_justify="left", box=box.SIMPLE)
     for name, by in result["lost"].items():
         row = [name]
         for vmm in vmms:
@@ -45,12 +45,12 @@ def table(result: dict[str, Any]) -> None:
         )
     for load, kinds in result["phases"].items():
         for kind, phases in kinds.items():
-            told = ", ".join(f"{phase} {took:g}" for phase, took in phases.items())
-            console.print(f"Godwit, {load}, {kind}: {told}", highlight=False)
+            listed = ", ".join(f"{phase} {took:g}" for phase, took in phases.items())
+            console.print(f"Godwit, {load}, {kind}: {listed}", highlight=False)
     if result["disturbed"]:
         console.print(
             f"[yellow]{result['disturbed']} of {len(result['samples'])} samples were disturbed by "
-            "other programs on this machine; they count only where there is no better[/yellow]"
+            "other programs on this machine, and count only where there is no better[/yellow]"
         )
     failed = result["failures"]
     if failed["samples"] or failed["labs_died"]:
@@ -62,7 +62,7 @@ def table(result: dict[str, Any]) -> None:
 
 
 def compared(result: dict[str, Any]) -> list[str]:
-    """Return which programs were compared, a line each."""
+    """Return the names of the compared programs, a line each."""
     lines = []
     if result["machine"].get("qemu"):
         lines.append(f"compared with {result['machine']['qemu']}")
@@ -73,7 +73,7 @@ def compared(result: dict[str, Any]) -> list[str]:
 
 
 _NAMES = {plan.GODWIT: "Godwit", plan.QEMU: "QEMU", plan.BASE: "base"}
-#: What Godwit is compared with -> where the result has the ratios.
+#: VMM that Godwit is compared with -> the ratios' key in the result.
 _RATIOS = {plan.QEMU: "ratios", plan.BASE: "ratios_base"}
 
 
@@ -114,7 +114,7 @@ def _marks(result: dict[str, Any]) -> Table:
     return rows
 
 
-#: Names in the table's order; what is not named comes last.
+#: Names in the table's order. A quantity that is not named comes last.
 _FIRST = ("boot", "vmm_memory", "throughput", "round", "total", "downtime", "pause", "gap", "bytes")
 
 
@@ -131,12 +131,12 @@ def _cells(spread: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def number(value: float) -> str:
-    """Three digits at least, and no exponent."""
+    """Return a number with three digits at least, and no exponent."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """The ratios with their marks, and the samples beneath the medians of the moves."""
+    """Draw the ratios with their marks and medians into ``path``."""
     import matplotlib
 
     matplotlib.use("svg")

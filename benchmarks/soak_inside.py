@@ -1,7 +1,8 @@
-"""``python -m benchmarks.soak_inside GIVEN``: moves in a row under load, where KVM works.
+"""``python -m benchmarks.soak_inside GIVEN``: migrations in a row under load, where KVM works.
 
-One guest moves to and fro between two hosts until it has moved often enough or the time is up. Each
-move's outcome is a row, on the disk before the next begins: the emulated host may die at any time.
+One guest migrates to and fro between two hosts, as often as asked or until the time is up. Each
+migration's outcome is a row, on the disk before the next begins: the emulated host may die at any
+time.
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from lab.scenario import wait_for
 from lab.traffic import FLOWS, Flow, Sender, Stream
 from lab.vm import LabVm
 
-from .inside import Rows, say
-from .machines import MAC, move
+from .inside import Rows, log
+from .machines import MAC, migrate
 from .plan import QEMU
 
 _MEMORY_MB = 256
 _HOT_MB, _PATTERN_MB = 8, 16
-#: A timer every two milliseconds beside the network's and the memory's load.
+#: Starts a timer every two milliseconds, beside the network's and the memory's load.
 _TIMERS = "(while :; do usleep 2000; done) </dev/null >/dev/null 2>&1 & echo"
 _LOG = "dmesg | grep -i -e unstable -e stall -e lockup -e 'clocksource.*skew' || true"
-#: Numbered packets before and after each move, s.
+#: Time of numbered packets before and after each migration, seconds.
 _MARGIN_S = 0.5
 _ASKED = 15
 
 
 class Soak:
-    """A guest and its load."""
+    """A guest under load, with its present process."""
 
     def __init__(self, given: dict[str, Any], net: Network, folder: Path, stack: ExitStack) -> None:
         self._given, self._net, self._folder, self._stack = given, net, folder, stack
         self._count = 0
         self._host = net.a
-        self._moves = 0
+        self._migrations = 0
         self.vm = self._start(net.a)
         self.vm.wait_ready(90)
         self.agent = stack.enter_context(Agent("10.0.0.2", net.client.netns))
@@ -56,10 +57,10 @@ class Soak:
         self._stream = Stream(net.client.netns, FLOWS[2].guest)
 
     def _start(self, host: Host, uri: str | None = None) -> LabVm:
-        """A process that boots the guest, or waits for it at ``uri``."""
+        """Start a process that boots the guest, or waits for the guest at ``uri``."""
         self._count += 1
         given, name = self._given, f"vm{self._count}"
-        # The old process has its tap until it has ended.
+        # The old process has its tap until its exit.
         tap = (host.tap, host.other_tap)[self._count // 2 % 2]
         boot = given["kernel"], given["initrd"], guest.WATCHFUL_CMDLINE
         if given["vmm"] == QEMU:
@@ -76,34 +77,37 @@ class Soak:
         return self._stack.enter_context(vm)
 
     def _flows(self) -> list[Flow]:
-        """The packets of this move. In the lab three flows are what its two CPUs bear: IPv4 on each
-        network and IPv6 on each network take turns."""
-        return list(FLOWS) if self._given["all_flows"] else list(FLOWS[self._moves % 2 :: 2])
+        """Return the flows of this migration's packets.
+
+        The lab's two CPUs bear three flows: IPv4 on each network and IPv6 on each network take
+        turns.
+        """
+        return list(FLOWS) if self._given["all_flows"] else list(FLOWS[self._migrations % 2 :: 2])
 
     def once(self) -> dict[str, Any]:
-        """Migrate once, and return what came of it.
+        """Migrate the guest once, and return the outcome.
 
         Raises:
             LabError, ClientError: the guest or the migration broke.
         """
         host = self._net.b if self._host is self._net.a else self._net.a
-        uri = f"unix:{self._folder}/move{self._count}"
+        uri = f"unix:{self._folder}/migration{self._count}"
         target = self._start(host, uri)
         target.qmp.execute("query-status", deadline=60)
         flows = self._flows()
-        self._moves += 1
+        self._migrations += 1
         dropped = self._net.dropped()
         before = clocks.read(self.agent, _ASKED)
         self.agent.reset_flows()
         netns, rate = self._net.client.netns, self._given["rate"]
         with Sender(netns, self._folder, rate, flows) as sender:
             time.sleep(_MARGIN_S)
-            moved = move(self.vm, target, uri)
+            migrated = migrate(self.vm, target, uri)
             self.agent.ping(30)
             time.sleep(_MARGIN_S)
             sender.stop()
         sent = sender.counts()
-        told = self._handover()
+        handover = self._handover()
         self.vm.quit()
         self.vm.close()
         self.vm, self._host = target, host
@@ -116,15 +120,15 @@ class Soak:
         return {
             "idle": self._given["idle"],
             "flows": [f"{flow.network} {flow.family}" for flow in flows],
-            "total_ms": moved.info["total-time"],
-            "downtime_ms": moved.info["downtime"],
+            "total_ms": migrated.info["total-time"],
+            "downtime_ms": migrated.info["downtime"],
             "sent": sum(sent.values()),
             "lost": self._lost(sent),
             "duplicates": sum(flow.duplicates for flow in counted.values()),
             "reordered": sum(flow.reordered for flow in counted.values()),
             "longest_gap_ms": max(flow.longest_gap_us for flow in counted.values()) / 1000,
-            "handover": told,
-            # Where lost packets were lost, if it was on the way.
+            "handover": handover,
+            # The places of the losses, if on the way.
             "dropped": {
                 place: count - dropped.get(place, 0)
                 for place, count in self._net.dropped().items()
@@ -142,19 +146,19 @@ class Soak:
         }
 
     def _handover(self) -> dict[str, Any]:
-        """What the source says of its frames, once it looks for late ones no more."""
-        told: dict[str, Any] = {}
+        """Return the source's report of its frames, once it looks for late ones no more."""
+        report: dict[str, Any] = {}
 
         def over() -> bool:
-            nonlocal told
-            told = self.vm.qmp.execute("query-migrate").get("godwit", {}).get("handover", {})
-            return bool(told.get("over") or not told)
+            nonlocal report
+            report = self.vm.qmp.execute("query-migrate").get("godwit", {}).get("handover", {})
+            return bool(report.get("over") or not report)
 
         try:
             wait_for(over, 5)
         except TimeoutError:
             pass
-        return told
+        return report
 
     def _lost(self, sent: dict[int, int]) -> int:
         counted = self.agent.flows()
@@ -164,7 +168,7 @@ class Soak:
 
 
 def main() -> None:
-    """As the module says."""
+    """Migrate as often as the command line's file asks."""
     given = json.loads(Path(sys.argv[1]).read_text())
     rows = Rows(Path(given["rows"]))
     with ExitStack() as stack:
@@ -181,8 +185,8 @@ def main() -> None:
                 rows.add(state="broke", error=text[-600:], console=soak.vm.console[-1500:])
                 raise
             rows.add(state="moved", cpus=given["cpus"], nic=given["nic"], **row)
-            say(
-                f"move {number + 1}: {row['downtime_ms']:.0f} ms, of {row['sent']} packets "
+            log(
+                f"migration {number + 1}: {row['downtime_ms']:.0f} ms, of {row['sent']} packets "
                 f"{row['lost']} lost, {row['duplicates']} twice, {row['reordered']} late"
             )
 

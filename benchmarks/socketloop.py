@@ -1,7 +1,7 @@
-"""The limit: what a plain socket loop in Python copies between two processes on this machine.
+"""The limit: the rate at which a plain socket loop in Python copies between two processes.
 
-Two processes, a Unix socket, 8 MB a call, from populated memory into populated memory, both with
-huge pages as a guest's RAM has. A migration does this and more.
+Both run on this machine, with a Unix socket, 8 MB a call, from populated memory into populated
+memory, both with huge pages as a guest's RAM has. A migration does this and more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SO_SNDBUFFORCE = 32  # beyond wmem_max, for root (asm-generic/socket.h)
 
 
 def bytes_a_second(megabytes: int) -> float:
-    """Copy so much, once; the rate."""
+    """Copy ``megabytes`` once, and return the rate in bytes a second."""
     size = megabytes << 20
     ours, theirs = socket.socketpair()
     ours.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)

@@ -1,4 +1,4 @@
-"""From samples to medians, ranges and ratios. Pure: no files, no clock."""
+"""Medians, ranges and ratios of samples, as pure functions without files or a clock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
-from .plan import BASE, GODWIT, IN_PROCESS, MOVES, QEMU
+from .plan import BASE, GODWIT, IN_PROCESS, MIGRATIONS, QEMU
 
 Row = Mapping[str, Any]
 #: Values of one quantity: VMM -> its samples.
@@ -19,7 +19,7 @@ Values = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Spread:
-    """What one VMM reached."""
+    """The median and range that one VMM reached."""
 
     median: float
     least: float
@@ -28,7 +28,7 @@ class Spread:
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    """Median and range; None without a number."""
+    """Return median and range of the finite values, or None without any."""
     good = sorted(value for value in values if math.isfinite(value))
     return Spread(median(good), good[0], good[-1], len(good)) if good else None
 
@@ -38,7 +38,7 @@ DISTURBED = 0.15
 
 
 def with_others(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The samples, each with ``others``: the share that other programs had meanwhile, or None."""
+    """Return the samples, each with other programs' CPU share meanwhile (or None) as ``others``."""
     rows = list(rows)
     seen = [tuple(look) for row in rows if row.get("state") == "others" for look in row["seen"]]
     began = 0.0
@@ -53,28 +53,31 @@ def with_others(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def undisturbed(samples: Iterable[Row]) -> list[Row]:
-    """Without those that other programs disturbed, where the same part of that VMM has better."""
+    """Drop the samples that others disturbed, where the same part of the VMM has better."""
     samples = list(samples)
 
     def quiet(row: Row) -> bool:
         return (row.get("others") or 0.0) <= DISTURBED
 
     def kind(row: Row) -> tuple[Any, Any]:
-        return row["vmm"], MOVES.get(row["part"], row["part"])
+        return row["vmm"], MIGRATIONS.get(row["part"], row["part"])
 
     good = {kind(row) for row in samples if quiet(row)}
     return [row for row in samples if quiet(row) or kind(row) not in good]
 
 
 def ratio(over: Spread | None, under: Spread | None) -> float | None:
-    """Of the medians; None if one is missing or nothing."""
+    """Return the ratio of two medians, or None if one is missing or the divisor is 0."""
     if over is None or under is None or not under.median:
         return None
     return over.median / under.median
 
 
 def quantities(rows: Iterable[Row]) -> dict[str, Values]:
-    """All that the VMMs have, by name. Units: s (boot), MB, MB/s, ms, MB sent (bytes_...)."""
+    """Return the VMMs' values of each quantity by name.
+
+    Units are seconds (boot), MB, MB/s, milliseconds, and MB sent (bytes_...).
+    """
     found: dict[str, Values] = defaultdict(lambda: defaultdict(list))
     for row in _done(rows):
         vmm, part = row["vmm"], row["part"]
@@ -91,8 +94,8 @@ def quantities(rows: Iterable[Row]) -> dict[str, Values]:
             found[f"throughput_{kind}_to_guest"][vmm].append(row["out"] / 1e6)
             found[f"throughput_{kind}_from_guest"][vmm].append(row["in"] / 1e6)
             found[f"round_trip_{kind}"][vmm].append(row["round_trip_ms"])
-        elif part in MOVES:
-            for name, value in _of_move(row):
+        elif part in MIGRATIONS:
+            for name, value in _of_migration(row):
                 found[name][vmm].append(value)
     for name in [name for name in found if "_in_process" in name]:
         with_vhost = found[name.replace("in_process", "vhost")]
@@ -100,8 +103,8 @@ def quantities(rows: Iterable[Row]) -> dict[str, Values]:
     return {name: dict(values) for name, values in found.items()}
 
 
-def _of_move(row: Row) -> Iterable[tuple[str, float]]:
-    load = MOVES[row["part"]]
+def _of_migration(row: Row) -> Iterable[tuple[str, float]]:
+    load = MIGRATIONS[row["part"]]
     yield f"total_{load}", row["total_ms"]
     yield f"downtime_{load}", row["downtime_ms"]
     if row["pause_ms"] is not None:
@@ -109,7 +112,7 @@ def _of_move(row: Row) -> Iterable[tuple[str, float]]:
     yield f"bytes_{load}", row["bytes"] / 1e6
     gaps: Mapping[str, float] = row.get("gap_ms", {})
     for flow, gap in gaps.items():
-        # Which flow it is matters where all are measured: with the idle guest.
+        # The flow matters where all are measured: with the idle guest.
         yield f"gap_{load}", gap
         if load == "idle":
             yield f"gap {flow}", gap
@@ -121,7 +124,7 @@ def _of_move(row: Row) -> Iterable[tuple[str, float]]:
 
 
 def ratios(quantities: Mapping[str, Values], under: str = QEMU) -> dict[str, float]:
-    """Return Godwit's median by another's; ``gap`` is that of the flow where it compares worst."""
+    """Return Godwit's medians by another's, with the worst flow's as ``gap``."""
     found = {}
     for name, values in quantities.items():
         one = ratio(spread(values.get(GODWIT, ())), spread(values.get(under, ())))
@@ -135,7 +138,7 @@ def ratios(quantities: Mapping[str, Values], under: str = QEMU) -> dict[str, flo
 
 @dataclass(frozen=True)
 class Mark:
-    """What a ratio has to reach, and what it is to reach one day."""
+    """The value that a ratio must reach, and its aim for one day."""
 
     name: str
     must: float
@@ -143,11 +146,11 @@ class Mark:
     higher: bool = False
 
     def holds(self, value: float | None) -> bool:
-        """Whether the value is as good as it must be."""
+        """Return whether the value is as good as a must."""
         return value is not None and (value >= self.must if self.higher else value <= self.must)
 
     def aimed(self, value: float | None) -> bool:
-        """Whether it is as good as it is meant to become."""
+        """Return whether the value is as good as the aim."""
         return value is not None and (value >= self.aim if self.higher else value <= self.aim)
 
 
@@ -161,12 +164,12 @@ MARKS = (
     Mark("vmm_memory", 0.8, 0.5),
     Mark("throughput_vhost", 0.95, 1.0, higher=True),
 )
-#: Of the copy's rate by the plain socket loop's.
+#: The mark of the copy's rate by the plain socket loop's.
 LIMIT = Mark("copy_2g", 0.6, 0.85, higher=True)
 
 
 def limits(rows: Iterable[Row], quantities: Mapping[str, Values]) -> dict[str, Any]:
-    """The copy of the 2 GB guest against the plain socket loop, MB/s."""
+    """Return the rates of the 2 GB guest's copy and of the plain socket loop, MB/s."""
     loop = spread(row["rate"] / 1e6 for row in _done(rows) if row["part"] == "limit")
     found: dict[str, Any] = {}
     for vmm in (GODWIT, QEMU):
@@ -179,11 +182,11 @@ def limits(rows: Iterable[Row], quantities: Mapping[str, Values]) -> dict[str, A
 
 
 def lost(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
-    """Packets lost by flow and direction, a move: each VMM's median, and under ``each`` all."""
+    """Return the packets lost a migration, by flow and direction: medians, and all as ``each``."""
     found: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for row in _done(rows):
         for flow, count in row.get("pings_lost", {}).items():
-            if MOVES[row["part"]] == "idle":
+            if MIGRATIONS[row["part"]] == "idle":
                 found[f"ping {flow}"][row["vmm"]].append(count)
         for flow, counts in row.get("udp", {}).items():
             found[f"UDP to guest {flow}"][row["vmm"]].append(counts["to_guest"])
@@ -195,9 +198,10 @@ def lost(rows: Iterable[Row]) -> dict[str, dict[str, Any]]:
 
 
 def phases(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Where Godwit's moves spend their time: load -> kind of phase -> phase -> median ms.
+    """Return the median length of the phases of Godwit's migrations, in milliseconds.
 
-    The reports have each phase's end; here it is how long each took.
+    The order is load, kind of phase, phase. The reports have each phase's end, the result each
+    phase's length.
     """
     found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(list))
@@ -209,12 +213,12 @@ def phases(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
         for kind in (name for name in report if name.endswith("-phases")):
             ends = sorted(report[kind].items(), key=lambda phase: phase[1])
             for (_, before), (phase, end) in pairwise([("", 0.0), *ends]):
-                found[MOVES[row["part"]]][kind][phase].append(end - before)
-        passes = report.get("rounds", [])
-        if passes and passes[0]["ms"]:
-            rate = passes[0]["pages"] * 4096 / passes[0]["ms"] / 1e3
-            found[MOVES[row["part"]]]["first-pass"]["MB/s"].append(rate)
-            found[MOVES[row["part"]]]["first-pass"]["ms"].append(passes[0]["ms"])
+                found[MIGRATIONS[row["part"]]][kind][phase].append(end - before)
+        rounds = report.get("rounds", [])
+        if rounds and rounds[0]["ms"]:
+            rate = rounds[0]["pages"] * 4096 / rounds[0]["ms"] / 1e3
+            found[MIGRATIONS[row["part"]]]["first-pass"]["MB/s"].append(rate)
+            found[MIGRATIONS[row["part"]]]["first-pass"]["ms"].append(rounds[0]["ms"])
     return {
         load: {
             kind: {phase: round(median(each), 2) for phase, each in by.items()}
@@ -225,7 +229,7 @@ def phases(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def failures(rows: Iterable[Row]) -> dict[str, Any]:
-    """Samples that were not had, by VMM and part; labs that died; each one's words."""
+    """Return the failed samples by VMM and part, the labs that died, and the errors."""
     rows = list(rows)
     count: Counter[str] = Counter()
     name = ""
@@ -234,7 +238,7 @@ def failures(rows: Iterable[Row]) -> dict[str, Any]:
             name = f"{row['vmm']} {row['part']}"
             count[name] += {"began": 1, "done": -1, "failed": 0}[row["state"]]
         elif row["state"] == "time is up" and count[name]:
-            count[name] -= 1  # what was cut off has not failed
+            count[name] -= 1  # a part that was cut off has not failed
     return {
         "samples": {name: number for name, number in count.items() if number},
         "labs_died": sum(row["state"] == "lab died" for row in rows),

@@ -1,1 +1,1 @@
-"""The lab: an emulated host with KVM, guests, and networks to move them between."""
+"""The lab: an emulated host with KVM, guests, and networks for their migrations."""

@@ -11,7 +11,7 @@ from .errors import LabError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line asks for, and return the exit status; 75 if the lab died."""
+    """Run the command line's command, and return the exit status (75 if the lab died)."""
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.action(arguments)

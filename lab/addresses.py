@@ -1,11 +1,14 @@
-"""Who has which address in the lab. The guest's half stands in guest_files/net.c as well."""
+"""The addresses of the lab's hosts, client and guest.
+
+The guest's half stands in guest_files/net.c as well.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Lan:
-    """One layer-2 network of the lab; ``vlan`` 0 means untagged."""
+    """A layer-2 network of the lab, where ``vlan`` 0 means untagged."""
 
     name: str
     vlan: int

@@ -1,4 +1,4 @@
-"""Client of the agent that runs in the lab's guest (guest_files/control.c)."""
+"""A client of the agent that runs in the lab's guest (guest_files/control.c)."""
 
 import secrets
 import select
@@ -14,14 +14,15 @@ CONTROL, SINK, ECHO, DISCARD, SOURCE = 7000, 7001, 7002, 7003, 7004
 """The agent's ports: control (UDP), numbered packets (UDP); echo, discard and source (TCP)."""
 
 _REPEAT_S = 0.25
-#: A guest that is silent for so long, s, hangs; it is given up as one that does not after so long.
+#: A guest hangs that is silent for the first time, seconds. One that goes on answering for the
+#: second time is given up.
 _SILENT_S = 1.0
 _HANGS_S = 10.0
 
 
 @dataclass(frozen=True)
 class Flow:
-    """What the guest counted of one numbered flow."""
+    """The guest's counts of one numbered flow."""
 
     id: int
     received: int
@@ -29,17 +30,17 @@ class Flow:
     reordered: int
     max_seq: int
     longest_gap_us: int
-    """Longest time between two arrivals, by the guest's clock."""
+    """Longest time between two arrivals, by the guest's clock, in microseconds."""
 
     def lost(self, sent: int) -> int:
-        """Packets that never arrived, of so many sent."""
+        """Return the number of packets that never arrived, of ``sent``."""
         return sent - (self.received - self.duplicates)
 
 
 class Agent:
-    """One guest's agent, reached at an address from a network namespace (None: this one).
+    """A connection to one guest's agent, from a network namespace (None: this process's).
 
-    Every request is repeated until it is answered or its deadline passes (AgentError); the agent
+    Every request is repeated until an answer comes or the deadline passes (AgentError). The agent
     does a repeated request only once.
     """
 
@@ -59,7 +60,11 @@ class Agent:
         self._socket.close()
 
     def ask(self, command: str, timeout_s: float = 10.0) -> str:
-        """The answer to one command. Raises AgentError."""
+        """Send one command, and return the agent's answer.
+
+        Raises:
+            AgentError: the agent refused, or did not answer within ``timeout_s`` seconds.
+        """
         tag = f"#{secrets.token_hex(8)} ".encode()
         deadline = time.monotonic() + timeout_s
         while (now := time.monotonic()) < deadline:
@@ -85,11 +90,11 @@ class Agent:
         return None
 
     def ping(self, timeout_s: float = 10.0) -> None:
-        """Returns once the agent answers."""
+        """Wait until the guest's agent answers."""
         self.ask("ping", timeout_s)
 
     def flows(self) -> dict[int, Flow]:
-        """What was counted since the last reset, by flow id."""
+        """Return the guest's counts since the last reset, by flow id."""
         rows = (Flow(*map(int, line.split())) for line in self.ask("flows").splitlines())
         return {flow.id: flow for flow in rows}
 
@@ -100,32 +105,44 @@ class Agent:
         return int(self.ask("cpus"))
 
     def clock(self) -> tuple[int, int]:
-        """(realtime, monotonic), ns."""
+        """Return the guest's clocks (realtime, monotonic), nanoseconds."""
         real, mono = self.ask("clock").split()
         return int(real), int(mono)
 
     def mem_start(self, megabytes: int) -> str:
-        """Fill so much memory with a pattern; its checksum."""
+        """Fill ``megabytes`` of memory with a pattern, and return the checksum."""
         return self.ask(f"mem start {megabytes}", 120.0).split()[1]
 
     def mem_fill(self, megabytes: int) -> None:
-        """Have so much memory in use, each page with other contents; nothing checks it."""
+        """Have ``megabytes`` of memory in use, unchecked and each page with other contents."""
         self.ask(f"mem fill {megabytes}", 120.0)
 
     def mem_check(self) -> str:
-        """The checksum of that memory now. Raises AgentError if it changed."""
+        """Return the present checksum of the memory that :meth:`mem_start` filled.
+
+        Raises:
+            AgentError: the memory changed.
+        """
         return self._good(self.ask("mem check", 120.0))
 
     def hot_start(self, megabytes: int) -> None:
-        """Start a thread that writes every page of so much memory, again and again."""
+        """Start a thread that writes every page of ``megabytes`` of memory again and again."""
         self.ask(f"hot start {megabytes}", 30.0)
 
     def hot_check(self) -> int:
-        """Passes over the memory so far. Raises AgentError if a page was found wrong."""
+        """Return how often the thread has been over the memory.
+
+        Raises:
+            AgentError: the thread found a wrong page.
+        """
         return int(self._good(self.ask("hot check", 30.0)))
 
     def hot_stop(self) -> int:
-        """As hot_check, and end the thread."""
+        """End the thread, and return how often the thread was over the memory.
+
+        Raises:
+            AgentError: the thread found a wrong page.
+        """
         return int(self._good(self.ask("hot stop", 30.0)))
 
     @staticmethod
@@ -136,26 +153,30 @@ class Agent:
         return value
 
     def udp_send(self, address: str, port: int, flow: int, rate: int, count: int) -> None:
-        """Let the guest send so many numbered packets, ``rate`` a second."""
+        """Have the guest send ``count`` numbered packets, ``rate`` a second."""
         self.ask(f"udp-send {address} {port} {flow} {rate} {count}")
 
     def udp_stop(self) -> dict[int, int]:
-        """End the flows of udp_send: flow id -> packets that the guest sent since the last time."""
+        """End the flows of udp_send, and return the packets since the last time, by flow id."""
         rows = (line.split() for line in self.ask("udp-stop").splitlines())
         return {int(flow): int(sent) for flow, sent in rows}
 
     def sh(self, command: str, timeout_s: float = 30.0) -> str:
-        """Output of a shell command in the guest. Raises AgentError if it fails."""
+        """Run a shell command in the guest, and return the output.
+
+        Raises:
+            AgentError: the command failed.
+        """
         output, _, last = self.ask(f"sh {command}", timeout_s).rpartition("exit ")
         if last != "0":
             raise AgentError(f"in the guest, {command!r} ended with {last}: {output}")
         return output
 
     def hang(self, seconds: float) -> None:
-        """Have the guest serve nothing but interrupts for so long; returns once it does.
+        """Have the guest serve only interrupts for ``seconds``, and wait until the hang begins.
 
         Raises:
-            AgentError: it goes on answering.
+            AgentError: the guest goes on answering.
         """
         self.ask(f"hang {seconds}")  # it begins a second after this answer
         deadline = time.monotonic() + _HANGS_S
@@ -164,10 +185,13 @@ class Agent:
                 self.ping(_SILENT_S)
             except AgentError:
                 return
-        raise AgentError(f"the guest still answers {_HANGS_S:g} s after it was told to hang")
+        raise AgentError(f"the guest still answers {_HANGS_S:g} s after the request to hang")
 
     def flood(self, interface: str, count: int) -> int:
-        """Send so many gratuitous ARPs, each of another MAC, IP and VLAN; how many were taken."""
+        """Have the guest send ``count`` gratuitous ARPs, and return how many its kernel took.
+
+        Each is of another MAC, IP address and VLAN.
+        """
         return int(self.ask(f"flood {interface} {count}", 120.0))
 
     def power_off(self) -> None:
@@ -177,5 +201,5 @@ class Agent:
         self.ask("reboot")
 
     def crash(self) -> None:
-        """Triple fault."""
+        """Have the guest cause a triple fault."""
         self.ask("crash")

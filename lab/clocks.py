@@ -1,4 +1,4 @@
-"""A guest's clocks against ours, as exactly as its answers are quick."""
+"""Readings of a guest's clocks against this process's, as exact as the answers are quick."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .agent import Agent
 
 
 class Reading(NamedTuple):
-    """The guest's clocks minus ours, s, and by how much that may be wrong."""
+    """The guest's clocks minus ours, and the possible error, in seconds."""
 
     realtime: float
     monotonic: float
@@ -17,10 +17,10 @@ class Reading(NamedTuple):
 
 
 def read(agent: Agent, asked: int = 40) -> Reading:
-    """From the quickest of some answers: the guest read its clocks within that time.
+    """Read a guest's clocks ``asked`` times, and return the reading of the quickest answer.
 
     Raises:
-        AgentError: no answer.
+        AgentError: the agent did not answer.
     """
     found = []
     for _ in range(asked):

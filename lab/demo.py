@@ -19,8 +19,8 @@ _TIME_LIMIT_S = 240.0
 _KINDS = {"ipv4": "GARP", "ipv6": "NA"}
 
 
-def run(out: Path, say: Callable[[str], None]) -> int:
-    """Run, judge, print, and write ``demo.json`` and ``demo.svg``; 0 if everything held.
+def run(out: Path, log: Callable[[str], None]) -> int:
+    """Run and judge the scenario, keep the result in ``out``, and return 0 if everything held.
 
     Raises:
         LabError: the scenario could not be run to its end.
@@ -34,31 +34,31 @@ def run(out: Path, say: Callable[[str], None]) -> int:
     sender()  # compiled here, where there is a cache to keep it in
     argv = [sys.executable, "-m", "lab.scenario"]
     argv += [str(out), str(kernel.vmlinuz), str(initrd)]
-    status = host.run(argv, timeout_s=_TIME_LIMIT_S, rw=[out], log=say)
+    status = host.run(argv, timeout_s=_TIME_LIMIT_S, rw=[out], log=log)
     if status or not raw.exists():
-        raise LabError(f"the scenario ended with status {status}; its output above says why")
+        raise LabError(f"the scenario exited with status {status}: see its output above")
     observed = json.loads(raw.read_text())
     result = judge(observed, announcements(out / "client.pcap", MAC))
     (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     _print(result)
     _draw(observed, result, out / "demo.svg")
-    say(f"kept: {out / 'demo.json'}, {out / 'demo.svg'}, {out / 'client.pcap'}")
+    log(f"kept: {out / 'demo.json'}, {out / 'demo.svg'}, {out / 'client.pcap'}")
     return 0 if result["passed"] else 1
 
 
 def judge(observed: dict[str, Any], frames: list[Announcement]) -> dict[str, Any]:
-    """The demo's result: what was observed, the verdict, and what broke a rule."""
-    moves = observed["moves"]
+    """Return the demo's result: the observations, the verdict, and the broken rules."""
+    migrations = observed["moves"]
     faults: list[str] = []
     flows = []
     for flow, seen in zip(FLOWS, observed["flows"], strict=True):
-        flows.append(_flow(flow, seen, moves, frames))
+        flows.append(_flow(flow, seen, migrations, frames))
         if not flows[-1]["recovered"]:
             faults.append(f"{flow.network}, {flow.family}: did not recover")
-        for number, move in enumerate(moves, 1):
-            if not [f for f in _after(move, frames) if _speaks_for(f, flow)]:
-                faults.append(f"move {number}: no {_KINDS[flow.family]} on {flow.network}")
-    faults += _rules(moves, frames)
+        for number, migration in enumerate(migrations, 1):
+            if not [f for f in _after(migration, frames) if _announces_for(f, flow)]:
+                faults.append(f"migration {number}: no {_KINDS[flow.family]} on {flow.network}")
+    faults += _rules(migrations, frames)
     if not all(observed["tcp"]):
         faults.append("the TCP connection broke")
     if not observed["memory"]:
@@ -70,36 +70,36 @@ def judge(observed: dict[str, Any], frames: list[Announcement]) -> dict[str, Any
         "flows": flows,
         "migrations": [
             {
-                "total_ms": move["source"]["total-time"],
-                "downtime_ms": move["source"].get("downtime"),
-                "bytes": move["source"]["ram"]["transferred"],
-                "ack_ms": move["ack_ms"],
+                "total_ms": migration["source"]["total-time"],
+                "downtime_ms": migration["source"].get("downtime"),
+                "bytes": migration["source"]["ram"]["transferred"],
+                "ack_ms": migration["ack_ms"],
                 "runstates": {
-                    "source": move["source_runstates"],
-                    "destination": move["destination"]["runstates"],
+                    "source": migration["source_runstates"],
+                    "destination": migration["destination"]["runstates"],
                 },
-                "rounds": move["source"]["godwit"]["rounds"],
-                "stop_phases": move["source"]["godwit"]["stop-phases"],
-                "destination_phases": move["destination"]["destination-phases"],
+                "rounds": migration["source"]["godwit"]["rounds"],
+                "stop_phases": migration["source"]["godwit"]["stop-phases"],
+                "destination_phases": migration["destination"]["destination-phases"],
             }
-            for move in moves
+            for migration in migrations
         ],
     }
 
 
 def _flow(
-    flow: Flow, seen: dict[str, Any], moves: list[dict[str, Any]], frames: list[Announcement]
+    flow: Flow, seen: dict[str, Any], migrations: list[dict[str, Any]], frames: list[Announcement]
 ) -> dict[str, Any]:
     answers: list[float] = seen["answers"]
     outages, first = [], []
-    for move in moves:
+    for migration in migrations:
         gaps = [
             later - earlier
             for earlier, later in itertools.pairwise(answers)
-            if later > move["began"] and earlier < move["ended"]
+            if later > migration["began"] and earlier < migration["ended"]
         ]
         outages.append(round(max(gaps, default=float("inf")) * 1000, 1))
-        first.append(next((f for f in _after(move, frames) if _speaks_for(f, flow)), None))
+        first.append(next((f for f in _after(migration, frames) if _announces_for(f, flow)), None))
     worst = max(outages)
     return {
         "network": flow.network,
@@ -111,47 +111,47 @@ def _flow(
         "udp_lost": seen["udp_sent"] - seen["udp_received"],
         "udp_duplicates": seen["udp_duplicates"],
         "udp_reordered": seen["udp_reordered"],
-        "recovered": bool(answers) and answers[-1] > moves[-1]["resumed"] and worst < 10_000,
+        "recovered": bool(answers) and answers[-1] > migrations[-1]["resumed"] and worst < 10_000,
         "announced_by": [f"{f.sender}, {f.kind}" if f else None for f in first],
         "first_announcement_ms": [
-            round((f.at - move["resumed"]) * 1000, 1) if f else None
-            for f, move in zip(first, moves, strict=True)
+            round((f.at - migration["resumed"]) * 1000, 1) if f else None
+            for f, migration in zip(first, migrations, strict=True)
         ],
     }
 
 
-def _after(move: dict[str, Any], frames: list[Announcement]) -> list[Announcement]:
-    """The announcements from a move's beginning to its end."""
-    return [f for f in frames if move["began"] <= f.at <= move["ended"]]
+def _after(migration: dict[str, Any], frames: list[Announcement]) -> list[Announcement]:
+    """Return the announcements from a migration's beginning to its end."""
+    return [f for f in frames if migration["began"] <= f.at <= migration["ended"]]
 
 
-def _speaks_for(frame: Announcement, flow: Flow) -> bool:
-    """RARP speaks for the MAC, that is, for both families."""
+def _announces_for(frame: Announcement, flow: Flow) -> bool:
+    """Return whether a frame announces a flow's guest address, as a RARP does for both families."""
     same = frame.kind == _KINDS[flow.family] and frame.address == flow.guest
     return frame.vlan == flow.vlan and (same or frame.kind == "RARP")
 
 
-def _rules(moves: list[dict[str, Any]], frames: list[Announcement]) -> list[str]:
-    """What broke the announcement's rules."""
+def _rules(migrations: list[dict[str, Any]], frames: list[Announcement]) -> list[str]:
+    """Return the faults against the announcement's rules."""
     faults = []
-    for number, move in enumerate(moves, 1):
-        early = [f for f in _after(move, frames) if f.at < move["resumed"] - _EARLY_S]
+    for number, migration in enumerate(migrations, 1):
+        early = [f for f in _after(migration, frames) if f.at < migration["resumed"] - _EARLY_S]
         if early:
-            faults.append(f"move {number}: {len(early)} announcements before the guest ran")
-        if any(f.kind == "RARP" for f in _after(move, frames)):
-            faults.append(f"move {number}: the host announced, though the guest did")
-        states = move["destination"]["runstates"]
+            faults.append(f"migration {number}: {len(early)} announcements before the guest ran")
+        if any(f.kind == "RARP" for f in _after(migration, frames)):
+            faults.append(f"migration {number}: the host announced, though the guest did")
+        states = migration["destination"]["runstates"]
         if states[-2:] != ["prelaunch-migrate", "running"]:
-            faults.append(f"move {number}: the destination went through {states}")
-    ends = [move["ended"] for move in moves]
+            faults.append(f"migration {number}: the destination went through {states}")
+    ends = [migration["ended"] for migration in migrations]
     for f in frames:
-        moving = any(move["began"] <= f.at <= move["ended"] for move in moves)
-        if not moving and ends[0] < f.at:
-            faults.append(f"a {f.kind} on VLAN {f.vlan} without a move")
+        during = any(migration["began"] <= f.at <= migration["ended"] for migration in migrations)
+        if not during and ends[0] < f.at:
+            faults.append(f"a {f.kind} on VLAN {f.vlan} without a migration")
     return faults
 
 
-#: RESUME is stamped after the vCPUs were let go, so a guest may be quicker than its event.
+#: RESUME is stamped after the vCPUs were let go: a guest may be quicker than its event, seconds.
 _EARLY_S = 0.05
 
 
@@ -162,7 +162,7 @@ def _print(result: dict[str, Any]) -> None:
     console = Console(width=120)
     table = Table(
         "network", "family", "outage, ms", "pings lost", "UDP lost", "first announcement", "ms",
-        title="what the client saw (two moves)", title_justify="left",
+        title="what the client saw (two migrations)", title_justify="left",
     )  # fmt: skip
     for flow in result["flows"]:
         table.add_row(
@@ -175,13 +175,13 @@ def _print(result: dict[str, Any]) -> None:
             " / ".join(str(ms) for ms in flow["first_announcement_ms"]),
         )
     console.print(table)
-    for number, move in enumerate(result["migrations"], 1):
+    for number, migration in enumerate(result["migrations"], 1):
         console.print(
-            f"move {number}: ack {move['ack_ms']:.1f} ms after the resume, downtime "
-            f"{move['downtime_ms']:.1f} ms, total {move['total_ms']:.0f} ms, "
-            f"{move['bytes'] / 1e6:.1f} MB"
+            f"migration {number}: ack {migration['ack_ms']:.1f} ms after the resume, downtime "
+            f"{migration['downtime_ms']:.1f} ms, total {migration['total_ms']:.0f} ms, "
+            f"{migration['bytes'] / 1e6:.1f} MB"
         )
-        for side, states in move["runstates"].items():
+        for side, states in migration["runstates"].items():
             console.print(f"  {side}: {' > '.join(states)}")
     for fault in result["faults"]:
         console.print(f"[red]FAULT[/red] {fault}")
@@ -189,18 +189,20 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _draw(observed: dict[str, Any], result: dict[str, Any], path: Path) -> None:
-    """The timeline of each move: answers of each flow, the stop, the announcements."""
+    """Draw the timeline of each migration: each flow's answers, the stop, the announcements."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    moves = observed["moves"]
-    figure, axes = pyplot.subplots(len(moves), 1, figsize=(10, 3.2 * len(moves)), squeeze=False)
-    for number, (axis, move, shown) in enumerate(
-        zip(axes[:, 0], moves, result["migrations"], strict=True), 1
+    migrations = observed["moves"]
+    figure, axes = pyplot.subplots(
+        len(migrations), 1, figsize=(10, 3.2 * len(migrations)), squeeze=False
+    )
+    for number, (axis, migration, shown) in enumerate(
+        zip(axes[:, 0], migrations, result["migrations"], strict=True), 1
     ):
-        zero = move["resumed"]
+        zero = migration["resumed"]
         for row, (flow, seen) in enumerate(zip(FLOWS, observed["flows"], strict=True)):
             times = [(at - zero) * 1000 for at in seen["answers"] if -0.6 < at - zero < 0.6]
             axis.plot(times, [row] * len(times), "|", color="tab:blue", markersize=9)
@@ -209,11 +211,11 @@ def _draw(observed: dict[str, Any], result: dict[str, Any], path: Path) -> None:
                 axis.plot([first], [row], "^", color="tab:red", markersize=7)
             axis.text(-595, row + 0.18, f"{flow.network} {flow.family}", fontsize=7)
         axis.axvspan(-(shown["downtime_ms"] or 0), 0, color="tab:gray", alpha=0.3)
-        axis.axvline(move["ack_ms"] or 0, color="tab:green", linestyle="--")
+        axis.axvline(migration["ack_ms"] or 0, color="tab:green", linestyle="--")
         axis.set_yticks([])
         axis.set_xlim(-600, 600)
         axis.set_title(
-            f"move {number}: answers (|), stopped (grey), first announcement (triangle), "
+            f"migration {number}: answers (|), stopped (grey), first announcement (triangle), "
             "ack (dashed)",
             fontsize=8,
         )

@@ -1,8 +1,8 @@
-"""The emulated host: QEMU's AMD machine with SVM, and how it is started.
+"""The emulated host: QEMU's AMD machine with SVM, and the command that starts QEMU.
 
-It boots Debian's full kernel with this machine's own files as its root: read only over 9p, with a
-scratch layer on top that is gone afterwards. A job directory carries what to run in and the exit
-status out. Inside, host_files/init and host_files/init2 do the rest.
+The host boots Debian's full kernel with this machine's own files as its root: read only over 9p,
+with a scratch layer on top that is gone afterwards. A job directory carries what to run in and the
+exit status out. Inside, host_files/init and host_files/init2 do the rest.
 """
 
 import os
@@ -41,7 +41,10 @@ _CMDLINE = (
 def job(
     argv: Sequence[str], cwd: Path, env: Mapping[str, str], rw: Sequence[Path], first: str = ""
 ) -> Iterator[Path]:
-    """The directory shared with the emulated host; ``first``: shell code run before the command."""
+    """Make the directory that the emulated host shares for one command.
+
+    ``first`` is shell code that runs before the command.
+    """
     given = {
         "PATH": os.environ.get("PATH", os.defpath),
         "HOME": os.environ.get("HOME", "/root"),
@@ -64,7 +67,11 @@ def job(
 
 
 def qemu_argv(directory: Path, rw: Sequence[Path], cpus: int, memory_mb: int) -> list[str]:
-    """QEMU's command line for a job, but for the device that carries its input and output."""
+    """Return QEMU's command line for a job, but for the device of its input and output.
+
+    Raises:
+        LabError: QEMU is missing.
+    """
     program = shutil.which("qemu-system-x86_64")
     if program is None:
         raise LabError("qemu-system-x86_64 is missing: apt-get install qemu-system-x86")
@@ -76,8 +83,8 @@ def qemu_argv(directory: Path, rw: Sequence[Path], cpus: int, memory_mb: int) ->
     # or VM in the flags that an exit saves. Every slab allocation runs through it: guests crashed.
     command += ["-cpu", "EPYC,+svm,+npt,-monitor,-cx16"]
     # One CPU more than asked for, the first, which runs no guest: whenever any CPU restores its
-    # FPU, TCG clears a bit of the first one's flags, and may undo what that one does to its global
-    # interrupt flag meanwhile (docs/decisions/0010-the-labs-faults.md).
+    # FPU, TCG clears a bit of the first one's flags, and may undo a change of its global interrupt
+    # flag meanwhile (docs/decisions/0010-the-labs-faults.md).
     command += ["-smp", str(cpus + 1), "-m", f"{memory_mb}M"]
     command += ["-kernel", str(kernels.uncompressed(kernel)), "-initrd", str(_image(kernel))]
     if _QBOOT.exists():  # starts a kernel 0.2 s sooner than SeaBIOS
@@ -95,7 +102,7 @@ def qemu_argv(directory: Path, rw: Sequence[Path], cpus: int, memory_mb: int) ->
 
 
 def _image(kernel: kernels.Kernel) -> Path:
-    """The emulated host's initramfs, built once per kernel and content."""
+    """Return the emulated host's initramfs, built once per kernel and content."""
     init = (initramfs.DATA / "host_files/init").read_bytes()
     keeper = initramfs.DATA / "host_files/keeper.c"
     parts = (init, keeper.read_bytes(), kernel.release.encode(), repr(MODULES).encode())

@@ -1,13 +1,13 @@
-"""One error tree of the lab's own.
+"""The error tree of the lab alone.
 
 ::
 
-    LabError               the message says what is missing or broken, and how to get it
+    LabError               the message names what is missing or broken, and the remedy
     ├── AgentError         the guest's agent refused, or did not answer in time
     ├── LabCrashed         the emulated host died: the lab's failure, not the command's
-    └── LabTimeout         the command did not end within its time limit
+    └── LabTimeout         the command did not exit within its time limit
 
-What a VM's client raises (``godwit.client.errors``) passes through as it is.
+Errors of a VM's client (``godwit.client.errors``) pass through unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 class LabError(Exception):
     """Base of every error that the lab raises on purpose."""
 
-    #: The exit status of ``python -m lab`` when this ends it.
+    #: The exit status of ``python -m lab`` after this error.
     exit_code = 1
 
 
@@ -31,4 +31,4 @@ class LabCrashed(LabError):
 
 
 class LabTimeout(LabError):
-    """The command did not end within its time limit; it and the lab were ended."""
+    """The command did not exit within its time limit, and was killed with the lab."""

@@ -1,7 +1,7 @@
 """The lab's guest: a stock Debian kernel with a small initramfs whose init is the agent.
 
-The initramfs is built once per kernel and content. It is not compressed: a guest on an emulated
-CPU copies faster than it inflates.
+The initramfs is built once per kernel and content, and not compressed: a guest on an emulated CPU
+copies faster than it inflates.
 """
 
 from pathlib import Path
@@ -29,15 +29,21 @@ WATCHFUL_CMDLINE = (
 """A kernel command line with the kernel's watchdogs: of lockups, and of its clocks."""
 
 CMDLINE = f"{WATCHFUL_CMDLINE} tsc=reliable nowatchdog"
-"""One that boots fast in the lab. ``godwit.net=off`` leaves the network alone, ``godwit.shell``
-starts a shell on ttyS0."""
+"""A kernel command line that boots fast in the lab.
+
+``godwit.net=off`` leaves the network alone, ``godwit.shell`` starts a shell on ttyS0.
+"""
 
 READY = "GODWIT-GUEST-READY"
-"""Begins the line the guest prints, followed by `` cpus=N``, once its agent listens."""
+"""The beginning of the guest's line on its console once its agent listens; `` cpus=N`` follows."""
 
 
 def build(kernel: Kernel) -> Path:
-    """The guest's initramfs for that kernel. Raises LabError where busybox or gcc is missing."""
+    """Return the guest's initramfs for a kernel, built if the cache has none.
+
+    Raises:
+        LabError: busybox or gcc is missing.
+    """
     sources = sorted((initramfs.DATA / "guest_files").iterdir())
     lists = repr((LISTS, EXTRA)).encode()
     parts = [source.read_bytes() for source in sources]
@@ -59,7 +65,7 @@ def build(kernel: Kernel) -> Path:
             paths = dict.fromkeys(path for member in group for path in orders[member])
             lines = (f"/{home}/{initramfs.unpacked_name(path)}\n" for path in paths)
             archive.file(f"lists/{name}", "".join(lines).encode())
-        # busybox's modprobe reads this, in the order that depmod writes.
+        # busybox's modprobe reads modules.dep, in the order that depmod writes.
         files = [[initramfs.unpacked_name(path) for path in order] for order in orders.values()]
         dep = "".join(
             f"{own}: {' '.join(reversed(needs))}\n" for *needs, own in filter(None, files)

@@ -1,6 +1,7 @@
-"""The lab host: where commands that need KVM run.
+"""The lab host, on which commands run that need KVM.
 
-On a machine with KVM that is the machine itself; elsewhere it is an emulated one (emulator.py).
+On a machine with KVM, the machine itself is the lab host. Elsewhere an emulated one is
+(emulator.py).
 """
 
 import os
@@ -42,14 +43,18 @@ def run(
     env: Mapping[str, str] | None = None,
     log: Log = lambda _: None,
 ) -> int:
-    """Run a command where KVM works; its exit status.
+    """Run a command where KVM works, and return the exit status.
 
-    Standard output and error both arrive on this process's standard output as they come; standard
+    Standard output and error both arrive at once on this process's standard output. Standard
     input is empty. ``rw`` names directories (made if missing) shared for writing. The emulated
-    host gives the command PATH, HOME, TERM, GODWIT_CACHE and ``env``; the machine itself its whole
-    environment and ``env``. An emulated host that dies before the command starts is booted again.
+    host gives the command PATH, HOME, TERM, GODWIT_CACHE and ``env``, and the machine itself its
+    whole environment and ``env``. An emulated host that dies before the command starts is booted
+    again.
 
-    Raises LabCrashed, LabTimeout, and LabError where a tool or kernel is missing.
+    Raises:
+        LabCrashed: the emulated host died without a result.
+        LabTimeout: the command did not exit within ``timeout_s`` seconds.
+        LabError: a tool or kernel is missing.
     """
     where = (cwd or Path.cwd()).absolute()
     for path in rw:
@@ -66,12 +71,17 @@ def run(
             except LabCrashed as error:
                 if boot == _BOOTS or (job / "started").exists():
                     raise
-                log(f"the emulated host died while it booted; once more ({error})")
+                log(f"the emulated host died at its boot; booting another ({error})")
     raise AssertionError("unreachable")
 
 
 def shell(*, cpus: int = 2, memory_mb: int = 4096, rw: Sequence[Path] = ()) -> int:
-    """An interactive shell where KVM works, on this terminal; its exit status. Raises as run()."""
+    """Run an interactive shell where KVM works, on this terminal, and return the exit status.
+
+    Raises:
+        LabCrashed: the emulated host died without a result.
+        LabError: a tool or kernel is missing.
+    """
     if why_unusable() is None:
         return subprocess.call([os.environ.get("SHELL", "/bin/bash"), "-i"])
     _build_guests()
@@ -98,7 +108,10 @@ def shell(*, cpus: int = 2, memory_mb: int = 4096, rw: Sequence[Path] = ()) -> i
 
 
 def _build_guests() -> None:
-    """Bring the guests' images up to date here: in there it is slow, and lost at the end."""
+    """Bring the guests' images up to date here.
+
+    The emulated host would do so slowly, and lose them at its end.
+    """
     for name in kernels.META_PACKAGES:
         kernel = kernels.cached(name)
         if kernel is not None:
@@ -106,7 +119,7 @@ def _build_guests() -> None:
 
 
 def _die_with_parent() -> None:
-    """In a child: be killed when the parent dies, however that happens (prctl(2))."""
+    """Have the kernel kill this child when its parent dies for any reason (prctl(2))."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -123,7 +136,9 @@ def _run_here(argv: Sequence[str], timeout_s: float, cwd: Path, env: Mapping[str
     try:
         return process.wait(timeout_s)
     except subprocess.TimeoutExpired as error:
-        raise LabTimeout(f"no end after {timeout_s:g} s: {shlex.join(argv)}") from error
+        raise LabTimeout(
+            f"no exit after {timeout_s:g} s (allow more): {shlex.join(argv)}"
+        ) from error
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -131,7 +146,7 @@ def _run_here(argv: Sequence[str], timeout_s: float, cwd: Path, env: Mapping[str
 
 
 def _emulate(command: list[str], job: Path, deadline: float) -> bool:
-    """Run QEMU, the command's output on ours, until it ends; False if the deadline came first."""
+    """Run QEMU with the command's output on ours, and return False if the deadline came first."""
     command += ["-chardev", "stdio,id=io,signal=off", "-device", "virtserialport,chardev=io"]
     with (job / "qemu.log").open("wb") as errors:
         qemu = subprocess.Popen(
@@ -151,7 +166,7 @@ def _emulate(command: list[str], job: Path, deadline: float) -> bool:
 
 
 def _copy(fd: int, deadline: float) -> bool:
-    """Copy to standard output until the end (True) or the deadline (False)."""
+    """Copy a file to standard output until its end (True) or the deadline (False)."""
     sys.stdout.flush()
     while select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
         data = os.read(fd, 65536)
@@ -163,7 +178,12 @@ def _copy(fd: int, deadline: float) -> bool:
 
 
 def _result(job: Path, in_time: bool) -> int:
-    """The command's exit status, from the file that the emulated host left."""
+    """Return the command's exit status, from the file that the emulated host left.
+
+    Raises:
+        LabCrashed: there is no such file, though there was time.
+        LabTimeout: the time was up.
+    """
     try:
         return int((job / "status").read_text())
     except (FileNotFoundError, ValueError):
@@ -178,10 +198,10 @@ def _result(job: Path, in_time: bool) -> int:
     for old in sorted(logs.iterdir())[:-_KEPT_LOGS]:
         old.unlink(missing_ok=True)
     if not in_time:
-        raise LabTimeout(f"no end within the time limit; the lab was ended (console: {kept})")
+        raise LabTimeout(f"no exit within the time limit; the lab was killed (console: {kept})")
     text = kept.read_text(errors="replace")
     broken = re.search(
         r"^.*(?:BUG|Oops|int3|panic|general protection|invalid opcode).*$", text, re.M
     )
-    said = broken.group().strip() if broken else text.strip()[-300:]
-    raise LabCrashed(f"the emulated host died without a result: {said} (console: {kept})")
+    reason = broken.group().strip() if broken else text.strip()[-300:]
+    raise LabCrashed(f"the emulated host died without a result: {reason} (console: {kept})")

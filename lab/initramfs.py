@@ -15,7 +15,7 @@ from .kernels import Kernel, cache_dir
 #: Files of this package that end up inside the images.
 DATA = Path(__file__).parent
 
-#: Ends a signed module.
+#: The end of a signed module.
 _SIGNED = b"~Module signature appended~\n"
 
 
@@ -48,7 +48,7 @@ class Archive:
         self._entry(name, stat.S_IFLNK | 0o777, target.encode())
 
     def console(self) -> None:
-        """``/dev/console``, which the kernel opens for init before devtmpfs is mounted."""
+        """Add ``/dev/console``, which the kernel opens for init before devtmpfs is mounted."""
         self._entry("dev/console", stat.S_IFCHR | 0o600, rdev=(5, 1))
 
     def finish(self) -> bytes:
@@ -57,10 +57,10 @@ class Archive:
 
 
 def load_orders(kernel: Kernel, names: Iterable[str]) -> dict[str, list[Path]]:
-    """For each named module: the files to load for it, in order, itself last.
+    """Return the files to load for each named module, in order, its own last.
 
-    Empty for one that is built in or that the kernel lacks: kernels differ in what is built in,
-    and whoever needs the function will say so better than this.
+    The list is empty for a module that is built in or that the kernel lacks: kernels differ in
+    what is built in, and a caller that needs the function reports its lack better.
     """
     orders: dict[str, list[Path]] = {}
     for line in (kernel.modules / "modules.dep").read_text().splitlines():
@@ -76,12 +76,12 @@ def _stem(path: Path) -> str:
 
 
 def unpacked_name(path: Path) -> str:
-    """The file name of an uncompressed module."""
+    """Return the file name of an uncompressed module."""
     return path.name.removesuffix(".xz")
 
 
 def unpacked(path: Path, *, signed: bool = True) -> bytes:
-    """A module without its compression and, if so asked, without its signature."""
+    """Return a module without its compression and, unless ``signed``, without its signature."""
     data = path.read_bytes()
     if path.suffix == ".xz":
         data = lzma.decompress(data)
@@ -93,7 +93,11 @@ def unpacked(path: Path, *, signed: bool = True) -> bytes:
 
 
 def busybox() -> bytes:
-    """The static busybox of this machine. Raises LabError where it is missing."""
+    """Return the static busybox of this machine.
+
+    Raises:
+        LabError: busybox is missing, or not static.
+    """
     found = shutil.which("busybox")
     if found is None:
         raise LabError("busybox is missing: apt-get install busybox-static (or make setup)")
@@ -104,15 +108,15 @@ def busybox() -> bytes:
 
 
 def compiled(name: str, sources: Sequence[Path]) -> bytes:
-    """The C program's bytes, for an archive. See :func:`program`."""
+    """Return the bytes of a C program that :func:`program` compiles, for an archive."""
     return program(name, sources).read_bytes()
 
 
 def program(name: str, sources: Sequence[Path]) -> Path:
-    """The C program as a static executable; compiled once per content of its sources.
+    """Return the C program as a static executable, compiled once per content of its sources.
 
     Raises:
-        LabError: gcc is missing, or refused them.
+        LabError: gcc is missing, or refused the sources.
     """
 
     def build(target: Path) -> None:
@@ -130,7 +134,7 @@ def program(name: str, sources: Sequence[Path]) -> Path:
 
 
 def digest(*parts: bytes) -> str:
-    """A short name for contents."""
+    """Return a short name for contents."""
     sha = hashlib.sha256()
     for part in parts:
         sha.update(len(part).to_bytes(8, "big") + part)
@@ -138,7 +142,7 @@ def digest(*parts: bytes) -> str:
 
 
 def cached_file(name: str, build: Callable[[Path], None]) -> Path:
-    """The file of that name in the cache; if missing, ``build`` makes it, never half of it."""
+    """Return the file of a name in the cache, which ``build`` makes as a whole if it is missing."""
     target = cache_dir() / name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

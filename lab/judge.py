@@ -1,4 +1,4 @@
-"""Judging a scenario from its capture: who announced what, in which network, and when.
+"""A scenario's announcements from its capture: the sender, the kind, the network and the time.
 
 scapy takes the announcements apart, so that no code of Godwit's judges Godwit.
 """
@@ -17,7 +17,7 @@ _ARP, _RARP, _IPV6 = b"\x08\x06", b"\x80\x35", b"\x86\xdd"
 
 @dataclass(frozen=True)
 class Announcement:
-    """One frame that tells the network where the guest is."""
+    """A frame from which the network learns where the guest is."""
 
     at: float  # realtime, seconds
     sender: str  # "guest" or "host"
@@ -27,15 +27,15 @@ class Announcement:
     vlans: tuple[int, ...] = ()
 
 
-#: The host sends a RARP for each MAC and VLAN, and right after it what else it knows, s.
+#: Time in which the host's other announcements follow its RARP for a MAC and VLAN, seconds.
 _BURST_S = 0.3
 
 
 def announcements(capture: Path, mac: str | None = None) -> list[Announcement]:
-    """The announcements of ``mac`` (None: of anybody) in a capture, in order.
+    """Return the announcements of ``mac`` (None: of anybody) in a capture, in order.
 
     A guest's Linux never sends RARP, and the host never announces without one in the same network:
-    so what follows a RARP closely is the host's, and the rest is the guest's.
+    so an announcement closely behind a RARP is the host's, and any other is the guest's.
 
     Raises:
         LabError: the capture cannot be read.
@@ -54,7 +54,7 @@ def announcements(capture: Path, mac: str | None = None) -> list[Announcement]:
         bind_layers(tag, ARP, type=0x8035)
     wanted = bytes.fromhex(mac.replace(":", "")) if mac else None
     found = []
-    spoken: dict[tuple[str, tuple[int, ...]], float] = {}  # when the host last sent a RARP
+    announced: dict[tuple[str, tuple[int, ...]], float] = {}  # when the host last sent a RARP
     for raw, meta in RawPcapReader(str(capture)):
         # Most frames are pings: only what may be an announcement is worth a dissection.
         if wanted not in (None, raw[6:12]) or not _worth(raw):
@@ -64,9 +64,9 @@ def announcements(capture: Path, mac: str | None = None) -> list[Announcement]:
         tags = _tags(frame)
         vlan = tags[0] if tags else 0
         who = frame.src, tags
-        sender = "host" if at - spoken.get(who, 0.0) < _BURST_S else "guest"
+        sender = "host" if at - announced.get(who, 0.0) < _BURST_S else "guest"
         if ARP in frame and frame[ARP].op == 3:  # a RARP request
-            spoken[who] = at
+            announced[who] = at
             found.append(Announcement(at, "host", "RARP", vlan, frame[ARP].hwsrc, tags))
         elif ARP in frame and frame[ARP].psrc == frame[ARP].pdst:
             found.append(Announcement(at, sender, "GARP", vlan, frame[ARP].psrc, tags))
@@ -76,7 +76,7 @@ def announcements(capture: Path, mac: str | None = None) -> list[Announcement]:
 
 
 def _tags(frame: Any) -> tuple[int, ...]:
-    """VLAN ids from the outside in; scapy calls the service tag 802.1AD."""
+    """Return the VLAN ids from the outside in (scapy calls the service tag 802.1AD)."""
     from scapy.layers.l2 import Dot1AD, Dot1Q
 
     found = []

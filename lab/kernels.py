@@ -1,4 +1,4 @@
-"""Debian's stock kernels, downloaded and unpacked into a cache; none is installed.
+"""Debian's stock kernels, downloaded and unpacked into a cache, not installed.
 
 A kernel is found through Debian's meta package (``linux-image-6.12-amd64`` and its like), which
 depends on the package of the current build, so a new point release needs no change here. Once
@@ -19,8 +19,8 @@ from pathlib import Path
 
 from .errors import LabError
 
-#: Name -> Debian 12 meta package. The cloud kernels are the guests a user meets; the full one has
-#: what the lab host itself needs (9p) and an e1000 driver.
+#: Name -> Debian 12 meta package. The cloud kernels are the guests a user meets. The full one has
+#: the lab host's 9p, and an e1000 driver.
 META_PACKAGES = {
     "cloud-6.1": "linux-image-cloud-amd64",
     "cloud-6.12": "linux-image-6.12-cloud-amd64",
@@ -32,7 +32,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Kernel:
-    """One unpacked kernel."""
+    """One unpacked kernel in the cache."""
 
     name: str
     release: str
@@ -42,7 +42,7 @@ class Kernel:
 
 
 def cache_dir() -> Path:
-    """``$GODWIT_CACHE``, else ``$XDG_CACHE_HOME/godwit``, else ``~/.cache/godwit``."""
+    """Return ``$GODWIT_CACHE``, else ``$XDG_CACHE_HOME/godwit``, else ``~/.cache/godwit``."""
     named = os.environ.get("GODWIT_CACHE")
     if named:
         return Path(named)
@@ -51,7 +51,7 @@ def cache_dir() -> Path:
 
 @contextmanager
 def cache_lock() -> Iterator[None]:
-    """Held while something is added to the cache, so that two runs do not build it twice."""
+    """Lock the cache while something is added, so that two runs do not build the same."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     with (cache_dir() / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -59,7 +59,11 @@ def cache_lock() -> Iterator[None]:
 
 
 def cached(name: str) -> Kernel | None:
-    """The kernel if it is unpacked already, else None. Raises LabError for an unknown name."""
+    """Return the kernel if it is unpacked already, else None.
+
+    Raises:
+        LabError: the name is unknown.
+    """
     if name not in META_PACKAGES:
         raise LabError(f"unknown kernel {name!r}: choose one of {', '.join(META_PACKAGES)}")
     root = cache_dir() / "kernels" / name
@@ -74,9 +78,10 @@ def cached(name: str) -> Kernel | None:
 
 
 def get(name: str, log: Log = lambda _: None) -> Kernel:
-    """The named kernel, downloaded and unpacked first if need be.
+    """Return the named kernel, downloaded and unpacked first if need be.
 
-    Raises LabError for an unknown name, and where apt cannot provide it.
+    Raises:
+        LabError: the name is unknown, or apt cannot provide the kernel.
     """
     kernel = cached(name)
     if kernel is None:
@@ -90,9 +95,10 @@ _PAYLOADS = {b"\x28\xb5\x2f\xfd": "zstd", b"\x02\x21\x4c\x18": "lz4", b"\x1f\x8b
 
 
 def uncompressed(kernel: Kernel) -> Path:
-    """The kernel's ELF image, unpacked once; the bzImage itself where that is not possible.
+    """Return the kernel's ELF image, unpacked once, or the bzImage where no program unpacks it.
 
-    QEMU enters it through its PVH note: an emulated CPU needs more than a second to unpack it.
+    QEMU enters the image through its PVH note: an emulated CPU needs more than a second to unpack
+    a bzImage.
     """
     target = kernel.vmlinuz.with_name(f"vmlinux-{kernel.release}")
     if target.exists():
@@ -131,7 +137,7 @@ def _run(argv: Sequence[str], cwd: Path | None = None) -> str:
 
 
 def _image_package(meta: str) -> str | None:
-    """The package of the current build that a meta package depends on; None if apt has no lists."""
+    """Return the current build's package that a meta package names (None: apt has no lists)."""
     found = re.search(r"Depends: (linux-image-\S*\d\S*)", _run(["apt-cache", "depends", meta]))
     return found.group(1) if found else None
 

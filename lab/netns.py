@@ -19,9 +19,12 @@ def _enter(fd: int) -> None:
 
 @contextmanager
 def inside(netns: str | None) -> Iterator[None]:
-    """This thread, and no other, is in the named namespace for the block (None: changes nothing).
+    """Put this thread alone into the named namespace for the block (None: change nothing).
 
-    A socket stays in the namespace it was made in. Raises LabError.
+    A socket made inside stays in the namespace afterwards.
+
+    Raises:
+        LabError: there is no such namespace, or this process is not root.
     """
     if netns is None:
         yield
@@ -29,7 +32,9 @@ def inside(netns: str | None) -> Iterator[None]:
     try:
         target = os.open(f"/run/netns/{netns}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise LabError(f"no network namespace {netns}: {error.strerror}") from error
+        raise LabError(
+            f"no network namespace {netns}: {error.strerror}; ip netns list names all"
+        ) from error
     home = os.open(
         f"/proc/self/task/{threading.get_native_id()}/ns/net", os.O_RDONLY | os.O_CLOEXEC
     )
@@ -45,7 +50,10 @@ def inside(netns: str | None) -> Iterator[None]:
 
 
 def entering(netns: str) -> Callable[[], None]:
-    """A ``preexec_fn`` that puts a child into the namespace. The child's /sys is not remounted."""
+    """Return a ``preexec_fn`` that puts a child into the namespace.
+
+    The child's /sys is not remounted.
+    """
     path = f"/run/netns/{netns}"
 
     def enter() -> None:
@@ -57,5 +65,5 @@ def entering(netns: str) -> Callable[[], None]:
 
 
 def exec_argv(netns: str, argv: Sequence[str]) -> list[str]:
-    """The command that runs ``argv`` in the namespace (/sys is the namespace's too)."""
+    """Return the command that runs ``argv`` in the namespace (/sys is the namespace's too)."""
     return ["ip", "netns", "exec", netns, *argv]

@@ -1,4 +1,4 @@
-"""Two hosts, a switch between them and a client, made of network namespaces::
+"""The network of two hosts, a switch and a client, made of network namespaces::
 
     guest --tap0-- [br0 on A] --up0--pa-- [br0, the switch] --pc--net0-- client
     guest --tap0-- [br0 on B] --up0--pb--/      net0: untagged, net0.100, net0.200
@@ -6,9 +6,9 @@
 
 All three bridges filter VLANs, and every port carries VLAN 1 untagged, 100 and 200 tagged. Hosts
 and switch have IPv6 off, so that a frame with the guest's address came from the guest or was sent
-in its name.
+in the guest's name.
 
-It is built with ``ip -batch``: on the lab's emulated CPU that takes half a second, where importing
+The network is built with ``ip -batch`` in half a second on the lab's emulated CPU, where importing
 pyroute2 alone took nine.
 """
 
@@ -26,21 +26,21 @@ from .errors import LabError
 from .netns import exec_argv, inside
 
 _PREFIX = "godwit-"
-#: Frames for a guest on the move wait in its tap's queue: peak packets a second times 0.5 s.
+#: Frames for a guest in migration wait in its tap's queue: peak packets a second times 0.5 s.
 TAP_QUEUE = 5000
 _FORWARDING_S = 10.0
 
 
 @dataclass(frozen=True)
 class Host:
-    """A host that can run the guest."""
+    """One of the hosts that can run the guest."""
 
     netns: str
     management: str
     """Its IPv4 address on the link to the other host."""
     tap: str = "tap0"
     other_tap: str = "tap1"
-    """For a guest that comes back while its old process still holds the first."""
+    """The tap of a guest that comes back while its old process still holds the first."""
     bridge: str = "br0"
 
 
@@ -52,12 +52,16 @@ class Client:
     interface: str = "net0"
 
     def interface_of(self, lan: Lan) -> str:
-        """The interface that is in the given network."""
+        """Return the client's interface in the given network."""
         return f"{self.interface}.{lan.vlan}" if lan.vlan else self.interface
 
 
 class Network:
-    """Context manager: the namespaces exist inside its block. Raises LabError."""
+    """A context manager whose namespaces exist inside its block.
+
+    Raises:
+        LabError: a tool or a kernel module is missing, or this process is not root.
+    """
 
     def __init__(self) -> None:
         own = f"{_PREFIX}{os.getpid()}-"
@@ -136,7 +140,7 @@ class Network:
         self._await_forwarding()
 
     def add_taps(self, host: Host, taps: Sequence[str]) -> None:
-        """More taps on a host's bridge, in all networks."""
+        """Add taps to a host's bridge, in all networks."""
         commands = []
         for tap in taps:
             commands.append(f"tuntap add {tap} mode tap vnet_hdr")
@@ -145,8 +149,11 @@ class Network:
         self._allow(host.netns, taps, [lan.vlan for lan in LANS if lan.vlan])
 
     def dropped(self) -> dict[str, int]:
-        """Packets that the kernel threw away on the way, since its start: by each tap's queue, and
-        by the CPUs' (Documentation/networking/scaling.rst, softnet_stat)."""
+        """Return the number of packets that the kernel dropped since its start, by place.
+
+        The places are each tap's queue, and the CPUs' queues as ``softnet``
+        (Documentation/networking/scaling.rst, softnet_stat).
+        """
         found: dict[str, int] = {}
         for host in (self.a, self.b):
             with inside(host.netns):
@@ -163,7 +170,11 @@ class Network:
         _batch("bridge", netns, [f"vlan add dev {p} vid {vid}" for p in ports for vid in tagged])
 
     def _await_forwarding(self) -> None:
-        """A port forwards once the kernel has noticed its carrier, a moment after `up`."""
+        """Wait until all ports forward, which a port does once the kernel has noticed its carrier.
+
+        Raises:
+            LabError: a port does not forward in time.
+        """
         deadline = time.monotonic() + _FORWARDING_S
         waiting = {(self.switch, p) for p in ("pa", "pb", "pc")}
         waiting |= {(host.netns, "up0") for host in (self.a, self.b)}
@@ -173,7 +184,9 @@ class Network:
                     if port.get("state") == "forwarding":
                         waiting.discard((netns, port["ifname"]))
             if waiting and time.monotonic() > deadline:
-                raise LabError(f"bridge ports do not forward: {sorted(waiting)}")
+                raise LabError(
+                    f"bridge ports do not forward after {_FORWARDING_S:g} s: {sorted(waiting)}"
+                )
 
     def _remove(self) -> None:
         for name in self._all:
@@ -182,7 +195,7 @@ class Network:
 
 
 def _remove_stale() -> None:
-    """Namespaces whose maker was killed before it could remove them."""
+    """Remove the namespaces of processes that were killed before their own removal."""
     for path in Path("/run/netns").glob(f"{_PREFIX}*-*"):
         pid = path.name.removeprefix(_PREFIX).partition("-")[0]
         if pid.isdigit() and (int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists()):

@@ -1,7 +1,7 @@
-"""A QEMU process beside :class:`lab.vm.LabVm`: what the benchmark compares Godwit with.
+"""A QEMU process beside :class:`lab.vm.LabVm`, with which the benchmark compares Godwit.
 
-It is Debian's qemu-system-x86_64, or another one by its path, with its own defaults, but for what
-has to be alike: KVM, the host's CPU, vhost-net, a tap that exists, kernel, initrd and RAM.
+The program is Debian's qemu-system-x86_64, or another QEMU by its path. Its defaults stay, but for
+what has to be alike: KVM, the host's CPU, vhost-net, a tap that exists, kernel, initrd and RAM.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from .errors import LabError
 from .vm import LabVm
 
-#: The system's; another one, or a script that runs one, is a path.
+#: The system's QEMU. Another one, or a script that runs one, is a path.
 PROGRAM = "qemu-system-x86_64"
 _VERSION_S = 60.0
 
@@ -36,10 +36,10 @@ def find(program: str = PROGRAM) -> str:
 
 
 def version(program: str) -> str:
-    """Return the first line of what a QEMU prints for ``--version``.
+    """Return the first line that a QEMU prints for ``--version``.
 
     Raises:
-        LabError: it cannot be run.
+        LabError: the program cannot be run.
     """
     argv = [program, "--version"]
     try:
@@ -66,8 +66,11 @@ def arguments(
     kernel: Sequence[str] = (),
     incoming: str | None = None,
 ) -> list[str]:
-    """QEMU's arguments for a guest. ``kernel``: kernel, initrd and command line, also where the
-    guest comes from elsewhere (QEMU holds them in ROMs, which must be there at both ends)."""
+    """Return QEMU's arguments for a guest.
+
+    ``kernel`` is kernel, initrd and command line, also where the guest comes from elsewhere: QEMU
+    holds all three in ROMs, which must be there at both ends.
+    """
     argv = ["-machine", "q35", "-m", f"{memory_mb}M", "-smp", str(cpus)]
     argv += ["-netdev", f"tap,id=net0,ifname={tap},script=no,downscript=no,vhost=on"]
     argv += ["-device", f"virtio-net-pci,netdev=net0,mac={mac}"]
@@ -79,7 +82,11 @@ def arguments(
 
 
 class Qemu(LabVm):
-    """The process; ``arguments`` as :func:`arguments` makes them. Raises LabError without QEMU."""
+    """A QEMU process with the arguments that :func:`arguments` makes.
+
+    Raises:
+        LabError: there is no such program.
+    """
 
     def __init__(
         self,
@@ -98,7 +105,7 @@ class Qemu(LabVm):
         return [*argv, "-qmp", f"unix:{self.qmp_path},server=on,wait=off"]
 
     def start_migration(self, uri: str, insecure: bool = False) -> None:
-        """Begin to migrate, with events, which QEMU sends only if asked to."""
+        """Start a migration with events, which QEMU sends on request alone."""
         events = [{"capability": "events", "state": True}]
         self.qmp.execute("migrate-set-capabilities", {"capabilities": events})
         self.qmp.execute("migrate", {"uri": uri})

@@ -1,7 +1,7 @@
 """``python -m lab.scenario OUT KERNEL INITRD``: the demo's scenario, where KVM works.
 
-Boots a guest on host A, lets six flows talk to it, moves it to host B and back, and leaves what
-was observed in OUT: ``scenario.json`` and the capture ``client.pcap``. It judges nothing.
+A guest boots on host A, answers six flows, migrates to host B and back, and OUT gets the
+observations: ``scenario.json`` and the capture ``client.pcap``. Nothing is judged here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ _DONE = ("completed", "failed", "cancelled")
 
 
 class Scenario:
-    """One run. Raises LabError or ClientError when it cannot go on."""
+    """One run of the demo's scenario.
+
+    Raises:
+        LabError, ClientError: the run cannot go on.
+    """
 
     def __init__(self, out: Path, kernel: str, initrd: str) -> None:
         self._out = out
@@ -39,30 +43,30 @@ class Scenario:
         self._start = time.monotonic()
         self._result: dict[str, Any] = {"moves": []}
 
-    def say(self, text: str) -> None:
-        """Tell what is done, with the time since the beginning."""
+    def log(self, text: str) -> None:
+        """Print a line of progress with the time since the beginning."""
         print(f"[{time.monotonic() - self._start:6.2f} s] {text}", flush=True)
 
     def run(self) -> None:
-        """The whole scenario."""
+        """Run the scenario from boot to end, and write ``scenario.json``."""
         with ExitStack() as stack:
             # Programs write here, not into the shared folder, which is slow in the lab.
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="godwit-")))
             net = stack.enter_context(Network())
             client = net.client.netns
-            self.say("hosts A and B, a VLAN-filtering switch and a client are there")
+            self.log("hosts A and B, a VLAN-filtering switch and a client are there")
             capture = stack.enter_context(
                 Capture(client, net.client.interface, folder / "client.pcap", ANNOUNCING)
             )
             source = stack.enter_context(self._boot(net.a))
             took = source.wait_ready(90)
             self._result["boot_s"] = round(took, 3)
-            self.say(f"the guest on A is up, {took:.1f} s after its start")
+            self.log(f"the guest on A is up, {took:.1f} s after its start")
             target = stack.enter_context(self._await(net.b, "b", net.b.tap))
             back = stack.enter_context(self._await(net.a, "a2", net.a.other_tap))
             for vm in (source, target, back):
                 vm.qmp.execute("query-status")
-            self.say("on B, and on A for the way back, a process waits for it")
+            self.log("on B, and on A for the way back, a process waits for the guest")
             agent = stack.enter_context(Agent("10.0.0.2", client))
             agent.ping(30)
             self._result["cpus"] = agent.cpus()
@@ -73,16 +77,16 @@ class Scenario:
             sender = stack.enter_context(Sender(client, folder))
             pings = [stack.enter_context(Ping(client, flow, folder)) for flow in FLOWS]
             self._settle(pings)
-            self.say("six flows answer: three networks, IPv4 and IPv6")
+            self.log("six flows answer: three networks, IPv4 and IPv6")
 
-            self._move(source, target, net.b, pings)
+            self._migrate(source, target, net.b, pings)
             self._result["tcp"].append(stream.exchange())
             source.quit()
-            self._move(target, back, net.a, pings)
+            self._migrate(target, back, net.a, pings)
             self._result["tcp"].append(stream.exchange())
             target.quit()
             self._result["memory"] = agent.mem_check() == checksum
-            self.say("memory checked, TCP still carries data")
+            self.log("memory checked, TCP still carries data")
 
             self._settle(pings)
             for ping in pings:
@@ -129,13 +133,13 @@ class Scenario:
         for ping in pings:
             ping.wait_answer(now)
 
-    def _move(self, source: LabVm, target: LabVm, host: Host, pings: list[Ping]) -> None:
-        """Migrate, show the copy, wait for the announcement's end and for answers."""
+    def _migrate(self, source: LabVm, target: LabVm, host: Host, pings: list[Ping]) -> None:
+        """Migrate the guest, show the copy, and wait for the announcement's end and for answers."""
         target.qmp.execute("query-status")
         target.qmp.events()
         source.qmp.events()
         began = time.time()
-        self.say(f"moving the guest to {host.management} ...")
+        self.log(f"migrating the guest to {host.management} ...")
         source.start_migration(f"tcp:{host.management}:{_PORT}", insecure=True)
         info = self._watch(source)
         resumed = target.qmp.wait_event("RESUME", 30)["timestamp"]
@@ -148,7 +152,7 @@ class Scenario:
         else:
             acked = None
         arrived = target.qmp.execute("query-migrate")["godwit"]
-        self.say(
+        self.log(
             f"{info['status']}: {info['total-time']:.0f} ms in all, stopped for "
             f"{info.get('downtime', 0):.0f} ms, acknowledged after {acked or 0:.0f} ms"
         )
@@ -165,36 +169,40 @@ class Scenario:
         )
 
     def _watch(self, source: LabVm) -> dict[str, Any]:
-        """Print the copy's progress until its end."""
+        """Print the copy's progress until its end, and return query-migrate's last answer."""
         while True:
             info = dict(source.qmp.execute("query-migrate"))
             if info["status"] in _DONE:
                 return info
             ram = info.get("ram", {})
-            self.say(
+            self.log(
                 f"  {info['status']}: {ram.get('transferred', 0) / 1e6:.1f} MB sent, "
-                f"pass {ram.get('dirty-sync-count', 0) + 1}"
+                f"round {ram.get('dirty-sync-count', 0) + 1}"
             )
             source.qmp.wait_any("MIGRATION", 0.25)
 
 
 def wait_for(condition: Callable[[], bool], deadline: float) -> None:
-    """Ask until ``condition`` holds. Raises TimeoutError."""
+    """Ask until ``condition`` holds.
+
+    Raises:
+        TimeoutError: ``condition`` does not hold within ``deadline`` seconds.
+    """
     end = time.monotonic() + deadline
     while not condition():
         if time.monotonic() > end:
-            raise TimeoutError(f"not within {deadline:g} s")
+            raise TimeoutError(f"the condition did not hold within {deadline:g} s")
         time.sleep(0.05)  # what is asked for has no event of its own
 
 
 def rounds(vm: LabVm) -> int:
-    """Announcement rounds that every NIC of a guest that arrived has made."""
+    """Return how many announcement rounds every NIC of a guest that arrived has made."""
     records = vm.qmp.execute("query-migrate")["godwit"]["announce"]
     return min((int(record["rounds"]) for record in records), default=0)
 
 
 def runstates(vm: LabVm) -> list[str]:
-    """The run states that a VM has been in, in order."""
+    """Return the run states that a VM has been in, in order."""
     states: list[str] = vm.qmp.execute("query-migrate")["godwit"]["runstates"]
     return states
 

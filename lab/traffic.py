@@ -25,7 +25,7 @@ from .netns import entering, inside
 
 @dataclass(frozen=True)
 class Flow:
-    """One network and family."""
+    """A flow to the guest, of one network and family."""
 
     id: int
     network: str
@@ -46,18 +46,18 @@ _SUMMARY = re.compile(rb"(\d+) packets transmitted, (\d+) received")
 
 
 _ANNOUNCES = "arp or rarp or (ip6 and ip6[40] == 136)"
-#: tcpdump's filter for what may announce: ARP, RARP and neighbour advertisements, with up to two
-#: tags. (Each 'vlan' moves all that follows it four bytes on.)
+#: tcpdump's filter for frames that may announce: ARP, RARP and neighbour advertisements, with up to
+#: two tags. (Each 'vlan' shifts the offsets behind it by four bytes.)
 ANNOUNCING = f"{_ANNOUNCES} or (vlan and ({_ANNOUNCES} or (vlan and ({_ANNOUNCES}))))"
 
 
 def sender() -> Path:
-    """The program that sends numbered packets, compiled once."""
+    """Return the program that sends numbered packets, compiled once."""
     return initramfs.program("sender", [initramfs.DATA / "host_files/sender.c"])
 
 
 class Program:
-    """A child in a namespace, its output in a file."""
+    """A child process in a namespace, its output in a file."""
 
     def __init__(self, netns: str, argv: list[str], output: Path) -> None:
         self._output = output
@@ -77,7 +77,7 @@ class Program:
         self.stop()
 
     def stop(self) -> bytes:
-        """End it as ctrl-c would; its output."""
+        """End the child as ctrl-c would, and return the output."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
             try:
@@ -90,7 +90,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a ping saw."""
+    """The answers that a ping received."""
 
     sent: int
     received: int
@@ -98,8 +98,10 @@ class Answers:
     times: list[tuple[float, int]]
 
     def gap_ms(self, since: float, until: float) -> float:
-        """Longest time between two answers of which the later came after ``since`` and the
-        earlier before ``until`` (realtime, seconds), ms; 0 for fewer than two answers."""
+        """Return the longest time between two answers, in milliseconds, or 0 for fewer than two.
+
+        The later of the two came after ``since``, the earlier before ``until`` (realtime, seconds).
+        """
         gaps = [
             later - earlier
             for (earlier, _), (later, _) in zip(self.times, self.times[1:], strict=False)
@@ -109,7 +111,7 @@ class Answers:
 
 
 class Ping(Program):
-    """``ping`` of one flow, an echo request every ``interval`` seconds."""
+    """A ``ping`` of one flow, an echo request every ``interval`` seconds."""
 
     def __init__(self, netns: str, flow: Flow, folder: Path, interval: float = 0.01) -> None:
         self.flow = flow
@@ -117,7 +119,7 @@ class Ping(Program):
         super().__init__(netns, argv, folder / f"ping-{flow.id}.txt")
 
     def answers(self) -> Answers:
-        """So far; complete after :meth:`stop`."""
+        """Return the answers so far, which are complete after :meth:`stop`."""
         text = self._output.read_bytes()
         times = [(float(at), int(number)) for at, number in _REPLY.findall(text)]
         summary = _SUMMARY.search(text)
@@ -125,14 +127,14 @@ class Ping(Program):
         return Answers(sent, len(times), times)
 
     def wait_answer(self, since: float, deadline: float = 30.0) -> float:
-        """Wait for an answer later than ``since`` (realtime, seconds); its time.
+        """Wait for an answer later than ``since``, and return its time (both realtime, seconds).
 
         Raises:
-            LabError: none came in ``deadline`` seconds.
+            LabError: no answer came in ``deadline`` seconds.
         """
         end = time.monotonic() + deadline
         while time.monotonic() < end:
-            # The tail is enough, and it keeps a slow machine free for the guest.
+            # The tail is enough, and leaves a slow machine free for the guest.
             with self._output.open("rb") as stream:
                 stream.seek(max(0, self._output.stat().st_size - 4096))
                 found = _REPLY.findall(stream.read())
@@ -143,9 +145,9 @@ class Ping(Program):
 
 
 class Capture(Program):
-    """``tcpdump`` on an interface of a namespace, into a file.
+    """A ``tcpdump`` on an interface of a namespace, into a file.
 
-    ``direction``: ``in`` or ``out`` for only what the interface receives or sends.
+    A ``direction`` of ``in`` or ``out`` takes only the frames that the interface receives or sends.
     """
 
     def __init__(
@@ -160,11 +162,11 @@ class Capture(Program):
         while b"listening on" not in self._output.read_bytes():
             if time.monotonic() > end or self._process.poll() is not None:
                 raise LabError(f"tcpdump does not start: {self._output.read_bytes()!r}")
-            time.sleep(0.01)  # it says so on its output and nowhere else
+            time.sleep(0.01)  # tcpdump reports this on its output and nowhere else
 
 
 class Sender(Program):
-    """Numbered UDP packets to the guest on every flow given, ``rate`` a second each."""
+    """A sender of numbered UDP packets to the guest, ``rate`` a second on each given flow."""
 
     def __init__(
         self, netns: str, folder: Path, rate: int = 100, flows: Sequence[Flow] = FLOWS
@@ -174,7 +176,7 @@ class Sender(Program):
         super().__init__(netns, argv, folder / "sender.txt")
 
     def counts(self) -> dict[int, int]:
-        """After :meth:`stop`: flow -> packets sent."""
+        """Return the packets sent by flow id, after :meth:`stop`."""
         lines = self._output.read_text().split()
         return {int(flow): int(sent) for flow, _, sent in (line.partition("=") for line in lines)}
 
@@ -188,7 +190,7 @@ class Stream:
         self._sock.settimeout(30)
 
     def exchange(self, size: int = 65536) -> bool:
-        """Send ``size`` bytes; whether the same came back."""
+        """Send ``size`` bytes, and return whether the same came back."""
         data = bytes(index * 7 & 0xFF for index in range(size))
         try:
             self._sock.sendall(data)
@@ -203,5 +205,5 @@ class Stream:
         return bytes(got) == data
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the TCP connection to the guest."""
         self._sock.close()

@@ -13,7 +13,7 @@ from .netns import entering
 
 
 class LabVm(Vm):
-    """A VM in a namespace: ``netns`` is the one that its process runs in (None: this one's)."""
+    """A VM whose process runs in the namespace ``netns`` (None: this process's)."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class LabVm(Vm):
         """Wait until the guest's agent listens, and return the seconds since the process' start.
 
         Raises:
-            VmGone: it does not within ``deadline`` seconds.
+            VmGone: the agent does not listen within ``deadline`` seconds.
         """
         self.wait_console(READY, deadline)
         return time.monotonic() - self.started

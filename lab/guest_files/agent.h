@@ -33,7 +33,7 @@ void udp_stop(struct reply *reply);
 /* tcp.c: TCP servers: echo, discard, and a source. */
 void start_tcp(void);
 
-/* memory.c: memory whose contents can be judged after a move. */
+/* memory.c: memory whose contents can be judged after a migration. */
 void memory_command(struct reply *reply, const char *arguments);
 void hot_command(struct reply *reply, const char *arguments);
 

@@ -1,1 +1,1 @@
-"""See docs/design.md."""
+"""Fakes that stand for a kernel, a tap or a driver in tests."""

@@ -1,11 +1,11 @@
-"""A NIC's backend that moves nothing and notes what it is told."""
+"""A NIC's backend that carries no frames and notes its calls."""
 
 from __future__ import annotations
 
 from godwit.hw.virtio.net import offloads
 from godwit.hw.virtio.net.backend import F_MRG_RXBUF, Ring
 
-#: As a tap of a present kernel with vhost-net.
+#: The features of a tap on a present kernel with vhost-net.
 FEATURES = (
     offloads.CSUM
     | offloads.GUEST_CSUM
@@ -18,7 +18,7 @@ FEATURES = (
 
 
 class FakeBackend:
-    """A :class:`godwit.hw.virtio.net.backend.Backend`."""
+    """A :class:`godwit.hw.virtio.net.backend.Backend` that notes its calls."""
 
     def __init__(self, features: int = FEATURES) -> None:
         self.features = features
@@ -32,11 +32,11 @@ class FakeBackend:
         self.error: Exception | None = None
 
     def prepare(self, features: int) -> None:
-        """Note it."""
+        """Note the features to prepare for."""
         self.prepared = features
 
     def start(self, features: int, rx: Ring, tx: Ring) -> None:
-        """Note it, or raise :attr:`error`."""
+        """Note the features and the rings, or raise :attr:`error`."""
         if self.error is not None:
             raise self.error
         self.running = True
@@ -46,15 +46,15 @@ class FakeBackend:
         self.calls = {0: rx.call, 1: tx.call}
 
     def stop(self) -> None:
-        """Note it."""
+        """Note that the rings are at rest."""
         self.running = False
         self.rings = None
 
     def set_call(self, index: int, fd: int) -> None:
-        """Note it."""
+        """Note a ring's eventfd for interrupts."""
         self.calls[index] = fd
 
     def close(self) -> None:
-        """Note it."""
+        """Note that the backend is closed."""
         self.stop()
         self.closed = True

@@ -1,4 +1,4 @@
-"""A clock that stands still until a test moves it."""
+"""A clock that stands still until a test advances it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ class FakeTimer:
 
     @property
     def pending(self) -> bool:
-        """Whether the call is still to come."""
+        """Return whether the call is still to come."""
         return self._callback is not None
 
     def cancel(self) -> None:
-        """Forget the call; harmless when it has been made."""
+        """Forget the call, without effect on a call already made."""
         self._callback = None
 
     def fire(self) -> None:
-        """Make the call, once."""
+        """Make the call that is due, once."""
         callback, self._callback = self._callback, None
         if callback:
             callback()
 
 
 class FakeClock:
-    """A :class:`godwit.host.loop.Clock` driven by hand. Any thread may call ``call_later``."""
+    """A :class:`godwit.host.loop.Clock` driven by hand.
+
+    Any thread may call ``call_later``.
+    """
 
     def __init__(self, start: float = 1000.0) -> None:
         self._now = start
@@ -41,7 +44,7 @@ class FakeClock:
         self._lock = threading.Lock()
 
     def now(self) -> float:
-        """The fake time, seconds."""
+        """Return the fake time, seconds."""
         return self._now
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> FakeTimer:
@@ -53,14 +56,14 @@ class FakeClock:
 
     @property
     def pending(self) -> list[float]:
-        """Seconds from now at which calls are due, soonest first."""
+        """Return the seconds from now at which calls are due, soonest first."""
         with self._lock:
             return [due - self._now for due, _, timer in sorted(self._timers) if timer.pending]
 
     def advance(self, seconds: float) -> None:
-        """Let ``seconds`` pass, making each call at the time it is due and in order.
+        """Let ``seconds`` pass, and make each call at its time and in order.
 
-        Calls that a callback schedules are made too, if they fall into the same stretch.
+        Calls that a callback schedules within the same stretch are made, too.
 
         Raises:
             ValueError: ``seconds`` is negative.

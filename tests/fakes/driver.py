@@ -1,7 +1,7 @@
 """A guest's driver of a split virtqueue (virtio 1.2, 2.7), in real guest memory.
 
-It plays by the rules, and where a test wants to break them, every field can be stored by hand. Its
-indices wrap at 65,536 as a guest's do.
+The driver plays by the rules, and where a test wants to break a rule, every field can be stored by
+hand. Indices wrap at 65,536 as a guest's do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write_u16(memory: GuestMemory, address: int, value: int) -> None:
 
 
 class Part(NamedTuple):
-    """One descriptor: where, how long, and whether the device writes it."""
+    """One descriptor: address, length, and whether the device writes there."""
 
     address: int
     length: int
@@ -38,9 +38,9 @@ class Part(NamedTuple):
 
 
 class Driver:
-    """The driver of one queue, its rings from guest address ``base`` on.
+    """The driver of one queue, with rings from guest address ``base`` on.
 
-    Buffers are placed from :attr:`space` on, one after the other, and over again from there when
+    Buffers are placed from :attr:`space` on, one after the other, and from the beginning again when
     ``room`` bytes are full, as a guest reuses its memory.
     """
 
@@ -64,13 +64,13 @@ class Driver:
         self._next = self.space
         self._free = list(range(size))
         self._chains: dict[int, list[int]] = {}
-        self.added = 0  # free-running, not wrapped: what the rings show is modulo 65,536
+        self.added = 0  # free-running, not wrapped: the rings show the value modulo 65,536
         self.taken = 0
         self._kicked = 0
         memory.write(base, bytes(self.space - base))
 
     def set_up(self, queue: Virtqueue, features: int | None = None) -> None:
-        """Set the rings of ``queue``; with ``features``, enable it too."""
+        """Set the addresses of a queue's rings, and enable the queue if ``features`` are given."""
         queue.size = self.size
         queue.desc, queue.avail, queue.used = self.desc, self.avail, self.used
         if features is not None:
@@ -78,7 +78,7 @@ class Driver:
 
     # --- the guest's memory -----------------------------------------------------------------------
     def place(self, data: bytes | int) -> int:
-        """Guest address of a new buffer with ``data``, or of that many zero bytes."""
+        """Place a buffer with ``data``, or so many zero bytes, and return its guest address."""
         content = bytes(data) if isinstance(data, int) else data
         if self._next + len(content) > self.space + self._room:
             self._next = self.space
@@ -90,11 +90,11 @@ class Driver:
     def set_descriptor(
         self, index: int, address: int, length: int, flags: int = 0, following: int = 0
     ) -> None:
-        """Store descriptor ``index``, whatever it means."""
+        """Store descriptor ``index``, valid or not."""
         self.memory.write(self.desc + 16 * index, _DESC.pack(address, length, flags, following))
 
     def set_flags(self, flags: int) -> None:
-        """``avail.flags``: 1 asks for no interrupts."""
+        """Store ``avail.flags``, where 1 asks for no interrupts."""
         write_u16(self.memory, self.avail, flags)
 
     def set_used_event(self, index: int) -> None:
@@ -102,7 +102,7 @@ class Driver:
         write_u16(self.memory, self.avail + 4 + 2 * self.size, index & 0xFFFF)
 
     def avail_event(self) -> int:
-        """The index whose addition the device wants a notification for (EVENT_IDX)."""
+        """Return the index whose addition notifies the device (EVENT_IDX)."""
         return read_u16(self.memory, self.used + 4 + 8 * self.size)
 
     def avail_index(self) -> int:
@@ -121,7 +121,7 @@ class Driver:
         write_u16(self.memory, self.avail + 2, self.added & 0xFFFF)
 
     def add(self, parts: Sequence[Part], *, indirect: bool = False) -> int:
-        """Make a buffer of ``parts`` available; its head."""
+        """Make a buffer of ``parts`` available, and return its head."""
         if indirect:
             table = b"".join(
                 _DESC.pack(
@@ -146,20 +146,20 @@ class Driver:
         return head
 
     def add_out(self, *data: bytes, indirect: bool = False) -> int:
-        """A buffer for the device to read, a descriptor for each of ``data``."""
+        """Add a buffer for the device to read, in pieces of ``data``, and return its head."""
         parts = [Part(self.place(piece), len(piece)) for piece in data]
         return self.add(parts, indirect=indirect)
 
     def add_in(self, *lengths: int, indirect: bool = False) -> list[Part]:
-        """A buffer for the device to write, a descriptor for each of ``lengths``; its parts."""
+        """Add a buffer for the device to write, and return its parts, one for each length."""
         parts = [Part(self.place(length), length, True) for length in lengths]
         self.add(parts, indirect=indirect)
         return parts
 
     def must_kick(self) -> bool:
-        """Whether the device wants a notification for what was added since the last call (2.7.10).
+        """Return whether additions since the last call must be notified to the device (2.7.10).
 
-        Without EVENT_IDX: whether ``used.flags`` does not say 'no'.
+        Without EVENT_IDX, bit 0 of ``used.flags`` declines notifications.
         """
         old, self._kicked = self._kicked, self.added
         if not self.event_idx:
@@ -168,7 +168,7 @@ class Driver:
 
     # --- taking back ------------------------------------------------------------------------------
     def take(self) -> tuple[int, int] | None:
-        """The next used (head, bytes written), its descriptors free again; None: there is none."""
+        """Take the next used (head, bytes written), or None, and free its descriptors."""
         if self.used_index() == self.taken & 0xFFFF:
             return None
         at = self.used + 4 + 8 * (self.taken % self.size)
@@ -180,7 +180,7 @@ class Driver:
         return head, length
 
     def take_all(self) -> list[tuple[int, int]]:
-        """All that is used."""
+        """Take all used (head, bytes written)."""
         taken = []
         while (one := self.take()) is not None:
             taken.append(one)

@@ -1,7 +1,7 @@
 """A guest's driver of an e1000, in real guest memory, by registers alone.
 
-It sets rings up as Linux does (e1000_main.c), and where a test wants to break rules, every field
-can be stored by hand.
+The driver sets rings up as Linux does (e1000_main.c), and where a test wants to break rules, every
+field can be stored by hand.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TSE = IC = 0x04
 
 
 class Received(NamedTuple):
-    """A frame from the ring, of so many descriptors."""
+    """A frame from the ring, with its number of descriptors."""
 
     data: bytes
     status: int
@@ -31,7 +31,7 @@ class Received(NamedTuple):
 
 
 class Driver:
-    """The driver of a controller that ``read`` and ``write`` reach; its rings start at ``base``."""
+    """The driver of a controller behind ``read`` and ``write``, with rings from ``base`` on."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Driver:
         self._placed = 0
 
     def start(self, rctl: int = _BROADCAST_ACCEPTED) -> None:
-        """Both rings empty, units on, interrupts on as Linux has them."""
+        """Set up empty rings, and enable both units and interrupts as Linux does."""
         self.memory.write(self.tx, bytes(16 * self.size))
         self.memory.write(self.rx, bytes(16 * self.size))
         self.tx_next = self.rx_next = 0
@@ -71,7 +71,7 @@ class Driver:
 
     # --- transmit ---------------------------------------------------------------------------------
     def place(self, data: bytes) -> int:
-        """Guest address of a buffer with ``data``."""
+        """Place a buffer with ``data``, and return its guest address."""
         if self._placed + len(data) > 0x10_0000:
             self._placed = 0
         at = self.tx_room + self._placed
@@ -80,16 +80,16 @@ class Driver:
         return at
 
     def put(self, lower: int, upper: int) -> None:
-        """Store the next transmit descriptor, whatever it means."""
+        """Store the next transmit descriptor, valid or not."""
         self.memory.write(self.tx + 16 * self.tx_next, _DESC.pack(lower, upper))
         self.tx_next = (self.tx_next + 1) % self.size
 
     def legacy(self, data: bytes, command: int, *, special: int = 0, rest: int = 0) -> None:
-        """A legacy descriptor; ``rest``: more bits of the upper half."""
+        """Store a legacy descriptor, with ``rest`` as more bits of the upper half."""
         self.put(self.place(data), len(data) | command << 24 | special << 48 | rest)
 
     def data(self, data: bytes, command: int, *, popts: int = 0, special: int = 0) -> None:
-        """A data descriptor."""
+        """Store a data descriptor for ``data``."""
         upper = len(data) | 1 << 20 | (command | DEXT) << 24 | popts << 40 | special << 48
         self.put(self.place(data), upper)
 
@@ -102,23 +102,23 @@ class Driver:
         header_length: int = 0,
         mss: int = 0,
     ) -> None:
-        """A context descriptor; starts, offsets and ends of both checksums."""
+        """Store a context descriptor with starts, offsets and ends of both checksums."""
         lower = ip[0] | ip[1] << 8 | ip[2] << 16 | tu[0] << 32 | tu[1] << 40 | tu[2] << 48
         self.put(lower, (command | DEXT) << 24 | header_length << 40 | mss << 48)
 
     def kick(self) -> None:
-        """Tell the controller of the new descriptors."""
+        """Notify the controller of the new descriptors."""
         self.write(regs.TDT, self.tx_next)
 
     def send(self, *pieces: bytes, command: int = 0, special: int = 0) -> None:
-        """A frame of legacy descriptors, one each, reported when sent."""
+        """Send a frame with a legacy descriptor for each piece, reported when sent."""
         for piece in pieces[:-1]:
             self.legacy(piece, IFCS)
         self.legacy(pieces[-1], EOP | IFCS | RS | command, special=special)
         self.kick()
 
     def tx_done(self, index: int) -> bool:
-        """Whether the controller reported transmit descriptor ``index``."""
+        """Return whether the controller reported transmit descriptor ``index``."""
         return bool(self.memory.read(self.tx + 16 * index + 12, 1)[0] & 1)
 
     # --- receive ----------------------------------------------------------------------------------
@@ -132,14 +132,14 @@ class Driver:
         self.write(regs.RDT, (tail + count) % self.size)
 
     def offer_at(self, addresses: Sequence[int]) -> None:
-        """Give buffers at these addresses, whatever is there."""
+        """Give the controller buffers at these addresses, RAM or not."""
         tail = self.read(regs.RDT)
         for i, address in enumerate(addresses):
             self.memory.write(self.rx + 16 * ((tail + i) % self.size), _DESC.pack(address, 0))
         self.write(regs.RDT, (tail + len(addresses)) % self.size)
 
     def received(self) -> list[Received]:
-        """The frames that came, FCS included if the controller stores it."""
+        """Take the received frames, FCS included if the controller stores one."""
         frames: list[Received] = []
         data, count = b"", 0
         while True:

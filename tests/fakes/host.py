@@ -1,4 +1,4 @@
-"""Machines that are real but for what they stand on: a fake KVM, and taps without a network."""
+"""Real machines on a fake KVM, with taps without a network."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from godwit.spec.config import VmConfig, parse_devices
 from .kvm import FakeSystem, FakeVcpu, FakeVm
 from .tap import FakeTap
 
-#: As a tap of a present kernel.
+#: The offloads of a tap on a present kernel.
 ALL_OFFLOADS = F_CSUM | F_TSO4 | F_TSO6 | F_TSO_ECN | F_UFO
-#: A NIC whose frames this process moves.
+#: A NIC whose frames this process carries.
 NIC = ("--nic", "tap=tap0,mac=52:54:00:12:34:56,vhost=off")
 
 
 @contextmanager
 def taps(offloads: int = ALL_OFFLOADS) -> Iterator[dict[str, FakeTap]]:
-    """Have taps that are made meanwhile be fakes, by name; the newest of a name counts."""
+    """Replace new taps by fakes for the block, and collect each name's newest."""
     made: dict[str, FakeTap] = {}
 
     def make(name: str) -> FakeTap:
@@ -41,18 +41,18 @@ def taps(offloads: int = ALL_OFFLOADS) -> Iterator[dict[str, FakeTap]]:
 
 
 class Silent:
-    """A console that takes all output and shows none."""
+    """A console that keeps all output and shows none."""
 
     def __init__(self) -> None:
         self.written = bytearray()
         self.on_space: Callable[[], None] | None = None
 
     def has_space(self) -> bool:
-        """Take anything."""
+        """Return that there is space always."""
         return True
 
     def write(self, data: bytes) -> None:
-        """Keep the output."""
+        """Keep the output for a test."""
         self.written += data
 
 
@@ -65,7 +65,7 @@ class Host:
     """A machine on a fake KVM, paused at first.
 
     Attributes:
-        exits: why its vCPUs stopped.
+        exits: (stop reason, detail) of each exit.
         errors: (device's id, message) of each guest error.
     """
 
@@ -93,15 +93,15 @@ class Host:
 
     @property
     def vm(self) -> FakeVm:
-        """The VM's handle."""
+        """The handle of the only VM."""
         return self.system.vms[0]
 
     @property
     def vcpus(self) -> list[FakeVcpu]:
-        """The vCPUs' handles."""
+        """The handles of the VM's vCPUs."""
         return [thread.vcpu for thread in self.machine.vcpus]  # type: ignore[misc]
 
     def close(self) -> None:
-        """Close machine and loop."""
+        """Close the machine and the loop."""
         self.machine.close()
         self.loop.close()

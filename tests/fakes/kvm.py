@@ -1,7 +1,7 @@
-"""KVM's handles without a kernel: they keep what they are given, and note what is asked of them.
+"""KVM's handles without a kernel, which keep all state given and note all calls.
 
-A machine on them is a real one: board, vCPU threads, devices and saved state are the product's. A
-fake vCPU's guest idles until it is kicked, or does what a test has it do.
+A machine on these handles is a real one: board, vCPU threads, devices and saved state are the
+product's. A fake vCPU's guest idles until a kick, or does the work that a test queues.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ MSRS = (0x277, 0x4B564D00)
 
 
 class Call(NamedTuple):
-    """One call: its name and arguments."""
+    """One call with its name and arguments."""
 
     name: str
     arguments: tuple[object, ...]
 
 
 class FakeVm(Vm):
-    """As :class:`godwit.host.kvm.handles.Vm`; :attr:`calls` has all calls.
+    """A :class:`godwit.host.kvm.handles.Vm` without a kernel, with all calls in :attr:`calls`.
 
-    It refuses what KVM refuses of an irqfd or ioeventfd: to have one twice, to take away
-    what is not there.
+    As KVM, the fake refuses an irqfd or ioeventfd that is already assigned, and the removal of one
+    that is not.
     """
 
     def __init__(self) -> None:
@@ -53,11 +53,11 @@ class FakeVm(Vm):
         self.dirty: dict[int, bytes] = {}
 
     def create_vcpu(self, index: int) -> FakeVcpu:
-        """Make a vCPU."""
+        """Return a new fake vCPU."""
         return FakeVcpu(index)
 
     def get(self, request: int, size: int, first: bytes = b"") -> bytes:
-        """Return what was set, or zeros; of interrupt controllers by their number."""
+        """Return the struct that was set, or zeros (interrupt controllers by their number)."""
         key = request << 8 | (first[0] if first else 0)
         return self._structs.get(key, first.ljust(size, b"\0"))
 
@@ -77,7 +77,7 @@ class FakeVm(Vm):
         return 0
 
     def set_clock(self, clock: int) -> None:
-        """Set the guest's clock, ns."""
+        """Set the guest's clock, nanoseconds."""
         self._clock_at = time.monotonic_ns() - clock
 
     def dirty_log(self, slot: int, bitmap_address: int) -> None:
@@ -87,27 +87,27 @@ class FakeVm(Vm):
             _store(bitmap_address, bitmap)
 
     def count(self, name: str) -> int:
-        """How often a method was called."""
+        """Return how often a method was called."""
         return sum(call.name == name for call in self.calls)
 
     def set_memory(self, slot: int, address: int, size: int, host: int, log: bool) -> None:
-        """Note a memory slot."""
+        """Note a memory slot's settings."""
         self._note("set_memory", slot, address, size, host, log)
         self.memory[slot] = (address, size, host, log)
 
     def irq_line(self, gsi: int, level: bool) -> None:
-        """Note a line's level."""
+        """Note an interrupt line's level."""
         self._note("irq_line", gsi, level)
         self.lines[gsi] = level
 
     def set_routes(self, msi: Iterable[tuple[int, int, int]]) -> None:
-        """Note the MSI routes; they replace the old ones."""
+        """Note the MSI routes, which replace the old ones."""
         routes = {gsi: (address, data) for gsi, address, data in msi}
         self._note("set_routes", routes)
         self.routes = routes
 
     def irqfd(self, fd: int, gsi: int, assign: bool) -> None:
-        """Note an irqfd."""
+        """Note an irqfd, assigned or removed."""
         self._note("irqfd", fd, gsi, assign)
         if (fd in self.irqfds) == assign:
             raise OSError(f"irqfd {fd}: assign={assign}, but it is {self.irqfds.get(fd)}")
@@ -117,7 +117,7 @@ class FakeVm(Vm):
             del self.irqfds[fd]
 
     def ioeventfd(self, fd: int, address: int, length: int, assign: bool) -> None:
-        """Note an ioeventfd."""
+        """Note an ioeventfd, assigned or removed."""
         self._note("ioeventfd", fd, address, length, assign)
         key = (address, length)
         if (key in self.ioeventfds) == assign:
@@ -132,11 +132,11 @@ class FakeVm(Vm):
 
 
 class FakeVcpu(Vcpu):
-    """As :class:`godwit.host.kvm.handles.Vcpu`; a guest that idles until it is kicked.
+    """A :class:`godwit.host.kvm.handles.Vcpu` whose guest idles until a kick.
 
     Attributes:
-        exits: what the guest does next, each a call in the vCPU's thread.
-        structs: request -> what was set.
+        exits: the guest's next actions, each a call in the vCPU's thread.
+        structs: request -> the struct that was set.
         tsc_hertz: of the guest's TSC, which follows the host's time.
     """
 
@@ -154,7 +154,7 @@ class FakeVcpu(Vcpu):
         self._kicked = threading.Condition()
 
     def run(self) -> None:
-        """Do what a test has queued, or idle until a kick."""
+        """Do the work that a test has queued, or idle until a kick."""
         with self._kicked:
             self._kicked.wait_for(
                 lambda: self.exits or self.run_page[abi.RUN_IMMEDIATE_EXIT], timeout=60
@@ -165,13 +165,13 @@ class FakeVcpu(Vcpu):
         work()
 
     def kick(self, thread: int | None) -> None:
-        """Have :meth:`run` return."""
+        """Have :meth:`run` return to its caller."""
         with self._kicked:
             self.run_page[abi.RUN_IMMEDIATE_EXIT] = 1
             self._kicked.notify_all()
 
     def do(self, work: Callable[[], None]) -> None:
-        """Have the guest do something next; ``work`` fills the shared page."""
+        """Have the guest do ``work`` next, which fills the shared page."""
         with self._kicked:
             self.exits.append(work)
             self._kicked.notify_all()
@@ -189,7 +189,7 @@ class FakeVcpu(Vcpu):
         self.do(exit_for_port)
 
     def get(self, request: int, size: int, first: bytes = b"") -> bytes:
-        """Return what was set, or zeros."""
+        """Return the struct that was set, or zeros."""
         return self.structs.get(_SET_OF.get(request, request), bytes(size))
 
     def set(self, request: int, data: bytes) -> int:
@@ -198,7 +198,7 @@ class FakeVcpu(Vcpu):
         return 0
 
     def set_cpuid(self, entries: Iterable[tuple[int, int, int, int, int, int, int]]) -> None:
-        """Take what CPUID says."""
+        """Take a guest's CPUID entries."""
 
     def ioctl(self, request: int, argument: int = 0) -> int:
         """Answer KVM_GET_MSRS of the TSC, whose struct is at an address."""
@@ -211,7 +211,7 @@ class FakeVcpu(Vcpu):
         return 0
 
     def tsc(self) -> int:
-        """Return the guest's TSC."""
+        """Return the guest's present TSC."""
         return time.monotonic_ns() * self.tsc_hertz // 10**9 + self._offset & (1 << 64) - 1
 
     def tsc_offset(self) -> int | None:
@@ -232,7 +232,7 @@ class FakeVcpu(Vcpu):
         return found
 
     def set_msrs(self, msrs: list[tuple[int, int]]) -> int:
-        """Set MSRs; return how many were taken."""
+        """Set MSRs, and return how many were taken."""
         for count, (index, value) in enumerate(msrs):
             if index not in self.msrs:
                 return count
@@ -240,7 +240,7 @@ class FakeVcpu(Vcpu):
         return len(msrs)
 
 
-#: KVM's requests that read -> those that write the same.
+#: KVM's requests that read -> the requests that write the same.
 _SET_OF = {
     abi.GET_REGS: abi.SET_REGS,
     abi.GET_SREGS: abi.SET_SREGS,
@@ -254,7 +254,7 @@ _SET_OF = {
 
 
 class FakeSystem(System):
-    """As :class:`godwit.host.kvm.handles.System`; :attr:`vms` has the VMs that were made."""
+    """A :class:`godwit.host.kvm.handles.System` without a kernel, with its VMs in :attr:`vms`."""
 
     def __init__(self) -> None:
         self.fd = -1
@@ -262,16 +262,16 @@ class FakeSystem(System):
         self.vms: list[FakeVm] = []
 
     def check(self, capability: int) -> int:
-        """Have every capability but the larger XSAVE."""
+        """Return 1 for every capability but the larger XSAVE."""
         return 0 if capability == abi.CAP_XSAVE2 else 1
 
     def create_vm(self) -> FakeVm:
-        """Make a VM."""
+        """Return a new fake VM."""
         self.vms.append(FakeVm())
         return self.vms[-1]
 
     def supported_cpuid(self) -> list[tuple[int, int, int, int, int, int, int]]:
-        """Return one leaf."""
+        """Return one leaf of CPUID."""
         return [(1, 0, 0, 0, 0, 0, 0)]
 
     def msr_indices(self) -> list[int]:

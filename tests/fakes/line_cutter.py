@@ -1,4 +1,4 @@
-"""Stands between source and destination of a move, reads its frames, and cuts the line at one."""
+"""A relay between a migration's source and destination that cuts the connection at a message."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from godwit.spec import saved
 
 
 class LineCutter:
-    """Passes frames from ``near`` to ``far`` and back, until the first ``kind`` (None: for ever).
+    """A relay of messages from ``near`` to ``far`` and back, until the first ``kind``.
 
-    That frame arrives if it is to be ``delivered``; then the line breaks, or, if it ``stalls``,
-    stays open and passes nothing more. Later lines are left whole. ``before`` is called as the
-    frame comes, and then nobody listens at ``near`` any more: it is the destination's death.
-    ``on_frame`` is shown each frame's kind and payload.
+    A ``kind`` of None cuts nothing. The message of that kind arrives if ``delivered``. Then the
+    connection breaks, or, if ``stalls``, stays open and passes nothing more. Later connections are
+    left whole. ``before`` is called as the message comes, and then nobody listens at ``near`` any
+    more, as at the destination's death. ``on_frame`` is called with each message's kind and
+    payload.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class LineCutter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._hang_up()
+        self._stop_listening()
         self._thread.join()
         for connection in self._connections:
             connection.interrupt()
@@ -67,7 +68,7 @@ class LineCutter:
         for connection in self._connections:
             connection.close()
 
-    def _hang_up(self) -> None:
+    def _stop_listening(self) -> None:
         try:
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         except OSError:
@@ -103,7 +104,7 @@ class LineCutter:
                 payload = one.read(length)
                 self._on_frame(kind, payload)
                 if self._stalls and first and self.cut.is_set():
-                    continue  # into the void
+                    continue  # the message is lost
                 cutting = kind is self._kind and not self.cut.is_set()
                 if from_target and self._dead.is_set():
                     continue  # the dead send nothing
@@ -114,24 +115,24 @@ class LineCutter:
                     if self._before is not None:
                         self._dead.set()
                         self._before()
-                        self._hang_up()
+                        self._stop_listening()
                 if not cutting or self._delivered:
                     try:
                         other.send_parts([messages.header(kind, len(payload)), memoryview(payload)])
                     except GodwitError:
-                        # It hung up: what it said before is passed the other way first.
+                        # The other side closed: its earlier messages are passed on first.
                         if not cutting:
                             return
                 if cutting and not self._stalls:
                     break
         except GodwitError:
-            pass  # one of them hung up
-        # What was sent still arrives (AF_UNIX keeps it), then the end.
+            pass  # one of the two closed
+        # Messages already sent still arrive (AF_UNIX keeps them), then the end.
         one.interrupt()
         other.interrupt()
 
     @staticmethod
     def _as_ours(payload: bytearray) -> bytearray:
-        """So that the source takes the line for a direct one, as it would be without us."""
+        """Return a WELCOME with which the source takes the connection for a direct one."""
         welcome = saved.decode(payload, messages.Welcome)
         return bytearray(saved.encode(msgspec.structs.replace(welcome, pid=os.getpid())))

@@ -45,5 +45,5 @@ class Board:
         )
 
     def close(self) -> None:
-        """Close the loop; the devices are closed by their owner."""
+        """Close the loop, but no device, which its owner closes."""
         self.loop.close()

@@ -8,7 +8,7 @@ from godwit.host.net.tap import F_CSUM, F_TSO4, F_TSO6, F_TSO_ECN, HEADER, Tap
 
 
 class FakeTap(Tap):
-    """As :class:`godwit.host.net.tap.Tap`; the other end is :meth:`put` and :meth:`get`."""
+    """A :class:`godwit.host.net.tap.Tap` whose other end is :meth:`put` and :meth:`get`."""
 
     def __init__(self, offloads: int = F_CSUM | F_TSO4 | F_TSO6, name: str = "tap0") -> None:
         mine, self._network = socket.socketpair(
@@ -20,23 +20,27 @@ class FakeTap(Tap):
         self.flags = 0
 
     def set_offloads(self, flags: int) -> None:
-        """Note them; what no kernel takes is refused."""
+        """Note the offloads, and refuse those that no kernel takes."""
         if flags & F_TSO_ECN and not flags & (F_TSO4 | F_TSO6):
             raise OSError("ECN without TSO")  # drivers/net/tun.c, set_offload: EINVAL
         self.flags = flags
 
     def put(self, frame: bytes, header: bytes = bytes(HEADER)) -> None:
-        """A frame from the network to the guest. Raises BlockingIOError when the tap is full."""
+        """Send a frame from the network to the guest.
+
+        Raises:
+            BlockingIOError: the tap is full.
+        """
         self._network.send(header + frame)
 
     def get(self) -> bytes | None:
-        """The next frame, header included, that came out of the tap; None: there is none."""
+        """Return the next frame out of the tap, header included, or None if there is none."""
         try:
             return self._network.recv(1 << 18)
         except BlockingIOError:
             return None
 
     def close(self) -> None:
-        """Close both ends."""
+        """Close both ends of the tap."""
         super().close()
         self._network.close()

@@ -1,6 +1,6 @@
-"""``record.py OUT [NAME...]``: records streams from real moves; README.md has the command.
+"""``record.py OUT [NAME...]``: record streams of real migrations (README.md has the command).
 
-Without names, those that are not kept here yet.
+Without names, all streams are recorded but the ones kept here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.fakes.line_cutter import LineCutter
 
 
 def record(bench: Bench, stream: Stream, folder: Path) -> None:
-    """Boot a guest that uses all its networks, move it, and keep HELLO and STATE."""
+    """Boot a guest that uses all its networks, migrate the guest, and keep HELLO and STATE."""
     machine = ("--machine", stream.machine)
     nic = f"model={stream.model}"
     sized = {"nic": nic, "memory": stream.memory, "cpus": stream.cpus}
@@ -29,20 +29,20 @@ def record(bench: Bench, stream: Stream, folder: Path) -> None:
     target.qmp.execute("query-status")
     bench.listen(target)
     near, far = (bench.folder / f"{target.name}.{end}" for end in ("line", "move"))
-    frames: dict[Kind, bytes] = {}
+    kept: dict[Kind, bytes] = {}
 
     def note(kind: Kind, payload: bytes | bytearray) -> None:
         if kind in (Kind.HELLO, Kind.STATE):
-            frames[kind] = bytes(payload)
+            kept[kind] = bytes(payload)
 
     with LineCutter(near, far, None, True, on_frame=note):
         bench.move(guest, target, f"unix:{near}")
-    bench.answers()  # it is the state of a guest that goes on
-    stream.write(folder, frames[Kind.HELLO], frames[Kind.STATE])
+    bench.answers()  # the state is of a guest that goes on
+    stream.write(folder, kept[Kind.HELLO], kept[Kind.STATE])
 
 
 def main() -> None:
-    """Say what is done."""
+    """Record the streams of the command line, and print a line for each."""
     out, names = Path(sys.argv[1]), sys.argv[2:]
     chosen = [s for s in STREAMS if (s.name in names if names else not s.path().exists())]
     out.mkdir(parents=True, exist_ok=True)

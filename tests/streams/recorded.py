@@ -1,4 +1,4 @@
-"""The streams that are kept here; README.md says what they are."""
+"""The recorded streams of this folder (README.md describes each)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Stream:
-    """What was recorded, and of which machine."""
+    """A recorded stream, with the kind of machine behind the stream."""
 
     machine: str
     model: str
@@ -24,15 +24,15 @@ class Stream:
 
     @property
     def name(self) -> str:
-        """Its file's, without the suffix."""
+        """The name of the stream's file, without the suffix."""
         return f"{self.machine}-{self.model}"
 
     def path(self, folder: Path = _FOLDER) -> Path:
-        """Its file."""
+        """Return the path of the stream's file."""
         return folder / f"{self.name}.xz"
 
     def read(self) -> tuple[bytes, bytes]:
-        """The payloads of HELLO and STATE."""
+        """Return the payloads of HELLO and STATE."""
         data = lzma.decompress(self.path().read_bytes())
         payloads = []
         for due in (Kind.HELLO, Kind.STATE):
@@ -45,10 +45,14 @@ class Stream:
         return payloads[0], payloads[1]
 
     def write(self, folder: Path, hello: bytes, state: bytes) -> None:
-        """Keep a new one, as the frames were on the line. What is there is never replaced."""
-        frames = messages.message(Kind.HELLO, hello) + messages.message(Kind.STATE, state)
+        """Keep a new stream, with the messages as on the connection.
+
+        Raises:
+            FileExistsError: the stream is kept already, and is never replaced.
+        """
+        data = messages.message(Kind.HELLO, hello) + messages.message(Kind.STATE, state)
         with self.path(folder).open("xb") as file:
-            file.write(lzma.compress(frames, preset=9 | lzma.PRESET_EXTREME))
+            file.write(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
 
 
 STREAMS = (
