@@ -1,4 +1,4 @@
-"""Guest errors: one way to report a rule that the guest broke, for every device."""
+"""Guest errors: one way to report a rule the guest broke, for every device."""
 
 from __future__ import annotations
 

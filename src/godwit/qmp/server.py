@@ -1,4 +1,4 @@
-"""QMP on a Unix socket, in the event loop: nothing that a client does makes the VM wait."""
+"""QMP on a Unix socket, in the event loop: nothing a client does makes the VM wait."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Server:
     """A listener on ``path`` (mode 0600) from construction to :meth:`close`, and its clients.
 
     ``execute`` is called in the loop's thread; :meth:`emit` and :meth:`run_state_changed` may be
-    called from any. An event that a command causes reaches clients before the command's reply, as
+    called from any. An event a command causes reaches clients before the command's reply, as
     with QEMU.
 
     Raises:

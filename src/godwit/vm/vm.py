@@ -126,7 +126,7 @@ class Vmm:
         self._loop.call_soon(_prepare_to_migrate)
 
     def await_guest(self, uri: str | None, insecure: bool) -> None:
-        """Become a destination; with ``uri`` None, for the migrate-incoming that names one."""
+        """Become a destination, with ``uri`` None for a migrate-incoming to come."""
         self.states.set(_S.INMIGRATE)
         if uri is not None:
             self.migrate_incoming(uri, insecure)
@@ -176,7 +176,7 @@ class Vmm:
         ]
 
     def stop(self) -> None:
-        """Pause a running guest."""
+        """Pause the guest, which has to be running."""
         with self.machine.lock:
             self.states.require(_S.RUNNING)
             self.machine.pause()
@@ -258,7 +258,7 @@ class Vmm:
         )
 
     def _migration_status(self, outgoing: Outgoing, status: str) -> None:
-        """Report a migration's status; in the migration's thread."""
+        """Report a migration's status, in the migration's thread."""
         if status in ("failed", "cancelled") and outgoing.exposed:
             self.announcer.returned()
         self._emit(*events.migration(status))
@@ -268,7 +268,7 @@ class Vmm:
             self._log(f"the guest stays here; the migration failed: {outgoing.report.error}")
 
     def _incoming_failed(self, error: GodwitError) -> None:
-        """End the VM, as no guest will come; in the incoming migration's thread."""
+        """End the VM without a guest, in the incoming migration's thread."""
 
         def end() -> None:
             self._log(f"no guest arrived: {error}")
@@ -278,7 +278,7 @@ class Vmm:
         self._loop.call_soon(end)
 
     def _vcpu_exited(self, reason: StopReason, detail: str) -> None:
-        """Handle the guest's exit in the loop; in a vCPU's thread."""
+        """Handle the guest's exit in the loop, in a vCPU's thread."""
         self._loop.call_soon(lambda: self._guest_exited(reason, detail))
 
     def _guest_exited(self, reason: StopReason, detail: str) -> None:

@@ -1,4 +1,4 @@
-"""CPUID of a vCPU: the features that KVM offers, less nesting, with the guest's own topology.
+"""CPUID of a vCPU: the features KVM offers, less nesting, with the guest's own topology.
 
 Leaves: Intel SDM vol. 2A 'CPUID'; AMD APM vol. 3 appendix E.
 """

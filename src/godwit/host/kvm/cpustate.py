@@ -24,7 +24,7 @@ _OF_TIME = abi.MSR_TSC, abi.MSR_TSC_DEADLINE
 
 
 class VcpuState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All state of a vCPU that KVM keeps, the blobs being KVM's own structs."""
+    """All state of a vCPU KVM keeps, the blobs being KVM's own structs."""
 
     mp_state: Annotated[int, msgspec.Meta(ge=0, le=9)]
     regs: Annotated[bytes, msgspec.Meta(min_length=abi.REGS_SIZE, max_length=abi.REGS_SIZE)]

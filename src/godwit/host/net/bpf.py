@@ -81,7 +81,7 @@ def addresses_filter(answers: bool = False) -> list[Instruction]:
     """Return the filter that passes received ARP, RARP, neighbour solicitations and advertisements.
 
     With ``answers``, the filter passes outgoing ARP replies and advertisements instead. Besides the
-    tag that the kernel took off, a frame may have two more.
+    tag the kernel took off, a frame may have two more.
     """
     way: Sequence[Op | str] = (
         Op(LD_W_ABS, PKTTYPE),

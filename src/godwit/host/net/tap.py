@@ -53,7 +53,7 @@ class Tap:
         self.offloads = self._probe()
 
     def _probe(self) -> int:
-        """Return the TUN_F_* that the kernel takes: versions differ about UFO."""
+        """Return the TUN_F_* the kernel takes: versions differ about UFO."""
         found = 0
         for flag in (tun.F_CSUM, tun.F_TSO4, tun.F_TSO6, tun.F_TSO_ECN, tun.F_UFO):
             wanted = found | flag

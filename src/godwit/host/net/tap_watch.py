@@ -129,7 +129,7 @@ class TapWatch:
         self._loop.watch(self._socket.fileno(), self._readable)
 
     def inject(self, frame: bytes) -> None:
-        """Send ``frame`` (Ethernet, no FCS) to the guest, past the bridge that the tap is in.
+        """Send ``frame`` (Ethernet, no FCS) to the guest, past the bridge the tap is in.
 
         Raises:
             OSError: the kernel did not take the frame, or the watch is closed.
@@ -187,7 +187,7 @@ class TapWatch:
 
 
 def _outer(extra: Iterable[tuple[int, int, bytes]]) -> Outer | None:
-    """Return the tag that the kernel took off a frame, from the frame's control messages."""
+    """Return the tag the kernel took off a frame, from the frame's control messages."""
     for level, kind, data in extra:
         if (level, kind) == (packet.SOL_PACKET, packet.PACKET_AUXDATA):
             status, _, _, _, _, tci, tpid = packet.AUXDATA.unpack(data)

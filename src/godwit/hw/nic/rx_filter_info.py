@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class RxFilterInfo(NamedTuple):
-    """The receive filter that the guest set. QEMU's RxFilterInfo (qapi/net.json) has the same.
+    """The receive filter the guest set. QEMU's RxFilterInfo (qapi/net.json) has the same.
 
     Attributes:
         promiscuous: everything is received.

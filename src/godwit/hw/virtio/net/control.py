@@ -19,14 +19,14 @@ F_CTRL_RX, F_CTRL_VLAN, F_CTRL_RX_EXTRA = 1 << 18, 1 << 19, 1 << 20
 
 
 class Control:
-    """The filter commands; a request that the driver did not negotiate fails."""
+    """The filter commands, of which those the driver did not negotiate fail."""
 
     def __init__(self, rx_filter: RxFilter, negotiated: int) -> None:
         self._filter = rx_filter
         self._negotiated = negotiated
 
     def execute(self, kind: int, command: int, data: bytes) -> int:
-        """Execute a request on the filter; return OK or ERR (VIRTIO_NET_OK, VIRTIO_NET_ERR)."""
+        """Execute a request on the filter, and return VIRTIO_NET_OK or VIRTIO_NET_ERR."""
         if kind == _CLASS_RX:
             return self._rx(command, data)
         if kind == _CLASS_MAC and command == 0:

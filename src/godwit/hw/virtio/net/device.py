@@ -135,7 +135,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
         return self._mac
 
     def announce(self) -> bool:
-        """Ask the guest to announce itself (5.1.6.5.4); return False if the guest cannot.
+        """Ask the guest to announce itself (5.1.6.5.4), or return False if the guest cannot.
 
         Never before DRIVER_OK: kernels without be5dcaed694e deadlock in their probe.
         """
@@ -168,7 +168,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
         return self._announce_pending
 
     def accepts(self, frame: memoryview) -> bool:
-        """Return whether the driver's filter takes ``frame``; the userspace backend asks."""
+        """Return whether the driver's filter takes ``frame``, for the userspace backend."""
         return self.filter.accepts(frame, self._mac, bool(self.negotiated & F_CTRL_VLAN))
 
     # --- VirtioDevice -----------------------------------------------------------------------------
@@ -225,11 +225,11 @@ class VirtioNet(VirtioDevice, Nic, Counts):
 
     # --- saved state ------------------------------------------------------------------------------
     def save(self) -> NetState:
-        """Return the state; paused."""
+        """Return the device's state, while paused."""
         return NetState(self._mac, self._announce_pending, self.filter.save())
 
     def load(self, state: NetState) -> None:
-        """Take over a saved state; paused, and after the transport's.
+        """Take over a saved state, while paused, after the transport's.
 
         Raises:
             StreamError: the device cannot be in the state; the message names the field.
@@ -259,7 +259,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
             self.on_filter()
 
     def serve_control(self) -> int:
-        """Answer the control queue's requests; return how many announcements were acknowledged.
+        """Answer the control queue's requests, and return the number of acknowledged announcements.
 
         Raises:
             GuestError: a request without space for its command or its answer.
