@@ -50,7 +50,7 @@ Later = Callable[[float, Callable[[], None]], Timer]
 class Verifier(Protocol):
     """A way to find out whether the network knows where the guest is (:mod:`.verify`)."""
 
-    #: Whether the operator wants the announcement verified.
+    #: True if the operator wants the announcement verified.
     wanted: bool
 
     def begin(self) -> None:

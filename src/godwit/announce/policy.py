@@ -69,7 +69,7 @@ def parse_policy(text: str) -> Policy:
             macs.add(parse_mac(item))
             continue
         try:
-            if "%" in item:  # ipaddress would drop the scope without a word
+            if "%" in item:  # ipaddress would drop the scope silently
                 raise ValueError("a scope has no place here")
             network = ipaddress.ip_network(item)
         except ValueError as error:

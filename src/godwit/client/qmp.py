@@ -14,14 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from .errors import CommandRefused, VmGone
 from .messages import Messages
 
 __all__ = ["Client", "CommandRefused", "Event", "VmGone"]
 
-T = TypeVar("T")
 Event = Mapping[str, Any]
 
 #: Events that are kept until somebody asks for them, and the bytes of their text.

@@ -56,7 +56,7 @@ class Server:
 
     Raises:
         ConfigError: ``path`` is too long, not a socket, or somebody listens there.
-        HostError: the socket cannot be made; the message says why.
+        HostError: the socket cannot be made; the message has the cause.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Server:
         self._execute = execute
         self._on_error = on_error
         self._clients: dict[int, _Client] = {}
-        # Held to touch buffers and the table of clients, never while a command is executed.
+        # Held for buffers and the table of clients, never while a command is executed.
         self._lock = threading.Lock()
         self._closed = False
         self._sock = unixsocket.listen(self.path, "QMP")

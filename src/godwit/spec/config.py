@@ -41,7 +41,7 @@ class NicConfig(NamedTuple):
     kind: str = "virtio-net"
     #: The data path: vhost-net in the kernel, or in this process.
     vhost: bool = True
-    #: None: as the machine type says.
+    #: None: the machine type's default.
     guest_announce: bool | None = None
     mtu: int | None = None
     #: None: the model's own.
@@ -262,7 +262,7 @@ def parse_rng(text: str, index: int) -> RngConfig:
     values = _Values("--rng", text, ("id", "max-bytes", "period"))
     most, period = values.number("max-bytes", 1, 1 << 30), values.number("period", 1, 60_000)
     if period is not None and most is None:
-        raise ConfigError(f"--rng: period={period} says nothing without max-bytes=; give both")
+        raise ConfigError(f"--rng: period={period} has no effect without max-bytes=; give both")
     return RngConfig(values.id(f"rng{index}"), most, period or 1000)
 
 

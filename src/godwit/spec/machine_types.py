@@ -14,7 +14,7 @@ class MachineType(NamedTuple):
     """A version of the machine, and the defaults it pins."""
 
     name: str
-    #: Whether virtio-net offers VIRTIO_NET_F_GUEST_ANNOUNCE unless a NIC's property says otherwise.
+    #: True if virtio-net offers VIRTIO_NET_F_GUEST_ANNOUNCE where a NIC's property is not given.
     guest_announce: bool
 
 

@@ -79,7 +79,7 @@ class Verify(enum.StrEnum):
 class OnNoConvergence(enum.StrEnum):
     """The ends of a migration the downtime limit does not allow to end.
 
-    In the words of Xen (tools/include/xenguest.h, precopy_policy): XGS_POLICY_ABORT and
+    Xen's names (tools/include/xenguest.h, precopy_policy): XGS_POLICY_ABORT and
     XGS_POLICY_STOP_AND_COPY.
     """
 

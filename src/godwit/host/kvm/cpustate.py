@@ -178,7 +178,7 @@ def load_platform(vm: Vm, state: PlatformState) -> None:
     """
     for chip, data in enumerate(state.irqchips):
         if int.from_bytes(data[:4], "little") != chip:
-            raise StreamError(f"platform: irqchips[{chip}] says that it is another chip")
+            raise StreamError(f"platform: irqchips[{chip}] is the state of another chip")
     try:
         for data in state.irqchips:
             vm.set(abi.SET_IRQCHIP, data)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from struct import Struct
 
-from godwit.host.ioctl import ior, iow
+from godwit.host.ioctl import iow
 
 _TUN = 0x54  # 'T'
 IFREQ = Struct("=16sH22x")
 
 TUNSETIFF = iow(_TUN, 202, 4)
-TUNGETFEATURES = ior(_TUN, 207, 4)
 TUNSETOFFLOAD = iow(_TUN, 208, 4)
-TUNGETIFF = ior(_TUN, 210, 4)
 TUNSETVNETHDRSZ = iow(_TUN, 216, 4)
 
 IFF_TAP = 0x0002

@@ -15,7 +15,7 @@ from godwit.spec.runstate import RunState
 
 _S = RunState
 
-#: Why a state refuses most commands, in the words of the person who reads it.
+#: Why a state refuses most commands, for the person who reads the answer.
 _WHY = {
     _S.INMIGRATE: "the guest has not arrived yet",
     _S.RESTORE_VM: "the guest is being restored",
