@@ -19,42 +19,42 @@ from``).
 
 
 class GodwitError(Exception):
-    """The base of every error that Godwit raises on purpose."""
+    """The base of every error Godwit raises on purpose."""
 
     #: The exit code of ``godwit`` when this error ends the process.
     exit_code = 1
 
 
 class ConfigError(GodwitError):
-    """A request that is wrong; the message names the value and the remedy."""
+    """A wrong request, whose message names the value and the remedy."""
 
 
 class HostError(GodwitError):
-    """A lack of the host's; the message names the lack and the remedy."""
+    """A lack of the host's, whose message names the remedy."""
 
 
 class StateError(GodwitError):
-    """A request that the present run state forbids; the message names the state."""
+    """A request the present run state forbids, whose message names the state."""
 
 
 class KvmError(GodwitError):
-    """A call that KVM refused, with the OSError as the cause."""
+    """A call KVM refused, with the OSError as the cause."""
 
 
 class GuestError(GodwitError):
-    """A rule of a device that the guest broke; the device needs a reset, the VM lives."""
+    """A rule of a device the guest broke, so that the device needs a reset. The VM lives."""
 
 
 class MigrationError(GodwitError):
-    """A migration that failed; the guest runs where it ran."""
+    """A failed migration, after which the guest runs where it ran."""
 
 
 class StreamError(MigrationError):
-    """An invalid migration stream; the message names the field."""
+    """An invalid migration stream, whose message names the field."""
 
 
 class PeerRefused(MigrationError):
-    """A migration that the peer refused; the message is the peer's reason."""
+    """A migration refused by the peer, with the peer's reason as the message."""
 
 
 class LinkLost(MigrationError):

@@ -17,6 +17,8 @@ _DESC = Struct("<QQ")
 _BROADCAST_ACCEPTED = regs.RCTL_BAM
 BUFFER = 2048
 
+#: ICR: the link changed, which never happens here.
+ICR_LSC = 1 << 2
 RS, EOP, IFCS, DEXT, VLE = 0x08, 0x01, 0x02, 0x20, 0x40
 TSE = IC = 0x04
 
@@ -67,7 +69,7 @@ class Driver:
             self.write(base + regs.HEAD, 0)
         self.write(regs.TCTL, regs.TCTL_EN | regs.TCTL_PSP)
         self.write(regs.RCTL, rctl | regs.RCTL_EN)
-        self.write(regs.IMS, regs.ICR_TXDW | regs.ICR_LSC | regs.ICR_RXDMT0 | regs.ICR_RXT0)
+        self.write(regs.IMS, regs.ICR_TXDW | ICR_LSC | regs.ICR_RXDMT0 | regs.ICR_RXT0)
 
     # --- transmit ---------------------------------------------------------------------------------
     def place(self, data: bytes) -> int:

@@ -38,7 +38,7 @@ def run(program: Sequence[Instruction], frame: bytes, pkttype: int = 0) -> int:
             assert code == bpf.LD_W_ABS
             a = pkttype
         else:
-            size = {bpf.LD_H_ABS: 2, bpf.LD_B_ABS: 1, bpf.LD_H_IND: 2, bpf.LD_B_IND: 1}[code]
+            size = {bpf.LD_H_ABS: 2, bpf.LD_H_IND: 2, bpf.LD_B_IND: 1}[code]
             where = k + (x if code in (bpf.LD_H_IND, bpf.LD_B_IND) else 0)
             if where + size > len(frame):
                 return 0

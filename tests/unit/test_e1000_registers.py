@@ -12,6 +12,7 @@ from godwit.hw.nic.e1000 import regs
 from godwit.hw.nic.e1000.nic import make
 from godwit.hw.registry import KINDS
 from godwit.spec.config import NicConfig, parse_nic
+from tests.fakes.e1000 import ICR_LSC
 
 SK, CS, DI, DO, REQ, GNT = 1, 2, 4, 8, 1 << 6, 1 << 7
 
@@ -180,33 +181,33 @@ def test_mdic_interrupts_when_asked_to(bench: Bench) -> None:
 
 # --- interrupts -----------------------------------------------------------------------------------
 def test_the_line_is_high_while_a_cause_is_not_masked(bench: Bench) -> None:
-    bench.write(regs.ICS, regs.ICR_LSC)
+    bench.write(regs.ICS, ICR_LSC)
     assert not bench.line
-    bench.write(regs.IMS, regs.ICR_LSC | regs.ICR_RXT0)
+    bench.write(regs.IMS, ICR_LSC | regs.ICR_RXT0)
     assert bench.line
     assert bench.read_config(6, 2) & 1 << 3
-    bench.write(regs.IMC, regs.ICR_LSC)
+    bench.write(regs.IMC, ICR_LSC)
     assert not bench.line
     assert not bench.read_config(6, 2) & 1 << 3
-    bench.write(regs.IMS, regs.ICR_LSC)
-    assert bench.read(regs.IMS) == regs.ICR_LSC | regs.ICR_RXT0
+    bench.write(regs.IMS, ICR_LSC)
+    assert bench.read(regs.IMS) == ICR_LSC | regs.ICR_RXT0
     assert bench.line
-    assert bench.read(regs.ICR) == regs.ICR_LSC
+    assert bench.read(regs.ICR) == ICR_LSC
     assert not bench.line
     assert bench.read(regs.ICR) == 0
 
 
 def test_causes_are_cleared_by_writing_ones(bench: Bench) -> None:
-    bench.write(regs.IMS, regs.ICR_LSC)
-    bench.write(regs.ICS, regs.ICR_LSC | regs.ICR_TXDW)
-    bench.write(regs.ICR, regs.ICR_LSC)
+    bench.write(regs.IMS, ICR_LSC)
+    bench.write(regs.ICS, ICR_LSC | regs.ICR_TXDW)
+    bench.write(regs.ICR, ICR_LSC)
     assert not bench.line
     assert bench.read(regs.ICR) == regs.ICR_TXDW
 
 
 def test_intx_disable_takes_the_line_but_not_the_status(bench: Bench) -> None:
-    bench.write(regs.IMS, regs.ICR_LSC)
-    bench.write(regs.ICS, regs.ICR_LSC)
+    bench.write(regs.IMS, ICR_LSC)
+    bench.write(regs.ICS, ICR_LSC)
     bench.write_config(4, 2, IO | MEMORY | MASTER | INTX_OFF)
     assert not bench.line
     assert bench.read_config(6, 2) & 1 << 3
@@ -219,7 +220,7 @@ def test_the_line_is_set_only_when_its_level_changes(bench: Bench) -> None:
     for _ in range(3):
         bench.write(regs.ICS, regs.ICR_TXDW)
     bench.write(regs.IMS, regs.ICR_TXDW)
-    bench.write(regs.ICS, regs.ICR_LSC)
+    bench.write(regs.ICS, ICR_LSC)
     assert bench.vm.count("irq_line") == before + 1
     assert bench.vm.lines == {GSI: True}
 
@@ -228,7 +229,7 @@ def test_the_line_is_set_only_when_its_level_changes(bench: Bench) -> None:
 @pytest.mark.parametrize("way", ["memory", "ports"])
 def test_a_reset_forgets_all_but_the_pci_configuration(bench: Bench, way: str) -> None:
     bench.driver.start()
-    bench.write(regs.ICS, regs.ICR_LSC)
+    bench.write(regs.ICS, ICR_LSC)
     bench.write(regs.RA, 0x1111_1111)
     bench.write(regs.MTA, 1)
     assert bench.line
@@ -247,8 +248,8 @@ def test_a_reset_forgets_all_but_the_pci_configuration(bench: Bench, way: str) -
 
 
 def test_power_on_forgets_that_too(bench: Bench) -> None:
-    bench.write(regs.IMS, regs.ICR_LSC)
-    bench.write(regs.ICS, regs.ICR_LSC)
+    bench.write(regs.IMS, ICR_LSC)
+    bench.write(regs.ICS, ICR_LSC)
     bench.write_config(0x18, 4, 0xD001)
     bench.nic.pause()
     bench.nic.reset()

@@ -157,7 +157,7 @@ def test_until_when_a_mark_is_waited_for(
     road.expected = 3
     assert road.due(None) is None
     for number, at in enumerate(marks):
-        road.marked(number, b"", at)
+        road.note_marker(number, b"", at)
     road.last_packet = last_frame
     assert road.due(10.0) == pytest.approx(due)
 

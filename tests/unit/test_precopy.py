@@ -135,7 +135,7 @@ class Move(Outgoing):
 
     def _begin(self) -> None:
         self._log.start()
-        self._left = [(0, ALL)]
+        self._to_send = [(0, ALL)]
 
     def _round(
         self, runs: list[tuple[int, int]], looked: float
@@ -191,7 +191,7 @@ def test_what_is_left_is_sent_before_the_stop_and_after_it_was_found(guest: Stan
     move._log.take, move._send_pages = taken, sent  # type: ignore[method-assign]
     move.run()
     assert done[-2:] == [("found", [(0, 8)]), ("sent", [(0, 8)])]
-    assert move._left == []
+    assert move._to_send == []
     assert move._sent_early == 8
 
 

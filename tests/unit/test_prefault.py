@@ -57,7 +57,7 @@ def test_without_memory_to_spare_only_what_is_wanted_is_populated(
     _available(monkeypatch, 0)
     prefault = Prefault(memory)
     prefault.want([memory.view(0, PAGE), memory.view(SIZE - PAGE, PAGE)])
-    ahead = prefault._ahead()
+    ahead = prefault._spare_blocks()
     taken = []
     while prefault._wanted:
         block = prefault._next(ahead)
@@ -72,9 +72,9 @@ def test_ahead_ends_at_the_share_of_what_is_available(
     memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _available(monkeypatch, 20 << 20)
-    assert len(list(Prefault(memory)._ahead())) == 5
+    assert len(list(Prefault(memory)._spare_blocks())) == 5
     _available(monkeypatch, 1 << 40)
-    assert len(list(Prefault(memory)._ahead())) == SIZE // HUGE
+    assert len(list(Prefault(memory)._spare_blocks())) == SIZE // HUGE
 
 
 def test_ahead_ends_when_others_take_what_there_was(
@@ -83,7 +83,7 @@ def test_ahead_ends_when_others_take_what_there_was(
     left = iter([1 << 40, 0])
     monkeypatch.setattr(module, "_available", lambda: next(left))
     monkeypatch.setattr(module, "_LOOK", 8)
-    assert len(list(Prefault(memory)._ahead())) == 7
+    assert len(list(Prefault(memory)._spare_blocks())) == 7
 
 
 def test_finishing_twice_or_before_the_start_is_harmless(memory: GuestMemory) -> None:

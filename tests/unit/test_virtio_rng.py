@@ -169,7 +169,7 @@ def test_the_option() -> None:
     for text, says in (
         ("max-bytes=0", "a number from 1"),
         ("period=70000,max-bytes=1", "1 to 60000"),
-        ("period=10", "says nothing without max-bytes"),
+        ("period=10", "has no effect without max-bytes"),
         ("source=/dev/random", "KEY=VALUE with id, max-bytes, period"),
     ):
         with pytest.raises(ConfigError, match=says):

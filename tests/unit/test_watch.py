@@ -15,7 +15,7 @@ import pytest
 from godwit.errors import HostError
 from godwit.host.net import packet
 from godwit.host.net import tap_watch as watch
-from godwit.host.net.tap_watch import BATCH, WINDOW_S, TapWatch
+from godwit.host.net.tap_watch import INTERVAL_S, MAX_FRAMES, TapWatch
 from tests.fakes.clock import FakeClock
 
 
@@ -98,18 +98,18 @@ def test_frames_are_handed_on(ends: Ends) -> None:
     assert (loop.watched, loop.pending) == ({}, [])
 
 
-def test_a_flood_is_read_a_batch_a_window(ends: Ends) -> None:
+def test_a_flood_is_read_some_frames_an_interval(ends: Ends) -> None:
     tap, loop, frames, _ = make(ends)
-    for number in range(2 * BATCH + 10):
+    for number in range(2 * MAX_FRAMES + 10):
         ends.far.send(b"%d" % number)
-    for batch in (1, 2):
+    for interval in (1, 2):
         loop.serve()
         loop.serve()
-        assert len(frames) == batch * BATCH
+        assert len(frames) == interval * MAX_FRAMES
         assert loop.watched == {}
-        loop.advance(WINDOW_S)
+        loop.advance(INTERVAL_S)
     loop.serve()
-    assert len(frames) == 2 * BATCH + 10
+    assert len(frames) == 2 * MAX_FRAMES + 10
     assert len(loop.watched) == 1
     tap.close()
 
@@ -121,18 +121,18 @@ def test_a_steady_flood_is_limited_too(ends: Ends) -> None:
             with suppress(BlockingIOError):  # full: the kernel drops what comes to a packet socket
                 ends.far.send(b"x")
             loop.serve()  # wakes up for each
-            loop.advance(WINDOW_S / 100)
-    assert len(frames) == 4 * BATCH
+            loop.advance(INTERVAL_S / 100)
+    assert len(frames) == 4 * MAX_FRAMES
     tap.close()
 
 
 def test_a_slow_guest_is_never_put_off(ends: Ends) -> None:
     tap, loop, frames, _ = make(ends)
-    for _ in range(10 * BATCH):
+    for _ in range(10 * MAX_FRAMES):
         ends.far.send(b"x")
         loop.serve()
-        loop.advance(WINDOW_S / BATCH * 1.1)
-    assert len(frames) == 10 * BATCH
+        loop.advance(INTERVAL_S / MAX_FRAMES * 1.1)
+    assert len(frames) == 10 * MAX_FRAMES
     assert loop.pending == []
     tap.close()
 
@@ -145,14 +145,14 @@ def test_a_listener_that_fails_does_not_stop_the_watch(ends: Ends) -> None:
         raise RuntimeError
 
     tap = TapWatch("tap0", on_frame, loop, opener=ends)
-    for _ in range(BATCH + 1):
+    for _ in range(MAX_FRAMES + 1):
         ends.far.send(b"x")
-    for _ in range(BATCH):
+    for _ in range(MAX_FRAMES):
         with pytest.raises(RuntimeError):
             loop.serve()
     loop.serve()
-    assert (len(calls), loop.watched) == (BATCH, {})
-    loop.advance(WINDOW_S)
+    assert (len(calls), loop.watched) == (MAX_FRAMES, {})
+    loop.advance(INTERVAL_S)
     with pytest.raises(RuntimeError):
         loop.serve()
     tap.close()
@@ -174,7 +174,7 @@ def test_a_listener_may_close_the_watch(ends: Ends) -> None:
 
 def test_closed_while_it_pauses(ends: Ends) -> None:
     tap, loop, _, _ = make(ends)
-    for _ in range(BATCH):
+    for _ in range(MAX_FRAMES):
         ends.far.send(b"x")
     loop.serve()
     assert len(loop.pending) == 1
@@ -230,7 +230,7 @@ def test_an_error_that_does_not_go_away_does_not_hold_the_loop() -> None:
     loop = HandLoop()
     tap = TapWatch("tap0", print, loop, opener=lambda *_: sock)
     loop.serve()
-    assert len(sock.errors) == 10_000 - BATCH
+    assert len(sock.errors) == 10_000 - MAX_FRAMES
     assert loop.watched == {}
     tap.close()
 

@@ -24,7 +24,7 @@ from godwit.errors import HostError
 from godwit.host.loop import Loop
 from godwit.host.net.ethernet import TPID_8021AD, TPID_8021Q
 from godwit.host.net.tap import HEADER, Tap
-from godwit.host.net.tap_watch import BATCH, WINDOW_S, TapWatch
+from godwit.host.net.tap_watch import INTERVAL_S, MAX_FRAMES, TapWatch
 from godwit.spec.config import parse_mac
 from lab.addresses import LANS
 from lab.netns import inside
@@ -237,8 +237,8 @@ def test_a_flood_is_read_at_a_limited_rate(
     place.until(lambda: len(frames) + tap.dropped >= flood)
     took = time.monotonic() - began
     assert tap.dropped > 0
-    assert len(frames) >= BATCH
-    assert len(frames) <= BATCH * (1 + took / WINDOW_S)
+    assert len(frames) >= MAX_FRAMES
+    assert len(frames) <= MAX_FRAMES * (1 + took / INTERVAL_S)
     place.tap.send(rarp(MAC))
     place.until(lambda: frames[-1] == (rarp(MAC), None))
     assert errors == []

@@ -71,7 +71,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class Peer(msgspec.Struct, frozen=True):
-    """An address that the guest asked for or answered, ``count`` times.
+    """An address the guest asked for or answered, ``count`` times.
 
     The last time was at ``last_seen``, in seconds.
     """
@@ -83,7 +83,7 @@ class Peer(msgspec.Struct, frozen=True):
 
 
 class SeenAnnouncements:
-    """The addresses that the guest itself was seen to announce since :meth:`begin`.
+    """The addresses the guest itself was seen to announce since :meth:`begin`.
 
     Not thread-safe. Of more than 1,024 addresses the rest is not remembered, and counts as missing:
     the host then announces once more what the guest announced.
@@ -112,7 +112,7 @@ class SeenAnnouncements:
         return self._at.get(entry.address)
 
     def missing(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Return the entries that the guest was not seen to announce, in the same order."""
+        """Return the entries the guest was not seen to announce, in the same order."""
         return [entry for entry in entries if self.announced_at(entry) is None]
 
 
@@ -131,7 +131,7 @@ class AddressBook:
     Worst memory use, all full of IPv6 addresses under two tags: less than 300 KB.
 
     Attributes:
-        seen: the addresses that the guest itself was seen to announce.
+        seen: the addresses the guest itself was seen to announce.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The dissection of one frame of the guest's: bytes in, a sighting of its addresses out.
 
 Only the frames that bind an address to a place are read: RARP, ARP, and ICMPv6 neighbour
-solicitations and advertisements. The guest can send anything: a frame that no honest host sends is
+solicitations and advertisements. The guest can send anything: a frame no honest host sends is
 :class:`Malformed`, and for a frame of another kind the sighting is None.
 
 The ICMPv6 checksum is not verified: a guest may leave the checksum to its NIC.
@@ -44,7 +44,7 @@ _SOLICITED_NODE = bytes.fromhex("ff0200000000000000000001ff")
 
 
 class Malformed(ValueError):
-    """A frame that no honest host sends, with a short reason."""
+    """A frame no honest host sends, with a short reason."""
 
 
 class Kind(enum.Enum):
@@ -67,7 +67,7 @@ class Sighting(NamedTuple):
             duplicate address detection).
         announces: whether the frame announces ``mac`` and ``ip`` to the whole network: gratuitous
             ARP, unsolicited advertisement, RARP for itself; sent to all. To one peer is not enough.
-        peer: the address that the sender asks for or answers, of ``ip``'s family; None when that
+        peer: the address the sender asks for or answers, of ``ip``'s family; None when that
             is nobody else.
     """
 
@@ -82,11 +82,11 @@ class Sighting(NamedTuple):
 def dissect(frame: bytes | memoryview, outer: Tag | None = None) -> Sighting | None:
     """Return what an Ethernet frame (no FCS) shows, or None for a frame of another kind.
 
-    ``outer`` is the tag that the kernel took off the frame (packet(7), PACKET_AUXDATA).
+    ``outer`` is the tag the kernel took off the frame (packet(7), PACKET_AUXDATA).
 
     Raises:
         Malformed: the frame is cut off, has wrong lengths, two senders, more than two tags, or an
-            address that no host can have.
+            address no host can have.
     """
     data = bytes(frame)
     tags, ethertype, at = _tags(data, outer)

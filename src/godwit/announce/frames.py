@@ -82,7 +82,7 @@ def gratuitous_arp(mac: bytes, ip4: bytes, tags: Tags = ()) -> bytes:
 def unsolicited_na(mac: bytes, ip6: bytes, tags: Tags = ()) -> bytes:
     """Return an unsolicited neighbour advertisement to all nodes, with the override flag.
 
-    RFC 4861 section 7.2.6, with the fields that Linux uses (net/ipv6/ndisc.c,
+    RFC 4861 section 7.2.6, with the fields Linux uses (net/ipv6/ndisc.c,
     ndisc_send_unsol_na): source and target ``ip6``, not a router, target link-layer address.
 
     Raises:

@@ -50,7 +50,7 @@ Later = Callable[[float, Callable[[], None]], Timer]
 class Verifier(Protocol):
     """A way to find out whether the network knows where the guest is (:mod:`.verify`)."""
 
-    #: Whether the operator wants the announcement verified.
+    #: True if the operator wants the announcement verified.
     wanted: bool
 
     def begin(self) -> None:
@@ -104,7 +104,7 @@ class NicAnnouncement:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will come of the announcement."""
+        """True once nothing more will come of the announcement."""
         return not self._held and not self._timers
 
     def begin(self) -> None:
@@ -260,7 +260,7 @@ class NicAnnouncement:
 
     # --- the host's part: the fallback ------------------------------------------------------------
     def _announce_missing(self) -> None:
-        """Announce what the guest left out of an announcement that the guest acknowledged."""
+        """Announce what the guest left out of an announcement the guest acknowledged."""
         if self.uplink.missing():
             self._announce_from_host("not shown")
 

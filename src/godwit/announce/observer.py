@@ -25,7 +25,7 @@ HOST_FRAME_MAX_AGE_S = 2.0
 
 
 class _HostFrames:
-    """The frames that the host sent and that have not come by: a multiset whose members expire."""
+    """The frames the host sent and the observer has not seen: a multiset whose members expire."""
 
     def __init__(self) -> None:
         self._sent: dict[bytes, deque[float]] = {}  # when each expires; the latest frame last
@@ -101,7 +101,7 @@ class Observer:
             yield self._book
 
     def host_sends(self, frame: bytes, now: float) -> None:
-        """Take note of a frame that the host is about to write to the tap.
+        """Take note of a frame the host is about to write to the tap.
 
         After the write, the note may be too late. ``frame`` is whole, with all its VLAN tags.
         """
@@ -111,7 +111,7 @@ class Observer:
     def frame(self, data: bytes | memoryview, outer: Tag | None, now: float) -> Sighting | None:
         """Learn from a frame that came out of the tap, and return what the guest's frame shows.
 
-        ``outer`` is the tag that the kernel took off the frame. Returns None for the host's own
+        ``outer`` is the tag the kernel took off the frame. Returns None for the host's own
         frames, for malformed and other ones. ``on_seen`` is called, without the lock, for each
         announcement of the guest's own.
         """

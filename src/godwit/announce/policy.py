@@ -23,9 +23,9 @@ class Network(msgspec.Struct, frozen=True):
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """A restriction of the address book's entries to those that the host may announce.
+    """A restriction of the address book's entries to those the host may announce.
 
-    The default restricts nothing. A list restricts each kind that the list names: with networks, an
+    The default restricts nothing. A list restricts each kind the list names: with networks, an
     IP address has to be in one of the networks; with MAC addresses, the MAC address has to be among
     the list's (the NIC's own too, if that is to be announced).
 
@@ -69,7 +69,7 @@ def parse_policy(text: str) -> Policy:
             macs.add(parse_mac(item))
             continue
         try:
-            if "%" in item:  # ipaddress would drop the scope without a word
+            if "%" in item:  # ipaddress would drop the scope silently
                 raise ValueError("a scope has no place here")
             network = ipaddress.ip_network(item)
         except ValueError as error:

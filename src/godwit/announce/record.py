@@ -22,7 +22,7 @@ class NicRecord(msgspec.Struct):
         acked_at: when the guest first acknowledged.
         acks: how often the guest acknowledged.
         timeouts: how often the guest did not acknowledge in time.
-        host_sent: frames that the host sent.
+        host_sent: frames the host sent.
         host_sent_at: when the host sent the first frame.
         held: why the announcement waits for the port; None: it does not wait.
         ready_at: when a port that was waited for became ready.

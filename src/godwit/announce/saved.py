@@ -72,7 +72,7 @@ def to_tags(tags: list[_Tag]) -> tuple[Tag, ...]:
 def check(state: AddressBookState) -> None:
     """Check what msgspec has not checked when decoding a state by the types above.
 
-    That is an address that no host can have, and an address or a peer that is there twice. Numbers,
+    That is an address no host can have, and an address or a peer that is there twice. Numbers,
     lengths and ages (NaN among them) have been checked.
 
     Raises:

@@ -1,8 +1,8 @@
 """The uplink of one NIC: the NIC's way into the network, as the announcer sees the way.
 
 An uplink is the NIC's model, what is known of the guest's addresses, and the tap's port. Everything
-that the host sends in the guest's name goes through the uplink, so that the observer can tell the
-host's frames from the guest's.
+the host sends in the guest's name goes through the uplink, so that the observer can
+distinguish the host's frames from the guest's.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Uplink:
         return self._permitted(entries)
 
     def missing(self) -> list[Entry]:
-        """Return the entries that the guest was not seen to announce since :meth:`begin`."""
+        """Return the entries the guest was not seen to announce since :meth:`begin`."""
         if not self.watched:
             return []
         with self.observer.book(self._clock.now()) as book:

@@ -76,7 +76,7 @@ class Verification:
 
     # --- the bridge -------------------------------------------------------------------------------
     def _misplaced(self) -> list[str]:
-        """Return the MAC addresses that the bridge has elsewhere, or not at all."""
+        """Return the MAC addresses the bridge has elsewhere, or not at all."""
         port = self._uplink.port
         port.refresh()
         if not port.bridge:

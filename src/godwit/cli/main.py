@@ -14,7 +14,7 @@ from godwit.spec.config import DEVICE_OPTIONS
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line, and return the exit code."""
     arguments = _parser().parse_args(argv)
     try:
         code: int = arguments.action(arguments)

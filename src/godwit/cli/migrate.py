@@ -18,7 +18,7 @@ _BAR = 24
 
 
 def migrate(qmp: str, uri: str, insecure: bool) -> int:
-    """Migrate the guest behind ``qmp`` to ``uri``; return 0 once the guest has arrived.
+    """Migrate the guest behind ``qmp`` to ``uri``, and return 0 once the guest has arrived.
 
     Raises:
         GodwitError: the migration was refused or failed; the guest is where it was.

@@ -32,7 +32,7 @@ _ESCAPE = 0x1D  # ctrl-]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run a VM until its end; return the exit code.
+    """Run a VM until its end, and return the exit code.
 
     Raises:
         GodwitError: the VM could not be made.

@@ -13,11 +13,11 @@ from godwit.errors import ConfigError, GodwitError, HostError
 
 
 class ClientError(GodwitError):
-    """The base of every error that a client raises on purpose."""
+    """The base of every error a client raises on purpose."""
 
 
 class CommandRefused(ClientError, ConfigError):
-    """An error that is the VM's answer to a command; its class is in ``error_class``."""
+    """The VM's error for an answer to a command, with its class in ``error_class``."""
 
     def __init__(self, text: str, error_class: str) -> None:
         super().__init__(text)

@@ -14,14 +14,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from .errors import CommandRefused, VmGone
 from .messages import Messages
 
 __all__ = ["Client", "CommandRefused", "Event", "VmGone"]
 
-T = TypeVar("T")
 Event = Mapping[str, Any]
 
 #: Events that are kept until somebody asks for them, and the bytes of their text.
@@ -34,7 +33,7 @@ _CHUNK = 1 << 16
 
 
 class _Broken(Exception):
-    """The end of a connection's use; the text has the reason."""
+    """The end of a connection's use, with the reason as text."""
 
 
 class Client:
@@ -98,7 +97,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; harmless the second time."""
+        """Close the connection, which is harmless the second time."""
         self._broken = self._broken or "the connection is closed"
         self._sock.close()
 
@@ -147,7 +146,7 @@ class Client:
             return self._next(name, time.monotonic() + deadline, predicate)
 
     def wait_any(self, name: str, deadline: float) -> Event | None:
-        """Return the next event ``name``; None if none comes within ``deadline`` seconds.
+        """Return the next event ``name``, or None if none comes within ``deadline`` seconds.
 
         Raises:
             VmGone: the VM closed the connection.
@@ -226,7 +225,7 @@ class Client:
             self._unsent.clear()  # what the VM sent before its end is still to be read
 
     def _receive(self) -> bool:
-        """Receive what one system call gives; return False for nothing."""
+        """Receive what one system call gives, and return False for nothing."""
         try:
             data = self._sock.recv(_CHUNK)
         except BlockingIOError:

@@ -139,7 +139,7 @@ class Vm:
         return self.wait_migration(deadline)
 
     def start_migration(self, uri: str, insecure: bool = False) -> None:
-        """Begin to migrate the guest; ``insecure`` allows ``tcp:`` beyond this host.
+        """Begin to migrate the guest, with ``insecure`` also to ``tcp:`` beyond this host.
 
         Raises:
             CommandRefused: the VM refused the migration.

@@ -11,7 +11,7 @@ def make() -> int:
 
 
 def drain(fd: int) -> None:
-    """Set an eventfd's counter to zero; a counter at zero stays so."""
+    """Set an eventfd's counter to zero. A counter at zero stays so."""
     try:
         os.eventfd_read(fd)
     except BlockingIOError:

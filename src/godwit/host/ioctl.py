@@ -56,7 +56,7 @@ def ioctl(fd: int, request: int, argument: int = 0) -> int:
 
 
 def ioctl_in(fd: int, request: int, data: bytes) -> int:
-    """Call ioctl with a struct that the kernel only reads.
+    """Call ioctl with a struct the kernel only reads.
 
     Raises:
         OSError: with the kernel's errno.
@@ -69,7 +69,7 @@ def ioctl_in(fd: int, request: int, data: bytes) -> int:
 
 
 def ioctl_out(fd: int, request: int, data: bytearray) -> int:
-    """Call ioctl with a struct that the kernel may write.
+    """Call ioctl with a struct the kernel may write.
 
     Raises:
         OSError: with the kernel's errno.

@@ -45,7 +45,7 @@ def sealed_memfd(name: str, size: int) -> int:
 
 
 def map_shared(address: int, size: int, fd: int, offset: int) -> None:
-    """Map a file over a part of a mapping that the caller owns. Raises OSError."""
+    """Map a file over a part of a mapping the caller owns. Raises OSError."""
     got = _mmap(address, size, _PROT_READ | _PROT_WRITE, _MAP_SHARED | _MAP_FIXED, fd, offset)
     if got != address:
         error = ctypes.get_errno()
@@ -53,15 +53,15 @@ def map_shared(address: int, size: int, fd: int, offset: int) -> None:
 
 
 def advise_huge(address: int, size: int) -> None:
-    """Ask for huge pages; a kernel that has none for this mapping gives small ones."""
+    """Ask for huge pages, where the kernel has some for this mapping."""
     _madvise(address, size, _MADV_HUGEPAGE)
 
 
 def populate(address: int, size: int) -> None:
-    """Populate pages for writing, without holding the GIL; an older kernel does nothing."""
+    """Populate pages for writing, without holding the GIL. An older kernel does nothing."""
     _madvise(address, size, _MADV_POPULATE_WRITE)
 
 
 def discard(address: int, size: int, shared: bool) -> None:
-    """Give pages back: they are zeros from now on; ``shared``: for all who map the file."""
+    """Give pages back, which are zeros from now on, if ``shared`` for all who map the file."""
     _madvise(address, size, _MADV_REMOVE if shared else _MADV_DONTNEED)

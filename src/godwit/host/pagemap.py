@@ -27,7 +27,7 @@ _PRESENT = 1 << 3
 _SWAPPED = 1 << 4
 _RANGE = struct.Struct("3Q")
 #: Ranges asked for at once. With more than the kernel's own buffer holds, those of a 2 MB walk,
-#: walk_end may lie before ranges that were told already (seen with 1,024 on Linux 6.18).
+#: walk_end may lie before ranges that were reported already (seen with 1,024 on Linux 6.18).
 _RANGES = 512
 _ENTRY = 8
 #: Bit 63: present, bit 62: swapped; top byte of eight.

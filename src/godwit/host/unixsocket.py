@@ -49,7 +49,7 @@ def remove(path: str, inode: int) -> None:
 
 
 def _remove_stale(path: str, what: str) -> None:
-    """Remove the socket file that an exited process left behind."""
+    """Remove the socket file an exited process left behind."""
     try:
         mode = os.lstat(path).st_mode
     except OSError:

@@ -63,7 +63,7 @@ class Vhost:
             raise HostError(f"{DEVICE}: {error}; use the in-process backend (vhost=off)") from error
 
     def features(self) -> int:
-        """Return the feature bits that vhost-net offers."""
+        """Return the feature bits vhost-net offers."""
         raw = bytearray(8)
         ioctl_out(self._fd, GET_FEATURES, raw)
         return int.from_bytes(raw, "little")
@@ -103,7 +103,7 @@ class Vhost:
         self._put(SET_VRING_BASE, VRING_STATE.pack(index, position))
 
     def base(self, index: int) -> int:
-        """Return the position in the avail ring that the kernel would go on from, modulo 65,536."""
+        """Return the position in the avail ring the kernel would go on from, modulo 65,536."""
         state = bytearray(VRING_STATE.pack(index, 0))
         ioctl_out(self._fd, GET_VRING_BASE, state)
         position: int = VRING_STATE.unpack(state)[1]

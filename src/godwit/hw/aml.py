@@ -1,4 +1,4 @@
-"""The few AML encodings that a small DSDT needs (ACPI 6.5, chapter 20)."""
+"""The few AML encodings a small DSDT needs (ACPI 6.5, chapter 20)."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class PortBus:
             self._ports[port] = (first, device)
 
     def claim(self, first: int, count: int, device: BusDevice) -> bool:
-        """Map ports that the guest chose; return False when one of them is taken."""
+        """Map ports the guest chose, or return False when one of them is taken."""
         if first + count > 1 << 16 or any(p in self._ports for p in range(first, first + count)):
             return False
         self.map(first, count, device)
@@ -65,7 +65,7 @@ class MmioBus:
         self._table: tuple[list[int], list[tuple[int, int, BusDevice]]] = ([], [])
 
     def map(self, start: int, size: int, device: BusDevice) -> bool:
-        """Map an address range; return False, with nothing mapped, when another range overlaps."""
+        """Map an address range, or return False, with nothing mapped, when another overlaps."""
         if any(s < start + size and start < e for s, e, _ in self._table[1]):
             return False
         self._set([*self._table[1], (start, start + size, device)])

@@ -14,7 +14,7 @@ _OVERRUN = 16 << 20
 class Console:
     """A console that writes bytes to ``fd`` from a thread of its own.
 
-    The descriptor may be a terminal that somebody stopped: a blocking write then holds this thread
+    The descriptor may be a terminal somebody stopped: a blocking write then holds this thread
     and no vCPU. ``has_space()`` is False while more than ``limit`` bytes wait, and the UART reports
     that to the guest; nothing is dropped.
     """
@@ -36,7 +36,7 @@ class Console:
         return len(self._waiting) < self._limit
 
     def write(self, data: bytes) -> None:
-        """Accept ``data`` without blocking.
+        """Take ``data`` for the writer thread, without blocking.
 
         A writer that ignores :meth:`has_space` overruns the console in the end, as on a real UART.
         """
@@ -48,12 +48,12 @@ class Console:
                 self._changed.notify_all()
 
     def flush(self, timeout: float) -> bool:
-        """Wait until all is written; return False when ``timeout`` seconds did not suffice."""
+        """Wait until all is written, or return False after ``timeout`` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting and not self._writing, timeout)
 
     def close(self, timeout: float = 5.0) -> bool:
-        """Flush and end the thread; return whether all was written."""
+        """Flush, end the thread, and return whether all was written."""
         done = self.flush(timeout)
         with self._changed:
             self._closed = True

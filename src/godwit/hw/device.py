@@ -39,7 +39,7 @@ OnGuestError = Callable[[str, str], None]
 
 
 class Slot(NamedTuple):
-    """All that a device is made from beside its configuration."""
+    """All a device is made from beside its configuration."""
 
     memory: GuestMemory
     vm: Vm
@@ -93,7 +93,7 @@ class Device(ABC):
         """Begin to stop serving: the vCPUs have stopped. Work in flight may go on."""
 
     def paused(self, timeout: float) -> bool:
-        """Wait until no work is in flight, at most ``timeout`` seconds; return whether so.
+        """Wait until no work is in flight, at most ``timeout`` seconds, and return whether so.
 
         Called after :meth:`pause` without any lock, so that workers can finish.
         """
@@ -101,22 +101,22 @@ class Device(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Return to the state after power-on; paused."""
+        """Return to the state after power-on, while paused."""
 
     @abstractmethod
     def save(self) -> msgspec.Struct:
-        """Return the state, a :attr:`State`; paused."""
+        """Return the saved state, a :attr:`State`, while paused."""
 
     @abstractmethod
     def load(self, state: Any) -> None:
-        """Take over a saved state, a :attr:`State`; paused.
+        """Take over a saved state, a :attr:`State`, while paused.
 
         Raises:
             StreamError: the device cannot be in the state; the message names the field.
         """
 
     def close(self) -> None:
-        """Give the host's resources back; paused. Closing twice is harmless."""
+        """Give the host's resources back, while paused. Closing twice is harmless."""
 
 
 @contextmanager
@@ -151,12 +151,12 @@ class Negotiates(ABC):
     @property
     @abstractmethod
     def offered(self) -> int:
-        """Feature bits that the guest may use."""
+        """Feature bits the guest may use."""
 
     @property
     @abstractmethod
     def negotiated(self) -> int:
-        """Feature bits that the guest uses now."""
+        """Feature bits the guest uses now."""
 
 
 _Queue = Annotated[int, msgspec.Meta(ge=0, lt=64)]
@@ -185,11 +185,11 @@ class HasSetupHints(ABC):
 
     @abstractmethod
     def hints(self) -> SetupHints:
-        """Return what a destination may set up before this device stops; from any thread."""
+        """Return what a destination may set up before this device stops, from any thread."""
 
     @abstractmethod
     def prepare(self, hints: SetupHints) -> None:
-        """Set up what a device like that needs; paused.
+        """Set up what a device like that needs, while paused.
 
         Hints are a guess of the source's: :meth:`Device.load` counts. What the kernel refuses is
         left out.
@@ -201,7 +201,7 @@ class Counts(ABC):
 
     @abstractmethod
     def counters(self) -> Mapping[str, int]:
-        """Return the counters since the device was made; from any thread."""
+        """Return the counters since the device was made, from any thread."""
 
 
 # --- all devices of a machine --------------------------------------------------------------------
@@ -210,7 +210,7 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 
 class DeviceState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A device's saved state in a stream; the kind's own type decodes ``state``."""
+    """A device's saved state in a stream, whose ``state`` the kind's own type decodes."""
 
     id: Name
     kind: Name
@@ -229,7 +229,7 @@ class Devices:
         self._found: dict[Any, list[Any]] = {}
 
     def add(self, device: Device) -> None:
-        """Add a device; its id is new."""
+        """Add a device, whose id is new."""
         assert device.id not in self._devices
         self._devices[device.id] = device
         self._found.clear()
@@ -246,7 +246,7 @@ class Devices:
         return self._found[capability]
 
     def part(self, device: Device, capability: type[_Capability]) -> _Capability | None:
-        """Return the part of a device that has a capability; None if no part has."""
+        """Return the part of a device that has a capability, or None if no part has."""
         return next((part for part in device.parts() if isinstance(part, capability)), None)
 
     # --- one lifecycle ----------------------------------------------------------------------------
@@ -256,7 +256,7 @@ class Devices:
             device.resume()
 
     def pause(self, timeout: float) -> Device | None:
-        """Pause all devices within ``timeout`` seconds; return the one that is not paused by then.
+        """Pause all devices within ``timeout`` seconds, and return the first that is late.
 
         All begin to stop before any is waited for: one's work may be another's.
         """
@@ -283,7 +283,7 @@ class Devices:
 
         Raises:
             StreamError: a device is missing, unknown, there twice, of another kind or version, or
-                has a state that its kind cannot have; the message names the device.
+                has a state its kind cannot have; the message names the device.
         """
         given = list(states)
         by_id = {state.id: state for state in given}

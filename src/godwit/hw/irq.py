@@ -123,7 +123,7 @@ class Msix:
         self._update()
 
     def signal(self, vector: int) -> None:
-        """Raise ``vector``; one out of range means 'no vector', and nothing happens."""
+        """Raise ``vector``, which may be out of range for 'no vector'."""
         if 0 <= vector < self.count and self._enabled:
             os.eventfd_write(self.fds[vector], 1)
 
@@ -169,7 +169,7 @@ class Msix:
         return bytes(self._table)
 
     def prepare(self, table: bytes) -> None:
-        """Prepare the routes of the table that the arriving guest has."""
+        """Prepare the routes of the table the arriving guest has."""
         for vector, gsi in enumerate(self._gsis):
             entry = table[vector * _ENTRY : (vector + 1) * _ENTRY]
             if len(entry) == _ENTRY and not entry[12] & _MASKED:
@@ -177,7 +177,7 @@ class Msix:
                 self._routes.set(gsi, address, int.from_bytes(entry[8:12], "little"))
 
     def save(self) -> MsixState:
-        """Return the state; the device is paused."""
+        """Return the state of a paused device's vectors."""
         return MsixState(bytes(self._table), self._enabled, self._masked, self._pending())
 
     def load(self, state: MsixState) -> None:
@@ -197,7 +197,7 @@ class Msix:
         self._update()
 
     def close(self) -> None:
-        """Give the descriptors back."""
+        """Give all of the descriptors back."""
         self.detach()
         for fd in self.fds:
             os.close(fd)

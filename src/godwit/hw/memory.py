@@ -49,7 +49,7 @@ def layout(size: int) -> list[tuple[int, int]]:
 
 
 class GuestMemory:
-    """A guest's RAM: private to this process, or ``shared``, as a memfd that others can map.
+    """A guest's RAM: private to this process, or ``shared``, as a memfd others can map.
 
     Attributes:
         size: bytes.
@@ -99,14 +99,9 @@ class GuestMemory:
 
     # --- pages that exist -------------------------------------------------------------------------
     def populated(self) -> list[tuple[int, int]]:
-        """Return the pages that exist, as (guest address, pages); all others are zeros.
+        """Return the pages that exist, as (guest address, pages). All others are zeros.
 
-        Pages of shared RAM that another process alone has used count as well.
-
-        Raises:
-            HostError, OSError: the kernel does not answer.
-
-        Pages of shared RAM that another process alone has touched count as well.
+        Pages of shared RAM another process alone has used count as well.
 
         Raises:
             HostError, OSError: the kernel does not answer.
@@ -189,7 +184,7 @@ class GuestMemory:
         return bytes(self.view(address, length))
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
-        """Copy ``data`` into RAM.
+        """Copy ``data`` into RAM at ``address``.
 
         Raises:
             GuestError: some of the bytes are not RAM.
@@ -199,11 +194,11 @@ class GuestMemory:
         self.mark_dirty(address, len(data))
 
     def start_log(self) -> None:
-        """Begin to note the pages that the VMM writes."""
+        """Begin to note the pages the VMM writes."""
         self._dirty = set()
 
     def stop_log(self) -> None:
-        """Note no more pages that the VMM writes."""
+        """Note no more pages the VMM writes."""
         self._dirty = None
 
     def take_log(self) -> set[int]:
@@ -216,7 +211,7 @@ class GuestMemory:
             return taken
 
     def mark_dirty(self, address: int, length: int) -> None:
-        """Note that the VMM wrote to these pages; nothing happens while no migration logs."""
+        """Note that the VMM wrote to these pages, if a migration logs."""
         if self._dirty is None:
             return
         with self._dirty_lock:

@@ -31,7 +31,7 @@ _STATUS_CAPABILITIES = 1 << 4
 
 
 class PciState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The part of a configuration space that the guest can change."""
+    """The part of a configuration space the guest can change."""
 
     command: U16
     bar0: U32
@@ -79,7 +79,7 @@ class PciFunction:
         self._mask[COMMAND] |= _COMMAND_IO
 
     def add_capability(self, kind: int, body: bytes, mask: bytes = b"") -> int:
-        """Append a capability and return its offset; ``mask`` has the writable bits of ``body``."""
+        """Append a capability and return its offset. ``mask`` has the writable bits of ``body``."""
         at = self._capabilities
         self.config[self._last_capability] = at
         self.config[at : at + 2 + len(body)] = bytes((kind, 0)) + body
@@ -91,7 +91,7 @@ class PciFunction:
 
     @property
     def bar(self) -> int | None:
-        """The address of BAR 0 now; None while memory decoding is off."""
+        """The address of BAR 0 now, or None while memory decoding is off."""
         return self._bar_mapped
 
     def read_config(self, offset: int, size: int) -> int:
@@ -115,7 +115,7 @@ class PciFunction:
         self._set_state(PciState(0, self._bar_home, 0))
 
     def save_config(self) -> PciState:
-        """Return the registers that the guest can change."""
+        """Return the registers the guest can change."""
         return PciState(self.read_config(COMMAND, 2), self.read_config(BAR0, 4), self.config[0x3C])
 
     def load_config(self, state: PciState) -> None:
@@ -154,7 +154,7 @@ class PciFunction:
             io.mapped = wanted
 
     def bar_moved(self) -> None:
-        """React to a new place of BAR 0, or to none; subclasses move their ioeventfds."""
+        """React to a new place of BAR 0, or to none. Subclasses move their ioeventfds."""
 
     def read(self, offset: int, size: int) -> int:
         """Return what the guest reads in BAR 0."""
@@ -207,7 +207,7 @@ class PciBus(Device):
         function._bus = self
 
     def read(self, offset: int, size: int) -> int:
-        """Read the address at 0xCF8, or at 0xCFC the configuration space that the address names."""
+        """Read the address at 0xCF8, or at 0xCFC the configuration space the address names."""
         with self._lock:
             if offset < 4:
                 return self._address >> 8 * offset & (1 << 8 * size) - 1
@@ -227,11 +227,11 @@ class PciBus(Device):
                     function.write_config(register, size, value)
 
     def reset(self) -> None:
-        """Forget the address register."""
+        """Set the address register to zero."""
         self._address = 0
 
     def save(self) -> PciBusState:
-        """Return the address register."""
+        """Return the address register's value."""
         return PciBusState(self._address)
 
     def load(self, state: PciBusState) -> None:

@@ -48,7 +48,7 @@ class Pm1(Device):
         self._level = False
 
     def press(self) -> None:
-        """Push the power button."""
+        """Press the guest's power button."""
         with self._lock:
             self._status |= _STS_PWRBTN
             self._update()
@@ -60,7 +60,7 @@ class Pm1(Device):
         return whole >> 8 * offset & (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Clear status bits by ones; SLP_EN with S5's type switches the VM off."""
+        """Clear status bits by ones. SLP_EN with S5's type switches the VM off."""
         off = False
         with self._lock:
             for i in range(size):
@@ -82,7 +82,7 @@ class Pm1(Device):
             self._off()
 
     def save(self) -> PowerState:
-        """Return the state; the VM is stopped."""
+        """Return the state of a stopped VM's registers."""
         return PowerState(self._status, self._enable, self._control)
 
     def load(self, state: PowerState) -> None:

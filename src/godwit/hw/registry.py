@@ -1,7 +1,7 @@
 """The kinds of devices that can be configured: a new one is a file with a class, and a row here.
 
 A device's module has ``make(config, slot)``. A module is imported when the first device of its kind
-is made, so that a guest does not wait for the code of devices that the guest lacks.
+is made, so that a guest does not wait for the code of devices the guest lacks.
 """
 
 from __future__ import annotations

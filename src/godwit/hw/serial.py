@@ -32,11 +32,11 @@ class Sink(Protocol):
         """Return whether a byte may be written now."""
 
     def write(self, data: bytes) -> None:
-        """Accept ``data`` without blocking."""
+        """Take ``data`` to be sent, without blocking."""
 
 
 class SerialState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The UART's registers and the input that the guest has not read."""
+    """The UART's registers and the input the guest has not read."""
 
     ier: U8
     fcr: U8
@@ -50,7 +50,7 @@ class SerialState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Serial(Device):
-    """The UART. ``set_irq(level)`` drives its interrupt line."""
+    """The UART, whose interrupt line ``set_irq(level)`` drives."""
 
     kind = "serial"
     State = SerialState
@@ -73,7 +73,7 @@ class Serial(Device):
         self._rx.clear()
 
     def receive(self, data: bytes) -> int:
-        """Take bytes from the outside; return how many of them the buffer had space for."""
+        """Take bytes from the outside, and return how many of them had space."""
         with self._lock:
             taken = data[: _RX_LIMIT - len(self._rx)]
             self._rx.extend(taken)
@@ -157,7 +157,7 @@ class Serial(Device):
             self._update()
 
     def save(self) -> SerialState:
-        """Return the state; the VM is stopped."""
+        """Return the state of a stopped VM's UART."""
         with self._lock:
             return SerialState(
                 ier=self._ier,
@@ -172,7 +172,7 @@ class Serial(Device):
             )
 
     def load(self, state: SerialState) -> None:
-        """Take over a saved state; the line's level lives in the saved interrupt controllers."""
+        """Take over a saved state. The line's level lives in the saved interrupt controllers."""
         with self._lock:
             self._ier, self._fcr, self._lcr = state.ier, state.fcr, state.lcr
             self._mcr, self._scr = state.mcr, state.scr

@@ -103,12 +103,12 @@ class Board:
         self.on_exit(reason, detail)
 
     def stop(self) -> None:
-        """End the vCPUs' threads; harmless the second time."""
+        """End the threads of all vCPUs. Harmless the second time."""
         for thread in self.vcpus:
             thread.stop()
 
     def close(self) -> None:
-        """Stop, and give everything back; harmless the second time."""
+        """Stop, and give everything back. Harmless the second time."""
         self._undo.close()
 
     def __enter__(self) -> Self:

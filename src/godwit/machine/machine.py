@@ -163,7 +163,7 @@ class Machine:
             raise KvmError(f"KVM does not show what a new VM is like: {error}") from error
 
     def reboot(self, initial: PowerOn) -> None:
-        """Reset everything to power-on and boot again; paused.
+        """Reset everything to power-on and boot again, while paused.
 
         Raises:
             ConfigError: the kernel cannot be loaded any more.
@@ -239,7 +239,7 @@ class Machine:
 
     @property
     def exited(self) -> tuple[StopReason, str] | None:
-        """The stop reason and its detail; None while the guest would go on by itself."""
+        """The stop reason and its detail, or None while the guest would go on by itself."""
         return next((t.exited for t in self.vcpus if t.exited is not None), None)
 
     def close(self) -> None:
@@ -250,7 +250,7 @@ class Machine:
         self._board.close()
 
     def _guest_asked(self, reason: StopReason, detail: str) -> None:
-        """Stop the vCPU at hand; called by a device within that vCPU's exit."""
+        """Stop the vCPU in whose exit a device calls this."""
         for thread in self.vcpus:
             if thread.is_current():
                 thread.exit(reason, detail)
@@ -262,7 +262,7 @@ class Machine:
 
     # --- state ------------------------------------------------------------------------------------
     def save(self, sections: Mapping[str, Any] | None = None) -> MachineState:
-        """Return the state of the machine, with the sections of others; paused."""
+        """Return the state of the machine, with the sections of others, while paused."""
         clock, tscs, _ = clocks.read(self.vm, self._vcpus)
         return MachineState(
             vcpus=[
@@ -275,12 +275,12 @@ class Machine:
         )
 
     def hints(self) -> dict[str, SetupHints]:
-        """Return the setup hints of each device that has some, by id; running, from any thread."""
+        """Return the setup hints of each device that has some, by id, from any thread."""
         found = ((device.id, self._hinted(device)) for device in self.devices)
         return {id: part.hints() for id, part in found if part is not None}
 
     def prepare(self, hints: Mapping[str, SetupHints]) -> None:
-        """Set up what is slow to set up for devices with these hints; paused.
+        """Set up what is slow to set up for devices with these hints, while paused.
 
         Hints are a source's guess: :meth:`load` counts.
         """
@@ -302,10 +302,10 @@ class Machine:
         return self.devices.part(device, HasSetupHints)
 
     def load(self, state: MachineState, received: float, on_phase: OnPhase = _ignore) -> None:
-        """Take over a saved state; paused. The guest's clock makes up for the time in between.
+        """Take over a saved state, while paused.
 
-        ``received`` is the ``time.monotonic()`` at which the state came; ``on_phase`` is called
-        when a part is done.
+        The guest's clock makes up for the time in between. ``received`` is the ``time.monotonic()``
+        at which the state came; ``on_phase`` is called when a part is done.
 
         Raises:
             StreamError: the state is not one of this machine; the message names what differs.

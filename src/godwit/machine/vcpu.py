@@ -83,7 +83,7 @@ class VcpuThread:
         self._thread.start()
 
     def resume(self) -> None:
-        """Let the guest run; a vCPU that exited stays parked until :meth:`revive`."""
+        """Let the guest run, unless the vCPU exited and waits for :meth:`revive`."""
         self._early = False
         self._go()
 
@@ -119,7 +119,7 @@ class VcpuThread:
             self._kick()
 
     def _kick(self) -> None:
-        """Have the vCPU leave the guest; the caller has the lock."""
+        """Have the vCPU leave the guest. The caller has the lock."""
         self.vcpu.kick(None if self._parked else self._thread.ident)
 
     def wait_paused(self, timeout: float = 10.0) -> None:
@@ -165,7 +165,7 @@ class VcpuThread:
         return self._thread is threading.current_thread()
 
     def stop(self) -> None:
-        """End the vCPU's thread."""
+        """End the thread of this vCPU."""
         with self._changed:
             self._quit = True
             self._changed.notify_all()
@@ -243,7 +243,7 @@ class VcpuThread:
             page.release()
 
     def _await_resume(self) -> bool:
-        """Wait until the devices are there; return False if the thread ends first."""
+        """Wait until the devices are there, or return False if the thread ends first."""
         with self._changed:
             self._changed.wait_for(lambda: not self._early or self._quit)
             return not self._quit

@@ -1,1 +1,1 @@
-"""Moving a running guest: codec, RAM, source, destination, report. See docs/design.md."""
+"""Migration of a running guest: stream, RAM, source, destination, report. See docs/design.md."""

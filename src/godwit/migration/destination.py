@@ -1,4 +1,4 @@
-"""The destination's side of a migration: it makes everything before the stop, loads, and waits.
+"""The destination's side of a migration: all is made before the stop, then loaded, then committed.
 
 Nothing of the guest runs here before COMMIT. After READY was sent, the guest may be ours: a lost
 connection is then waited out on the listening socket, where the source queries with the migration's
@@ -27,9 +27,9 @@ from .wire.stream import WaitingConnection
 
 
 class Destination(Incoming):
-    """Waits for a guest at ``address``.
+    """A destination that waits for a guest at ``address``.
 
-    ``hands_over()`` says whether packets may be handed over.
+    ``hands_over()`` returns whether packets may be handed over.
 
     Raises:
         ConfigError: the address cannot be listened on.
@@ -60,7 +60,7 @@ class Destination(Incoming):
         self._listener.close()
 
     def started(self, states: list[str]) -> None:
-        """Send STARTED, and keep it for a source that queries."""
+        """Send STARTED, and keep the message for a source that queries."""
         self._started = messages.Started(dict(self.phases), states)
         if self._answer_on is not None:
             with suppress(LinkLost):  # then the source queries, and is answered
@@ -86,7 +86,7 @@ class Destination(Incoming):
                 return
 
     def _accept(self, timeout: float | None) -> WaitingConnection | None:
-        """Return the next connection; None after ``timeout`` seconds, or at the close."""
+        """Return the next connection, or None after ``timeout`` seconds, or at the close."""
         until = None if timeout is None else self._times.now() + timeout
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
@@ -102,7 +102,7 @@ class Destination(Incoming):
         return None
 
     def _serve(self, connection: WaitingConnection) -> bool:
-        """Serve one source; return False when it was refused and another may come.
+        """Serve one source, or return False if the source was refused and another may come.
 
         Raises:
             MigrationError: the migration failed after RAM began to come.
@@ -189,8 +189,8 @@ class Destination(Incoming):
     ) -> tuple[WaitingConnection, messages.Commit]:
         """Find out whether the source handed over or resumed: the connection broke before COMMIT.
 
-        A source that resumed does not query. One that handed over queries until it is answered; its
-        QUERY is as good as the COMMIT that was lost.
+        A source that resumed does not query. One that handed over queries until answered; its QUERY
+        is as good as the COMMIT that was lost.
         """
         until = self._times.now() + self._times.patience
         while True:
@@ -208,10 +208,10 @@ class Destination(Incoming):
             connection.close()
 
     def _answer(self, connection: WaitingConnection, hello: messages.Hello) -> None:
-        """Have the source receive STARTED, here or where it queries, until it has acknowledged.
+        """Have the source receive STARTED, here or by a query, until the ACK.
 
-        For as long as it takes: a source that finds nobody listening concludes that the guest is
-        not here, and would let it run there too.
+        This has no deadline: a source that finds nobody listening concludes that the guest is not
+        here, and would let the guest run there too.
         """
         while True:
             try:
@@ -235,7 +235,7 @@ class Destination(Incoming):
 
 
 def _query(connection: WaitingConnection, token: bytes) -> messages.Commit | None:
-    """Return what a new connection's QUERY holds; None if it does not ask about this migration."""
+    """Return what a new connection's QUERY holds, or None if about another migration."""
     try:
         commit = connection.expect_struct(Kind.QUERY, messages.Commit)
     except GodwitError as error:

@@ -1,4 +1,4 @@
-"""A guest as migrations see it: its machine, and the uplinks of its NICs."""
+"""A guest as migrations see one: the machine, and the uplinks of the NICs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Guest:
         saved.prepare(MachineState)
 
     def save(self) -> MachineState:
-        """Return the machine's state and the address books; paused."""
+        """Return the machine's state and the address books, while paused."""
         now = self._now()
         books = {}
         for uplink in self.uplinks:
@@ -53,10 +53,10 @@ class Guest:
         return self.machine.save({ADDRESSES: msgspec.Raw(msgspec.msgpack.encode(books))})
 
     def load(self, state: MachineState, received: float, on_phase: OnPhase) -> None:
-        """Take over a saved state; paused. See :meth:`.Machine.load`.
+        """Take over a saved state, while paused, as :meth:`.Machine.load` does.
 
         Raises:
-            StreamError: the state is not one of this guest; names what differs.
+            StreamError: the state is not one of this guest; the message names what differs.
         """
         if state.sections.keys() != {ADDRESSES}:
             odd = ", ".join(sorted(state.sections.keys() ^ {ADDRESSES}))

@@ -1,4 +1,4 @@
-"""The half that all ways in have in common: a thread that loads a guest and hands it to its VM."""
+"""The half common to all ways in: a thread that loads a guest for the VM."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TakeOver = Callable[["Incoming", bool], None]
 
 
 class Incoming(ABC):
-    """Loads a guest in a thread of its own, where the callbacks are made.
+    """A migration in, which loads a guest in a thread of its own and calls back there.
 
-    ``take_over(incoming, running)`` starts the guest, or leaves it stopped, and has to call
-    :meth:`started`; ``on_failed(error)`` says that this machine's RAM is spoilt, and that no guest
-    will come.
+    ``take_over(incoming, running)`` starts the guest, or leaves the guest stopped, and has to call
+    :meth:`started`; ``on_failed(error)`` reports that this machine's RAM is spoilt, and that no
+    guest will come.
 
     Attributes:
         packets: the guest's packet handover, if there is one.
@@ -67,11 +67,15 @@ class Incoming(ABC):
         self._receiver.close()
 
     def started(self, states: list[str]) -> None:
-        """Notify the source that its guest is here, with the run states that led there."""
+        """Notify the source that its guest is here, with the run states until then."""
 
     @abstractmethod
     def _run(self) -> None:
-        """Load the guest and have it taken over. Raises GodwitError where no guest will come."""
+        """Load the guest and have the VM take over.
+
+        Raises:
+            GodwitError: no guest will come.
+        """
 
     @abstractmethod
     def _interrupt(self) -> None:
@@ -79,7 +83,7 @@ class Incoming(ABC):
 
     @abstractmethod
     def _finish(self) -> None:
-        """Give back what the thread has; the last thing that it does."""
+        """Give the thread's resources back, as its last act."""
 
     def _main(self) -> None:
         try:

@@ -34,7 +34,7 @@ Parameters = Callable[[], MigrationParameters]
 
 
 class Outgoing(ABC):
-    """Takes a guest out of this VM in a thread of its own, where ``on_status`` is called."""
+    """A migration out of this VM, in a thread of its own, where ``on_status`` is called."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Outgoing(ABC):
         #: Not the token, which is a secret of the two ends: everybody sees the markers.
         self._cookie = b""
         self._log = DirtyLog(machine)
-        self._left: list[Run] = []
+        self._to_send: list[Run] = []
         self._sent_early = 0  # pages of the last round that were sent before the stop
         self._throttle = Throttle(lambda: machine.vcpus)
         self._budget_start = times.now()
@@ -69,16 +69,16 @@ class Outgoing(ABC):
         self._thread = threading.Thread(target=self._main, name="migration", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread of the migration."""
         self._thread.start()
 
     @property
     def active(self) -> bool:
-        """Whether the migration is still under way."""
+        """True while the migration is under way."""
         return not self._over.is_set()
 
     def cancel(self) -> bool:
-        """Give the migration up; return False when the guest was handed over already."""
+        """Give the migration up, or return False when the guest was handed over already."""
         with self._decision:
             if self._committed:
                 return False
@@ -96,7 +96,7 @@ class Outgoing(ABC):
 
     @property
     def exposed(self) -> bool:
-        """Whether the destination may have shown the guest to the network."""
+        """True if the destination may have shown the guest to the network."""
         return False
 
     def abandon(self) -> None:
@@ -111,7 +111,7 @@ class Outgoing(ABC):
     # --- phases -----------------------------------------------------------------------------------
     @abstractmethod
     def _phases(self) -> tuple[Callable[[], None], ...]:
-        """Return the phases in their order; the last one hands the guest over."""
+        """Return the phases in their order, of which the last one hands the guest over."""
 
     def _main(self) -> None:
         try:
@@ -128,13 +128,13 @@ class Outgoing(ABC):
             self._over.set()  # whatever went wrong, another migration may be tried
             if self._connection is not None:
                 self._connection.close()
-            self._end_log()  # if it has not ended; what is wrong with it harms nobody any more
+            self._end_log()  # unless ended; what goes wrong with that harms nobody any more
 
     def _post_completion(self) -> None:
         """Do what is left to do for a guest that is gone, and whose operator was notified."""
 
     def _reason(self, error: Exception) -> Exception:
-        """Return why the migration failed, if more is known than its error says."""
+        """Return why the migration failed, if more is known than the error has."""
         return error
 
     def _before_return(self) -> None:
@@ -147,7 +147,11 @@ class Outgoing(ABC):
         return self._connection
 
     def _check_alive(self) -> None:
-        """Refuse a dead guest, which would migrate happily. Raises StateError."""
+        """Refuse a dead guest, which would migrate happily.
+
+        Raises:
+            StateError: the guest exited.
+        """
         if self._machine.exited is not None:
             raise StateError(f"the guest is dead: {self._machine.exited[1]}")
 
@@ -158,12 +162,12 @@ class Outgoing(ABC):
         # Logging starts before the first page is read: what changes afterwards is sent again.
         self._log.start()
         self.report.phase("log-started")
-        self._left = self._machine.memory.populated()
+        self._to_send = self._machine.memory.populated()
         self.report.phase("pages-found")
 
     def _precopy(self) -> None:
         """Send RAM while the guest runs, until little enough is left for the stop."""
-        runs = self._left
+        runs = self._to_send
         for part in _tables(runs):
             self._peer.send_parts([messages.message(Kind.PREFAULT, messages.encode_runs(part))])
         judge = Convergence()
@@ -186,10 +190,10 @@ class Outgoing(ABC):
             # the stop. Another look at the log would take as long as they do.
             self._send_pages(runs)
             self._sent_early, runs = pages_in(runs), []
-        self._left = runs
+        self._to_send = runs
 
     def _round(self, runs: list[Run], looked: float) -> tuple[list[Run], float]:
-        """Send these pages while the guest runs; return the dirty ones then, and the time.
+        """Send these pages while the guest runs, and return the dirty ones then, and the time.
 
         ``looked`` is when the dirty log was looked at before, by the migration's clock.
         """
@@ -198,7 +202,7 @@ class Outgoing(ABC):
         first = not self.report.rounds
         sent = zeros = 0
         # In chunks: while one is looked through here, the one before is on its way. (A thread that
-        # looks ahead was no quicker where it was measured: both CPUs are busy by then.)
+        # looks at the next one was no quicker where it was measured: both CPUs are busy by then.)
         for chunk in chunks(runs):
             data, zero = split_zeros(self._machine, chunk)
             if zero and not first:  # at first, the destination's RAM is zeros anyway
@@ -218,7 +222,7 @@ class Outgoing(ABC):
 
     @property
     def _convergence(self) -> ConvergenceParameters:
-        """What to do about a guest that writes faster than the connection takes."""
+        """The operator's choice for a guest that writes faster than the connection takes."""
         return self._parameters().convergence
 
     def _unthrottle(self) -> None:
@@ -232,7 +236,9 @@ class Outgoing(ABC):
         with self._machine.lock:
             self._before = self._states.current  # the operator may have paused it meanwhile
             self._states.set(RunState.FINISH_MIGRATE)
-            self.report.stopped = self._times.now()  # until now it ran, and others were notified
+            self.report.stopped = (
+                self._times.now()
+            )  # until now the guest ran, and others were notified
             self._machine.pause(self.report.phase)
         self._unthrottle()
         if self._machine.exited is not None:
@@ -244,11 +250,11 @@ class Outgoing(ABC):
         # RAM (the paravirtual clock, say), and the log is read after that.
         state = self._guest.save()
         self.report.phase("save")
-        # It goes first, so that the destination loads it while the last pages are looked up here.
+        # The state goes first: the destination loads it while the last pages are looked up here.
         payload = saved.encode(state)
         self._peer.send_parts([messages.header(Kind.STATE, len(payload)), payload])
         # A page that was dirty before the stop and after it is sent once, as it is now.
-        runs = union(self._left, self._log.take())
+        runs = union(self._to_send, self._log.take())
         self.report.phase("dirty-log")
         self._send_pages(runs)
         self._peer.send(Kind.ROUND)
@@ -262,7 +268,7 @@ class Outgoing(ABC):
             self.report.bytes_sent = self._connection.sent
         self.report.error = error
         self.report.ended = self._times.now()
-        # For a guest that is gone, later: to end the log keeps a CPU busy (15 ms in the lab) while
+        # For a guest that is gone, later: ending the log keeps a CPU busy (15 ms in the lab) while
         # the guest starts, perhaps on this very host.
         if status != "completed":
             problem = self._end_log()
@@ -271,7 +277,7 @@ class Outgoing(ABC):
         self._status(status)
 
     def _end_log(self) -> str | None:
-        """End the dirty log; return what went wrong with that."""
+        """End the dirty log, and return what went wrong with that."""
         try:
             self._log.stop()
         except (GodwitError, OSError) as problem:
@@ -279,7 +285,7 @@ class Outgoing(ABC):
         return None
 
     def _fail(self, error: Exception) -> None:
-        """Let the guest go on here, as it was: the one way back."""
+        """Let the guest go on here, as before: the one way back."""
         error = self._reason(error)
         self._unthrottle()
         if not isinstance(error, PeerRefused):

@@ -1,10 +1,10 @@
-"""The real-time section: a migration's threads go before all others while the guest stands still.
+"""The realtime section: a migration's threads go before all others while the guest stands still.
 
 Nor is garbage looked for meanwhile: what Python counts as new includes all of a state.
 
 On a busy host a thread that wakes waits for milliseconds until it runs, and loses its CPU again in
-the middle; a migration's downtime has a dozen such moments. So both ends take real-time priority
-for it (docs/decisions/0015-realtime.md).
+the middle; a migration's downtime has a dozen such moments. So both ends take realtime priority for
+the downtime (docs/decisions/0015-realtime.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _POLICY = ~os.SCHED_RESET_ON_FORK
 
 
 class RealtimeSection:
-    """Raises the calling thread to SCHED_RR, and pauses the collector, from begin to end.
+    """The calling thread at SCHED_RR, and a paused collector, from begin to end.
 
     Without permission (sched(7): CAP_SYS_NICE or RLIMIT_RTPRIO, and cgroups), or under a policy of
     the operator's own, priority is left alone and nothing is reported: the downtime is just longer.
@@ -52,12 +52,12 @@ class RealtimeSection:
             self._raised = True
 
     def expire(self) -> None:
-        """End the section if it has lasted too long: a peer may have no end of things to send."""
+        """End the section if too long, as a peer may have no end of things to send."""
         if self._since is not None and self._times.now() > self._since + LONGEST_S:
             self.end()
 
     def end(self) -> None:
-        """Restore priority and collector; harmless when the section was not begun."""
+        """Restore priority and collector, if the section was begun."""
         if self._since is not None:
             self._since = None
             if self._collects:

@@ -21,11 +21,11 @@ from .wire.stream import Connection
 
 
 class Receiver:
-    """Loads a guest; its RAM is populated from :meth:`start` on, before anything comes.
+    """A loader of a guest, whose RAM is populated from :meth:`start` on, before anything comes.
 
     Attributes:
         phases: name of a phase -> ms since the state came, at the phase's end.
-        realtime: the real-time section of the receiving thread.
+        realtime: the realtime section of the receiving thread.
     """
 
     def __init__(self, guest: Guest, times: Times = TIMES) -> None:
@@ -40,16 +40,16 @@ class Receiver:
         guest.prepare()
 
     def start(self) -> None:
-        """Begin to populate RAM."""
+        """Begin to populate the guest's RAM."""
         self._prefault.start()
 
     def close(self) -> None:
-        """Populate no more RAM."""
+        """Populate the guest's RAM no more."""
         self._prefault.finish()
 
     def phase(self, name: str) -> None:
         """Note the end of a phase."""
-        if name in ("vcpus-started", "running"):  # or will run when its operator says so
+        if name in ("vcpus-started", "running"):  # or will run at its operator's command
             self.realtime.end()
         self.phases[name] = round((self._times.now() - self._received_at) * 1000, 3)
 
@@ -109,7 +109,7 @@ class Receiver:
         count = messages.decode_count(first, length)
         runs = messages.decode_runs(connection.read(messages.table_size(count) - 4), count)
         if messages.table_size(count) + pages_in(runs) * PAGE != length:
-            raise StreamError(f"message RAM: {length} bytes, but its runs say otherwise")
+            raise StreamError(f"message RAM: {length} bytes, but its runs have more or fewer")
         views = self._views(runs)
         if not self._prefault.finished:
             self._prefault.use(views)
@@ -123,7 +123,7 @@ class Receiver:
             raise StreamError(str(error)) from error
 
     def _want(self, runs: list[Run]) -> None:
-        """Populate these pages next: the first round will bring them."""
+        """Populate these pages next, as the first round will bring them."""
         self._prefaulted_pages += pages_in(runs)
         if self._prefaulted_pages > self._memory.size // PAGE:
             raise StreamError("message PREFAULT: more pages than there are")
@@ -136,7 +136,7 @@ class Receiver:
             ctypes.memset(address_of(view), 0, len(view))
 
     def _load(self, state: MachineState) -> None:
-        """Load the state: everything that can be wrong with it is found here, before READY."""
+        """Load the state, and find everything that can be wrong there before READY."""
         self._prefault.finish()
         self._guest.load(state, self._received_at, self.phase)
         self.phase("state-loaded")

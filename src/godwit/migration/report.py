@@ -1,4 +1,4 @@
-"""The report of a migration, phase by phase: query-migrate shows it, and the CLI prints it."""
+"""The report of a migration, phase by phase, for query-migrate and the CLI."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import msgspec
 
 
 class Round(msgspec.Struct, frozen=True):
-    """One round over RAM, and what the guest did meanwhile."""
+    """One round over RAM, and the guest's writes meanwhile."""
 
     pages: int
     zero_pages: int
     ms: float
     bytes: int = 0
-    #: Pages that were found dirty at its end.
+    #: Pages that were found dirty at the round's end.
     dirty: int = 0
-    #: How long they had to become so, ms: from one look at the dirty log to the next.
+    #: The time in which pages became dirty, ms: from one look at the dirty log to the next.
     dirty_ms: float = 0.0
-    #: The vCPUs' throttle during it, percent.
+    #: The vCPUs' throttle during the round, percent.
     throttle: int = 0
 
     @property
     def dirty_rate(self) -> int:
-        """Pages that the guest made dirty, per second; a page counts once a round."""
+        """Pages the guest made dirty, per second, where a page counts once a round."""
         return _per_second(self.dirty, self.dirty_ms)
 
     def info(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Report(msgspec.Struct):
     stop_phases: dict[str, float] = msgspec.field(default_factory=dict)
     destination_phases: dict[str, float] = msgspec.field(default_factory=dict)
     destination_runstates: list[str] = msgspec.field(default_factory=list)
-    #: What was sent after the guest: see :meth:`.packets.source.PacketSource.info`.
+    #: The packets that were sent after the guest: see :meth:`.packets.source.PacketSource.info`.
     handover: dict[str, Any] | None = None
     started: float = 0.0
 

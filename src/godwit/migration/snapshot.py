@@ -1,9 +1,9 @@
-"""A guest kept in a file: ``migrate file:PATH`` saves it there, ``--incoming file:PATH`` loads it.
+"""A guest kept in a file: ``migrate file:PATH`` saves, ``--incoming file:PATH`` loads.
 
 The file is a migration's stream with the source's messages only: HELLO, RAM in rounds while the
-guest runs, STATE, the last pages, and COMMIT. It has its name only once it is whole and on the
-disk, which is the commit: before, the guest runs where it ran; afterwards, it is in the file and
-nowhere else. What a file says is believed as little as what a peer says.
+guest runs, STATE, the last pages, and COMMIT. The file is named only when whole and on the disk,
+which is the commit: before, the guest runs where it ran; afterwards, the guest is in the file and
+nowhere else. A file is trusted as little as a peer.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_PARTS = os.sysconf("SC_IOV_MAX")
 
 
 def path_of(uri: str) -> Path:
-    """The path of ``file:PATH``.
+    """Return the path of ``file:PATH``.
 
     Raises:
         ConfigError: a path that is not absolute: the VMM need not run where the operator stands.
@@ -49,7 +49,7 @@ def path_of(uri: str) -> Path:
 
 
 class FileConnection(Connection):
-    """Messages in an open file, written or read from its start to its end."""
+    """A connection through an open file, written or read from start to end."""
 
     def __init__(self, fd: int, name: str) -> None:
         super().__init__()
@@ -58,14 +58,22 @@ class FileConnection(Connection):
         self._stopped = False
 
     def send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
-        """Write the bytes of all parts. Raises LinkLost."""
+        """Write the bytes of all parts.
+
+        Raises:
+            LinkLost: the file cannot be written.
+        """
         try:
             self.sent += send_pieces(parts, lambda left: os.writev(self._fd, left[:_MAX_PARTS]))
         except OSError as error:
             raise LinkLost(f"cannot write '{self._name}': {error.strerror}") from error
 
     def read_into(self, views: Sequence[memoryview]) -> None:
-        """Fill all ``views``. Raises LinkLost."""
+        """Fill all ``views`` from the file.
+
+        Raises:
+            LinkLost: the file cannot be read, or ends too early.
+        """
         left = [view for view in views if len(view)]
         while left:
             if self._stopped:
@@ -79,26 +87,30 @@ class FileConnection(Connection):
             advance(left, got)
 
     def begin(self, length: int | None = None) -> None:
-        """Do nothing: a file is never silent."""
+        """Do nothing, as a file is never silent."""
 
     def stop_receiving(self) -> None:
-        """Read no further: the thread that reads gives up."""
+        """Read no further, so that the reading thread gives up."""
         self._stopped = True
 
     def sync(self) -> None:
-        """Have all written bytes on the disk. Raises LinkLost."""
+        """Have all written bytes on the disk.
+
+        Raises:
+            LinkLost: the file cannot be written.
+        """
         try:
             os.fsync(self._fd)
         except OSError as error:
             raise LinkLost(f"cannot write '{self._name}': {error.strerror}") from error
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the descriptor of the file."""
         os.close(self._fd)
 
 
 class Saver(Outgoing):
-    """Saves a guest in the file at ``path``, which is replaced if it exists."""
+    """A migration of a guest into the file at ``path``, which is replaced if there is one."""
 
     def __init__(
         self,
@@ -116,14 +128,14 @@ class Saver(Outgoing):
 
     @property
     def completion(self) -> str:
-        """The message with the guest's place, and the way back."""
+        """The message with the guest's file, and the way back."""
         return f"the guest is in '{self._path}'; --incoming file:{self._path} brings it back"
 
     def cancel(self) -> bool:
-        """Give the save up; return False when it is too late, because the file has its name."""
+        """Give the save up, or return False when too late, as the file has its name."""
         given_up = super().cancel()
         if given_up:
-            # Here, and not only in the thread: it may be in a long call, and the process ending.
+            # Here, and not only in the thread, which may be in a long call of an exiting process.
             self._discard()
         return given_up
 
@@ -158,13 +170,13 @@ class Saver(Outgoing):
         assert self._file is not None
         for _ in range(2):
             self._file.sync()
-            runs, self._left = union(self._left, self._log.take()), []
+            runs, self._to_send = union(self._to_send, self._log.take()), []
             self._send_pages(runs)
             self._peer.send(Kind.ROUND)
         self._file.sync()
 
     def _publish(self) -> None:
-        """Give the file its name: the guest is in it."""
+        """Give the file its name, with which the guest is there."""
         assert self._file is not None
         running = self._before is RunState.RUNNING
         self._file.send(Kind.COMMIT, messages.Commit(self._token, running))
@@ -187,7 +199,7 @@ class Saver(Outgoing):
         super()._finish(status, f"{error or status}; {problem}" if problem else error)
 
     def _discard(self) -> str | None:
-        """Remove the partial file, unless it has its name; return what went wrong with that."""
+        """Remove the partial file, unless named, and return what went wrong with that."""
         with self._decision:
             name, self._partial = self._partial, None
             if name is None or self._committed:
@@ -200,7 +212,7 @@ class Saver(Outgoing):
 
 
 def _sync_directory(path: Path) -> None:
-    """Have the new name on the disk; not every file system can say."""
+    """Have the new name on the disk, if the file system can do so."""
     with suppress(OSError):
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -210,7 +222,7 @@ def _sync_directory(path: Path) -> None:
 
 
 class Restorer(Incoming):
-    """Loads a guest from the file at ``path``.
+    """A migration of a guest from the file at ``path``.
 
     Raises:
         ConfigError: the file cannot be read.

@@ -1,8 +1,8 @@
-"""The source's side of a migration: its messages, and how it hands the guest over.
+"""The source's side of a migration: the messages, and how the guest is handed over.
 
-Until COMMIT is sent, any failure lets the guest go on here. Once it is sent, the destination may
-have the guest, so the source queries until it knows (see :meth:`Source._resolve`): exactly one side
-runs whatever dies when. docs/decisions/0002-commit.md has the argument.
+Until COMMIT is sent, any failure lets the guest go on here. From then on the destination may have
+the guest, so the source queries for certainty (see :meth:`Source._resolve`): exactly one side runs
+whatever dies when. docs/decisions/0002-commit.md has the argument.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from .wire.messages import Kind
 from .wire.sockets import Address
 from .wire.stream import WaitingConnection
 
-# What the destination answers, before it matters how long that takes.
+# The decoders of the destination's answers, before their time counts.
 for _answer in (messages.Welcome, messages.Switched, messages.Started):
     saved.prepare(_answer)
 
 
 class Source(Outgoing):
-    """Migrates a guest to ``address``.
+    """A migration of a guest to ``address``.
 
-    ``holding()`` says whether packets of the host that the guest came from are still awaited here:
-    the guest does not stop before they are all there, or they would be sent on after younger ones.
+    ``holding()`` returns whether packets of the guest's previous host are still awaited here:
+    the guest does not stop before all of them are there, or those would be sent on after younger
+    ones.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Source(Outgoing):
 
     @property
     def exposed(self) -> bool:
-        """Whether the destination may have shown the guest to the network: COMMIT was sent."""
+        """True if the destination may have shown the guest to the network: COMMIT was sent."""
         return self._exposed
 
     @property
@@ -81,7 +82,7 @@ class Source(Outgoing):
         )
 
     def _await_previous(self) -> None:
-        """Wait for the end of the guest's previous packet handover: some seconds at the most.
+        """Wait for the end of the guest's previous packet handover, some seconds at the most.
 
         First of all: no log is on meanwhile, and what the guest writes is still to be judged.
         """
@@ -89,7 +90,7 @@ class Source(Outgoing):
             pass
 
     def _hello(self) -> None:
-        """Send what will come; the destination refuses what it could not run."""
+        """Send HELLO, by which the destination refuses a guest it could not run."""
         self._check_alive()
         self._connection = self._first = connection = self._address.connect()
         self.report.phase("connected")
@@ -110,7 +111,7 @@ class Source(Outgoing):
         super()._stop()
 
     def _ready(self) -> None:
-        """Wait until all is loaded; packets that came for the guest are sent meanwhile."""
+        """Wait until all is loaded, and send packets that come for the guest meanwhile."""
         if self._hands_over:
             self._packets = PacketSource(self._guest, self._live, self._cookie, self._times)
             until = self._times.now() + self._times.silence
@@ -121,7 +122,7 @@ class Source(Outgoing):
         self.report.phase("ready")
 
     def _commit(self) -> None:
-        """Hand the guest over. From here on it may not run here until we know."""
+        """Hand the guest over, which from here on may not run here until we know."""
         with self._decision:
             if self._cancelled.is_set():
                 raise MigrationError("cancelled")
@@ -142,7 +143,7 @@ class Source(Outgoing):
             pass  # then the destination goes on listening, which harms nobody
 
     def _await_started(self) -> messages.Started:
-        """Send packets after the guest until the destination sends that it is there."""
+        """Send packets after the guest until the destination sends STARTED."""
         packets = self._packets
         until = self._times.now() + self._times.silence
         while packets is not None and not packets.over:
@@ -167,7 +168,7 @@ class Source(Outgoing):
         return None
 
     def _post_completion(self) -> None:
-        """Send packets on: the guest may be started later, and packets may take a longer way.
+        """Send packets on, as the guest may start later, and packets may take a longer way.
 
         A process that is to exit still sends what is known to be on its way.
         """
@@ -182,14 +183,14 @@ class Source(Outgoing):
                     self._handle(packets)
                 self.report.handover = packets.info()
         except (GodwitError, OSError):
-            pass  # the destination hung up, or a tap is gone
+            pass  # the destination closed the connection, or a tap is gone
         finally:
             self.report.handover = {**packets.info(), "over": True}
 
     def _reason(self, error: Exception) -> Exception:
-        """Return why the migration failed.
+        """Return why the migration failed, by the destination's last message if there is one.
 
-        A destination that fails sends why and hangs up; the connection may break before that is
+        A destination that fails sends why and closes the connection, which may break before that is
         received.
         """
         self._realtime.end()
@@ -231,13 +232,13 @@ class Source(Outgoing):
     def _resolve(self, cause: GodwitError, commit: messages.Commit) -> messages.Started:
         """Query until the answer is certain: the connection was lost with COMMIT on its way.
 
-        A destination that has the guest, or could still take it, listens until its source knows;
-        so a connection that it refuses proves that the guest does not run there, if the connection
-        is a direct one: a tunnel's end refuses for itself. A destination that cannot be reached
-        proves nothing, and the guest stays stopped here meanwhile.
+        A destination that has the guest, or could still take the guest, listens until the source
+        knows. So a refused connection proves that the guest does not run there, if the connection
+        is a direct one: a tunnel's end refuses for itself. A destination out of reach proves
+        nothing, and the guest stays stopped here meanwhile.
 
         Raises:
-            MigrationError: the guest is not there and never will be: it may run here.
+            MigrationError: the guest is not there and never will be, and may run here.
         """
         self.report.error = f"{cause}; querying the destination for the outcome"
         # If it is only silent: the other end is to listen elsewhere.

@@ -1,4 +1,4 @@
-"""The times of a migration: its clock, and how long each side waits for what."""
+"""The times of a migration: its clock, and the longest waits of each side."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Times(NamedTuple):
     query_again: float = 0.5
     #: For a connection to be made while querying.
     query_connect: float = 2.0
-    #: For the last message of a destination that hung up: it is here, or was never sent.
+    #: For the last message of a destination that closed the connection: it is here, or was never
+    #: sent.
     last_message: float = 0.1
     #: For all of a destination's last messages.
     last_messages: float = 1.0

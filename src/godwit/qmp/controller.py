@@ -3,7 +3,7 @@
 All methods are called in the event loop's thread and must not wait: what takes time (a migration)
 is started, and its end is reported by events. Refusals are GodwitErrors, and their text is what the
 operator reads. The run state was looked at before the call, but other threads may have changed it
-since: the table of transitions has the last word.
+since: the table of transitions decides.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class VmController(Protocol):
         """Start or resume a guest: from ``prelaunch``, ``prelaunch-migrate`` or ``paused``."""
 
     def powerdown(self) -> None:
-        """Press the power button, which the guest may heed or not."""
+        """Press the power button, which the guest may ignore."""
 
     def quit(self) -> None:
         """End the VM soon, whatever its state, but after the reply to this command."""
@@ -98,10 +98,10 @@ class NetworkController(Protocol):
 
 
 class DeviceController(Protocol):
-    """The machine's devices."""
+    """The part of the VM that knows the machine's devices."""
 
     def devices(self) -> list[tuple[str, str, Mapping[str, int]]]:
-        """Return (id, kind, counters) of each device; one that does not count has no counters."""
+        """Return (id, kind, counters) of each device, where the counters may be none."""
 
 
 class Controller(

@@ -1,4 +1,4 @@
-"""QMP on a Unix socket, in the event loop: nothing that a client does makes the VM wait."""
+"""QMP on a Unix socket, in the event loop: nothing a client does makes the VM wait."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Server:
     """A listener on ``path`` (mode 0600) from construction to :meth:`close`, and its clients.
 
     ``execute`` is called in the loop's thread; :meth:`emit` and :meth:`run_state_changed` may be
-    called from any. An event that a command causes reaches clients before the command's reply, as
+    called from any. An event a command causes reaches clients before the command's reply, as
     with QEMU.
 
     Raises:
         ConfigError: ``path`` is too long, not a socket, or somebody listens there.
-        HostError: the socket cannot be made; the message says why.
+        HostError: the socket cannot be made; the message has the cause.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Server:
         self._execute = execute
         self._on_error = on_error
         self._clients: dict[int, _Client] = {}
-        # Held to touch buffers and the table of clients, never while a command is executed.
+        # Held for buffers and the table of clients, never while a command is executed.
         self._lock = threading.Lock()
         self._closed = False
         self._sock = unixsocket.listen(self.path, "QMP")

@@ -21,7 +21,7 @@ _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class DeviceConfig(Protocol):
-    """What every device's configuration has."""
+    """The configuration that every device has."""
 
     @property
     def kind(self) -> str:
@@ -29,7 +29,7 @@ class DeviceConfig(Protocol):
 
     @property
     def id(self) -> str:
-        """The device's own name."""
+        """The device's own name, unique in its machine."""
 
 
 class NicConfig(NamedTuple):
@@ -41,7 +41,7 @@ class NicConfig(NamedTuple):
     kind: str = "virtio-net"
     #: The data path: vhost-net in the kernel, or in this process.
     vhost: bool = True
-    #: None: as the machine type says.
+    #: None: the machine type's default.
     guest_announce: bool | None = None
     mtu: int | None = None
     #: None: the model's own.
@@ -51,7 +51,7 @@ class NicConfig(NamedTuple):
 
 
 class RngConfig(NamedTuple):
-    """One random number generator."""
+    """The configuration of one random number generator."""
 
     id: str
     #: The most bytes that the guest gets in a period; None: no limit.
@@ -170,11 +170,11 @@ class _Values:
             self._values[key] = value
 
     def get(self, key: str) -> str | None:
-        """Return a value as typed; None without one."""
+        """Return a value as typed, or None without one."""
         return self._values.get(key)
 
     def id(self, default: str) -> str:
-        """Return the device's id."""
+        """Return the id of the device."""
         name = self._values.get("id", default)
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII):
             raise ConfigError(
@@ -184,7 +184,7 @@ class _Values:
         return name
 
     def switch(self, key: str, default: bool | None) -> bool | None:
-        """Return a switch."""
+        """Return the value of a switch."""
         value = self._values.get(key)
         if value is None:
             return default
@@ -193,7 +193,7 @@ class _Values:
         return value == "on"
 
     def number(self, key: str, low: int, high: int) -> int | None:
-        """Return a number from ``low`` to ``high``; None without one."""
+        """Return a number from ``low`` to ``high``, or None without one."""
         value = self._values.get(key)
         if value is None:
             return None
@@ -262,7 +262,7 @@ def parse_rng(text: str, index: int) -> RngConfig:
     values = _Values("--rng", text, ("id", "max-bytes", "period"))
     most, period = values.number("max-bytes", 1, 1 << 30), values.number("period", 1, 60_000)
     if period is not None and most is None:
-        raise ConfigError(f"--rng: period={period} says nothing without max-bytes=; give both")
+        raise ConfigError(f"--rng: period={period} has no effect without max-bytes=; give both")
     return RngConfig(values.id(f"rng{index}"), most, period or 1000)
 
 

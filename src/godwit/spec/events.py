@@ -1,7 +1,7 @@
 """The events: one table of names, meanings and data, and builders for those that need some thought.
 
 STOP, RESUME, RESET, SHUTDOWN, MIGRATION and NIC_RX_FILTER_CHANGED are QEMU's (qapi/run-state.json,
-qapi/migration.json, qapi/net.json); the others are Godwit's own. Clients take events that they do
+qapi/migration.json, qapi/net.json); the others are Godwit's own. Clients take events they do
 not know as they come, so the own ones need no prefix.
 """
 
@@ -126,12 +126,12 @@ def migration(status: str) -> Message:
 
 
 def rx_filter_changed(nic: str) -> Message:
-    """Return the event of a receive filter that a guest changed."""
+    """Return the event of a receive filter a guest changed."""
     return Event.NIC_RX_FILTER_CHANGED.of(name=nic, path=f"/machine/{nic}")
 
 
 def of_transition(old: RunState, new: RunState) -> list[Message]:
-    """Return the events that a transition of the run state causes, in order."""
+    """Return the events a transition of the run state causes, in order."""
     events = [Event.RUN_STATE.of(**{"from": old.value, "to": new.value})]
     if new in LIVE:
         events.append(Event.RESUME.of())

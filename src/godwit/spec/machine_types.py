@@ -11,10 +11,10 @@ from godwit.errors import ConfigError
 
 
 class MachineType(NamedTuple):
-    """A version of the machine, and the defaults that it pins."""
+    """A version of the machine, and the defaults it pins."""
 
     name: str
-    #: Whether virtio-net offers VIRTIO_NET_F_GUEST_ANNOUNCE unless a NIC's property says otherwise.
+    #: True if virtio-net offers VIRTIO_NET_F_GUEST_ANNOUNCE where a NIC's property is not given.
     guest_announce: bool
 
 

@@ -26,7 +26,7 @@ _ANNOUNCE = "announce-"
 
 
 class Range(NamedTuple):
-    """The values that a number may have."""
+    """The values a number may have."""
 
     least: int
     most: int
@@ -77,9 +77,9 @@ class Verify(enum.StrEnum):
 
 
 class OnNoConvergence(enum.StrEnum):
-    """The ends of a migration that the downtime limit does not allow to end.
+    """The ends of a migration the downtime limit does not allow to end.
 
-    In the words of Xen (tools/include/xenguest.h, precopy_policy): XGS_POLICY_ABORT and
+    Xen's names (tools/include/xenguest.h, precopy_policy): XGS_POLICY_ABORT and
     XGS_POLICY_STOP_AND_COPY.
     """
 
@@ -124,7 +124,7 @@ class AnnounceOptions(_Parameters, frozen=True, rename=_announce):
             the guest's name, answer to the tap.
         refresh: the guest's own neighbours, the gateway first, are asked where they are, and their
             answers are passed on to the guest.
-        rate: frames per second that the VM's announcements may cause; 0 for no limit.
+        rate: frames per second the VM's announcements may cause; 0 for no limit.
 
     Raises:
         ConfigError: the deadline or the rate is out of range.
@@ -170,9 +170,9 @@ class ConvergenceParameters(_Parameters, frozen=True):
 
 
 class MigrationParameters(_Parameters, frozen=True):
-    """All parameters of one VM.
+    """All parameters of one VM's migrations.
 
-    Another thread may read them at any time: they are replaced as a whole, never changed.
+    Replaced as a whole and never changed, as another thread may read the parameters at any time.
 
     Attributes:
         announce: the schedule of the announcement after a migration.
@@ -183,7 +183,7 @@ class MigrationParameters(_Parameters, frozen=True):
         convergence: the answer to a guest that writes faster than the connection takes.
 
     Raises:
-        ConfigError: a value is out of its range; the message names it.
+        ConfigError: a value is out of range; the message names the value.
     """
 
     announce: AnnounceParameters = AnnounceParameters()

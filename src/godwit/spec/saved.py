@@ -1,4 +1,4 @@
-"""Saved states as bytes: the integer types of their fields, and a strict msgpack codec.
+"""Saved states as bytes: the integer types of their fields, and strict msgpack.
 
 A saved state is a frozen :class:`msgspec.Struct` that refuses unknown fields, each field with its
 range (docs/decisions/0004-msgspec.md).

@@ -126,7 +126,7 @@ class Migrations:
             raise StateError("too late to cancel: the guest was handed over")
 
     def cancel_for_exit(self) -> None:
-        """End a migration of a guest that exited; not under the machine's lock.
+        """End a migration of a guest that exited, without the machine's lock.
 
         The migration needs that lock.
         """
@@ -176,7 +176,7 @@ class Migrations:
         return self._times
 
     def switch_over(self) -> None:
-        """Switch the traffic of a guest over that is about to run; under the machine's lock."""
+        """Switch over the traffic of a guest about to run, under the machine's lock."""
         if self._incoming is not None and self._incoming.packets is not None:
             self._incoming.packets.switch_over(lambda phase: None)
 
@@ -220,9 +220,10 @@ class Migrations:
         return {"status": "completed" if arrived else "setup", "godwit": own}
 
     def close(self) -> None:
-        """End both migrations. The guest stops before the connection to its source is closed.
+        """End the migrations in both directions.
 
-        A source that queries and finds nobody may let its guest go on.
+        The guest stops before the connection to its source is closed: a source that queries and
+        finds nobody may let its guest go on.
         """
         if self._outgoing is not None:
             self._outgoing.abandon()

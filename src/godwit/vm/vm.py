@@ -127,7 +127,7 @@ class Vmm:
         self._loop.call_soon(_import_commands)
 
     def await_guest(self, uri: str | None, insecure: bool) -> None:
-        """Become a destination; with ``uri`` None, for the migrate-incoming that names one."""
+        """Become a destination, with ``uri`` None for a migrate-incoming to come."""
         self.states.set(_S.INMIGRATE)
         if uri is not None:
             self.migrate_incoming(uri, insecure)
@@ -169,7 +169,7 @@ class Vmm:
         return [(nic.id, nic.rx_filter()) for nic in nics]
 
     def devices(self) -> list[tuple[str, str, Mapping[str, int]]]:
-        """Return (id, kind, counters) of each device; one that does not count has no counters."""
+        """Return (id, kind, counters) of each device, where the counters may be none."""
         devices = self.machine.devices
         parts = ((device, devices.part(device, Counts)) for device in devices)
         return [
@@ -178,7 +178,7 @@ class Vmm:
         ]
 
     def stop(self) -> None:
-        """Pause a running guest."""
+        """Pause the guest, which has to be running."""
         with self.machine.lock:
             self.states.require(_S.RUNNING)
             self.machine.pause()
@@ -262,7 +262,7 @@ class Vmm:
         )
 
     def _migration_status(self, outgoing: Outgoing, status: str) -> None:
-        """Report a migration's status; in the migration's thread."""
+        """Report a migration's status, in the migration's thread."""
         if status in ("failed", "cancelled") and outgoing.exposed:
             self.announcer.returned()
         self._emit(*events.migration(status))
@@ -272,7 +272,7 @@ class Vmm:
             self._log(f"the guest stays here; the migration failed: {outgoing.report.error}")
 
     def _incoming_failed(self, error: GodwitError) -> None:
-        """End the VM, as no guest will come; in the incoming migration's thread."""
+        """End the VM without a guest, in the incoming migration's thread."""
 
         def end() -> None:
             self._log(f"no guest arrived: {error}")
@@ -282,7 +282,7 @@ class Vmm:
         self._loop.call_soon(end)
 
     def _vcpu_exited(self, reason: StopReason, detail: str) -> None:
-        """Handle the guest's exit in the loop; in a vCPU's thread."""
+        """Handle the guest's exit in the loop, in a vCPU's thread."""
         self._loop.call_soon(lambda: self._guest_exited(reason, detail))
 
     def _guest_exited(self, reason: StopReason, detail: str) -> None:

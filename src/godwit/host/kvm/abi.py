@@ -7,7 +7,6 @@ from struct import Struct
 from godwit.host.ioctl import io, ior, iow, iowr
 
 _KVM = 0xAE
-API_VERSION = 12
 
 # --- structs -------------------------------------------------------------------------------------
 MEMORY_REGION = Struct("=IIQQQ")  # slot, flags, guest_phys_addr, memory_size, userspace_addr
@@ -41,7 +40,6 @@ XCRS_SIZE = 392
 MP_STATE_SIZE = 4
 
 # --- system and VM -------------------------------------------------------------------------------
-GET_API_VERSION = io(_KVM, 0x00)
 CREATE_VM = io(_KVM, 0x01)
 GET_MSR_INDEX_LIST = iowr(_KVM, 0x02, 4)
 CHECK_EXTENSION = io(_KVM, 0x03)
@@ -82,7 +80,6 @@ GET_VCPU_EVENTS = ior(_KVM, 0x9F, EVENTS_SIZE)
 SET_VCPU_EVENTS = iow(_KVM, 0xA0, EVENTS_SIZE)
 GET_DEBUGREGS = ior(_KVM, 0xA1, DEBUGREGS_SIZE)
 SET_DEBUGREGS = iow(_KVM, 0xA2, DEBUGREGS_SIZE)
-SET_TSC_KHZ = io(_KVM, 0xA2)
 GET_TSC_KHZ = io(_KVM, 0xA3)
 GET_XSAVE = ior(_KVM, 0xA4, XSAVE_SIZE)
 SET_XSAVE = iow(_KVM, 0xA5, XSAVE_SIZE)
@@ -98,15 +95,11 @@ VCPU_TSC_OFFSET = 0, 0
 # --- capabilities --------------------------------------------------------------------------------
 CAP_IRQCHIP = 0
 CAP_USER_MEMORY = 3
-CAP_IRQ_ROUTING = 25
 CAP_IRQFD = 32
 CAP_PIT2 = 33
 CAP_IOEVENTFD = 36
 CAP_XSAVE = 55
-CAP_TSC_CONTROL = 60
-CAP_MAX_VCPUS = 66
 CAP_TSC_DEADLINE_TIMER = 72
-CAP_IOEVENTFD_ANY_LENGTH = 122
 CAP_IMMEDIATE_EXIT = 136
 CAP_XSAVE2 = 208
 
@@ -117,9 +110,8 @@ IRQFD_FLAG_DEASSIGN = 1
 IOEVENTFD_FLAG_DEASSIGN = 1 << 2
 ROUTING_TYPE_IRQCHIP = 1
 ROUTING_TYPE_MSI = 2
-IRQCHIP_PIC_MASTER, IRQCHIP_PIC_SLAVE, IRQCHIP_IOAPIC = 0, 1, 2
+IRQCHIP_IOAPIC = 2
 CLOCK_REALTIME = 1 << 2
-CPUID_FLAG_SIGNIFICANT_INDEX = 1
 
 # --- kvm_run -------------------------------------------------------------------------------------
 RUN_IMMEDIATE_EXIT = 1  # offset of the byte
@@ -129,18 +121,12 @@ RUN_IO = Struct("=BBHIQ")  # direction, size, port, count, data_offset
 RUN_MMIO = Struct("=Q8sIB")  # phys_addr, data, len, is_write
 RUN_MMIO_DATA = RUN_UNION + 8
 
-EXIT_UNKNOWN = 0
 EXIT_IO = 2
-EXIT_HLT = 5
 EXIT_MMIO = 6
 EXIT_SHUTDOWN = 8
 EXIT_FAIL_ENTRY = 9
 EXIT_INTR = 10
 EXIT_INTERNAL_ERROR = 17
-EXIT_SYSTEM_EVENT = 24
 
 MSR_TSC = 0x10
 MSR_TSC_DEADLINE = 0x6E0
-
-MP_STATE_RUNNABLE = 0
-MP_STATE_UNINITIALIZED = 1

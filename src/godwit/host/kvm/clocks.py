@@ -92,10 +92,10 @@ class _Looker:
         """Return the host's time.time_ns, how many TSCs were read (two are due), the answers."""
         first, second, third = self._addresses
         realtime = time.time_ns()
-        told = self._vcpu.ioctl(abi.GET_MSRS, first)
+        answered = self._vcpu.ioctl(abi.GET_MSRS, first)
         self._vm.ioctl(abi.GET_CLOCK, second)
-        told += self._vcpu.ioctl(abi.GET_MSRS, third)
-        return realtime, told, list(map(bytes, self._buffers))
+        answered += self._vcpu.ioctl(abi.GET_MSRS, third)
+        return realtime, answered, list(map(bytes, self._buffers))
 
     def at_one_instant(self) -> tuple[int, Clock]:
         """Return TSC and clock of one instant.
@@ -103,12 +103,12 @@ class _Looker:
         Raises:
             KvmError: KVM does not report the TSC.
         """
-        (realtime, told, answers), monotonic, took = at_one_instant(self.look)
-        if told != 2:
+        (realtime, answered, answers), monotonic, took = at_one_instant(self.look)
+        if answered != 2:
             raise KvmError(f"vCPU {self._vcpu.index}: its TSC could not be read")
         before, after = (int.from_bytes(answers[at][-8:], "little") for at in (0, 2))
         guest, flags, _, exact, _ = abi.CLOCK_DATA.unpack(answers[1])
-        # A kernel without a stable TSC does not tell the host's time.
+        # A kernel without a stable TSC does not report the host's time.
         realtime = exact if flags & abi.CLOCK_REALTIME else realtime + int(took * 5e8)
         tsc = (before + (after - before) % _WORD // 2) % _WORD
         return tsc, Clock(guest, realtime, monotonic)

@@ -1,4 +1,4 @@
-"""CPUID of a vCPU: the features that KVM offers, less nesting, with the guest's own topology.
+"""CPUID of a vCPU: the features KVM offers, less nesting, with the guest's own topology.
 
 Leaves: Intel SDM vol. 2A 'CPUID'; AMD APM vol. 3 appendix E.
 """
@@ -9,7 +9,6 @@ Entry = tuple[int, int, int, int, int, int, int]
 
 _HYPERVISOR = 1 << 31  # leaf 1 ECX
 _TSC_DEADLINE = 1 << 24  # leaf 1 ECX
-_X2APIC = 1 << 21  # leaf 1 ECX
 _VMX = 1 << 5  # leaf 1 ECX
 _HTT = 1 << 28  # leaf 1 EDX
 _SVM = 1 << 2  # leaf 0x80000001 ECX

@@ -24,7 +24,7 @@ _OF_TIME = abi.MSR_TSC, abi.MSR_TSC_DEADLINE
 
 
 class VcpuState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All state of a vCPU that KVM keeps, the blobs being KVM's own structs."""
+    """All state of a vCPU KVM keeps, the blobs being KVM's own structs."""
 
     mp_state: Annotated[int, msgspec.Meta(ge=0, le=9)]
     regs: Annotated[bytes, msgspec.Meta(min_length=abi.REGS_SIZE, max_length=abi.REGS_SIZE)]
@@ -178,7 +178,7 @@ def load_platform(vm: Vm, state: PlatformState) -> None:
     """
     for chip, data in enumerate(state.irqchips):
         if int.from_bytes(data[:4], "little") != chip:
-            raise StreamError(f"platform: irqchips[{chip}] says that it is another chip")
+            raise StreamError(f"platform: irqchips[{chip}] is the state of another chip")
     try:
         for data in state.irqchips:
             vm.set(abi.SET_IRQCHIP, data)

@@ -110,7 +110,7 @@ class System(_Handle):
         return Vm(self)
 
     def supported_cpuid(self) -> list[tuple[int, int, int, int, int, int, int]]:
-        """Return the CPUID entries that KVM offers: function, index, flags, eax, ebx, ecx, edx."""
+        """Return the CPUID entries KVM offers: function, index, flags, eax, ebx, ecx, edx."""
         count = 256
         raw = self.get(
             abi.GET_SUPPORTED_CPUID,
@@ -224,7 +224,7 @@ class Vcpu(_Handle):
         fcntl.ioctl(self.fd, abi.RUN, 0)
 
     def kick(self, thread: int | None) -> None:
-        """Have :meth:`run` return, also before its start; ``thread`` is the one inside, if any."""
+        """Have :meth:`run` return, also before its start. ``thread`` is the one inside, if any."""
         self.run_page[abi.RUN_IMMEDIATE_EXIT] = 1
         if thread is not None:
             signal.pthread_kill(thread, KICK_SIGNAL)
@@ -245,7 +245,7 @@ class Vcpu(_Handle):
         return self.ioctl(abi.GET_TSC_KHZ)
 
     def get_msrs(self, indices: list[int]) -> list[tuple[int, int]]:
-        """Return (index, value) of the MSRs before the first that KVM cannot read."""
+        """Return (index, value) of the MSRs before the first KVM cannot read."""
         buffer = bytearray(msr_query(tuple(indices)))
         got = ioctl_out(self.fd, abi.GET_MSRS, buffer)
         start, size = abi.MSRS_HEADER.size, abi.MSR_ENTRY.size
@@ -253,7 +253,7 @@ class Vcpu(_Handle):
         return [(index, value) for index, _, value in entries]
 
     def readable_msrs(self, indices: list[int]) -> list[int]:
-        """Return which of ``indices`` KVM can read: KVM lists some that this CPU lacks."""
+        """Return which of ``indices`` KVM can read: KVM lists some this CPU lacks."""
         readable: list[int] = []
         left = list(indices)
         while left:

@@ -15,7 +15,7 @@ from . import packet
 from .ethernet import ETH_P_ARP, ETH_P_IPV6, ETH_P_RARP, TPID_8021AD, TPID_8021Q
 
 # include/uapi/linux/bpf_common.h: classes, sizes, modes and sources, put together.
-LD_W_ABS, LD_H_ABS, LD_B_ABS = 0x20, 0x28, 0x30  # A = frame[k]
+LD_W_ABS, LD_H_ABS = 0x20, 0x28  # A = frame[k]
 LD_H_IND, LD_B_IND = 0x48, 0x50  # A = frame[X + k]
 LDX_IMM = 0x01  # X = k
 JA, JEQ = 0x05, 0x15
@@ -81,7 +81,7 @@ def addresses_filter(answers: bool = False) -> list[Instruction]:
     """Return the filter that passes received ARP, RARP, neighbour solicitations and advertisements.
 
     With ``answers``, the filter passes outgoing ARP replies and advertisements instead. Besides the
-    tag that the kernel took off, a frame may have two more.
+    tag the kernel took off, a frame may have two more.
     """
     way: Sequence[Op | str] = (
         Op(LD_W_ABS, PKTTYPE),

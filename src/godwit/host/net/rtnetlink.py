@@ -49,7 +49,7 @@ class Link(NamedTuple):
         number: the interface's index.
         name: the interface's name.
         carrier: the interface is up, and so is the layer below (IFF_LOWER_UP).
-        master: index of the bridge (or other master) that the interface is a port of; 0: of none.
+        master: index of the bridge (or other master) the interface is a port of; 0: of none.
         port_state: BR_STATE_* of a bridge's port; None for anything else.
     """
 

@@ -7,15 +7,13 @@ import os
 from struct import Struct
 
 from godwit.errors import HostError
-from godwit.host.ioctl import ioctl, ioctl_in, ioctl_out, ior, iow
+from godwit.host.ioctl import ioctl, ioctl_in, ioctl_out, iow
 
 _TUN = 0x54  # 'T'
 IFREQ = Struct("=16sH22x")
 
 TUNSETIFF = iow(_TUN, 202, 4)
-TUNGETFEATURES = ior(_TUN, 207, 4)
 TUNSETOFFLOAD = iow(_TUN, 208, 4)
-TUNGETIFF = ior(_TUN, 210, 4)
 TUNSETVNETHDRSZ = iow(_TUN, 216, 4)
 
 IFF_TAP = 0x0002
@@ -67,7 +65,7 @@ class Tap:
         self.offloads = self._probe()
 
     def _probe(self) -> int:
-        """Return the TUN_F_* that the kernel takes: versions differ about UFO."""
+        """Return the TUN_F_* the kernel takes: versions differ about UFO."""
         found = 0
         for flag in (F_CSUM, F_TSO4, F_TSO6, F_TSO_ECN, F_UFO):
             wanted = found | flag

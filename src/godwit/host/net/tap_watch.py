@@ -17,10 +17,10 @@ from godwit.host.loop import Loop, Timer
 from . import bpf, packet
 from .ethernet import ETH_P_ALL, TPID_8021Q
 
-#: Most frames read in each window, 1,280 a second: a guest may send more than Python can read. Some
-#: 200 more wait in the socket (net.core.rmem_default), and the kernel drops the rest.
-BATCH = 64
-WINDOW_S = 0.05
+#: Most frames read in each interval, 1,280 a second: a guest may send more than Python can read.
+#: Some 200 more wait in the socket (net.core.rmem_default), and the kernel drops the rest.
+MAX_FRAMES = 64
+INTERVAL_S = 0.05
 
 #: (tpid, vid) of the tag that the kernel took off the frame.
 Outer = tuple[int, int]
@@ -87,7 +87,7 @@ class TapWatch:
         self._opener = opener
         self._socket: socket.socket | None = None
         self._timer: Timer | None = None
-        self._window_ends = 0.0
+        self._interval_ends = 0.0
         self._left = 0
         self._dropped = 0
         self.reopen()
@@ -129,7 +129,7 @@ class TapWatch:
         self._loop.watch(self._socket.fileno(), self._readable)
 
     def inject(self, frame: bytes) -> None:
-        """Send ``frame`` (Ethernet, no FCS) to the guest, past the bridge that the tap is in.
+        """Send ``frame`` (Ethernet, no FCS) to the guest, past the bridge the tap is in.
 
         Raises:
             OSError: the kernel did not take the frame, or the watch is closed.
@@ -152,9 +152,9 @@ class TapWatch:
     # --- inside -----------------------------------------------------------------------------------
     def _readable(self) -> None:
         now = self._loop.now()
-        if now >= self._window_ends:
-            self._window_ends = now + WINDOW_S
-            self._left = BATCH
+        if now >= self._interval_ends:
+            self._interval_ends = now + INTERVAL_S
+            self._left = MAX_FRAMES
         # on_frame may close the watch.
         while self._left > 0 and self._socket is not None:
             self._left -= 1
@@ -169,7 +169,7 @@ class TapWatch:
             self._on_frame(frame, _outer(extra))
         if self._socket is not None:
             self._loop.unwatch(self._socket.fileno())
-            self._timer = self._loop.call_later(self._window_ends - now, self._resume)
+            self._timer = self._loop.call_later(self._interval_ends - now, self._resume)
 
     def _resume(self) -> None:
         self._timer = None
@@ -187,7 +187,7 @@ class TapWatch:
 
 
 def _outer(extra: Iterable[tuple[int, int, bytes]]) -> Outer | None:
-    """Return the tag that the kernel took off a frame, from the frame's control messages."""
+    """Return the tag the kernel took off a frame, from the frame's control messages."""
     for level, kind, data in extra:
         if (level, kind) == (packet.SOL_PACKET, packet.PACKET_AUXDATA):
             status, _, _, _, _, tci, tpid = packet.AUXDATA.unpack(data)

@@ -1,4 +1,4 @@
-"""The NIC capability: the view that the announcement and a migration have of a network card."""
+"""The NIC capability: the view the announcement and a migration have of a network card."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Nic(ABC):
         tap: name of the tap.
         tap_fd: the tap's descriptor: readable while frames wait there.
         rx_backlog: frames on their way to the guest, for the packet handover of a migration.
-        on_ack: called for each announcement that the guest acknowledged, perhaps under the NIC's
+        on_ack: called for each announcement the guest acknowledged, perhaps under the NIC's
             lock.
         on_filter: called when the guest changed the filter or its MAC address; never under the
             NIC's lock.
@@ -63,14 +63,14 @@ class Nic(ABC):
 
     @abstractmethod
     def announce(self) -> bool:
-        """Have the guest announce itself; return False if the model has no way to, or declines.
+        """Have the guest announce itself, or return False if the model cannot, or declines.
 
         Called with the VM running, from any thread; never blocks on the guest.
         """
 
     @abstractmethod
     def rx_filter(self) -> RxFilterInfo:
-        """Return the receive filter that the guest set; from any thread."""
+        """Return the receive filter the guest set, from any thread."""
 
     @abstractmethod
     def send_from_host(self, frame: bytes) -> None:

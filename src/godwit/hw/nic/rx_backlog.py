@@ -1,4 +1,4 @@
-"""The rx backlog of a NIC: frames that the guest gets before those that wait in its tap.
+"""The rx backlog of a NIC: frames the guest gets before those that wait in its tap.
 
 When a guest has migrated, the frames that still reached its old host are sent after the guest
 (docs/decisions/0013-handover.md). Those frames are older than what arrives at the new tap, so the
@@ -58,7 +58,7 @@ class RxBacklog:
             self.on_change()
 
     def inject(self, frames: Iterable[bytes]) -> int:
-        """Give the guest these frames before the tap's; return how many were refused.
+        """Give the guest these frames before the tap's, and return how many were refused.
 
         A frame is refused if there are too many (:data:`MAX_FRAMES`, :data:`MAX_BYTES`), or if the
         frame is too short or too long.
@@ -99,7 +99,7 @@ class RxBacklog:
         return dropped
 
     def take(self, limit: int) -> list[bytes]:
-        """Return the frames that wait here and in the tap, at most ``limit``; paused."""
+        """Return the frames that wait here and in the tap, at most ``limit``, while paused."""
         taken: list[bytes] = []
         with self._lock:
             while len(taken) < limit:
@@ -110,7 +110,7 @@ class RxBacklog:
         return taken
 
     def drain(self) -> int:
-        """Throw away the frames that wait in the tap; return how many. Paused."""
+        """Throw away the frames that wait in the tap, while paused, and return how many."""
         with self._lock:
             # What was injected before the drained frames is not in the tap any more.
             self._groups.clear()
@@ -125,7 +125,7 @@ class RxBacklog:
 
     # --- serving the guest ------------------------------------------------------------------------
     def next(self) -> bytes | None:
-        """Return the next frame for the guest; None if there is none, or none may be taken."""
+        """Return the next frame for the guest, or None if none is there or may be taken."""
         with self._lock:
             if self._frames:
                 return self._pop()

@@ -51,12 +51,15 @@ class TapReader:
         self._update()
 
     def stop(self) -> None:
-        """Watch no more. Frames read already wait for the next turn, as the tap's frames do."""
+        """Watch the tap no more.
+
+        Frames read already wait for the next turn, as the tap's frames do.
+        """
         self._readable = None
         self._update()
 
     def turn(self) -> bool:
-        """Deliver some of the waiting frames; return whether any was.
+        """Deliver some of the waiting frames, and return whether any was.
 
         Raises as ``deliver`` does.
         """

@@ -24,7 +24,7 @@ class CfgAccess:
         return self._at + 16
 
     def target(self) -> tuple[int, int]:
-        """Return offset in the BAR and length; length 0 where the driver broke the rules."""
+        """Return offset in the BAR and length, or length 0 where the driver broke the rules."""
         bar = self._config[self._at + 4]
         at, length = unpack_from("<II", self._config, self._at + 8)
         if bar or length not in (1, 2, 4) or at % length or at + length > self._bar_size:
@@ -36,6 +36,6 @@ class CfgAccess:
         return bytes(self._config[self._at : self._at + self.SIZE])
 
     def load(self, saved: bytes) -> None:
-        """Take over the fields that a driver may write."""
+        """Take over the fields a driver may write."""
         for index, (byte, mask) in enumerate(zip(saved[2:], self.MASK, strict=True), self._at + 2):
             self._config[index] = self._config[index] & ~mask | byte & mask

@@ -17,7 +17,10 @@ _QUEUE_ADDRESSES = ((0x20, "desc"), (0x28, "avail"), (0x30, "used"))
 
 
 class CommonState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The saved registers; a driver may stand between any two accesses when the VM stops."""
+    """The saved registers of the common configuration.
+
+    A driver may stand between any two accesses when the VM stops.
+    """
 
     status: U8
     generation: U8
@@ -29,7 +32,7 @@ class CommonState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CommonConfig:
-    """The registers. ``set_status(value)`` is called for each write of the device status."""
+    """The common registers, with ``set_status(value)`` called for each write of the status."""
 
     def __init__(
         self, device: VirtioDevice, vectors: int, set_status: Callable[[int], None]
@@ -42,7 +45,7 @@ class CommonConfig:
         self.clear()
 
     def clear(self) -> None:
-        """Clear the registers as after a device reset; the generation goes on."""
+        """Clear the registers as after a device reset. The generation goes on."""
         self.status = 0
         self.config_vector = NO_VECTOR
         self.driver_features = 0
@@ -54,7 +57,7 @@ class CommonConfig:
         self._seen = self._device.config()
 
     def save(self) -> CommonState:
-        """Return the state; paused."""
+        """Return the state of the registers, while paused."""
         return CommonState(
             self.status,
             self._generation,
@@ -77,7 +80,7 @@ class CommonConfig:
         self._seen = None
 
     def read(self, offset: int) -> int:
-        """Return the register at ``offset``, perhaps wider than asked for; 0 where none is."""
+        """Return the register at ``offset``, perhaps wider than asked for, or 0 where none is."""
         queues = self._device.queues
         if offset == 0x15:
             return self._current_generation()
@@ -158,7 +161,7 @@ class CommonConfig:
         """Return a new generation if the configuration changed since the last look (4.1.4.3.1).
 
         A driver that reads the generation before and after the configuration sees every change:
-        those that come with an interrupt, and those that its own control commands make.
+        those that come with an interrupt, and those its own control commands make.
         """
         now = self._device.config()
         if self._seen is not None and now != self._seen:

@@ -23,7 +23,7 @@ DRIVER_BITS = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | FAILED
 
 
 class Transport(Protocol):
-    """The functions of a transport that a device may use."""
+    """The functions of a transport a device may use."""
 
     def signal_queue(self, index: int) -> None:
         """Raise the interrupt of a queue."""
@@ -32,10 +32,10 @@ class Transport(Protocol):
         """Raise the interrupt for a changed configuration."""
 
     def queue_fd(self, index: int) -> int:
-        """Return the eventfd that raises the interrupt of a queue; -1 without a vector."""
+        """Return the eventfd that raises the interrupt of a queue, or -1 without a vector."""
 
     def kick_fd(self, index: int) -> int:
-        """Return the eventfd that the guest's notifications of a queue signal."""
+        """Return the eventfd the guest's notifications of a queue signal."""
 
 
 class VirtioDevice(Negotiates):
@@ -70,12 +70,12 @@ class VirtioDevice(Negotiates):
 
     @property
     def offered(self) -> int:
-        """Feature bits on offer."""
+        """Feature bits the device offers."""
         return self._offered
 
     @property
     def negotiated(self) -> int:
-        """Feature bits that the driver accepted; 0 before that."""
+        """Feature bits the driver accepted, or 0 before that."""
         return self._negotiated
 
     @negotiated.setter
@@ -118,37 +118,39 @@ class VirtioDevice(Negotiates):
         """
 
     def stop(self) -> None:
-        """Take no more work from the queues; work in flight may go on. Stopping twice is harmless.
+        """Take no more work from the queues, while work in flight may go on.
 
-        The queues' positions are up to date once :meth:`stopped` returns True.
+        Stopping twice is harmless. The queues' positions are up to date once :meth:`stopped`
+        returns True.
         """
 
     def stopped(self, timeout: float) -> bool:
-        """Wait until no work is in flight, at most ``timeout`` seconds; return whether so.
+        """Wait until no work is in flight, at most ``timeout`` seconds, and return whether so.
 
         Called without :attr:`lock`.
         """
         return True
 
     def reset(self) -> None:
-        """Forget the driver's settings; stopped."""
+        """Forget the driver's settings, while stopped."""
 
     def vector_changed(self, index: int) -> None:
         """Signal a queue by its new vector: the driver changed it while the device runs."""
 
     def save(self) -> msgspec.Struct:
-        """Return the device's own state, a :attr:`State`; paused."""
+        """Return the device's own state, a :attr:`State`, while paused."""
         raise NotImplementedError
 
     def load(self, state: Any) -> None:
-        """Take over the device's own state; paused, and after the transport's.
+        """Take over the device's own state, while paused, after the transport's.
 
-        Raises StreamError.
+        Raises:
+            StreamError: the device cannot be in the state; the message names the field.
         """
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give the host's resources back; closing twice is harmless."""
+        """Give the host's resources back. Closing twice is harmless."""
 
     @contextmanager
     def guarded(self, where: str = "") -> Iterator[None]:

@@ -20,7 +20,7 @@ class Notifications:
         self._registered: list[tuple[int, int]] = []  # (eventfd, guest address)
 
     def kick(self, index: int) -> None:
-        """Signal queue ``index`` as if the guest had; nothing happens if there is no such queue."""
+        """Signal queue ``index``, if there is one, as if the guest had."""
         if 0 <= index < len(self.fds):
             os.eventfd_write(self.fds[index], 1)
 
@@ -39,7 +39,7 @@ class Notifications:
             self._registered.append((fd, address))
 
     def keep(self, base: int, queues: Iterable[int]) -> list[tuple[int, int]]:
-        """Take back what is registered, unless exactly right; return what should be registered."""
+        """Take back what is registered, unless right, and return what should be registered."""
         wanted = [(self.fds[index], base + STRIDE * index) for index in queues]
         if wanted != self._registered:
             self.unregister()
@@ -51,7 +51,7 @@ class Notifications:
             self._vm.ioeventfd(*self._registered.pop(), 2, False)
 
     def close(self) -> None:
-        """Give the descriptors back."""
+        """Give all of the descriptors back."""
         self.unregister()
         while self.fds:
             os.close(self.fds.pop())

@@ -94,7 +94,7 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
         return self.add_capability(_CAP_VENDOR, body, mask)
 
     def properties(self) -> Mapping[str, str | int | None]:
-        """Return the device's properties."""
+        """Return the properties of the virtio device."""
         return self.device.properties()
 
     def parts(self) -> Sequence[object]:
@@ -108,18 +108,18 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
         self.msix.signal(self.device.queues[index].vector)
 
     def signal_config(self) -> None:
-        """Raise the configuration interrupt; what the guest reads has a new generation."""
+        """Raise the configuration interrupt, and begin a new generation."""
         self._common.changed()
         self._isr |= 2
         self.msix.signal(self._common.config_vector)
 
     def queue_fd(self, index: int) -> int:
-        """Return the eventfd of a queue's vector; -1 without one."""
+        """Return the eventfd of a queue's vector, or -1 without one."""
         vector = self.device.queues[index].vector
         return self.msix.fds[vector] if vector < self.msix.count else -1
 
     def kick_fd(self, index: int) -> int:
-        """Return the eventfd that the guest's notifications of a queue signal."""
+        """Return the eventfd the guest's notifications of a queue signal."""
         return self._notifications.fds[index]
 
     @property
@@ -131,7 +131,7 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
     def pause(self) -> None:
         """Take no more work from the guest.
 
-        The irqfds stay: to take one away costs the kernel a grace period. An interrupt that KVM
+        The irqfds stay: to take one away costs the kernel a grace period. An interrupt KVM
         delivers by a work item may miss the APIC's state that way; :meth:`resume` raises the
         interrupt again, and the device its pending announcement: there is no other.
         """
@@ -143,7 +143,7 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
                 self.device.stop()
 
     def paused(self, timeout: float) -> bool:
-        """Wait for the work in flight, at most ``timeout`` seconds; return whether all is done."""
+        """Wait for the work in flight, at most ``timeout`` seconds, and return if all is done."""
         return self.device.stopped(timeout)
 
     def resume(self) -> None:
@@ -203,7 +203,7 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
             return VirtioState(self._save_transport(), self.device.save())
 
     def load(self, state: VirtioState[Any]) -> None:
-        """Take over both states.
+        """Take over the transport's state and the device's own.
 
         Raises:
             StreamError: the device cannot be in the state; the message names the field.
@@ -372,7 +372,7 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
         self._isr = 0
 
     def _guest_error(self, message: str) -> None:
-        """Stop the device, which asks to be reset (2.1.1): the guest broke a rule; the VM lives."""
+        """Stop the device for a guest error, and ask for its reset (2.1.1). The VM lives."""
         self.device.stop()
         if not self._common.status & v.NEEDS_RESET:
             self._common.status |= v.NEEDS_RESET

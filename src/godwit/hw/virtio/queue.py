@@ -58,11 +58,11 @@ class Chain(NamedTuple):
         return bytes(out)
 
     def readable_size(self) -> int:
-        """Return the number of bytes that the device may read."""
+        """Return the number of bytes the device may read."""
         return sum(len(part) for part in self.readable)
 
     def writable_size(self) -> int:
-        """Return the number of bytes that the device may write."""
+        """Return the number of bytes the device may write."""
         return sum(len(part) for part in self.writable)
 
 
@@ -97,7 +97,7 @@ class Virtqueue:
         """Check the ring's addresses and get ready to serve.
 
         Raises:
-            GuestError: a size, address or alignment that the specification forbids.
+            GuestError: a size, address or alignment the specification forbids.
         """
         size = self.size
         if not 0 < size <= self.max_size or size & size - 1:
@@ -131,7 +131,7 @@ class Virtqueue:
         self._signalled = None
 
     def pop(self) -> Chain | None:
-        """Return the next buffer; without one, ask the driver to notify and return None.
+        """Return the next buffer, or None after asking the driver to notify.
 
         Raises:
             GuestError: the driver broke the ring's rules.

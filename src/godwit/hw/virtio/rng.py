@@ -34,7 +34,7 @@ class RngState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VirtioRng(VirtioDevice, Counts):
-    """The entropy device. A ``max_bytes`` of None means no rate limit; ``period`` is in seconds."""
+    """The entropy device, which gives ``max_bytes`` (None: any number) in ``period`` seconds."""
 
     kind = "virtio-rng"
     State = RngState
@@ -57,7 +57,7 @@ class VirtioRng(VirtioDevice, Counts):
         return dict(self._counts)
 
     def start(self) -> None:
-        """Serve the request queue."""
+        """Serve the queue of requests."""
         if self.started:
             return
         if not self.queues[0].enabled:
@@ -66,7 +66,10 @@ class VirtioRng(VirtioDevice, Counts):
         self._loop.watch(self.transport.kick_fd(0), self._kicked)
 
     def stop(self) -> None:
-        """Serve no more. Requests that wait for the next period stay in the queue."""
+        """Serve the queue no more.
+
+        Requests that wait for the next period stay in the queue.
+        """
         if self.started:
             self.started = False
             self._loop.unwatch(self.transport.kick_fd(0))
@@ -104,7 +107,7 @@ class VirtioRng(VirtioDevice, Counts):
             self.transport.signal_queue(0)
 
     def _fill(self, chain: Chain) -> int:
-        """Write random bytes into a request's buffer; return how many."""
+        """Write random bytes into a request's buffer, and return how many."""
         if chain.readable or not chain.writable_size():
             raise GuestError("a request needs a buffer to write to, and no other")
         most = _MOST if self._left is None else min(_MOST, self._left)

@@ -1,1 +1,1 @@
-"""Packets that follow a guest to its new host."""
+"""Packet handover: packets that follow a guest to its new host."""

@@ -1,10 +1,10 @@
-"""Packet handover at the destination: the guest's traffic is switched over, and none of it lost.
+"""Packet handover at the destination: the guest's traffic is switched over without loss.
 
-Just before the guest runs, a marker frame, a broadcast, leaves in its name on each of its networks.
-Switches send the guest's packets to this host from then on; they wait in the tap while those that
-went to the old host come over the connection (:mod:`.source`), and the guest gets these first. A
-marker is no announcement: no host takes it for one, and the announcement that follows is what it
-always was.
+Just before the guest runs, a marker frame, a broadcast, leaves in the guest's name on each of the
+guest's networks. Switches send the guest's packets to this host from then on; these wait in the tap
+while the packets from the old host come over the connection (:mod:`.source`) and go to the guest
+first. A marker is no announcement: no host takes a marker for one, and the announcement that
+follows is the same as ever.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SOME = 1 << 18
 
 
 class Hold:
-    """The time for which taps wait, from the switchover on; by the migration's clock."""
+    """The time for which taps wait, from the switchover on, by the migration's clock."""
 
     def __init__(self, times: Times) -> None:
         self._times = times
@@ -38,7 +38,7 @@ class Hold:
         self._received_at = 0.0
 
     def begin(self) -> None:
-        """Start: the traffic is switched over."""
+        """Start the hold, as the traffic is switched over."""
         self._received_at = self._times.now()  # first: readers that see the other see this too
         self._switched_at = self._received_at
 
@@ -48,13 +48,13 @@ class Hold:
 
     @property
     def settled(self) -> bool:
-        """Whether the announcement has waited long enough."""
+        """True once the announcement has waited long enough."""
         at = self._switched_at
         return at is not None and self._times.now() >= at + self._times.settle
 
     @property
     def over(self) -> bool:
-        """Whether the taps have waited long enough."""
+        """True once the taps have waited long enough."""
         at = self._switched_at
         if at is None:
             return False
@@ -82,17 +82,17 @@ class PacketDestination:
         self._hold = Hold(times)
         self._begun = False
         self._received = bytearray()  # of a message that is not whole yet
-        #: The source knows that its guest is here.
+        #: True once the source knows that its guest is here.
         self.acknowledged = False
         self._counts = {"packets": 0, "late": 0, "refused": 0, "repeated": 0, "markers-sent": 0}
 
     @property
     def holding(self) -> bool:
-        """Whether a tap waits for the old host's packets."""
+        """True while a tap waits for the old host's packets."""
         return bool(self._held)
 
     def prepare(self) -> None:
-        """Build the markers, and hold the taps: the guest is loaded, its commit awaited."""
+        """Build the markers and hold the taps, as the guest is loaded and its commit awaited."""
         for index, nic in enumerate(self._guest.nics):
             nic.rx_backlog.hold()
             self._held.add(index)
@@ -101,7 +101,11 @@ class PacketDestination:
         ]
 
     def inject(self, payload: bytearray) -> None:
-        """Give the guest the packets of a PACKETS message. Raises StreamError."""
+        """Give the guest the packets of a PACKETS message.
+
+        Raises:
+            StreamError: the message is malformed, or names no NIC.
+        """
         packets = saved.decode(payload, messages.Packets)
         nic = self._guest.nics[self._known(packets.nic)]
         self._counts["packets" if packets.nic in self._held else "late"] += len(packets.frames)
@@ -109,7 +113,7 @@ class PacketDestination:
         self._hold.received()
 
     def switch_over(self, on_phase: OnPhase) -> None:
-        """Switch the traffic of a guest over that is about to run; under the machine's lock.
+        """Switch over the traffic of a guest that is about to run, under the machine's lock.
 
         Never fails: a network that got no marker learns by the announcement.
         """
@@ -140,10 +144,10 @@ class PacketDestination:
         on_phase("switched-over")
 
     def settle(self) -> bool:
-        """Wait, while the guest runs, for its old host's packets; return whether all are here.
+        """Wait, while the guest runs, for the old host's packets, and return whether all are here.
 
-        Returns False once the guest shall announce itself without them. :meth:`listen` goes on with
-        those that are not here.
+        Returns False once the guest shall announce itself without the rest. :meth:`listen` goes on
+        with those.
         """
         while self._held and self._connection is not None:
             self._step()  # first: a start may have taken longer than this waits
@@ -152,7 +156,7 @@ class PacketDestination:
         return True
 
     def listen(self) -> None:
-        """Receive what else the source sends, until it hangs up.
+        """Receive the source's other messages until the connection is closed.
 
         A source that does not receive that its guest is here may be querying on another connection.
         """
@@ -165,13 +169,17 @@ class PacketDestination:
         self.abandon()
 
     def abandon(self) -> None:
-        """End the holds: no more will come from the source."""
+        """End the holds, as no more will come from the source."""
         self._connection = None
         for index in tuple(self._held):
             self._release(index)
 
     def send(self, kind: Kind, value: Any) -> None:
-        """Send a message to the source, from any thread. Raises LinkLost."""
+        """Send a message to the source, from any thread.
+
+        Raises:
+            LinkLost: the connection broke, or is gone.
+        """
         connection = self._connection
         if connection is None:
             raise LinkLost("the connection to the source is gone")
@@ -194,7 +202,7 @@ class PacketDestination:
         )
 
     def _step(self) -> None:
-        """Wait a little for the source's next message, and heed it."""
+        """Wait a little for the source's next message, and handle it."""
         connection = self._connection
         if connection is None:
             return
@@ -212,7 +220,7 @@ class PacketDestination:
                 self._release(index)
 
     def _handle(self) -> bool:
-        """Handle the next whole message that was received; return whether there was one."""
+        """Handle the next whole message, and return whether there was one."""
         size = messages.HEADER.size
         if len(self._received) < size:
             return False

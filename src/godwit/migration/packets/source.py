@@ -1,6 +1,6 @@
 """Packet handover at the source: packets that still come for the guest are sent after the guest.
 
-From the guest's stop on they wait in its tap's queue, and go on coming until the network has
+From the guest's stop on, packets wait in its tap's queue, and go on coming until the network has
 learned where the guest is now. The destination switches the traffic over with a marker frame on
 each of the guest's networks (:mod:`.destination`), a broadcast that floods to this tap as well:
 what the tap gives before the marker came by the old path, what came after it took the new path. So
@@ -25,7 +25,7 @@ from godwit.migration.wire import messages
 from godwit.migration.wire.messages import Kind
 from godwit.migration.wire.stream import WaitingConnection
 
-_BATCH = 32
+_CHUNK = 32
 #: Packets seldom come alone, and each message costs both ends as much as some ten packets, seconds.
 _GATHER_S = 0.002
 
@@ -50,7 +50,7 @@ class OldPath:
         #: Tags of the networks whose packets come to the new tap.
         self.redirected: set[bytes] = set()
         self.drained_at: float | None = None
-        self.packets = self.late = self.bytes = self.left = 0
+        self.packets = self.late = self.bytes = self.left_behind = 0
 
     def due(self, switched_at: float | None) -> float | None:
         """Return when no further marker is waited for, if no further comes."""
@@ -66,7 +66,7 @@ class OldPath:
             return min(longest, last + times.quiet)
         return min(longest, max(switched_at, self.last_packet) + times.marker)
 
-    def marked(self, number: int, tags: bytes, at: float) -> None:
+    def note_marker(self, number: int, tags: bytes, at: float) -> None:
         """Note a marker that came in the network of these tags."""
         self.seen.add(number)
         self.redirected.add(tags)
@@ -74,7 +74,7 @@ class OldPath:
         self.last_marker = at
 
     def report(self, switched_at: float | None) -> dict[str, float]:
-        """Return when what came, and when the path was drained, ms after SWITCHED came."""
+        """Return when each event of the path came, ms after SWITCHED."""
         if switched_at is None:
             return {}
         at = {
@@ -85,7 +85,7 @@ class OldPath:
         }
         return {name: round((when - switched_at) * 1000, 3) for name, when in at.items() if when}
 
-    def is_theirs(self, frame: bytes) -> bool:
+    def is_not_ours(self, frame: bytes) -> bool:
         """Return whether the new tap has this frame too, or the frame is none of the guest's."""
         if frame[HEADER + 6 : HEADER + 12] in self.macs:
             return True  # its own, from where it is now
@@ -99,10 +99,10 @@ class OldPath:
 
 
 class PacketSource:
-    """The source's side of one migration's packet handover; owned by the migration's thread.
+    """The source's side of one migration's packet handover, owned by the migration's thread.
 
     The guest is stopped, and COMMIT about to be sent. ``cookie`` is the migration's secret that
-    tells its markers from any other frame.
+    distinguishes its markers from any other frame.
     """
 
     def __init__(
@@ -121,13 +121,13 @@ class PacketSource:
 
     @property
     def expecting(self) -> bool:
-        """Whether the traffic is switched over, and some of it still on its way to here."""
+        """True while the traffic is switched over, and packets are still on the old path."""
         paths = self._paths.values()
         return self._switched_at is not None and any(path.drained_at is None for path in paths)
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will come."""
+        """True once nothing more will come."""
         now = self._times.now()
         return all(
             path.drained_at is not None and now >= path.drained_at + self._times.late
@@ -146,7 +146,7 @@ class PacketSource:
         while True:
             wait = min([until, *self._due_times()]) - self._times.now()
             received, taps = self._connection.wait(wait, self._paths)
-            # The destination's message comes first: the guest stands still until it is heeded.
+            # The destination's message comes first: the guest stands still until it is handled.
             more = [self._take(self._paths[fd]) for fd in taps if not received]
             self._end_paths()
             if received:
@@ -157,7 +157,7 @@ class PacketSource:
                 self._connection.wait(_GATHER_S)
 
     def switched(self, markers: Sequence[int]) -> None:
-        """Note that the destination has switched the traffic over, with so many markers a NIC."""
+        """Note that the traffic is switched over, with the number of markers for each NIC."""
         if self._switched_at is not None:
             return
         self._switched_at = self._times.now()
@@ -165,13 +165,13 @@ class PacketSource:
             path.expected = markers[path.index] if path.index < len(markers) else 0
 
     def settled(self) -> None:
-        """Forget what was sent: the guest is there for good, and no packet need be requeued."""
+        """Forget the sent packets: the guest is there for good, none need be requeued."""
         self._keep = False
         for path in self._paths.values():
             path.kept.clear()
 
     def requeue(self) -> None:
-        """Give the guest, which goes on here after all, its packets before what the tap has."""
+        """Give the guest, which goes on here after all, its packets before the tap's."""
         for path in self._paths.values():
             path.nic.rx_backlog.inject(path.kept)
             path.kept = []
@@ -183,7 +183,7 @@ class PacketSource:
             "packets": sum(path.packets for path in paths),
             "bytes": sum(path.bytes for path in paths),
             "late": sum(path.late for path in paths),
-            "left-behind": sum(path.left for path in paths),
+            "left-behind": sum(path.left_behind for path in paths),
             "markers-seen": sum(len(path.seen) for path in paths),
             "markers-sent": sum(path.expected or 0 for path in paths),
             "old-paths": [path.report(self._switched_at) for path in paths],
@@ -191,7 +191,7 @@ class PacketSource:
 
     # --- inside -----------------------------------------------------------------------------------
     def _due_times(self) -> list[float]:
-        """Return when something is due."""
+        """Return the times at which something is due."""
         now = self._times.now()
         times = []
         for path in self._paths.values():
@@ -212,29 +212,31 @@ class PacketSource:
         for path in self._paths.values():
             if path.drained_at is None and now >= self._due(path):
                 # What is here by now was on the old path, up to a queue's worth.
-                for _ in range(MAX_FRAMES // _BATCH):
+                for _ in range(MAX_FRAMES // _CHUNK):
                     if not self._take(path):
                         break
                 path.drained_at = now
                 self._connection.send(Kind.PATH_DRAINED, messages.PathDrained(path.index))
 
     def _take(self, path: OldPath) -> bool:
-        """Send a batch of what the tap has; return whether there may be more."""
+        """Send a chunk of the tap's packets, and return whether there may be more."""
         try:
-            frames = path.nic.rx_backlog.take(_BATCH)
+            frames = path.nic.rx_backlog.take(_CHUNK)
         except GodwitError:
             frames = []
-        # One by one: what a marker says counts for what comes after it.
-        kept = [f for f in frames if not self._is_marker(path, f) and not path.is_theirs(f)]
+        # One by one: a marker counts for what comes after it.
+        kept = [f for f in frames if not self._is_marker(path, f) and not path.is_not_ours(f)]
         if kept:
             if any(frame[HEADER : HEADER + 6] in path.macs for frame in kept):
                 path.last_packet = self._times.now()
             self._send(path, kept)
-        return len(frames) == _BATCH
+        return len(frames) == _CHUNK
 
     def _send(self, path: OldPath, frames: list[bytes]) -> None:
         if path.packets + path.late >= MAX_FRAMES or path.bytes >= MAX_BYTES:
-            path.left += len(frames)  # the bound: they are lost; markers are still looked for
+            path.left_behind += len(
+                frames
+            )  # the bound: they are lost; markers are still looked for
             return
         if self._keep:
             path.kept += frames
@@ -252,9 +254,9 @@ class PacketSource:
             return False
         at = len(self._cookie)
         nic, number = (int.from_bytes(cookie[at + n : at + n + 2], "big") for n in (0, 2))
-        # Another NIC's says nothing about this one's packets: its tap may not be emptied yet.
+        # Another NIC's is no marker of this one's packets: its tap may not be emptied yet.
         if nic == path.index:
-            path.marked(number, stack_of(view), self._times.now())
+            path.note_marker(number, stack_of(view), self._times.now())
         return True
 
 

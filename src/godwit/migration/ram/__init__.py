@@ -1,1 +1,1 @@
-"""RAM on its way: dirty logs, runs of pages, convergence, throttling, population."""
+"""RAM during a migration: dirty logs, runs of pages, convergence, throttling, population."""

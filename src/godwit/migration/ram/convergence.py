@@ -1,9 +1,9 @@
-"""Does the pre-copy converge? Pure: fed with what each round did, it says what comes next.
+"""The judge of the pre-copy's convergence: pure, fed with the numbers of each round.
 
-A round sends the pages that got dirty during the one before. If it takes so long that as many get
-dirty again, rounds do not help: the guest writes faster than the line takes. Then its vCPUs are
-throttled, more after each such round, or the move ends as the operator chose. A change of the
-throttle is judged by the round after it, which ran under it from its start to its end.
+A round sends the pages that got dirty during the one before. If a round takes so long that as many
+get dirty again, rounds do not help: the guest writes faster than the connection takes. Then the
+vCPUs are throttled, more after each such round, or the migration ends as the operator chose. A
+change of the throttle is judged by the first round that ran wholly under the new throttle.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ MAX_FAILURES = 2
 GOOD_ENOUGH_MS = 10.0
 #: A round helps if it leaves less than this share of what it had to send.
 _SHRINKS = 0.75
-#: A round of fewer pages (half a frame's) that took less time, ms, says only how slow the line is
-#: at the most: what takes its time is the waking of both ends.
+#: A round of fewer pages (half a message's) that took less time, ms, is only a lower bound of the
+#: bandwidth: what takes its time is the waking of both ends.
 _MEASURABLE = 1024
 _MEASURABLE_MS = 100.0
-#: Fewer pages than this, sent or left, say nothing of the line, and are no time to speak of.
+#: Fewer pages than this, sent or left, are no measure of the connection, and take no time.
 _FEW = 64
 
 
 class Action(enum.Enum):
-    """What to do after a round."""
+    """The next step after a round."""
 
     #: Stop the guest, and send the rest.
     STOP = "stop"
-    #: Another round, with the throttle at what the verdict says.
+    #: Another round, with the verdict's throttle.
     ROUND = "round"
     #: Leave the guest where it is.
     ABORT = "abort"
 
 
 class Verdict(NamedTuple):
-    """The answer to a round."""
+    """The judgement of a round."""
 
     action: Action
     #: Share of the time for which vCPUs are kept out of the guest from now on, percent; 0: none.
     throttle: int
-    #: For how long a stop now would stop the guest for its RAM, ms.
+    #: The time for which a stop now would stop the guest for its RAM, ms.
     expected_ms: float
 
 
 class Convergence:
-    """Judges one move, round by round."""
+    """The judge of one migration, round by round."""
 
     def __init__(self) -> None:
-        #: Percent.
+        #: The throttle now, percent.
         self.throttle = 0
-        #: Since the throttle was last changed.
+        #: Rounds since the throttle was last changed.
         self._rounds = 0
         self._failures = 0
         self._previous: int | None = None
@@ -76,9 +76,9 @@ class Convergence:
         downtime_limit: float,
         parameters: ConvergenceParameters,
     ) -> Verdict:
-        """A round sent ``sent`` pages within ``ms``, and ``dirty`` pages are to be sent now.
+        """Judge a round that sent ``sent`` pages within ``ms`` and left ``dirty`` pages to be sent.
 
-        ``downtime_limit`` is in ms. Both it and the parameters may change from round to round.
+        ``downtime_limit`` is in ms. The limit and the parameters may change from round to round.
         """
         expected = self._expected(sent, ms, dirty)
         helped = self._previous is None or dirty < self._previous * _SHRINKS
@@ -99,7 +99,7 @@ class Convergence:
         return Verdict(Action.ROUND, self.throttle, expected)
 
     def _expected(self, sent: int, ms: float, dirty: int) -> float:
-        """What is left, by the line's measured bandwidth."""
+        """Return the time for the rest, in ms, by the connection's measured bandwidth."""
         known = self._per_page_ms
         if sent >= _MEASURABLE or (sent >= _FEW and ms >= _MEASURABLE_MS):
             self._per_page_ms = ms / sent
@@ -110,7 +110,7 @@ class Convergence:
         return dirty * self._per_page_ms
 
     def _level(self, useless: bool, parameters: ConvergenceParameters) -> int:
-        """The throttle for the next round."""
+        """Return the throttle for the next round."""
         if not parameters.auto_converge:
             return 0
         level = self.throttle
@@ -121,21 +121,21 @@ class Convergence:
         return min(level, parameters.max_cpu_throttle)
 
     def _exhausted(self, parameters: ConvergenceParameters) -> bool:
-        """Whether all that may be tried was tried: only asked where the level stays."""
+        """Return whether all that may be tried was tried, where the level stays."""
         at_the_bound = self.throttle == parameters.max_cpu_throttle
         return self._rounds >= MAX_ROUNDS or (at_the_bound and self._failures >= MAX_FAILURES)
 
 
 class Done(Protocol):
-    """What is told of the last round; :class:`.report.Round` has it."""
+    """The numbers of the last round, which :class:`.report.Round` has."""
 
     @property
     def dirty(self) -> int:
-        """Pages that are left."""
+        """Pages that are left to be sent."""
 
     @property
     def throttle(self) -> int:
-        """In force during it, percent."""
+        """The throttle during the round, percent."""
 
 
 def why_not(
@@ -145,7 +145,7 @@ def why_not(
     downtime_limit: float,
     parameters: ConvergenceParameters,
 ) -> str:
-    """Why a move was given up after so many rounds, and what its operator can change."""
+    """Return why the migration was given up, and what its operator can change."""
     slowed = f" and with its vCPUs throttled by {last.throttle} percent" if last.throttle else ""
     if not parameters.auto_converge:
         further = "switch auto-converge on (migrate-set-capabilities), "
@@ -154,7 +154,7 @@ def why_not(
     else:
         further = ""
     return (
-        f"the guest writes faster than the line takes: after {rounds} rounds{slowed}, "
+        f"the guest writes faster than the connection takes: after {rounds} rounds{slowed}, "
         f"{last.dirty * PAGE / 1e6:.1f} MB are left, which would stop it for some "
         f"{verdict.expected_ms:.0f} ms, but downtime-limit is {downtime_limit:g} ms; {further}"
         "raise max-bandwidth or downtime-limit, or have it stopped regardless "

@@ -1,8 +1,8 @@
-"""The pages to send: those that exist at first, those that got dirty since, those that are zeros.
+"""The pages to send: existing ones at first, later dirty ones, and which of them are zeros.
 
 Three sources of dirt: KVM logs the guest's writes, devices with :class:`.LogsDirtyPages` (vhost)
-their own, and guest memory what the VMM itself wrote. All of it is bitmaps, a bit per page, that
-become runs of pages.
+log theirs, and guest memory notes the VMM's. All of these are bitmaps, a bit per page, and become
+runs of pages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ZERO = bytes(_CHUNK * PAGE)
 
 
 class DirtyLog:
-    """The dirty log of a machine; :meth:`start` before the first page is sent."""
+    """The dirty log of a machine, to be started before the first page is sent."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -37,7 +37,10 @@ class DirtyLog:
         ]
 
     def start(self) -> None:
-        """Log from now on; all that was written before counts as the first round."""
+        """Log written pages from now on.
+
+        All that was written before counts as the first round.
+        """
         machine = self._machine
         machine.memory.start_log()
         for part in machine.devices.having(LogsDirtyPages):
@@ -46,7 +49,7 @@ class DirtyLog:
         self._on = True
 
     def stop(self) -> None:
-        """Log no more; harmless when it does not."""
+        """Log no more pages, which is harmless if none are logged."""
         if self._on:
             self._on = False
             machine = self._machine
@@ -86,10 +89,10 @@ def _merge(
 
 
 def split_zeros(machine: Machine, runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
-    """Return ``runs`` as (those with something in them, those that are all zeros).
+    """Return ``runs`` as (runs with something in them, runs of zeros only).
 
-    The first byte of each page is gathered by one strided copy, and only where many together
-    are zero are pages compared whole. Fewer count as data.
+    The first byte of each page is gathered by one strided copy, and only where many together are
+    zero are pages compared whole. Fewer count as data.
     """
     data: list[Run] = []
     zero: list[Run] = []

@@ -1,4 +1,4 @@
-"""Runs of pages, ``(guest address, count)``, and what is done with lists of them. Pure."""
+"""Runs of pages, ``(guest address, count)``, and pure operations on lists of them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def chunks(
 
 
 def bitmap_runs(bitmap: bytes | bytearray, start: int) -> list[Run]:
-    """Return the runs of set bits; bit 0 is the page at guest address ``start``."""
+    """Return the runs of set bits. Bit 0 is the page at guest address ``start``."""
     runs: list[Run] = []
     for at in range(0, len(bitmap), _BITMAP_PIECE):
         bits = int.from_bytes(bitmap[at : at + _BITMAP_PIECE], "little")

@@ -1,8 +1,9 @@
-"""The destination's RAM made before it is needed.
+"""The destination's RAM, populated before use.
 
 Page faults, not Python, are what limits the copy. While no source is there, RAM is populated from
-its start, as far as the host has memory to spare; once a source says which pages will come, those
-go first. What was populated in vain is given back: a guest takes no more here than it took there.
+its start, as far as the host has memory to spare; once a source has sent which pages will come,
+those go first. What was populated in vain is given back: a guest takes no more memory here than
+there.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from collections.abc import Iterator, Sequence
 from godwit.host.ioctl import address_of
 from godwit.hw.memory import HUGE, GuestMemory
 
-#: Of the memory that the host has available, so much is taken before anybody asked for it.
+#: The share of the host's available memory that is taken before anybody asked for it.
 _SHARE = 0.5
 #: Huge pages between two looks at what the host still has.
 _LOOK = 32
 
 
 class Prefault:
-    """Populates ``memory`` in a thread of its own, which holds no lock of Python's meanwhile."""
+    """A thread that populates ``memory``, and holds no lock of Python's meanwhile."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
@@ -33,11 +34,11 @@ class Prefault:
         self._thread = threading.Thread(target=self._main, name="prefault", daemon=True)
 
     def start(self) -> None:
-        """Begin, with what nobody asked for yet."""
+        """Begin with pages that nobody asked for yet."""
         self._thread.start()
 
     def want(self, views: Sequence[memoryview]) -> None:
-        """These parts of RAM come next."""
+        """Populate these parts of RAM next."""
         blocks = [block for view in views for block in _blocks(view)]
         with self._changed:
             self._wanted.extend(blocks)
@@ -45,25 +46,27 @@ class Prefault:
             self._changed.notify()
 
     def use(self, views: Sequence[memoryview]) -> None:
-        """These parts of RAM are about to hold data: they are not given back any more."""
+        """Give these parts of RAM back no more, as they are about to hold data."""
         with self._changed:
             for view in views:
                 self._needed.update(_blocks(view))
 
     @property
     def finished(self) -> bool:
-        """Whether :meth:`finish` was called."""
+        """True if :meth:`finish` was called."""
         return self._ending
 
     @property
     def idle(self) -> bool:
-        """Whether a source has said what it has, and all of it is done."""
+        """True once a source has sent its runs, and all of their pages are populated."""
         with self._changed:
             return bool(self._needed) and not self._wanted and not self._done - self._needed
 
     def finish(self) -> None:
-        """Populate no more, give back no more, and wait for the thread: the guest's pages are here,
-        and the guest may stand still for this."""
+        """Populate no more, give back no more, and wait for the thread.
+
+        The guest's pages are here, and the guest may stand still for this.
+        """
         with self._changed:
             if self._ending:
                 return
@@ -73,23 +76,26 @@ class Prefault:
             self._thread.join()
 
     def _main(self) -> None:
-        ahead = self._ahead()
+        spare = self._spare_blocks()
         while True:
             with self._changed:
-                block = self._next(ahead)
+                block = self._next(spare)
                 if block is None:
                     return
                 self._done.add(block)
             self._memory.populate(block, HUGE)
 
-    def _next(self, ahead: Iterator[int]) -> int | None:
-        """What to populate; gives back, under the lock, what a source does not have."""
+    def _next(self, spare: Iterator[int]) -> int | None:
+        """Return the next huge page to populate, and give back those a source does not have.
+
+        Called under the lock.
+        """
         while not self._ending:
             block = None
             if self._wanted:
                 block = self._wanted.popleft()
             elif not self._needed:
-                block = next(ahead, None)
+                block = next(spare, None)
             elif self._give_back():
                 continue
             if block is None:
@@ -99,7 +105,7 @@ class Prefault:
         return None
 
     def _give_back(self) -> bool:
-        """One huge page; whether there may be more. Under the lock, so that nobody uses it now."""
+        """Give one huge page back under the lock, and return whether there may be more."""
         for block in self._done - self._needed:
             self._done.discard(block)
             self._memory.discard(block, HUGE)
@@ -108,7 +114,7 @@ class Prefault:
             return True
         return False
 
-    def _ahead(self) -> Iterator[int]:
+    def _spare_blocks(self) -> Iterator[int]:
         space = int(_available() * _SHARE)
         floor = space  # what has to be left: others may take from it as well
         count = 0
@@ -122,13 +128,13 @@ class Prefault:
 
 
 def _blocks(view: memoryview) -> range:
-    """Host addresses of the huge pages that ``view`` touches; RAM consists of whole ones."""
+    """Return the host addresses of the huge pages that ``view`` overlaps."""
     host = address_of(view)
     return range(host // HUGE * HUGE, host + len(view), HUGE)
 
 
 def _available() -> int:
-    """What the host could give without swapping, bytes (proc(5), meminfo)."""
+    """Return the bytes the host could give without swapping (proc(5), meminfo)."""
     try:
         with open("/proc/meminfo", "rb") as meminfo:
             for line in meminfo:

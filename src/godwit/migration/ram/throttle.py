@@ -1,10 +1,9 @@
-"""Keeps a machine's vCPUs out of the guest for a share of the time, by slices.
+"""A throttle that keeps a machine's vCPUs out of the guest for a share of the time, by slices.
 
-One thread looks after all of them: it kicks each vCPU whose slice in the guest is over, and the
-vCPU itself stays out for as long as it has to make up for
-(:class:`godwit.machine.vcpu.VcpuThread`). So what counts is the time that it really ran: a late
-kick makes for a longer rest. What the GIL costs a vCPU after its rest comes on top: the guest gets
-its share at the most, and never nothing.
+One thread looks after all vCPUs and kicks each one at the end of a slice in the guest. The vCPU
+then stays out for as long as the throttle asks (:class:`godwit.machine.vcpu.VcpuThread`). So the
+time really spent in the guest counts: a late kick makes for a longer rest. The GIL's cost after a
+rest comes on top: the guest gets the share at the most, and never nothing.
 """
 
 from __future__ import annotations
@@ -17,19 +16,20 @@ from godwit.machine.vcpu import SLICE_S
 
 
 class Throttled(Protocol):
-    """What is asked of a vCPU's thread."""
+    """The methods of a vCPU's thread the throttle calls."""
 
     def throttle(self, percent: int) -> None:
-        """Keep it out for so much of the time; 0 ends it."""
+        """Keep the vCPU out of the guest for ``percent`` of the time, or not at all with 0."""
 
     def end_slice(self) -> float:
-        """Have it rest if its slice is over; after how many seconds to ask again."""
+        """Have the vCPU rest if its slice is over, and return the seconds to the next call."""
 
 
 class Throttle:
-    """Off until :meth:`set`, and after :meth:`end`. ``vcpus`` says which there are, once needed.
+    """The throttle of all vCPUs, off until :meth:`set`, and after :meth:`end`.
 
-    It takes no lock but the vCPUs' own, and those only for a moment.
+    ``vcpus`` returns the vCPUs, once needed. No lock is taken but the vCPUs' own, and those only
+    for a moment.
     """
 
     def __init__(self, vcpus: Callable[[], Sequence[Throttled]]) -> None:
@@ -37,11 +37,11 @@ class Throttle:
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        #: In force, percent.
+        #: The throttle in force, percent.
         self.percent = 0
 
     def set(self, percent: int) -> None:
-        """Keep the vCPUs out for so much of the time, 0 to 99; after the end, nothing."""
+        """Keep the vCPUs out for ``percent`` of the time, 0 to 99, or do nothing after the end."""
         with self._lock:
             if self._over.is_set() or percent == self.percent:
                 return
@@ -53,7 +53,10 @@ class Throttle:
                 self._thread.start()
 
     def end(self) -> None:
-        """The vCPUs go on as they like, at once and for good. From any thread, also twice."""
+        """Let the vCPUs go on as they like, at once and for good.
+
+        From any thread, and harmless the second time.
+        """
         with self._lock:
             if self._over.is_set():
                 return

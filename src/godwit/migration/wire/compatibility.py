@@ -1,4 +1,4 @@
-"""What two machines must have in common before a guest migrates between them."""
+"""The comparison of two machines before a guest migrates between them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .messages import Hello, HelloDevice
 
 
 def describe(machine: Machine, token: bytes, cookie: bytes = b"") -> Hello:
-    """Return the machine as a HELLO; a destination compares its own with it."""
+    """Return the machine as a HELLO, which a destination compares with its own."""
     hints = machine.hints()
     return Hello(
         machine=machine.config.machine.name,
@@ -40,7 +40,7 @@ def check(hello: Hello, machine: Machine) -> None:
     """Refuse what this machine cannot become, before the guest is stopped.
 
     Raises:
-        StreamError: names each thing that differs.
+        StreamError: the machines differ; the message names each difference.
     """
     own = describe(machine, hello.token)
     differences = [

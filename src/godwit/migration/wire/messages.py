@@ -43,11 +43,11 @@ _Token = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 
 
 class Kind(IntEnum):
-    """The kinds of messages. s: sent by the source, d: by the destination."""
+    """The kinds of messages, sent by the source (s) or by the destination (d)."""
 
     HELLO = 1  # s, first: what will come
     WELCOME = 2  # d: the migration can go on
-    REFUSED = 3  # d: it cannot, and why
+    REFUSED = 3  # d: the migration cannot go on, and why
     PREFAULT = 4  # s: runs that RAM will come for
     RAM = 5  # s: runs and their pages
     ZERO = 6  # s: runs that are all zeros
@@ -59,7 +59,7 @@ class Kind(IntEnum):
     FAILED = 12  # s, d: given up, and why
     QUERY = 13  # s, first on a new connection: COMMIT again; what became of the guest?
     ACK = 14  # s: STARTED was received; nobody will query again
-    SWITCHED = 15  # d, after COMMIT: the network was told that the guest is here
+    SWITCHED = 15  # d, after COMMIT: the traffic was switched over
     PACKETS = 16  # s: packets that still came for the guest
     PATH_DRAINED = 17  # s: no more packets will come for this NIC, but stragglers
 
@@ -82,16 +82,16 @@ class HelloDevice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     kind: Name
     #: Version of the saved state.
     version: int
-    #: What the guest sees of the configuration.
+    #: The part of the configuration that the guest sees.
     properties: Annotated[dict[Name, _Property], msgspec.Meta(max_length=32)]
     #: Feature bits that the guest uses now.
     negotiated: U64 = 0
-    #: What may be set up before the guest stops.
+    #: The setup hints, if there are some.
     hints: SetupHints | None = None
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What the source is about to send: HELLO."""
+    """The machine and the migration the source is about to send: HELLO."""
 
     machine: Annotated[str, msgspec.Meta(max_length=64)]
     token: _Token
@@ -115,7 +115,7 @@ class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     #: The two ends of a TCP connection, ``HOST PORT``; empty for a Unix socket.
     near: str
     far: str
-    #: Packets are handed over.
+    #: True if packets are handed over.
     packets: bool = False
 
 
@@ -126,10 +126,10 @@ class Reason(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Commit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The guest is the destination's: COMMIT, and QUERY, which repeats it on a new connection."""
+    """The commit that makes the guest the destination's: COMMIT, or QUERY on a new connection."""
 
     token: _Token
-    #: The guest ran when it was stopped: one that was paused stays so.
+    #: True if the guest ran when it was stopped: one that was paused stays so.
     running: bool
 
 
@@ -141,7 +141,7 @@ class Started(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Switched(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The traffic was switched over: SWITCHED, with how many markers left for each NIC."""
+    """The number of markers that left for each NIC when the traffic was switched over: SWITCHED."""
 
     markers: Annotated[
         list[Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]], msgspec.Meta(max_length=64)
@@ -162,7 +162,7 @@ class PathDrained(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def message(kind: Kind, payload: bytes = b"") -> bytes:
-    """Return a whole message."""
+    """Return a message with header and payload."""
     return header(kind, len(payload)) + payload
 
 
@@ -196,12 +196,12 @@ def parse_header(raw: bytes | bytearray) -> tuple[Kind, int]:
 
 
 def encode_runs(runs: Sequence[Run]) -> bytes:
-    """Return the table of runs."""
+    """Return the table of runs, with its count."""
     return _COUNT.pack(len(runs)) + b"".join(_RUN.pack(*run) for run in runs)
 
 
 def table_size(count: int) -> int:
-    """Return the bytes that a table of ``count`` runs has."""
+    """Return the bytes a table of ``count`` runs has."""
     return _COUNT.size + count * _RUN.size
 
 

@@ -1,4 +1,4 @@
-"""Connections on sockets: addresses, deadlines, and what each end can see of the other."""
+"""Connections on sockets: addresses, deadlines, and each end's view of the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class Address:
-    """``unix:PATH`` or ``tcp:HOST:PORT``.
+    """An address of a migration, ``unix:PATH`` or ``tcp:HOST:PORT``.
 
     Raises:
         ConfigError: neither; or ``tcp:`` beyond this host without ``insecure``, because the stream
@@ -48,12 +48,12 @@ class Address:
         if not insecure and not _loopback(self.host):
             raise ConfigError(
                 f"'{uri}' leaves this host, and the stream is neither encrypted nor "
-                "authenticated: whoever reads it has the guest's memory. Say --insecure on a "
+                "authenticated: whoever reads it has the guest's memory. Give --insecure on a "
                 "network that you trust"
             )
 
     def listen(self) -> socket.socket:
-        """Return a listening socket.
+        """Return a socket that listens there.
 
         Raises:
             ConfigError, HostError: the address cannot be had.
@@ -67,10 +67,10 @@ class Address:
             raise ConfigError(f"cannot listen on '{self.uri}': {error}") from error
 
     def connect(self, timeout: float | None = None) -> SocketConnection:
-        """Return a connection to whoever listens there.
+        """Return a connection to the listener there.
 
         Raises:
-            LinkLost: nobody does (its cause is the OSError).
+            LinkLost: nobody listens (its cause is the OSError).
         """
         timeout = self._times.silence if timeout is None else timeout
         try:
@@ -131,7 +131,11 @@ class SocketConnection(WaitingConnection):
         self._receive_until = self._due(length or 0)
 
     def send_parts(self, parts: Parts) -> None:
-        """Send a message's bytes. Raises LinkLost."""
+        """Send the bytes of a message.
+
+        Raises:
+            LinkLost: the connection broke, or the peer did not take the message in time.
+        """
         until = self._due(sum(map(len, parts)))
 
         def send(left: list[bytes | memoryview]) -> int:
@@ -144,7 +148,11 @@ class SocketConnection(WaitingConnection):
             raise self._lost(error) from error
 
     def read_into(self, views: Sequence[memoryview]) -> None:
-        """Fill all ``views``. Raises LinkLost."""
+        """Fill all ``views`` with the next bytes of the message.
+
+        Raises:
+            LinkLost: the connection broke, or the message was not whole in time.
+        """
         left = [view for view in views if len(view)]
         try:
             while left:
@@ -157,7 +165,11 @@ class SocketConnection(WaitingConnection):
             raise self._lost(error) from error
 
     def read_some(self, most: int) -> bytes:
-        """Return the bytes that are here. Raises LinkLost."""
+        """Return the bytes that are here, without waiting.
+
+        Raises:
+            LinkLost: the connection broke.
+        """
         try:
             data = self._sock.recv(most, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -198,7 +210,7 @@ class SocketConnection(WaitingConnection):
 
     # --- the peer ---------------------------------------------------------------------------------
     def set_silence(self, seconds: float) -> None:
-        """Set how long a silent peer is waited for."""
+        """Set for how many seconds a silent peer is waited for."""
         self._silence = seconds
 
     def describe(self, packets: bool) -> messages.Welcome:
@@ -233,7 +245,7 @@ class SocketConnection(WaitingConnection):
         self._shut_down(socket.SHUT_RDWR)
 
     def stop_receiving(self) -> None:
-        """Make the thread that waits for a message give up; sending goes on."""
+        """Make the receiving thread give up, while sending goes on."""
         self._shut_down(socket.SHUT_RD)
 
     def _shut_down(self, how: int) -> None:
@@ -243,5 +255,5 @@ class SocketConnection(WaitingConnection):
             pass  # closed by the peer already
 
     def close(self) -> None:
-        """Give the socket back."""
+        """Give back the connection's socket."""
         self._sock.close()

@@ -23,7 +23,7 @@ Parts = Sequence[bytes | memoryview]
 
 
 class Connection(ABC):
-    """One thread sends, one receives; either may close.
+    """A connection on which one thread sends and one receives, and either may close.
 
     A message is whole within a total time, whatever its bytes' pace.
     """
@@ -51,31 +51,44 @@ class Connection(ABC):
 
     @abstractmethod
     def begin(self, length: int | None = None) -> None:
-        """Start the time of the next message; with ``length``, of its payload of so many bytes."""
+        """Start the time of the next message, or of its payload of ``length`` bytes."""
 
     @abstractmethod
     def stop_receiving(self) -> None:
-        """Make the thread that waits for a message give up, from any thread; sending goes on."""
+        """Make the receiving thread give up, from any thread, while sending goes on."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give the carrier back."""
+        """Give back the connection's carrier."""
 
     # --- messages ---------------------------------------------------------------------------------
     def send(self, kind: Kind, value: msgspec.Struct | None = None) -> None:
-        """Send a struct, or an empty message. Raises LinkLost."""
+        """Send a struct, or an empty message.
+
+        Raises:
+            LinkLost: the connection broke, or the peer did not take the message in time.
+        """
         payload = saved.encode(value) if value is not None else b""
         self.send_parts([messages.message(kind, payload)])
 
     def receive(self) -> tuple[Kind, int]:
-        """Return the next message's kind and payload length. Raises LinkLost, StreamError."""
+        """Return the next message's kind and payload length.
+
+        Raises:
+            LinkLost: no message came.
+            StreamError: the header is malformed.
+        """
         self.begin()
         kind, length = messages.parse_header(self.read(messages.HEADER.size))
         self.begin(length)
         return kind, length
 
     def read(self, length: int) -> bytearray:
-        """Return exactly ``length`` bytes of the message. Raises LinkLost."""
+        """Return exactly ``length`` bytes of the message.
+
+        Raises:
+            LinkLost: the connection broke, or the message was not whole in time.
+        """
         data = bytearray(length)
         self.read_into([memoryview(data)])
         return data
@@ -86,17 +99,17 @@ class Connection(ABC):
             raise StreamError(f"message {kind.name} has a payload")
 
     def expect_struct(self, kind: Kind, struct: type[_T]) -> _T:
-        """Receive a message of ``kind``, and return the ``struct`` in it.
+        """Receive a message of ``kind``, and return the ``struct`` of its payload.
 
         Raises:
             LinkLost: no message came.
-            PeerRefused: the peer said why not.
+            PeerRefused: the peer refused, and why.
             StreamError: another message came, or a malformed one.
         """
         return saved.decode(self.expect_one(kind)[1], struct)
 
     def expect_one(self, *kinds: Kind) -> tuple[Kind, bytearray]:
-        """Receive a message of one of these kinds; return kind and payload.
+        """Receive a message of one of these kinds, and return kind and payload.
 
         Raises as :meth:`expect_struct`.
         """
@@ -123,15 +136,19 @@ class WaitingConnection(Connection):
 
     @abstractmethod
     def read_some(self, most: int) -> bytes:
-        """Return the bytes that are here, at most ``most``, without waiting. Raises LinkLost."""
+        """Return the bytes that are here, at most ``most``, without waiting.
+
+        Raises:
+            LinkLost: the connection broke.
+        """
 
     @abstractmethod
     def set_silence(self, seconds: float) -> None:
-        """Set how long a silent peer is waited for."""
+        """Set for how many seconds a silent peer is waited for."""
 
     @abstractmethod
     def describe(self, packets: bool) -> messages.Welcome:
-        """Return the connection as this end sees it; ``packets``: they are handed over."""
+        """Return the connection as this end sees it, with or without packet handover."""
 
     @abstractmethod
     def is_direct(self, seen: messages.Welcome) -> bool:
@@ -143,9 +160,9 @@ class WaitingConnection(Connection):
 
 
 def send_pieces(parts: Parts, send: Callable[[list[bytes | memoryview]], int]) -> int:
-    """Have ``send`` take all parts, piece by piece; return the bytes.
+    """Have ``send`` take all parts, piece by piece, and return the bytes.
 
-    ``send`` takes as much as it likes of the list that it is given, and returns how many bytes.
+    ``send`` takes as much as it likes of the list it is given, and returns how many bytes.
     """
     left: list[bytes | memoryview] = list(parts)
     total = 0
@@ -155,7 +172,7 @@ def send_pieces(parts: Parts, send: Callable[[list[bytes | memoryview]], int]) -
 
 
 def advance(left: list[memoryview] | list[bytes | memoryview], done: int) -> int:
-    """Drop the first ``done`` bytes of a list of buffers; return ``done``."""
+    """Drop the first ``done`` bytes of a list of buffers, and return ``done``."""
     taken = done
     while left and taken >= len(left[0]):
         taken -= len(left.pop(0))

@@ -1,6 +1,6 @@
 """The commands: one module for each feature, each with a table of its commands.
 
-Names, arguments and results are QEMU's (qapi/*.json of 7.2) unless a docstring says otherwise.
+Names, arguments and results are QEMU's (qapi/*.json of 7.2) unless a docstring has others.
 """
 
 from . import announce, devices, migration, network, vm

@@ -13,7 +13,7 @@ from .registry import Arguments, Command, states
 class AnnounceArguments(Arguments, frozen=True):
     """Arguments of announce-self: a number that is left out is as after a migration.
 
-    QEMU insists on all four numbers, and ignores names of interfaces that it does not know.
+    QEMU insists on all four numbers, and ignores names of interfaces it does not know.
     """
 
     initial: int | None = None

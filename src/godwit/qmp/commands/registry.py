@@ -15,7 +15,7 @@ from godwit.spec.runstate import RunState
 
 _S = RunState
 
-#: Why a state refuses most commands, in the words of the person who reads it.
+#: Why a state refuses most commands, for the person who reads the answer.
 _WHY = {
     _S.INMIGRATE: "the guest has not arrived yet",
     _S.RESTORE_VM: "the guest is being restored",
@@ -33,7 +33,7 @@ class Arguments(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, froz
 
 
 class Command(msgspec.Struct, frozen=True):
-    """One command: its function, its arguments, and the run states that it needs (None: any)."""
+    """One command: its function, its arguments, and the run states it needs (None: any)."""
 
     run: Callable[[Controller, Any], object]
     arguments: type[msgspec.Struct] = Arguments
@@ -45,7 +45,7 @@ COMMANDS: dict[str, Command] = {}
 
 
 def states(*needed: RunState) -> frozenset[RunState]:
-    """Return the run states that a command needs, for its entry in a table."""
+    """Return the run states a command needs, for its entry in a table."""
     return frozenset(needed)
 
 

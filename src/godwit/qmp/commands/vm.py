@@ -1,4 +1,4 @@
-"""Commands for the VM itself: its run state, its end, and facts about the server."""
+"""Commands for the VM itself: run state, end, and facts about the server."""
 
 from __future__ import annotations
 

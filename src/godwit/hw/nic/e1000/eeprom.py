@@ -93,7 +93,7 @@ class Eeprom:
         """Take over a saved state.
 
         Raises:
-            StreamError: EECD has bits that a driver cannot set.
+            StreamError: EECD has bits a driver cannot set.
         """
         if state.eecd & ~_WRITABLE:
             raise StreamError(f"eeprom.eecd: {state.eecd:#x} has bits that a driver cannot set")

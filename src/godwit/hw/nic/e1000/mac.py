@@ -39,7 +39,7 @@ class Wires(NamedTuple):
 
 
 class Mac:
-    """The controller; not thread-safe, as the NIC's lock covers each access."""
+    """The controller, which is not thread-safe, as the NIC's lock covers each access."""
 
     def __init__(self, memory: GuestMemory, mac: bytes, wires: Wires) -> None:
         self._wires = wires
@@ -140,7 +140,7 @@ class Mac:
         return bool(self._registers[regs.ICR] & self._registers[regs.IMS])
 
     def raise_causes(self, causes: int) -> None:
-        """Note causes in ICR."""
+        """Note interrupt causes in ICR."""
         self._set_causes(self._registers[regs.ICR] | causes)
 
     def _take_causes(self) -> int:
@@ -175,7 +175,7 @@ class Mac:
         self.raise_causes(regs.ICR_RXT0 | low)
 
     def transmit(self) -> bool:
-        """Send some of the frames that wait; return whether more can be sent at once."""
+        """Send some of the frames that wait, and return whether more can be sent at once."""
         if self.broken or not self._registers[regs.TCTL] & regs.TCTL_EN:
             return False
         causes, more = 0, False

@@ -128,15 +128,15 @@ class E1000(Device, Nic, Counts):
 
     # --- Device -----------------------------------------------------------------------------------
     def pause(self) -> None:
-        """Carry no frames. The interrupt line keeps its level: what holds the line up is saved."""
+        """Carry no more frames, while the interrupt line keeps its level, which is saved."""
         with self._lock:
             self._paused = True
             self._reader.stop()
 
     def resume(self) -> None:
-        """Carry frames again.
+        """Carry frames, and set the line's level anew.
 
-        KVM forgets a line's level on the way to another host: set the level anew.
+        KVM forgets a line's level on the way to another host.
         """
         with self._lock:
             self._paused = False
@@ -153,14 +153,14 @@ class E1000(Device, Nic, Counts):
             self.function.update_line(always=True)
 
     def close(self) -> None:
-        """Give the tap back."""
+        """Give the tap back, and stop."""
         with self._lock:
             self._paused = True
             self._reader.stop()
             self._tap.close()
 
     def save(self) -> E1000State:
-        """Return the saved state."""
+        """Return the state of the device."""
         with self._lock:
             io_bar, io_address = self.function.save_io()
             return E1000State(

@@ -58,7 +58,7 @@ class Offload:
         self.segments = 1
 
     def segment(self, context: Context) -> bool:
-        """Have the frame cut into TCP segments; return False if the context makes no sense.
+        """Have the frame cut into TCP segments, or return False if the context makes no sense.
 
         The driver leaves lengths out of the headers, as the controller fills them in (3.5.7). The
         kernel wants those of the whole frame.

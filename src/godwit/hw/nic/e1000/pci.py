@@ -72,14 +72,14 @@ class E1000Pci(PciFunction):
 
     # --- BAR 0 ------------------------------------------------------------------------------------
     def read(self, offset: int, size: int) -> int:
-        """Return a register, which is read whole; any other access gives 0."""
+        """Return a register, which is read whole. Any other access gives 0."""
         if size != 4 or offset & 3:
             return 0
         with self._lock:
             return self._mac.read(offset)
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Write a register, which is written whole; any other access is lost."""
+        """Write a register, which is written whole. Any other access is lost."""
         if size == 4 and not offset & 3:
             with self._lock:
                 self._mac.write(offset, value)

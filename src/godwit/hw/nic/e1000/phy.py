@@ -1,4 +1,4 @@
-"""The PHY, Marvell's 88E1011, behind MDIC (SDM chapter 8 and 13.4 MDIC; IEEE 802.3 clause 22).
+"""The PHY, Marvell's 88E1011, behind MDIC (SDM chapter 8, 13.4 MDIC, and IEEE 802.3 clause 22).
 
 The link is up at 1000 Mb/s full duplex, and has been negotiated: a tap has no cable.
 """
@@ -44,7 +44,7 @@ class Phy:
         self._registers = [_VALUES.get(index, 0) for index in range(_COUNT)]
 
     def access(self, mdic: int) -> tuple[int, bool]:
-        """Do the access of a write to MDIC; return MDIC afterwards, and whether to interrupt."""
+        """Do the access of a write to MDIC, and return MDIC afterwards and whether to interrupt."""
         operation, address, index = mdic >> 26 & 3, mdic >> 21 & 31, mdic >> 16 & 31
         result = mdic & ~(_READY | _ERROR) | _READY
         if address != _ADDRESS or operation not in (_READ, _WRITE):
@@ -67,10 +67,10 @@ class Phy:
         return list(self._registers)
 
     def load(self, registers: list[int]) -> None:
-        """Take over saved registers.
+        """Take over the saved registers.
 
         Raises:
-            StreamError: a register that a driver cannot write has another value than here.
+            StreamError: a register a driver cannot write has another value than here.
         """
         for index, value in enumerate(registers):
             if index not in _WRITABLE and value != _VALUES.get(index, 0):

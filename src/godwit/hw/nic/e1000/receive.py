@@ -53,7 +53,7 @@ class Receiver:
         return self._filter.accepts(frame, rctl, self._registers[regs.VET])
 
     def deliver(self, frame: bytes) -> bool:
-        """Put a frame (with the tap's header) into the ring; return False for lack of space.
+        """Put a frame (with the tap's header) into the ring, or return False for lack of space.
 
         Raises:
             GuestError: the ring or a buffer is not in RAM.

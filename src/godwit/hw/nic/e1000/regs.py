@@ -23,7 +23,7 @@ CTRL_PHY_RST = 1 << 31
 
 STATUS_FD, STATUS_LU, STATUS_SPEED_1000 = 1 << 0, 1 << 1, 1 << 7
 
-ICR_TXDW, ICR_TXQE, ICR_LSC = 1 << 0, 1 << 1, 1 << 2
+ICR_TXDW, ICR_TXQE = 1 << 0, 1 << 1
 ICR_RXDMT0, ICR_RXT0, ICR_MDAC = 1 << 4, 1 << 7, 1 << 9
 #: The causes that this controller has.
 ICR_ALL = 0x1F2D7

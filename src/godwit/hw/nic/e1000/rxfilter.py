@@ -62,7 +62,7 @@ class RxFilter:
 
     @property
     def mac(self) -> bytes:
-        """The address in force: the first, if valid and one that a NIC may have."""
+        """The address in force: the first, if valid and one a NIC may have."""
         own = self._exact[0] if self._ra[1] & _VALID_MASK == _VALID else self._configured
         return self._configured if own[0] & 1 or own == bytes(6) else own
 
@@ -110,14 +110,14 @@ class RxFilter:
         )
 
     def save(self) -> FilterState:
-        """Return the saved tables."""
+        """Return the tables for saving."""
         return FilterState(list(self._ra), list(self._mta), list(self._vfta))
 
     def load(self, state: FilterState) -> None:
-        """Take over saved tables.
+        """Take over the saved tables.
 
         Raises:
-            StreamError: a register has bits that the controller lacks.
+            StreamError: a register has bits the controller lacks.
         """
         for index in range(1, regs.RA_COUNT, 2):
             if state.ra[index] & ~_RAH_BITS:

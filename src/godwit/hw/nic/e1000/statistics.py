@@ -1,4 +1,4 @@
-"""The counters at 0x4000 (SDM 13.7 'Statistics Registers') that a wire without errors can have.
+"""The counters at 0x4000 (SDM 13.7 'Statistics Registers') a wire without errors can have.
 
 A counter is cleared by reading, and one of 64 bits by reading its upper half.
 """
@@ -77,9 +77,9 @@ class Statistics:
             self._counters[index + 1] = total >> 32 & _MAX
 
     def save(self) -> list[int]:
-        """Return the saved counters."""
+        """Return the counters for saving."""
         return list(self._counters)
 
     def load(self, counters: list[int]) -> None:
-        """Take over saved counters."""
+        """Take over the saved counters."""
         self._counters[:] = counters

@@ -35,7 +35,7 @@ _VNET_HDR = Struct("<BBHHHHH")  # include/uapi/linux/virtio_net.h
 
 
 class Transmitter:
-    """The transmit unit. ``send`` gets each frame with its virtio_net_hdr."""
+    """The transmit unit, whose ``send`` gets each frame with its virtio_net_hdr."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Transmitter:
         self.contexts = [Context(0, 0), Context(0, 0)]
 
     def run(self) -> tuple[int, bool]:
-        """Send some of what waits; return causes for ICR, and whether more can be sent at once.
+        """Send some of what waits, and return causes for ICR and whether more can be sent at once.
 
         Raises:
             GuestError: the ring, or what a descriptor points at, is not what it may be.
@@ -78,7 +78,7 @@ class Transmitter:
         return causes, left > 0
 
     def _next(self, left: int) -> tuple[int, bool]:
-        """Do a context descriptor or a frame; return its descriptors, and if a report is due."""
+        """Do a context descriptor or a frame, and return its descriptors and if a report is due."""
         lower, upper = self._ring.peek()
         if upper & _DEXT and upper >> 20 & 15 == _CONTEXT:
             self.contexts[bool(upper & _DATA_TSE)] = Context(lower, upper)

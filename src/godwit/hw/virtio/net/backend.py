@@ -42,10 +42,13 @@ class Backend(Protocol):
         """
 
     def stop(self) -> None:
-        """Serve no more; the queues' positions are up to date then. Stopping twice is harmless."""
+        """Serve the rings no more, and bring the queues' positions up to date.
+
+        Stopping twice is harmless.
+        """
 
     def set_call(self, index: int, fd: int) -> None:
-        """Interrupt by another eventfd for ring ``index`` (0 rx, 1 tx); -1: by none."""
+        """Interrupt by another eventfd for ring ``index`` (0 rx, 1 tx), or by none (-1)."""
 
     def close(self) -> None:
         """Give everything but the tap back."""

@@ -52,7 +52,7 @@ class Control:
         self.announce_pending = False
 
     def serve(self, queue: Virtqueue, negotiated: int) -> bool:
-        """Execute the queue's requests; return whether more wait.
+        """Execute the queue's requests, and return whether more wait.
 
         A driver waits for each answer, so more than a ring's worth in one go is not honest work.
 
@@ -73,7 +73,7 @@ class Control:
         return True
 
     def execute(self, negotiated: int, kind: int, command: int, data: bytes) -> int:
-        """Execute a command; return OK or ERR (VIRTIO_NET_OK, VIRTIO_NET_ERR)."""
+        """Execute a command, and return VIRTIO_NET_OK or VIRTIO_NET_ERR."""
         done: Callable[[int, int, bytes], bool] | None = {
             _RX: self._receive_mode,
             _MAC: self._mac_command,

@@ -131,7 +131,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
         return self.control.mac
 
     def announce(self) -> bool:
-        """Ask the guest to announce itself (5.1.6.5.4); return False if the guest cannot.
+        """Ask the guest to announce itself (5.1.6.5.4), or return False if the guest cannot.
 
         Never before DRIVER_OK: kernels without be5dcaed694e deadlock in their probe.
         """
@@ -164,7 +164,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
         return self.control.announce_pending
 
     def accepts(self, frame: memoryview) -> bool:
-        """Return whether the driver's filter takes ``frame``; the userspace backend asks."""
+        """Return whether the driver's filter takes ``frame``, for the userspace backend."""
         return self.control.filter.accepts(frame, self.mac, bool(self.negotiated & F_CTRL_VLAN))
 
     # --- VirtioDevice -----------------------------------------------------------------------------
@@ -219,11 +219,11 @@ class VirtioNet(VirtioDevice, Nic, Counts):
 
     # --- saved state ------------------------------------------------------------------------------
     def save(self) -> NetState:
-        """Return the state; paused."""
+        """Return the device's state, while paused."""
         return NetState(self.mac, self.announce_pending, self.control.filter.save())
 
     def load(self, state: NetState) -> None:
-        """Take over a saved state; paused, and after the transport's.
+        """Take over a saved state, while paused, after the transport's.
 
         Raises:
             StreamError: the device cannot be in the state; the message names the field.

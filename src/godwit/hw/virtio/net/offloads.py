@@ -28,7 +28,7 @@ _SEND = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN
 
 
 def offered(tap_offloads: int) -> int:
-    """Return the virtio-net features that a tap with these TUN_F_* flags can carry."""
+    """Return the virtio-net features a tap with these TUN_F_* flags can carry."""
     features = _SEND | (HOST_UFO if tap_offloads & tap.F_UFO else 0)
     for feature, flag in _RECEIVE.items():
         if tap_offloads & flag:
@@ -37,7 +37,7 @@ def offered(tap_offloads: int) -> int:
 
 
 def tap_flags(negotiated: int) -> int:
-    """Return the TUN_F_* flags for the features that a driver negotiated."""
+    """Return the TUN_F_* flags for the features a driver negotiated."""
     flags = 0
     for feature, flag in _RECEIVE.items():
         if negotiated & feature:

@@ -11,7 +11,7 @@ from .backend import Ring
 
 
 def place(queue: Virtqueue, frame: bytes, merge: bool) -> bool:
-    """Put one frame, header included, into the buffers; return False if there are too few.
+    """Put one frame, header included, into the buffers, or return False if there are too few.
 
     ``merge``: VIRTIO_NET_F_MRG_RXBUF was negotiated. A frame that never fits is dropped: longer
     than a buffer, if buffers are not merged, or than all that the ring can hold at once.

@@ -68,7 +68,7 @@ class UserspaceBackend:
             self._loop.call_soon(self._receive)
 
     def stop(self) -> None:
-        """Watch nothing more.
+        """Watch rings and tap no more.
 
         A frame that found no space waits for :meth:`start`, as the tap's frames do.
         """
@@ -87,7 +87,7 @@ class UserspaceBackend:
                 self._tx = self._tx._replace(call=fd)
 
     def close(self) -> None:
-        """Stop serving both rings."""
+        """Stop, as there is nothing else to give back."""
         self.stop()
 
     # --- the event loop's side --------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The vhost-net backend, where the kernel walks the rings and Python carries no frame.
 
 KVM cannot see vhost's writes, so a migration asks vhost to log them: VHOST_F_LOG_ALL and a bitmap
-that vhost sets bits in. Python has no atomic swap of a bitmap, so there are two: vhost is switched
+vhost sets bits in. Python has no atomic swap of a bitmap, so there are two: vhost is switched
 to the other (the ioctl takes each ring's mutex, drivers/vhost/vhost.c), then the idle one is read.
 """
 
@@ -160,7 +160,7 @@ class VhostBackend(LogsDirtyPages):
                 raise GuestError(str(error)) from error
 
     def _receive(self) -> None:
-        """Place the backlog's frames in the ring; give vhost the ring when none is left."""
+        """Place the backlog's frames in the ring, and give vhost the ring when none is left."""
         if not self._rings:
             return
         ring = self._rings[0]
