@@ -1,4 +1,4 @@
-"""Stands between source and destination of a move, reads its frames, and cuts the line at one."""
+"""A peer between source and destination of a migration, which cuts the connection at a message."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from godwit.migration.wire.sockets import Address, SocketConnection
 from godwit.spec import saved
 
 
-class LineCutter:
-    """Passes frames from ``near`` to ``far`` and back, until the first ``kind`` (None: for ever).
+class ConnectionCutter:
+    """Passes messages from ``near`` to ``far`` and back, until the first ``kind`` (None: for ever).
 
-    That frame arrives if it is to be ``delivered``; then the line breaks, or, if it ``stalls``,
-    stays open and passes nothing more. Later lines are left whole. ``before`` is called as the
-    frame comes, and then nobody listens at ``near`` any more: it is the destination's death.
-    ``on_frame`` is shown each frame's kind and payload.
+    That message arrives if it is to be ``delivered``; then the connection breaks, or, if it
+    ``stalls``, stays open and passes nothing more. Later connections are left whole. ``before`` is
+    called as the message comes, and then nobody listens at ``near`` any more: it is the
+    destination's death. ``on_message`` is shown each message's kind and payload.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class LineCutter:
         kind: Kind | None,
         delivered: bool,
         before: Callable[[], None] | None = None,
-        on_frame: Callable[[Kind, bytes | bytearray], None] = lambda kind, payload: None,
+        on_message: Callable[[Kind, bytes | bytearray], None] = lambda kind, payload: None,
         stalls: bool = False,
     ) -> None:
         self._stalls = stalls
@@ -45,7 +45,7 @@ class LineCutter:
         self._kind = kind
         self._delivered = delivered
         self._before = before
-        self._on_frame = on_frame
+        self._on_message = on_message
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(near))
         self._listener.listen()
@@ -101,7 +101,7 @@ class LineCutter:
             while True:
                 kind, length = one.receive()
                 payload = one.read(length)
-                self._on_frame(kind, payload)
+                self._on_message(kind, payload)
                 if self._stalls and first and self.cut.is_set():
                     continue  # into the void
                 cutting = kind is self._kind and not self.cut.is_set()
@@ -119,19 +119,19 @@ class LineCutter:
                     try:
                         other.send_parts([messages.header(kind, len(payload)), memoryview(payload)])
                     except GodwitError:
-                        # It hung up: what it said before is passed the other way first.
+                        # It closed its end: what it sent before is passed the other way first.
                         if not cutting:
                             return
                 if cutting and not self._stalls:
                     break
         except GodwitError:
-            pass  # one of them hung up
+            pass  # one of them closed the connection
         # What was sent still arrives (AF_UNIX keeps it), then the end.
         one.interrupt()
         other.interrupt()
 
     @staticmethod
     def _as_ours(payload: bytearray) -> bytearray:
-        """So that the source takes the line for a direct one, as it would be without us."""
+        """So that the source takes the connection for a direct one, as it would be without us."""
         welcome = saved.decode(payload, messages.Welcome)
         return bytearray(saved.encode(msgspec.structs.replace(welcome, pid=os.getpid())))
