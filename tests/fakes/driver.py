@@ -41,7 +41,7 @@ class Driver:
     """The driver of one queue, with rings from guest address ``base`` on.
 
     Buffers are placed from :attr:`space` on, one after the other, and from the beginning again when
-    ``room`` bytes are full, as a guest reuses its memory.
+    ``capacity`` bytes are full, as a guest reuses its memory.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Driver:
         base: int = 0x10000,
         *,
         event_idx: bool = False,
-        room: int = 1 << 20,
+        capacity: int = 1 << 20,
     ) -> None:
         self.memory = memory
         self.size = size
@@ -60,7 +60,7 @@ class Driver:
         self.avail = base + 16 * size
         self.used = (self.avail + 6 + 2 * size + 3) // 4 * 4
         self.space = (self.used + 6 + 8 * size + 0xFFF) // 0x1000 * 0x1000
-        self._room = room
+        self._capacity = capacity
         self._next = self.space
         self._free = list(range(size))
         self._chains: dict[int, list[int]] = {}
@@ -80,7 +80,7 @@ class Driver:
     def place(self, data: bytes | int) -> int:
         """Place a buffer with ``data``, or so many zero bytes, and return its guest address."""
         content = bytes(data) if isinstance(data, int) else data
-        if self._next + len(content) > self.space + self._room:
+        if self._next + len(content) > self.space + self._capacity:
             self._next = self.space
         at = self._next
         self.memory.write(at, content)

@@ -51,7 +51,7 @@ class Driver:
         self.tx = base
         self.rx = base + 0x1_0000
         self.tx_room = base + 0x2_0000
-        self.rx_room = base + 0x20_0000
+        self.rx_buffers = base + 0x20_0000
         self.tx_next = 0
         self.rx_next = 0
         self._placed = 0
@@ -129,7 +129,7 @@ class Driver:
         tail = self.read(regs.RDT)
         for index in range(tail, tail + count):
             at = index % self.size
-            lower = self.rx_room + BUFFER * at
+            lower = self.rx_buffers + BUFFER * at
             self.memory.write(self.rx + 16 * at, _DESC.pack(lower, 0))
         self.write(regs.RDT, (tail + count) % self.size)
 

@@ -15,7 +15,7 @@ from vm_bench import Bench
 from godwit.migration.wire.messages import Kind
 from lab.network import Network
 from recorded import STREAMS, Stream
-from tests.fakes.line_cutter import LineCutter
+from tests.fakes.connection_cutter import ConnectionCutter
 
 
 def record(bench: Bench, stream: Stream, folder: Path) -> None:
@@ -35,7 +35,7 @@ def record(bench: Bench, stream: Stream, folder: Path) -> None:
         if kind in (Kind.HELLO, Kind.STATE):
             kept[kind] = bytes(payload)
 
-    with LineCutter(near, far, None, True, on_frame=note):
+    with ConnectionCutter(near, far, None, True, on_message=note):
         bench.move(guest, target, f"unix:{near}")
     bench.answers()  # the state is of a guest that goes on
     stream.write(folder, kept[Kind.HELLO], kept[Kind.STATE])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from godwit.hw.memory import GuestMemory
-from handover_bench import Handover
+from packet_handover_bench import Handover
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ class Bench:
         )
         event_idx = bool(features & F_EVENT_IDX)
         self.drivers = [
-            Driver(memory, size, 0x10_0000 * (i + 1), event_idx=event_idx, room=0x8_0000)
+            Driver(memory, size, 0x10_0000 * (i + 1), event_idx=event_idx, capacity=0x8_0000)
             for i in range(2)
         ]
         self.rx, self.tx = self.drivers

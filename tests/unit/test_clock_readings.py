@@ -55,8 +55,8 @@ class FakeVm(Vm):
     def __init__(self, host: Host, exact: bool = False) -> None:
         self.host, self.exact, self.off = host, exact, 0
 
-    def told(self) -> bytes:
-        """What KVM_GET_CLOCK says."""
+    def reading(self) -> bytes:
+        """What KVM_GET_CLOCK returns."""
         clock = self.host.call() + self.off
         flags = abi.CLOCK_REALTIME if self.exact else 0
         return abi.CLOCK_DATA.pack(clock, flags, 0, 42, 0)
@@ -64,7 +64,7 @@ class FakeVm(Vm):
     def ioctl(self, request: int, argument: int = 0) -> int:
         assert request == abi.GET_CLOCK
         data = (ctypes.c_char * abi.CLOCK_DATA.size).from_address(argument)
-        data[:] = self.told()
+        data[:] = self.reading()
         return 0
 
     def set(self, request: int, data: bytes) -> int:
@@ -76,9 +76,9 @@ class FakeVm(Vm):
 class FakeVcpu(Vcpu):
     """A vCPU that has only a TSC, of a GHz, and a quick kernel."""
 
-    def __init__(self, host: Host, offset: int = 0, tells: bool = True) -> None:
+    def __init__(self, host: Host, offset: int = 0, reports: bool = True) -> None:
         self.index = 0
-        self.host, self.offset, self.tells = host, offset, tells
+        self.host, self.offset, self.reports = host, offset, reports
         self.written: list[tuple[int, int]] = []
 
     def ioctl(self, request: int, argument: int = 0) -> int:
@@ -95,7 +95,7 @@ class FakeVcpu(Vcpu):
         return 1_000_000
 
     def tsc_offset(self) -> int | None:
-        return self.offset if self.tells else None
+        return self.offset if self.reports else None
 
     def set_tsc_offset(self, offset: int) -> None:
         assert 0 <= offset < 1 << 64
@@ -163,7 +163,7 @@ def test_a_busy_host_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_without_offsets_each_tsc_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(monkeypatch, [1e-5] * 4)
-    vcpus = [FakeVcpu(host, tells=False), FakeVcpu(host, AHEAD_NS, tells=False)]
+    vcpus = [FakeVcpu(host, reports=False), FakeVcpu(host, AHEAD_NS, reports=False)]
     _, tscs, offsets = clocks.read(FakeVm(host), vcpus)
     assert offsets == [None, None]
     assert tscs[1] - tscs[0] == pytest.approx(AHEAD_NS, abs=1e5)
@@ -250,7 +250,7 @@ def test_tscs_that_a_guest_took_apart_stay_so(monkeypatch: pytest.MonkeyPatch, a
 
 def test_a_kernel_without_offsets_is_told_the_tscs(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(monkeypatch, [1e-5] * 40)
-    vcpus = [FakeVcpu(host, tells=False), FakeVcpu(host, tells=False)]
+    vcpus = [FakeVcpu(host, reports=False), FakeVcpu(host, reports=False)]
     clocks.restore(FakeVm(host), vcpus, 0, SINCE, [9_000_000_000, 19_000_000_000])
     for vcpu, tsc in zip(vcpus, (9_000_000_000, 19_000_000_000), strict=True):
         ((index, value),) = vcpu.written
@@ -260,7 +260,7 @@ def test_a_kernel_without_offsets_is_told_the_tscs(monkeypatch: pytest.MonkeyPat
 
 def test_a_tsc_that_is_refused_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     host = Host(monkeypatch, [1e-5] * 40)
-    vcpu = FakeVcpu(host, tells=False)
+    vcpu = FakeVcpu(host, reports=False)
     monkeypatch.setattr(vcpu, "set_msrs", lambda msrs: 0)
     with pytest.raises(KvmError, match="vCPU 0: KVM refused its TSC"):
         clocks.restore(FakeVm(host), [vcpu], 0, SINCE, [1])

@@ -89,7 +89,7 @@ def test_what_the_host_may_announce() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("", "KEY=VALUE"),
         ("tap", "'tap'.*KEY=VALUE"),
@@ -113,8 +113,8 @@ def test_what_the_host_may_announce() -> None:
         ("tap=a,id=" + "x" * 65, "1 to 64"),
     ],
 )
-def test_nics_that_are_refused(text: str, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_nics_that_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         parse_nic(text, 0)
 
 
@@ -140,15 +140,15 @@ def test_too_many_nics() -> None:
 
 
 @pytest.mark.parametrize(
-    ("second", "says"),
+    ("second", "message"),
     [
         (NicConfig("nic1", "tap2", MAC), "id 'nic1'"),
         (NicConfig("nic2", "tap1", MAC), "tap 'tap1'"),
         (NicConfig("nic2", "tap2", _nic(1).mac), "mac '52:54:00:12:34:01'"),
     ],
 )
-def test_nics_that_share_what_is_each_ones_own(second: NicConfig, says: str) -> None:
-    with pytest.raises(ConfigError, match=f"{says}; give each its own"):
+def test_nics_that_share_what_is_each_ones_own(second: NicConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"{message}; give each its own"):
         VmConfig(devices=(_nic(1), second))
 
 

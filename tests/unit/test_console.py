@@ -55,7 +55,7 @@ def test_a_slow_reader_loses_nothing_and_holds_nobody_up(blocking: bool) -> None
     pipe.close()
 
 
-def test_there_is_no_room_while_too_much_waits_and_it_says_when_there_is(pipe: Pipe) -> None:
+def test_there_is_no_space_while_too_much_waits_and_it_reports_when_there_is(pipe: Pipe) -> None:
     console = Console(pipe.writer, limit=1000)
     again = threading.Event()
     console.on_space = again.set

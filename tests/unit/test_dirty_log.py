@@ -87,12 +87,12 @@ def test_zeros_are_told_from_data(memory: GuestMemory) -> None:
     for page in seen:
         memory.write(page * PAGE, b"x")
     hidden = [200, 700]
-    for page in hidden:  # what is gathered does not tell
+    for page in hidden:  # the gathered bytes do not show
         memory.write(page * PAGE + 777, b"x")
     runs = [(0, 1024), (1400 * PAGE, 200)]
     data, zero = dirty_log.split_zeros(_machine(memory), runs)
     assert sorted(_pages(data) + _pages(zero)) == [*range(1024), *range(1400, 1600)]
-    # Three pages are no horde, and one is looked for to within a horde.
+    # Three pages are not many, and one is looked for to within so many.
     assert {*seen, *hidden, 0, 1, 2} <= set(_pages(data))
     assert len(_pages(data)) <= len(seen) + 3 + 15 * len(hidden)
 

@@ -101,7 +101,7 @@ def test_long_frames_need_lpe(bench: Bench) -> None:
     assert bench.receive(make_frame(1, 16381)) == []
 
 
-def test_a_full_ring_holds_frames_back_until_there_is_room(memory: GuestMemory) -> None:
+def test_a_full_ring_holds_frames_back_until_there_is_space(memory: GuestMemory) -> None:
     bench = Bench(memory)
     try:
         bench.driver.start()
@@ -166,7 +166,7 @@ def test_what_was_written_is_marked_for_a_migration(bench: Bench) -> None:
     bench.tap.put(make_frame(1))
     bench.memory.take_log()
     bench.serve()
-    assert bench.memory.take_log() == {bench.driver.rx // 4096, bench.driver.rx_room // 4096}
+    assert bench.memory.take_log() == {bench.driver.rx // 4096, bench.driver.rx_buffers // 4096}
     bench.memory.stop_log()
 
 

@@ -107,7 +107,7 @@ def test_many_frames_are_sent_in_turns(memory: GuestMemory) -> None:
         assert 0 < len(first) < 1000
         sent = first
         for _ in range(20):
-            bench.loop.run_once(0)  # one turn: a real tap has more room than the fake one
+            bench.loop.run_once(0)  # one turn: a real tap has more space than the fake one
             sent += bench.sent()
         assert sent == [NO_OFFLOAD + make_frame(number) for number in range(1000)]
     finally:
@@ -178,8 +178,13 @@ def test_a_checksum_is_left_to_the_kernel(bench: Bench) -> None:
     bench.driver.kick()
     (sent,) = bench.sent()
     assert sent[HEADER:] == frame
-    told = header(sent)
-    assert (told["flags"], told["gso"], told["start"], told["offset"]) == (1, 0, 34, 6)
+    sent_header = header(sent)
+    assert (
+        sent_header["flags"],
+        sent_header["gso"],
+        sent_header["start"],
+        sent_header["offset"],
+    ) == (1, 0, 34, 6)
     assert bench.driver.tx_done(0)
 
 
@@ -263,9 +268,13 @@ def _tcp(bench: Bench, size: int, *, version: int = 4, tag: int | None = None) -
 @pytest.mark.parametrize(("version", "gso", "length"), [(4, 1, 54), (6, 4, 74)])
 def test_tcp_is_cut_by_the_kernel(bench: Bench, version: int, gso: int, length: int) -> None:
     sent = _tcp(bench, 20_000, version=version)
-    told = header(sent)
-    assert (told["flags"], told["gso"], told["gso_size"]) == (1, gso, MSS)
-    assert (told["hdr_len"], told["start"], told["offset"]) == (length, length - 20, 16)
+    sent_header = header(sent)
+    assert (sent_header["flags"], sent_header["gso"], sent_header["gso_size"]) == (1, gso, MSS)
+    assert (sent_header["hdr_len"], sent_header["start"], sent_header["offset"]) == (
+        length,
+        length - 20,
+        16,
+    )
     frame = sent[HEADER:]
     assert len(frame) == length + 20_000
     # The lengths that the driver left out are those of the whole.
@@ -280,15 +289,20 @@ def test_tcp_is_cut_by_the_kernel(bench: Bench, version: int, gso: int, length: 
 
 
 def test_one_segment_is_no_gso(bench: Bench) -> None:
-    told = header(_tcp(bench, 900))
-    assert (told["flags"], told["gso"], told["gso_size"], told["hdr_len"]) == (1, 0, 0, 0)
+    sent_header = header(_tcp(bench, 900))
+    assert (
+        sent_header["flags"],
+        sent_header["gso"],
+        sent_header["gso_size"],
+        sent_header["hdr_len"],
+    ) == (1, 0, 0, 0)
 
 
 def test_a_tag_moves_the_headers(bench: Bench) -> None:
     bench.write(regs.CTRL, regs.CTRL_VME)
     sent = _tcp(bench, 5000, tag=100)
-    told = header(sent)
-    assert (told["hdr_len"], told["start"]) == (58, 38)
+    sent_header = header(sent)
+    assert (sent_header["hdr_len"], sent_header["start"]) == (58, 38)
     assert sent[HEADER + 12 : HEADER + 16] == b"\x81\x00\x00\x64"
 
 

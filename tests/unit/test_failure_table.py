@@ -18,7 +18,7 @@ import pytest
 from godwit.migration.times import Times
 from godwit.migration.wire.messages import Kind
 from migration_bench import IMPATIENT, Migration, S
-from tests.fakes.line_cutter import LineCutter
+from tests.fakes.connection_cutter import ConnectionCutter
 
 #: The message at which the fault strikes: each step of the conversation.
 PHASES = (
@@ -57,29 +57,31 @@ def _held() -> tuple[int, set[str]]:
     return len(os.listdir("/proc/self/fd")), ours
 
 
-def _judge(move: Migration) -> None:
-    """Exactly one side runs, and both say what is so."""
-    here, there = move.running
-    completed = move.here.statuses[-1] == "completed"
-    assert here is not completed, move.source.report
-    assert there is (completed and not move.dead)  # whoever is killed after that takes it along
-    assert move.here.states.current is (S.POSTMIGRATE if completed else S.RUNNING)
-    assert not move.here.logging
-    if move.here.statuses[-1] == "failed":
-        assert move.source.report.error
+def _judge(migration: Migration) -> None:
+    """Exactly one side runs, and both report what is so."""
+    here, there = migration.running
+    completed = migration.here.statuses[-1] == "completed"
+    assert here is not completed, migration.source.report
+    assert there is (
+        completed and not migration.dead
+    )  # whoever is killed after that takes it along
+    assert migration.here.states.current is (S.POSTMIGRATE if completed else S.RUNNING)
+    assert not migration.here.logging
+    if migration.here.statuses[-1] == "failed":
+        assert migration.source.report.error
 
 
 def _run(
     folder: Path, kind: Kind, delivered: bool, fault: str, times: Times = IMPATIENT
 ) -> Migration:
     near = folder / "near"
-    move = Migration(folder, near, times)
+    migration = Migration(folder, near, times)
 
     def strike() -> None:
         if fault == "killed":
-            move.kill()
+            migration.kill()
         elif fault == "cancelled":
-            move.source.cancel()
+            migration.source.cancel()
 
     before = strike if fault == "killed" else None
     cut = None if fault == "cancelled" else kind
@@ -88,47 +90,47 @@ def _run(
         if fault == "cancelled" and seen is kind:
             strike()
 
-    with LineCutter(near, move.far, cut, delivered, before, shown, fault == "stopped"):
+    with ConnectionCutter(near, migration.far, cut, delivered, before, shown, fault == "stopped"):
         try:
-            move.run()
-            _judge(move)
+            migration.run()
+            _judge(migration)
         finally:
-            move.close()
-    return move
+            migration.close()
+    return migration
 
 
 @pytest.mark.parametrize("delivered", [False, True], ids=["lost", "delivered"])
 @pytest.mark.parametrize("kind", PHASES, ids=lambda kind: kind.name)
 def test_the_line_breaks(tmp_path: Path, kind: Kind, delivered: bool) -> None:
-    move = _run(tmp_path, kind, delivered, "cut")
+    migration = _run(tmp_path, kind, delivered, "cut")
     # Once the source has given the guest up it asks, and the destination has it or takes it. With
     # READY both may be: the commit is under way, or not.
     if kind is not Kind.READY:
-        assert (move.here.statuses[-1] == "completed") == (kind in HANDED_OVER)
+        assert (migration.here.statuses[-1] == "completed") == (kind in HANDED_OVER)
 
 
 @pytest.mark.parametrize("delivered", [False, True], ids=["lost", "delivered"])
 @pytest.mark.parametrize("kind", PHASES, ids=lambda kind: kind.name)
 def test_the_destination_is_killed(tmp_path: Path, kind: Kind, delivered: bool) -> None:
-    move = _run(tmp_path, kind, delivered, "killed")
+    migration = _run(tmp_path, kind, delivered, "killed")
     # Its own kernel refuses for it: the guest is not there. What was heard counts.
     heard = kind is Kind.ACK or (kind is Kind.STARTED and delivered)
-    assert (move.here.statuses[-1] == "completed") == heard
+    assert (migration.here.statuses[-1] == "completed") == heard
 
 
 @pytest.mark.parametrize("kind", PHASES, ids=lambda kind: kind.name)
 def test_the_destination_stops_answering(tmp_path: Path, kind: Kind) -> None:
-    move = _run(tmp_path, kind, False, "stopped")
-    assert (move.here.statuses[-1] == "completed") == (kind in HANDED_OVER)
+    migration = _run(tmp_path, kind, False, "stopped")
+    assert (migration.here.statuses[-1] == "completed") == (kind in HANDED_OVER)
 
 
 @pytest.mark.parametrize("kind", PHASES, ids=lambda kind: kind.name)
 def test_it_is_cancelled(tmp_path: Path, kind: Kind) -> None:
-    move = _run(tmp_path, kind, True, "cancelled")
+    migration = _run(tmp_path, kind, True, "cancelled")
     if kind in HANDED_OVER:
-        assert move.here.statuses[-1] == "completed"
+        assert migration.here.statuses[-1] == "completed"
     else:
-        assert move.here.statuses[-1] in (
+        assert migration.here.statuses[-1] in (
             "cancelled",
             "completed",
         )  # the commit may have been on its way
@@ -137,41 +139,41 @@ def test_it_is_cancelled(tmp_path: Path, kind: Kind) -> None:
 def test_a_query_is_answered_on_the_connection_where_it_came(tmp_path: Path) -> None:
     """COMMIT is lost: nobody waits for what the old connection cannot bring."""
     patient = IMPATIENT._replace(silence=120.0)
-    move = _run(tmp_path, Kind.COMMIT, False, "cut", patient)
-    assert move.here.statuses[-1] == "completed"
+    migration = _run(tmp_path, Kind.COMMIT, False, "cut", patient)
+    assert migration.here.statuses[-1] == "completed"
 
 
 def test_a_connection_that_is_only_silent_is_left_by_both(tmp_path: Path) -> None:
     """STARTED is lost, and nobody hangs up: the destination has to receive the query."""
-    move = _run(tmp_path, Kind.STARTED, False, "stopped")
-    assert move.here.statuses[-1] == "completed"
+    migration = _run(tmp_path, Kind.STARTED, False, "stopped")
+    assert migration.here.statuses[-1] == "completed"
 
 
 def test_the_state_is_bad(tmp_path: Path) -> None:
-    move = Migration(tmp_path)
-    move.there.refuse_states()
-    move.run()
-    _judge(move)
-    assert move.here.statuses[-1] == "failed"
-    assert "not as they should be" in (move.source.report.error or "")
-    move.there.wait_failed()
-    move.close()
-    assert "not as they should be" in str(move.there.failures[0])
+    migration = Migration(tmp_path)
+    migration.there.refuse_states()
+    migration.run()
+    _judge(migration)
+    assert migration.here.statuses[-1] == "failed"
+    assert "not as they should be" in (migration.source.report.error or "")
+    migration.there.wait_failed()
+    migration.close()
+    assert "not as they should be" in str(migration.there.failures[0])
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["in time", "late"])
 def test_nothing_fails(tmp_path: Path, late: bool) -> None:
-    """Late: the old path is drained when its guest runs already, and its source is told to quit."""
+    """Late: the old path is drained when its guest runs already, and its source is to quit."""
     times: Any = SimpleNamespace(**IMPATIENT._asdict())
     if late:
         times.settle, times.marker, times.old_path = 0.0, 60.0, 60.0
-    move = Migration(tmp_path, tmp_path / "near", times)
+    migration = Migration(tmp_path, tmp_path / "near", times)
     seen: list[Kind] = []
     drained = threading.Event()
 
-    def told(status: str) -> None:
+    def on_status(status: str) -> None:
         if late and status == "completed":
-            move.source.abandon()
+            migration.source.abandon()
             times.marker = 0.0
 
     def shown(kind: Kind, payload: object) -> None:
@@ -179,43 +181,45 @@ def test_nothing_fails(tmp_path: Path, late: bool) -> None:
         if kind is Kind.PATH_DRAINED:
             drained.set()
 
-    move.here.on_status = told
-    with LineCutter(tmp_path / "near", move.far, None, True, None, shown):
-        move.run()
-        _judge(move)
-        assert move.here.statuses[-1] == "completed"
-        assert move.here.logged[-1], "to end the log takes a CPU that the guest has use for"
+    migration.here.on_status = on_status
+    with ConnectionCutter(tmp_path / "near", migration.far, None, True, None, shown):
+        migration.run()
+        _judge(migration)
+        assert migration.here.statuses[-1] == "completed"
+        assert migration.here.logged[-1], "to end the log takes a CPU that the guest has use for"
         size = 64 * 4096
-        assert move.there.machine.memory.view(0, size) == move.here.machine.memory.view(0, size)
+        assert migration.there.machine.memory.view(0, size) == migration.here.machine.memory.view(
+            0, size
+        )
         assert drained.wait(30)  # it may be on its way yet
-        move.close()
+        migration.close()
     assert (seen.index(Kind.STARTED) < seen.index(Kind.PATH_DRAINED)) is late
-    assert move.there.failures == []
+    assert migration.there.failures == []
 
 
 def test_a_guest_that_is_still_arriving_does_not_move_yet(tmp_path: Path) -> None:
     looks: list[bool] = []
 
     def arriving() -> bool:
-        looks.append(not move.source.report.rounds)
+        looks.append(not migration.source.report.rounds)
         return len(looks) < 3
 
-    move = Migration(tmp_path)
-    move.await_packets_while(arriving)
-    move.run()
-    _judge(move)
-    move.close()
+    migration = Migration(tmp_path)
+    migration.await_packets_while(arriving)
+    migration.run()
+    _judge(migration)
+    migration.close()
     assert looks == [True] * 3
-    assert move.here.statuses[-1] == "completed"
+    assert migration.here.statuses[-1] == "completed"
 
 
 def test_a_guest_that_is_still_arriving_may_stay(tmp_path: Path) -> None:
     def arriving() -> bool:
-        return move.source.cancel()
+        return migration.source.cancel()
 
-    move = Migration(tmp_path)
-    move.await_packets_while(arriving)
-    move.run()
-    _judge(move)
-    move.close()
-    assert move.here.statuses[-1] == "cancelled"
+    migration = Migration(tmp_path)
+    migration.await_packets_while(arriving)
+    migration.run()
+    _judge(migration)
+    migration.close()
+    assert migration.here.statuses[-1] == "cancelled"

@@ -33,7 +33,7 @@ print(*sorted(set(sys.modules) - before))
 
 
 def loaded(*modules: str) -> set[str]:
-    """What a fresh interpreter loads for ``modules``; lean is imported before the heavy ones."""
+    """What a new interpreter loads for ``modules``; lean is imported before the heavy ones."""
     heavy = set(modules) - {"godwit.cli.main", "godwit.cli.run"}
     script = _LOADED.format(
         first="import godwit.cli.fast_import" if heavy else "",
@@ -63,7 +63,7 @@ def test_nothing_heavy_is_loaded(modules: tuple[str, ...]) -> None:
 
 
 def test_a_guest_is_on_its_way_before_its_devices_are_imported() -> None:
-    # The list of what it waits for: terminal imports all the rest after the head start.
+    # The list of what it waits for: terminal imports all the rest after the early start.
     found = {name for name in loaded("godwit.cli.main", "godwit.cli.run") if "godwit" in name}
     modules = {name.removeprefix("godwit.") for name in found if name.count(".") > 1}
     assert {name for name in modules if not name.startswith(("host.", "spec."))} == {

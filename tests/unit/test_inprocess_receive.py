@@ -60,7 +60,7 @@ def test_a_buffer_may_be_scattered_and_the_header_cut(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("features", [ALL, MERGE], ids=["event idx", "flags"])
-def test_a_full_ring_holds_frames_back_until_there_is_room(
+def test_a_full_ring_holds_frames_back_until_there_is_space(
     memory: GuestMemory, features: int
 ) -> None:
     bench = Bench(memory, features)
@@ -142,7 +142,7 @@ def test_a_frame_longer_than_the_whole_ring_does_not_block_it(bench: Bench) -> N
     assert [piece[HEADER:] for piece in bench.received(buffers)] == [make_frame(2)]
 
 
-def test_a_frame_that_waits_for_room_outlasts_a_stop(bench: Bench) -> None:
+def test_a_frame_that_waits_for_space_outlasts_a_stop(bench: Bench) -> None:
     buffers = bench.offer(1526)
     for number in range(3):
         bench.tap.put(make_frame(number))
@@ -156,7 +156,7 @@ def test_a_frame_that_waits_for_room_outlasts_a_stop(bench: Bench) -> None:
     ]
 
 
-def test_a_frame_that_waits_for_room_is_not_drained(bench: Bench) -> None:
+def test_a_frame_that_waits_for_space_is_not_drained(bench: Bench) -> None:
     bench.tap.put(make_frame(1))
     bench.tap.put(make_frame(2))
     bench.serve()
@@ -176,7 +176,7 @@ def test_frames_that_are_not_for_the_guest_are_not_delivered(bench: Bench) -> No
 
 
 @pytest.mark.parametrize("parts", [[0], [5], [0, 0], [11]])
-def test_a_buffer_without_room_for_the_header_is_an_offence(
+def test_a_buffer_without_space_for_the_header_is_a_guest_error(
     memory: GuestMemory, parts: list[int]
 ) -> None:
     bench = Bench(memory, MERGE)
@@ -186,7 +186,7 @@ def test_a_buffer_without_room_for_the_header_is_an_offence(
         bench.kick(0)
         bench.tap.put(make_frame(1))
         bench.serve()
-        assert len(bench.errors) == 1  # 5.1.6.3.1: each buffer has room for the header
+        assert len(bench.errors) == 1  # 5.1.6.3.1: each buffer has space for the header
     finally:
         bench.close()
 
@@ -222,7 +222,7 @@ def test_the_tap_waits_while_it_is_held(bench: Bench) -> None:
     assert bench.interrupts(0) >= 1
 
 
-def test_what_was_put_ahead_of_a_start_comes_with_it(bench: Bench) -> None:
+def test_what_was_put_before_a_start_comes_with_it(bench: Bench) -> None:
     buffers = bench.offer(*[1526] * 8)
     bench.backend.stop()
     bench.backlog.inject([_whole(1)])
@@ -232,7 +232,7 @@ def test_what_was_put_ahead_of_a_start_comes_with_it(bench: Bench) -> None:
     assert _numbers(bench, buffers) == [make_frame(1), make_frame(2)]
 
 
-def test_what_goes_ahead_waits_for_room_too(bench: Bench) -> None:
+def test_what_goes_first_waits_for_space_too(bench: Bench) -> None:
     bench.backlog.inject([_whole(number) for number in range(100)])
     bench.tap.put(make_frame(100))
     seen: list[bytes] = []
@@ -251,7 +251,7 @@ def test_what_waits_can_be_taken_in_order(bench: Bench) -> None:
     assert bench.backlog.take(2) == []
 
 
-def test_what_goes_ahead_is_filtered_as_the_taps_frames_are(bench: Bench) -> None:
+def test_what_goes_first_is_filtered_as_the_taps_frames_are(bench: Bench) -> None:
     buffers = bench.offer(1526, 1526)
     bench.refused.add(b"\2\0\0\0\0\1")
     bench.backlog.inject([bytes(HEADER) + b"\2\0\0\0\0\1" + bytes(54), _whole(1)])

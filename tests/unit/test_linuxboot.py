@@ -161,11 +161,11 @@ def test_setup_sectors_of_0_mean_4(memory: GuestMemory, tmp_path: Path) -> None:
 
 
 def test_an_initrd_must_not_meet_the_unpacked_kernel(memory: GuestMemory, tmp_path: Path) -> None:
-    room = SIZE - PREFERRED - INIT
-    boot = _load(memory, tmp_path, _image(), bytes(room))
+    space = SIZE - PREFERRED - INIT
+    boot = _load(memory, tmp_path, _image(), bytes(space))
     assert struct.unpack_from("<I", memory.read(boot.zero_page, 4096), 0x218)[0] == PREFERRED + INIT
     with pytest.raises(ConfigError, match=r"initrd.*does not fit.*--memory"):
-        _load(memory, tmp_path, _image(), bytes(room + 1))
+        _load(memory, tmp_path, _image(), bytes(space + 1))
 
 
 def test_the_initrd_stays_below_the_kernels_limit(memory: GuestMemory, tmp_path: Path) -> None:

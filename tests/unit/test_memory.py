@@ -1,4 +1,4 @@
-"""Guest RAM: its layout, its bounds, the marks of the VMM's own writes."""
+"""Guest RAM: its layout, its bounds, the log of the VMM's own writes."""
 
 import os
 import subprocess

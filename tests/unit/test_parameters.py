@@ -82,14 +82,14 @@ def test_a_change_is_checked_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "text"),
     [
         ({"max_bandwidth": -1}, "'max-bandwidth' is -1: choose a value from 0 to 9223372"),
         ({"downtime_limit": 2_000_001}, "'downtime-limit' is 2000001: .* from 0 to 2000000 ms$"),
     ],
 )
-def test_the_struct_itself_refuses(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_the_struct_itself_refuses(wrong: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
         MigrationParameters(**wrong)
 
 

@@ -1,4 +1,4 @@
-"""Ports, windows and PCI configuration space."""
+"""Ports, MMIO and PCI configuration space."""
 
 import pytest
 
@@ -14,11 +14,11 @@ class Function(PciFunction):
     def __init__(self, address: int = 0xE000_0000) -> None:
         super().__init__(0x1234, 0x5678, 0x010203, (0x9ABC, 0xDEF0), 7)
         self.add_bar(0x1000, address)
-        self.moves = 0
+        self.changes = 0
         self.stored: list[tuple[int, int, int]] = []
 
     def bar_moved(self) -> None:
-        self.moves += 1
+        self.changes += 1
 
     def read(self, offset: int, size: int) -> int:
         return offset
@@ -115,7 +115,7 @@ def test_the_bar(pc: Pc) -> None:
     assert function.bar is None
     assert pc.mmio.read(0xE000_0010, 4) == 0xFFFF_FFFF
     pc.write(4, 2, 2)
-    assert (function.bar, function.moves) == (0xE000_0000, 1)
+    assert (function.bar, function.changes) == (0xE000_0000, 1)
     assert pc.mmio.read(0xE000_0FFF, 1) == 0xFFF
     pc.mmio.write(0xE000_0008, 2, 5)
     assert function.stored == [(8, 2, 5)]
@@ -127,9 +127,9 @@ def test_the_bar(pc: Pc) -> None:
     assert pc.mmio.read(0xE000_0010, 4) == 0xFFFF_FFFF
     pc.write(4, 2, 0)
     assert function.bar is None
-    moves = function.moves
+    changes = function.changes
     pc.write(0x10, 4, 0xC000_0000)
-    assert function.moves == moves
+    assert function.changes == changes
 
 
 def test_bars_that_overlap_leave_the_first_where_it_is(pc: Pc) -> None:

@@ -29,7 +29,7 @@ from godwit.spec.runstate import RunState, RunStates
 S = RunState
 #: Pages in all, and those that the guest writes to.
 ALL, HOT = 4096, 2048
-#: Pages per second that the line takes.
+#: Pages per second that the connection takes.
 LINE = 1000
 
 
@@ -113,12 +113,12 @@ class Wire(Connection):
         pass
 
 
-class Move(Outgoing):
+class Precopy(Outgoing):
     """Out of the machine, to nowhere."""
 
     def __init__(self, standin: Standin, parameters: ConvergenceParameters) -> None:
         self.states = RunStates(S.RUNNING)
-        self.told: list[tuple[str, int]] = []
+        self.statuses: list[tuple[str, int]] = []
         self.chosen = MigrationParameters(convergence=parameters)
         guest = Guest(cast(Machine, standin), [], lambda: standin.now)
         times = Times(now=lambda: standin.now)
@@ -128,7 +128,7 @@ class Move(Outgoing):
         self.at_round: Callable[[int], object] = lambda number: None
 
     def _tell(self, status: str) -> None:
-        self.told.append((status, self._standin.throttle))
+        self.statuses.append((status, self._standin.throttle))
 
     def _phases(self) -> tuple[Callable[[], None], ...]:
         return self._begin, self._precopy, self._stop, self._hand_over
@@ -160,24 +160,24 @@ def guest(memory: GuestMemory) -> Standin:
     return Standin(memory, speed=8000)
 
 
-def _throttles(move: Move) -> list[int]:
-    return [done.throttle for done in move.report.rounds]
+def _throttles(migration: Precopy) -> list[int]:
+    return [done.throttle for done in migration.report.rounds]
 
 
 def test_an_idle_guest_costs_one_round(guest: Standin) -> None:
     guest.speed = 1
-    move = Move(guest, ConvergenceParameters(auto_converge=True))
-    move.run()
-    assert [done.pages for done in move.report.rounds] == [ALL]
-    assert move.told == [("device", 0), ("completed", 0)]
+    migration = Precopy(guest, ConvergenceParameters(auto_converge=True))
+    migration.run()
+    assert [done.pages for done in migration.report.rounds] == [ALL]
+    assert migration.statuses == [("device", 0), ("completed", 0)]
     assert guest.vcpus[0].percents == []
 
 
 def test_what_is_left_is_sent_before_the_stop_and_after_it_was_found(guest: Standin) -> None:
     guest.speed = 2
-    move = Move(guest, ConvergenceParameters())
+    migration = Precopy(guest, ConvergenceParameters())
     done: list[tuple[str, object]] = []
-    take, send = move._log.take, move._send_pages
+    take, send = migration._log.take, migration._send_pages
 
     def taken() -> list[tuple[int, int]]:
         runs = take()
@@ -188,23 +188,23 @@ def test_what_is_left_is_sent_before_the_stop_and_after_it_was_found(guest: Stan
         done.append(("sent", runs))
         send(runs)
 
-    move._log.take, move._send_pages = taken, sent  # type: ignore[method-assign]
-    move.run()
+    migration._log.take, migration._send_pages = taken, sent  # type: ignore[method-assign]
+    migration.run()
     assert done[-2:] == [("found", [(0, 8)]), ("sent", [(0, 8)])]
-    assert move._to_send == []
-    assert move._sent_early == 8
+    assert migration._to_send == []
+    assert migration._sent_early == 8
 
 
-def test_a_guest_is_slowed_down_until_it_can_move(guest: Standin) -> None:
-    move = Move(guest, ConvergenceParameters(auto_converge=True, cpu_throttle_initial=40))
-    move.run()
-    assert _throttles(move)[:8] == [0, 0, 40, 50, 60, 70, 80, 90]  # 8 to 1: needs 90.6
-    assert _throttles(move)[8] == 99
+def test_a_guest_is_slowed_down_until_it_can_migrate(guest: Standin) -> None:
+    migration = Precopy(guest, ConvergenceParameters(auto_converge=True, cpu_throttle_initial=40))
+    migration.run()
+    assert _throttles(migration)[:8] == [0, 0, 40, 50, 60, 70, 80, 90]  # 8 to 1: needs 90.6
+    assert _throttles(migration)[8] == 99
     # Until it has stopped: else it would make good in the last moment what it could not write.
-    assert move.told == [("device", 99), ("completed", 0)]
+    assert migration.statuses == [("device", 99), ("completed", 0)]
     assert guest.vcpus[0].percents == [40, 50, 60, 70, 80, 90, 99, 0]
     assert not guest.running
-    (first, *_, last) = move.report.rounds
+    (first, *_, last) = migration.report.rounds
     assert (first.pages, first.dirty) == (ALL, HOT)
     assert first.ms == pytest.approx(ALL / LINE * 1000, rel=0.01)
     assert first.bytes == pytest.approx(ALL * PAGE, rel=0.01)
@@ -212,16 +212,16 @@ def test_a_guest_is_slowed_down_until_it_can_move(guest: Standin) -> None:
 
 
 def test_the_guest_goes_on_where_nothing_helps(guest: Standin) -> None:
-    move = Move(guest, ConvergenceParameters(auto_converge=True, max_cpu_throttle=30))
-    move.run()
-    assert _throttles(move) == [0, 0, 20, 30, 30]
-    assert move.told == [("failed", 0)]
-    assert move.states.history == [S.RUNNING]
+    migration = Precopy(guest, ConvergenceParameters(auto_converge=True, max_cpu_throttle=30))
+    migration.run()
+    assert _throttles(migration) == [0, 0, 20, 30, 30]
+    assert migration.statuses == [("failed", 0)]
+    assert migration.states.history == [S.RUNNING]
     assert guest.running
-    error = str(move.report.error)
+    error = str(migration.report.error)
     assert "after 5 rounds and with its vCPUs throttled by 30 percent" in error
     assert "8.4 MB are left" in error
-    info = move.report.info()
+    info = migration.report.info()
     assert info["error-desc"] == error
     assert info["expected-downtime"] == pytest.approx(2048, rel=0.01)
     assert "cpu-throttle-percentage" not in info
@@ -229,49 +229,49 @@ def test_the_guest_goes_on_where_nothing_helps(guest: Standin) -> None:
 
 def test_the_guest_is_stopped_where_its_operator_says_so(guest: Standin) -> None:
     anyway = ConvergenceParameters(on_no_convergence=OnNoConvergence.STOP_AND_COPY)
-    move = Move(guest, anyway)
-    move.run()
-    assert _throttles(move) == [0] * 30
-    assert move.told == [("device", 0), ("completed", 0)]
+    migration = Precopy(guest, anyway)
+    migration.run()
+    assert _throttles(migration) == [0] * 30
+    assert migration.statuses == [("device", 0), ("completed", 0)]
 
 
-def test_a_line_that_breaks_ends_the_throttle(guest: Standin) -> None:
-    move = Move(guest, ConvergenceParameters(auto_converge=True))
-    move.wire.breaks = (ALL + 3 * HOT) * PAGE
-    move.run()
+def test_a_connection_that_breaks_ends_the_throttle(guest: Standin) -> None:
+    migration = Precopy(guest, ConvergenceParameters(auto_converge=True))
+    migration.wire.breaks = (ALL + 3 * HOT) * PAGE
+    migration.run()
     assert guest.vcpus[0].percents[-2:] == [30, 0]
-    assert move.told == [("failed", 0)]
+    assert migration.statuses == [("failed", 0)]
     assert guest.running
 
 
 def test_cancelled_is_throttled_no_more_even_before_the_thread_knows(guest: Standin) -> None:
-    move = Move(guest, ConvergenceParameters(auto_converge=True))
+    migration = Precopy(guest, ConvergenceParameters(auto_converge=True))
     seen = []
 
     def cancel(number: int) -> None:
         if number == 3:
-            seen.append((guest.throttle, move.report.throttle))
-            move.cancel()
-            seen.append((guest.throttle, move.report.throttle))
+            seen.append((guest.throttle, migration.report.throttle))
+            migration.cancel()
+            seen.append((guest.throttle, migration.report.throttle))
 
-    move.at_round = cancel
-    move.run()
+    migration.at_round = cancel
+    migration.run()
     assert seen == [(30, 30), (0, 0)]
-    assert move.told == [("cancelled", 0)]
+    assert migration.statuses == [("cancelled", 0)]
     assert guest.running
 
 
 def test_parameters_count_from_the_next_round_on(guest: Standin) -> None:
-    move = Move(guest, ConvergenceParameters())
+    migration = Precopy(guest, ConvergenceParameters())
 
     def change(number: int) -> None:
         if number == 4:
             throttled = ConvergenceParameters(auto_converge=True, cpu_throttle_initial=95)
-            move.chosen = MigrationParameters(convergence=throttled)
+            migration.chosen = MigrationParameters(convergence=throttled)
         if number == 6:
-            move.chosen = replace(move.chosen, downtime_limit=10_000)
+            migration.chosen = replace(migration.chosen, downtime_limit=10_000)
 
-    move.at_round = change
-    move.run()
-    assert _throttles(move)[:6] == [0, 0, 0, 0, 0, 95]
-    assert move.report.status == "completed"
+    migration.at_round = change
+    migration.run()
+    assert _throttles(migration)[:6] == [0, 0, 0, 0, 0, 95]
+    assert migration.report.status == "completed"

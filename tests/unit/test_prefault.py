@@ -1,4 +1,4 @@
-"""The destination's RAM: populated ahead, wanted parts first, the rest given back."""
+"""The destination's RAM: populated early, wanted parts first, the rest given back."""
 
 import time
 from collections.abc import Iterator
@@ -57,18 +57,18 @@ def test_without_memory_to_spare_only_what_is_wanted_is_populated(
     _available(monkeypatch, 0)
     prefault = Prefault(memory)
     prefault.want([memory.view(0, PAGE), memory.view(SIZE - PAGE, PAGE)])
-    ahead = prefault._spare_blocks()
+    spare = prefault._spare_blocks()
     taken = []
     while prefault._wanted:
-        block = prefault._next(ahead)
+        block = prefault._next(spare)
         assert block is not None
         taken.append(block)
     host = memory.regions[0].host
     assert taken == [host, host + SIZE - HUGE]
-    assert next(ahead, None) is None
+    assert next(spare, None) is None
 
 
-def test_ahead_ends_at_the_share_of_what_is_available(
+def test_spare_blocks_end_at_the_share_of_what_is_available(
     memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _available(monkeypatch, 20 << 20)
@@ -77,7 +77,7 @@ def test_ahead_ends_at_the_share_of_what_is_available(
     assert len(list(Prefault(memory)._spare_blocks())) == SIZE // HUGE
 
 
-def test_ahead_ends_when_others_take_what_there_was(
+def test_spare_blocks_end_when_others_take_what_there_was(
     memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = iter([1 << 40, 0])

@@ -26,19 +26,19 @@ S = RunState
 
 
 class Vm:
-    """A Controller that notes what it is told."""
+    """A Controller that notes its calls."""
 
     def __init__(self, state: RunState = S.RUNNING) -> None:
         self.states = RunStates(state)
         self.parameters = MigrationParameters()
         self.announced: list[dict[str, object]] = []
         self.filters: dict[str, RxFilterInfo] = {}
-        self.told: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[Any, ...]] = []
         self.info: dict[str, object] = {}
         self.error: GodwitError | None = None
 
     def _note(self, *what: object) -> None:
-        self.told.append(what)
+        self.calls.append(what)
         if self.error:
             raise self.error
 
@@ -120,7 +120,7 @@ def test_every_command_in_every_state(name: str, state: RunState) -> None:
         assert f"'{name}' is not allowed in state '{state}'" in text
         named = text.partition("it is allowed in ")[2].replace("'", "").split(", ")
         assert sorted(named) == sorted(allowed)
-        assert vm.told == []
+        assert vm.calls == []
 
 
 def test_a_refusal_says_why() -> None:
@@ -144,27 +144,27 @@ def test_stop_and_cont_where_there_is_nothing_to_do(state: str) -> None:
     running = state == "running"
     vm = Vm(RunState(state))
     run(vm, "stop")
-    assert vm.told == ([("stop",)] if running else [])
+    assert vm.calls == ([("stop",)] if running else [])
     vm = Vm(RunState(state))
     run(vm, "cont")
-    assert vm.told == ([] if running else [("cont",)])
+    assert vm.calls == ([] if running else [("cont",)])
 
 
 def test_simple_commands_reach_the_vm() -> None:
     vm = Vm()
     for name in ("system_powerdown", "quit", "migrate_cancel"):
         assert run(vm, name) is None
-    assert vm.told == [("powerdown",), ("quit",), ("migrate_cancel",)]
+    assert vm.calls == [("powerdown",), ("quit",), ("migrate_cancel",)]
 
 
 def test_migrate_and_its_arguments() -> None:
     vm = Vm()
     run(vm, "migrate", uri="unix:/run/b")
     run(vm, "migrate", uri="tcp:b:4444", insecure=True)
-    assert vm.told == [("migrate", "unix:/run/b", False), ("migrate", "tcp:b:4444", True)]
+    assert vm.calls == [("migrate", "unix:/run/b", False), ("migrate", "tcp:b:4444", True)]
     vm = Vm(S.INMIGRATE)
     run(vm, "migrate-incoming", uri="tcp:0:4444", insecure=True)
-    assert vm.told == [("migrate_incoming", "tcp:0:4444", True)]
+    assert vm.calls == [("migrate_incoming", "tcp:0:4444", True)]
 
 
 def test_what_the_vm_refuses_is_the_error() -> None:
@@ -242,7 +242,7 @@ def test_wrong_arguments_are_named(name: str, arguments: dict[str, object], text
         commands.execute(vm, name, arguments)
     assert text in str(caught.value)
     assert len(str(caught.value)) < 250
-    assert vm.told == []
+    assert vm.calls == []
 
 
 def test_an_unknown_command() -> None:
@@ -257,7 +257,7 @@ def test_announce_self_completes_its_schedule_from_the_parameters() -> None:
     vm.parameters = MigrationParameters(announce=AnnounceParameters(initial=7, rounds=9))
     run(vm, "announce-self")
     run(vm, "announce-self", rounds=2, step=30, max=60, initial=1, interfaces=["nic1"], id="a")
-    assert vm.told == [
+    assert vm.calls == [
         ("announce_self", AnnounceParameters(7, 550, 9, 100), None, None),
         ("announce_self", AnnounceParameters(1, 60, 2, 30), ["nic1"], "a"),
     ]

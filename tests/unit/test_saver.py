@@ -28,14 +28,14 @@ class Save:
         self.machine.memory.view(0, 4 * PAGE)[:] = bytes(range(256)) * (4 * PAGE // 256)
         self.machine.resume()
         self.states = RunStates(S.RUNNING)
-        self.told: list[str] = []
+        self.statuses: list[str] = []
         self.path = path
         self.saver = self._saver()
 
     def _saver(self) -> Saver:
         parameters = MigrationParameters(downtime_limit=0)
         guest = Guest(self.machine, [], self.host.loop.now)
-        return Saver(guest, self.states, self.path, lambda: parameters, self.told.append)
+        return Saver(guest, self.states, self.path, lambda: parameters, self.statuses.append)
 
     def again(self) -> None:
         self.saver = self._saver()
@@ -65,7 +65,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def _goes_on(save: Save, path: Path, status: str) -> None:
-    assert save.told[-1] == status
+    assert save.statuses[-1] == status
     assert (save.machine.running, save.states.current) == (True, S.RUNNING)
     assert not path.exists()
 
@@ -73,7 +73,7 @@ def _goes_on(save: Save, path: Path, status: str) -> None:
 def test_the_guest_is_in_the_file(save: Save, path: Path) -> None:
     path.write_text("what was there before")
     save.run()
-    assert save.told == ["active", "device", "completed"]
+    assert save.statuses == ["active", "device", "completed"]
     assert (save.machine.running, save.states.current) == (False, S.POSTMIGRATE)
     assert path.stat().st_size == save.saver.report.bytes_sent > 4 * PAGE
     assert list(path.parent.iterdir()) == [path]
@@ -86,7 +86,7 @@ def test_a_disk_that_fails_leaves_the_guest_where_it_was(
 ) -> None:
     calls = 0
 
-    def sync(line: FileConnection) -> None:
+    def sync(file: FileConnection) -> None:
         nonlocal calls
         calls += 1
         if calls == at:
@@ -120,7 +120,7 @@ def test_a_process_that_ends_leaves_no_memory_of_the_guest(
 ) -> None:
     entered, leave = threading.Event(), threading.Event()
 
-    def stuck(line: FileConnection) -> None:
+    def stuck(file: FileConnection) -> None:
         entered.set()
         assert leave.wait(60)
 
@@ -153,7 +153,7 @@ def test_what_is_no_file_is_not_replaced(save: Save, path: Path, make: str) -> N
         with socket.socket(socket.AF_UNIX) as sock:
             sock.bind(str(path))
     save.run()
-    assert (save.told[-1], save.states.history) == ("failed", [S.RUNNING])
+    assert (save.statuses[-1], save.states.history) == ("failed", [S.RUNNING])
     assert "no regular file" in str(save.saver.report.error)
     assert list(path.parent.iterdir()) == [path]
 
@@ -171,9 +171,9 @@ def test_whatever_goes_wrong_another_save_may_be_tried(
     closed: list[FileConnection] = []
     close = FileConnection.close
 
-    def noted(line: FileConnection) -> None:
-        closed.append(line)
-        close(line)
+    def noted(file: FileConnection) -> None:
+        closed.append(file)
+        close(file)
 
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", refuse)  # in the stop
@@ -182,10 +182,10 @@ def test_whatever_goes_wrong_another_save_may_be_tried(
         patch.setattr(threading, "excepthook", lambda args: raised.append(str(args.exc_value)))
         save.run()
     assert raised == ["internal"]
-    assert save.told == ["active", "device"]
+    assert save.statuses == ["active", "device"]
     assert (save.machine.running, save.states.current) == (True, S.RUNNING)
     assert list(path.parent.iterdir()) == []
     assert (save.logging, len(closed)) == (False, 1)
     save.again()
-    assert save.told[-1] == "completed"
+    assert save.statuses[-1] == "completed"
     assert list(path.parent.iterdir()) == [path]

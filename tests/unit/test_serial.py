@@ -174,7 +174,7 @@ def test_a_full_sink_is_not_ready_and_loses_nothing() -> None:
     assert port.read(LSR) & THRE
 
 
-def test_room_again_interrupts_only_who_asked() -> None:
+def test_space_again_interrupts_only_who_asked() -> None:
     port = Port(limit=0)
     port.uart.space_again()
     assert port.edges == []

@@ -84,7 +84,7 @@ def _nic_state(stream: Stream) -> Any:
     return saved.decode(nic.state, kind)
 
 
-def _check(said: messages.Hello, stream: Stream, machine: str = "") -> None:
+def _check(hello: messages.Hello, stream: Stream, machine: str = "") -> None:
     """Have a machine of the recorded configuration judge a HELLO."""
     nic = f"tap=tap0,mac={MAC.hex(':')},model={stream.model}"
     if stream.model == "virtio-net":
@@ -98,7 +98,7 @@ def _check(said: messages.Hello, stream: Stream, machine: str = "") -> None:
         )
     )
     try:
-        compatibility.check(said, host.machine)
+        compatibility.check(hello, host.machine)
     finally:
         host.close()
 
@@ -114,25 +114,25 @@ def test_each_machine_type_and_model_has_a_stream() -> None:
 
 @each
 def test_hello_and_state_are_those_of_that_machine(stream: Stream) -> None:
-    said, state = _hello(stream), _state(stream)
-    assert machine_type(said.machine).name == stream.machine
-    assert said.ram == [(0, parse_size(stream.memory))]
-    assert said.cpus == len(state.vcpus) == stream.cpus
-    assert [(device.id, device.kind, device.version) for device in said.devices] == [
+    hello, state = _hello(stream), _state(stream)
+    assert machine_type(hello.machine).name == stream.machine
+    assert hello.ram == [(0, parse_size(stream.memory))]
+    assert hello.cpus == len(state.vcpus) == stream.cpus
+    assert [(device.id, device.kind, device.version) for device in hello.devices] == [
         (device.id, device.kind, device.version) for device in state.devices
     ]
     nic = _nic_hello(stream)
     assert (nic.kind, nic.version, nic.properties["mac"]) == (stream.model, 1, MAC.hex(":"))
     assert _nic_state(stream)
-    assert {device.kind for device in said.devices} == {
+    assert {device.kind for device in hello.devices} == {
         *("serial", "power", "pci-host", stream.model)
     }
 
 
 @each
 def test_what_was_decoded_encodes_to_the_same_bytes(stream: Stream) -> None:
-    said, state = stream.read()
-    assert saved.encode(_hello(stream)) == said
+    hello, state = stream.read()
+    assert saved.encode(_hello(stream)) == hello
     assert saved.encode(_state(stream)) == state
 
 
@@ -153,51 +153,54 @@ def test_only_the_newer_type_has_guest_announce(stream: Stream) -> None:
 # --- HELLO ----------------------------------------------------------------------------------------
 @each
 def test_a_machine_takes_a_stream_of_its_own_type_alone(stream: Stream) -> None:
-    said = _hello(stream)
-    _check(said, stream)
+    hello = _hello(stream)
+    _check(hello, stream)
     other = {"godwit-0.1": "godwit-0.2", "godwit-0.2": "godwit-0.1"}[stream.machine]
     with pytest.raises(
         StreamError, match=f"machine type: {stream.machine} at the source, {other} here"
     ):
-        _check(said, stream, other)
+        _check(hello, stream, other)
 
 
 @each
 def test_another_version_of_a_state_is_refused_in_hello(stream: Stream) -> None:
-    said = _hello(stream)
-    for index, device in enumerate(said.devices):
-        devices = [*said.devices]
+    hello = _hello(stream)
+    for index, device in enumerate(hello.devices):
+        devices = [*hello.devices]
         devices[index] = structs.replace(device, version=2)
         with pytest.raises(StreamError, match=f"{device.id}, version: 2 at the source, 1 here"):
-            _check(structs.replace(said, devices=devices), stream)
+            _check(structs.replace(hello, devices=devices), stream)
     with pytest.raises(StreamError, match="version of the machine's state: 2 at the source"):
-        _check(structs.replace(said, version=2), stream)
+        _check(structs.replace(hello, version=2), stream)
 
 
 @each
 def test_devices_that_only_one_side_has_are_named(stream: Stream) -> None:
-    said = _hello(stream)
+    hello = _hello(stream)
     with pytest.raises(StreamError, match=r"device nic0 \(.*\): here, missing at the source"):
-        _check(structs.replace(said, devices=said.devices[:-1]), stream)
+        _check(structs.replace(hello, devices=hello.devices[:-1]), stream)
     extra = messages.HelloDevice("disk9", "virtio-blk", 1, {})
     with pytest.raises(StreamError, match=r"disk9 \(virtio-blk\): at the source, missing here"):
-        _check(structs.replace(said, devices=[*said.devices, extra]), stream)
+        _check(structs.replace(hello, devices=[*hello.devices, extra]), stream)
     with pytest.raises(StreamError, match="two devices at the source have one id"):
-        _check(structs.replace(said, devices=[*said.devices, said.devices[0]]), stream)
+        _check(structs.replace(hello, devices=[*hello.devices, hello.devices[0]]), stream)
 
 
 @each
 def test_what_the_guest_sees_of_a_device_is_compared(stream: Stream) -> None:
-    said = _hello(stream)
-    for change, says in (
-        ({"properties": {**said.devices[-1].properties, "mac": "02:00:00:00:00:01"}}, "mac: 02:"),
-        ({"properties": {**said.devices[-1].properties, "colour": "red"}}, "colour: red .* absent"),
+    hello = _hello(stream)
+    for change, text in (
+        ({"properties": {**hello.devices[-1].properties, "mac": "02:00:00:00:00:01"}}, "mac: 02:"),
+        (
+            {"properties": {**hello.devices[-1].properties, "colour": "red"}},
+            "colour: red .* absent",
+        ),
         ({"kind": "virtio-net-2"}, "kind: virtio-net-2"),
         ({"negotiated": 1 << 62}, f"features {1 << 62:#x} that are not offered"),
     ):
-        devices = [*said.devices[:-1], structs.replace(said.devices[-1], **change)]
-        with pytest.raises(StreamError, match=f"device nic0.*{says}"):
-            _check(structs.replace(said, devices=devices), stream)
+        devices = [*hello.devices[:-1], structs.replace(hello.devices[-1], **change)]
+        with pytest.raises(StreamError, match=f"device nic0.*{text}"):
+            _check(structs.replace(hello, devices=devices), stream)
 
 
 # --- the NICs' states -----------------------------------------------------------------------------
@@ -335,7 +338,7 @@ def test_a_missing_and_an_unknown_field_are_named(stream: Stream, index: int, ki
     ("clock", "fits"),
     [(0, True), ((1 << 63) - 1, True), (1 << 63, False), ((1 << 64) - 1, False)],
 )
-def test_a_clock_leaves_room_for_the_time_to_come(clock: int, fits: bool) -> None:
+def test_a_clock_leaves_space_for_the_time_to_come(clock: int, fits: bool) -> None:
     plain = msgspec.msgpack.decode(STREAMS[0].read()[1])
     plain["platform"]["clock_ns"] = clock
     payload = msgspec.msgpack.encode(plain)

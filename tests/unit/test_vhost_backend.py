@@ -1,4 +1,4 @@
-"""Who has a ring: vhost-net, or this process, which puts what goes ahead into it.
+"""Who has a ring: vhost-net, or this process, which puts what goes first into it.
 
 The kernel's part is a stand-in that refuses what the kernel refuses; rings and loop are real.
 """
@@ -49,7 +49,7 @@ class Bench:
             lambda: self.device,
         )
         self.rx, self.tx = (
-            Driver(memory, SIZE, 0x10_0000 * (i + 1), event_idx=True, room=0x8_0000)
+            Driver(memory, SIZE, 0x10_0000 * (i + 1), event_idx=True, capacity=0x8_0000)
             for i in range(2)
         )
         self.queues = [Virtqueue(memory, 256) for _ in range(2)]
@@ -112,14 +112,14 @@ def without_count(data: bytes) -> bytes:
     return data[:10] + bytes(2) + data[12:]
 
 
-def test_both_rings_are_vhosts_where_nothing_goes_ahead(bench: Bench) -> None:
+def test_both_rings_are_vhosts_where_nothing_goes_first(bench: Bench) -> None:
     bench.start()
     assert bench.device.backends == [bench.tap.fd] * 2
     bench.backend.stop()
     assert bench.device.backends == [-1, -1]
 
 
-def test_what_goes_ahead_is_in_the_ring_before_vhost_has_it(bench: Bench) -> None:
+def test_what_goes_first_is_in_the_ring_before_vhost_has_it(bench: Bench) -> None:
     bench.offer(4)
     bench.backlog.hold()
     bench.start()
@@ -144,7 +144,7 @@ def test_frames_that_came_before_the_start_are_given_at_the_start(bench: Bench) 
     assert bench.vhost_receives
 
 
-def test_a_full_ring_keeps_vhost_waiting_until_the_guest_makes_room(bench: Bench) -> None:
+def test_a_full_ring_keeps_vhost_waiting_until_the_guest_makes_space(bench: Bench) -> None:
     bench.backlog.hold()
     bench.start()
     bench.offer(1)
@@ -199,7 +199,7 @@ def test_a_stop_learns_only_of_the_rings_that_vhost_had(bench: Bench) -> None:
     assert bench.device.backends == [-1, -1]
 
 
-def test_a_stop_while_the_ring_is_full_hears_of_no_room_any_more(bench: Bench) -> None:
+def test_a_stop_while_the_ring_is_full_watches_for_space_no_more(bench: Bench) -> None:
     bench.backlog.hold()
     bench.start()
     bench.backlog.inject([frame(1)])
@@ -250,7 +250,7 @@ def test_a_ring_that_vhost_refuses_later_is_an_offence_and_no_error(bench: Bench
     assert bench.errors == ["receive ring: [Errno 14] set_backend 0"]
 
 
-def test_a_receive_buffer_without_room_is_an_offence(bench: Bench) -> None:
+def test_a_receive_buffer_without_space_is_a_guest_error(bench: Bench) -> None:
     bench.rx.add([Part(bench.rx.place(16), 16)])  # one that the device may not write
     bench.backlog.hold()
     bench.start()

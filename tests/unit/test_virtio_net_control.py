@@ -143,7 +143,7 @@ def test_what_was_not_negotiated_fails(
     ],
     ids=["empty", "one byte", "no answer", "only an answer", "an answer of no bytes"],
 )
-def test_a_request_without_room_needs_a_reset(
+def test_a_request_without_space_needs_a_reset(
     bench: Bench, parts: list[tuple[bytes, bool]]
 ) -> None:
     guest = bench.guest

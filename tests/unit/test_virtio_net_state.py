@@ -100,11 +100,11 @@ def test_a_state_that_cannot_be_is_refused(memory: GuestMemory) -> None:
     net = state.device
     two = Bench(memory, resume=False)
     try:
-        for change, says in (
+        for change, text in (
             ({"announce_pending": True}, "announce_pending"),
             ({"mac": b"\x01\0\x5e\0\0\1"}, "mac"),
         ):
-            with pytest.raises(StreamError, match=says):
+            with pytest.raises(StreamError, match=text):
                 two.load(structs.replace(state, device=structs.replace(net, **change)))
         two.load(state)
     finally:
@@ -119,14 +119,14 @@ def test_a_transport_state_that_cannot_be_is_refused(memory: GuestMemory) -> Non
     state = whole.transport
     one.close()
     queue = structs.replace(state.queues[1], used=1 << 60)
-    for change, says in (
+    for change, text in (
         ({"negotiated": state.negotiated | 1 << 22}, "negotiated.*0x400000"),
         ({"queues": state.queues[:2]}, "queues: 2"),
         ({"queues": [state.queues[0], queue, state.queues[2]]}, "queues.*0x1000000000000000"),
         ({"msix": structs.replace(state.msix, table=b"")}, "msix"),
     ):
         two = Bench(memory, resume=False)
-        with pytest.raises(StreamError, match=says):
+        with pytest.raises(StreamError, match=text):
             two.load(structs.replace(whole, transport=structs.replace(state, **change)))
         two.close()
 

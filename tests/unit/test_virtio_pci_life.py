@@ -107,7 +107,7 @@ def test_a_notification_of_any_width_arrives(bench: Bench, size: int) -> None:
     guest.write(0x3FFC, 4, 9)
 
 
-# --- the configuration access window (4.1.4.9) ----------------------------------------------------
+# --- the configuration access capability (4.1.4.9) ------------------------------------------------
 def test_the_bar_can_be_reached_through_configuration_space(bench: Bench) -> None:
     guest = bench.guest
     guest.walk()
@@ -249,7 +249,7 @@ def test_what_was_prepared_wrongly_does_not_stay(memory: GuestMemory, bench: Ben
         other.pci.resume()
         assert list(other.vm.ioeventfds) == [(BAR + 0x2000 + 4 * i, 2) for i in range(3)]
         assert set(other.vm.routes.values()) == set(bench.vm.routes.values())
-        # The driver went away after the source had said what it had.
+        # The driver went away after the source had sent its hints.
         reset.pci.prepare(hints)
         reset.load(bench_without_driver(memory))
         assert reset.vm.ioeventfds == {}
@@ -291,17 +291,17 @@ def test_a_driver_that_is_moved_while_it_probes_goes_on(memory: GuestMemory) -> 
     one = Bench(memory)
     guest = one.guest
     guest.walk()
-    window = guest.capabilities[5][0]
+    access = guest.capabilities[5][0]
     guest.write_config(4, 2, 6)
     guest.status = ACK | DRIVER
     guest.write(8, 4, 1)
     guest.write(0xC, 4, 1)
     guest.write(0, 4, 1)
     guest.write(0x16, 2, 2)
-    guest.write(0x18, 2, 40_000)  # no size at all: that is the guest's affair, not the move's
+    guest.write(0x18, 2, 40_000)  # no size at all: that is the guest's affair, not the migration's
     guest.write(0x16, 2, 1)
-    guest.write_config(window + 8, 4, 0x12)
-    guest.write_config(window + 12, 4, 2)
+    guest.write_config(access + 8, 4, 0x12)
+    guest.write_config(access + 12, 4, 2)
     state = one.save()
     one.close()
     two = Bench(memory, resume=False)
@@ -311,7 +311,7 @@ def test_a_driver_that_is_moved_while_it_probes_goes_on(memory: GuestMemory) -> 
         there = two.guest
         assert (there.read(0, 4), there.read(8, 4), there.read(0xC, 4)) == (1, 1, 1)
         assert there.read(0x16, 2) == 1
-        assert there.read_config(window + 16, 2) == 3
+        assert there.read_config(access + 16, 2) == 3
         there.write(0x16, 2, 2)
         assert there.read(0x18, 2) == 40_000
     finally:

@@ -105,7 +105,7 @@ def test_a_start_a_stop_and_a_cont(place: Place) -> None:
         vm.stop()
     vm.cont()
     assert vm.states.history == [S.PRELAUNCH, S.RUNNING, S.PAUSED, S.RUNNING]
-    assert place.named("ANNOUNCE_STARTED") == [], "no migration: nobody is told"
+    assert place.named("ANNOUNCE_STARTED") == [], "no migration: nobody is notified"
 
 
 def test_without_autostart_it_waits_for_the_cont() -> None:

@@ -188,7 +188,9 @@ class Guest:
             entries = min(size, self.read(0x18, 2))
             self.write(0x18, 2, entries)
             base = 0x10_0000 * (index + 1)
-            driver = Driver(self.bench.memory, entries, base, event_idx=event_idx, room=0x8_0000)
+            driver = Driver(
+                self.bench.memory, entries, base, event_idx=event_idx, capacity=0x8_0000
+            )
             self.queues.append(driver)
             for at, address in ((0x20, driver.desc), (0x28, driver.avail), (0x30, driver.used)):
                 self.write(at, 4, address & 0xFFFFFFFF)

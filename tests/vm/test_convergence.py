@@ -1,4 +1,4 @@
-"""A guest that writes faster than the line takes: throttled until it can move, or left alone."""
+"""A guest that writes faster than the connection takes: throttled until it can migrate, or left."""
 
 from __future__ import annotations
 

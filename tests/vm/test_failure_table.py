@@ -19,7 +19,7 @@ from vm_bench import ONE_BACKEND, Bench, Guest, Watched, held, resident
 from godwit.errors import GodwitError
 from godwit.migration.wire.messages import Kind
 from lab.scenario import wait_for
-from tests.fakes.line_cutter import LineCutter
+from tests.fakes.connection_cutter import ConnectionCutter
 
 pytestmark = ONE_BACKEND
 
@@ -52,10 +52,10 @@ class Move:
         kind: Kind | None = None,
         before: Callable[[], None] | None = None,
         on_frame: Callable[[Kind, bytes | bytearray], None] = lambda kind, payload: None,
-    ) -> LineCutter:
-        """The line; see LineCutter."""
+    ) -> ConnectionCutter:
+        """The line; see ConnectionCutter."""
         far = Path(self.far.removeprefix("unix:"))
-        return LineCutter(self.near, far, kind, False, before, on_frame)
+        return ConnectionCutter(self.near, far, kind, False, before, on_frame)
 
     def start(self) -> None:
         """Over that line."""

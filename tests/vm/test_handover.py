@@ -15,7 +15,7 @@ from vm_bench import Bench, Guest, Watched, numbered, recovered
 from godwit.migration.wire.messages import Kind
 from lab.scenario import MAC, wait_for
 from lab.traffic import FLOWS, Capture, Stream
-from tests.fakes.line_cutter import LineCutter
+from tests.fakes.connection_cutter import ConnectionCutter
 
 
 def _handover(vm: Watched) -> dict[str, int]:
@@ -114,7 +114,7 @@ def test_a_guest_that_stays_after_all_gets_its_frames(bench: Bench, guest: Guest
     near = bench.folder / f"{target.name}.cut"
     with (
         numbered(bench, guest) as flows,
-        LineCutter(near, Path(far), Kind.COMMIT, False, before=lambda: _kill(target)),
+        ConnectionCutter(near, Path(far), Kind.COMMIT, False, before=lambda: _kill(target)),
     ):
         source.start_migration(f"unix:{near}")
         assert source.wait_migration()["status"] == "failed"
@@ -130,7 +130,7 @@ def test_traffic_that_was_drawn_to_a_destination_that_dies_comes_back(
     far = bench.listen(target).removeprefix("unix:")
     near = bench.folder / f"{target.name}.cut"
     pings = [bench.ping(flow.id) for flow in FLOWS]
-    with LineCutter(near, Path(far), Kind.SWITCHED, False, before=target.kill):
+    with ConnectionCutter(near, Path(far), Kind.SWITCHED, False, before=target.kill):
         for ping in pings:
             ping.wait_answer(0.0)
         source.start_migration(f"unix:{near}")

@@ -8,7 +8,7 @@ import pytest
 from vm_bench import Bench, Guest
 
 from godwit.migration.wire.messages import Kind
-from tests.fakes.line_cutter import LineCutter
+from tests.fakes.connection_cutter import ConnectionCutter
 
 
 @pytest.mark.parametrize("delivered", [False, True], ids=["commit lost", "answer lost"])
@@ -20,7 +20,7 @@ def test_the_guest_runs_at_the_destination_alone(
     checksum = guest.agent.mem_start(8)
     far = bench.listen(target).removeprefix("unix:")
     near = bench.folder / f"{target.name}.cut"
-    with LineCutter(near, Path(far), Kind.COMMIT, delivered) as cutter:
+    with ConnectionCutter(near, Path(far), Kind.COMMIT, delivered) as cutter:
         source.start_migration(f"unix:{near}")
         info = source.wait_migration()
         assert cutter.cut.is_set()
@@ -42,7 +42,7 @@ def test_a_destination_that_dies_before_the_commit_leaves_it_at_the_source(
     checksum = guest.agent.mem_start(8)
     far = bench.listen(target).removeprefix("unix:")
     near = bench.folder / f"{target.name}.cut"
-    with LineCutter(near, Path(far), Kind.COMMIT, False, before=target.kill) as cutter:
+    with ConnectionCutter(near, Path(far), Kind.COMMIT, False, before=target.kill) as cutter:
         source.start_migration(f"unix:{near}")
         info = source.wait_migration()
         assert cutter.cut.is_set()

@@ -85,7 +85,7 @@ class OldPath:
         }
         return {name: round((when - switched_at) * 1000, 3) for name, when in at.items() if when}
 
-    def is_not_ours(self, frame: bytes) -> bool:
+    def is_superfluous(self, frame: bytes) -> bool:
         """Return whether the new tap has this frame too, or the frame is none of the guest's."""
         if frame[HEADER + 6 : HEADER + 12] in self.macs:
             return True  # its own, from where it is now
@@ -225,7 +225,7 @@ class PacketSource:
         except GodwitError:
             frames = []
         # One by one: a marker counts for what comes after it.
-        kept = [f for f in frames if not self._is_marker(path, f) and not path.is_not_ours(f)]
+        kept = [f for f in frames if not self._is_marker(path, f) and not path.is_superfluous(f)]
         if kept:
             if any(frame[HEADER : HEADER + 6] in path.macs for frame in kept):
                 path.last_packet = self._times.now()

@@ -16,7 +16,7 @@ from godwit.migration.packets import source as packet_source
 from godwit.migration.wire import messages
 from godwit.migration.wire.messages import Kind
 from godwit.spec import saved
-from handover_bench import (
+from packet_handover_bench import (
     COOKIE,
     OTHER,
     PATIENT,
@@ -44,22 +44,22 @@ def test_what_came_to_the_old_host_goes_before_what_came_to_the_new(handover: Ha
     assert handover.target.nics[0].given() == [to(guest, number) for number in (1, 2, 3, 4)]
     assert handover.receiver.info()["packets"] == 2
     info = handover.sender.info()
-    (road,) = info.pop("old-paths")
-    assert road["first-marker"] == road["last-marker"] <= road["drained"]
+    (path,) = info.pop("old-paths")
+    assert path["first-marker"] == path["last-marker"] <= path["drained"]
     assert info == {
         "packets": 2, "bytes": 2 * (HEADER + 60), "late": 0, "left-behind": 0,
         "markers-seen": 1, "markers-sent": 1,
     }  # fmt: skip
 
 
-def test_the_tap_waits_until_the_old_road_ends(handover: Handover) -> None:
+def test_the_tap_waits_until_the_old_path_ends(handover: Handover) -> None:
     guest, _, target = handover.source.nics[0].mac, *taps(handover)
     switch_over(handover)
     target.put(to(guest, 3))
     assert handover.target.nics[0].given() == []
 
 
-def test_frames_flooded_to_both_before_the_draw_come_once(handover: Handover) -> None:
+def test_frames_flooded_to_both_before_the_switchover_come_once(handover: Handover) -> None:
     source, target = taps(handover)
     for tap in (source, target):
         tap.put(to(BROADCAST, 1))
@@ -71,18 +71,18 @@ def test_frames_flooded_to_both_before_the_draw_come_once(handover: Handover) ->
     assert handover.target.nics[0].given() == [to(BROADCAST, 1)]
 
 
-def test_broadcasts_on_the_way_during_the_draw_come_once(handover: Handover) -> None:
+def test_broadcasts_on_the_way_during_the_switchover_come_once(handover: Handover) -> None:
     source, target = taps(handover)
     switch_over(handover)
     next_message(handover)
     for tap in (
         source,
         target,
-    ):  # before the switch acknowledged the mark, after the new tap was drained
+    ):  # before the switch acknowledged the marker, after the new tap was drained
         tap.put(to(BROADCAST, 1))
     handover.flood()
     for tap in (source, target):
-        tap.put(to(BROADCAST, 2))  # after the mark
+        tap.put(to(BROADCAST, 2))  # after the marker
     finish(handover)
     handover.receiver.settle()
     assert handover.target.nics[0].given() == [to(BROADCAST, number) for number in (1, 2)]
@@ -112,7 +112,7 @@ def _frames_on(handover: Handover) -> bytes:
     return bytes(handover.far.read(length))
 
 
-def test_each_network_has_its_own_mark(handover: Handover) -> None:
+def test_each_network_has_its_own_marker(handover: Handover) -> None:
     guest = handover.source.nics[0].mac
     tags = ((TPID_8021Q, 100),)
     for side in (handover.source, handover.target):
@@ -128,7 +128,7 @@ def test_each_network_has_its_own_mark(handover: Handover) -> None:
         layer2_update(guest, tags, COOKIE + b"\0\0\0\1"),
     ]
     source.put(sent[0])
-    source.put(to(BROADCAST, 1))  # the new tap has it: its network is drawn
+    source.put(to(BROADCAST, 1))  # the new tap has it: its network is switched over
     source.put(to(BROADCAST, 2, TAG_100))  # and this one not yet
     source.put(sent[1])
     handover.target.nics[0].sent.clear()
@@ -138,7 +138,7 @@ def test_each_network_has_its_own_mark(handover: Handover) -> None:
 
 
 def test_what_the_guest_sends_does_not_follow_it(handover: Handover) -> None:
-    """Where the marks are filtered, its announcement floods to the old tap."""
+    """Where the markers are filtered, its announcement floods to the old tap."""
     guest, source = handover.source.nics[0].mac, taps(handover)[0]
     switch_over(handover)
     next_message(handover)
@@ -165,7 +165,7 @@ def test_stragglers_come_though_late_and_those_for_others_do_not(handover: Hando
     assert target.get() is None
 
 
-def test_a_lost_line_ends_the_wait(handover: Handover) -> None:
+def test_a_lost_connection_ends_the_wait(handover: Handover) -> None:
     switch_over(handover)
     handover.near.close()
     handover.receiver.settle()
@@ -195,18 +195,18 @@ def test_a_guest_that_is_there_for_good_gets_nothing_here(handover: Handover) ->
     assert handover.source.nics[0].given() == []
 
 
-def test_more_than_the_bound_is_left_behind_and_said(
+def test_more_than_the_bound_is_left_behind_and_reported(
     handover: Handover, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packet_source, "MAX_FRAMES", 40)
     guest, source, _ = handover.source.nics[0].mac, *taps(handover)
     for number in range(80):
         source.put(to(guest, number))
-    for _ in range(4):  # a batch each time
+    for _ in range(4):  # a chunk each time
         handover.sender.serve(time.monotonic())
     info = handover.sender.info()
     assert (info["packets"], info["left-behind"]) == (64, 16)  # whole batches
-    # What ends the road is still acknowledged.
+    # What ends the path is still acknowledged.
     switch_over(handover)
     next_message(handover)
     finish(handover)
@@ -214,7 +214,7 @@ def test_more_than_the_bound_is_left_behind_and_said(
     assert handover.sender.info()["markers-seen"] == 1
 
 
-def test_a_draw_that_fails_is_no_failure(handover: Handover) -> None:
+def test_a_switchover_that_fails_is_no_failure(handover: Handover) -> None:
     handover.target.nics[0].error = OSError("down")
     switch_over(handover)
     next_message(handover)
@@ -223,7 +223,7 @@ def test_a_draw_that_fails_is_no_failure(handover: Handover) -> None:
     assert handover.receiver.info()["markers-sent"] == 0
 
 
-def test_it_is_drawn_once(handover: Handover) -> None:
+def test_the_traffic_is_switched_over_once(handover: Handover) -> None:
     switch_over(handover)
     switch_over(handover)
     assert len(handover.target.nics[0].sent) == 1
@@ -238,7 +238,7 @@ def test_it_is_drawn_once(handover: Handover) -> None:
         (Kind.RAM, None),
     ],
 )
-def test_nonsense_from_the_source_ends_the_line_and_the_wait(
+def test_nonsense_from_the_source_ends_the_connection_and_the_wait(
     handover: Handover, kind: Kind, value: object
 ) -> None:
     switch_over(handover)
@@ -277,7 +277,7 @@ def test_a_peer_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         both.close()
 
 
-def test_only_the_moves_own_marks_are_marks(handover: Handover) -> None:
+def test_only_the_migrations_own_markers_are_markers(handover: Handover) -> None:
     guest, source, _ = handover.source.nics[0].mac, *taps(handover)
     switch_over(handover)
     next_message(handover)
@@ -288,22 +288,22 @@ def test_only_the_moves_own_marks_are_marks(handover: Handover) -> None:
     assert read_cookie(stranger) is not None
 
 
-def test_a_mark_of_one_nic_is_none_of_anothers() -> None:
-    """Two NICs in one network: each mark floods to both old taps."""
+def test_a_marker_of_one_nic_is_none_of_anothers() -> None:
+    """Two NICs in one network: each marker floods to both old taps."""
     both = Handover(2)
     try:
         first, second = both.source.nics
         switch_over(both)
         next_message(both)
-        marks = [[frame for _, frame in nic.sent] for nic in both.target.nics]
+        markers = [[frame for _, frame in nic.sent] for nic in both.target.nics]
         for nic in (first, second):
-            nic.fake_tap.put(marks[0][0])
+            nic.fake_tap.put(markers[0][0])
         second.fake_tap.put(
             to(BROADCAST, 1)
-        )  # the second NIC's new tap did not get it: not drawn yet
+        )  # the second NIC's new tap did not get it: not switched over yet
         second.fake_tap.put(to(second.mac, 2))
         for nic in (first, second):
-            nic.fake_tap.put(marks[1][0])
+            nic.fake_tap.put(markers[1][0])
         for _ in range(3):
             both.sender.serve(time.monotonic())
         both.receiver.settle()
@@ -325,7 +325,7 @@ def test_a_message_that_does_not_end_holds_nothing() -> None:
         handover.close()
 
 
-def test_each_nic_has_its_own_road() -> None:
+def test_each_nic_has_its_own_path() -> None:
     both = Handover(2)
     try:
         guests = [nic.mac for nic in both.source.nics]

@@ -18,13 +18,13 @@ from godwit.migration.wire.sockets import Address, SocketConnection
 from godwit.spec import saved
 
 
-class LineCutter:
+class ConnectionCutter:
     """A relay of messages from ``near`` to ``far`` and back, until the first ``kind``.
 
     A ``kind`` of None cuts nothing. The message of that kind arrives if ``delivered``. Then the
     connection breaks, or, if ``stalls``, stays open and passes nothing more. Later connections are
     left whole. ``before`` is called as the message comes, and then nobody listens at ``near`` any
-    more, as at the destination's death. ``on_frame`` is called with each message's kind and
+    more, as at the destination's death. ``on_message`` is called with each message's kind and
     payload.
     """
 
@@ -35,7 +35,7 @@ class LineCutter:
         kind: Kind | None,
         delivered: bool,
         before: Callable[[], None] | None = None,
-        on_frame: Callable[[Kind, bytes | bytearray], None] = lambda kind, payload: None,
+        on_message: Callable[[Kind, bytes | bytearray], None] = lambda kind, payload: None,
         stalls: bool = False,
     ) -> None:
         self._stalls = stalls
@@ -46,7 +46,7 @@ class LineCutter:
         self._kind = kind
         self._delivered = delivered
         self._before = before
-        self._on_frame = on_frame
+        self._on_message = on_message
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(near))
         self._listener.listen()
@@ -102,7 +102,7 @@ class LineCutter:
             while True:
                 kind, length = one.receive()
                 payload = one.read(length)
-                self._on_frame(kind, payload)
+                self._on_message(kind, payload)
                 if self._stalls and first and self.cut.is_set():
                     continue  # the message is lost
                 cutting = kind is self._kind and not self.cut.is_set()

@@ -46,7 +46,7 @@ class Guest:
         self.runs = 0
         self.fails = False
         self.ended = threading.Event()
-        self.told: list[tuple[StopReason, str]] = []
+        self.reported: list[tuple[StopReason, str]] = []
         vcpu = cast(
             Vcpu, SimpleNamespace(index=0, run_page=self._page, run=self._run, kick=self._kick)
         )
@@ -70,7 +70,7 @@ class Guest:
         self.left.set()
 
     def _tell(self, ending: StopReason, detail: str) -> None:
-        self.told.append((ending, detail))
+        self.reported.append((ending, detail))
         self.ended.set()
 
     def _kick(self, thread: int | None) -> None:
@@ -114,7 +114,7 @@ def test_one_whose_devices_never_come_can_be_ended(guest: Guest) -> None:
     assert (guest.device.written, guest.runs) == ([], 1)
 
 
-def test_a_guest_that_was_ahead_is_paused_as_any_other(guest: Guest) -> None:
+def test_a_guest_that_started_early_is_paused_as_any_other(guest: Guest) -> None:
     guest.ports.map(PORT, 1, guest.device)
     guest.thread.start_early()
     assert guest.left.wait(60)
@@ -125,11 +125,11 @@ def test_a_guest_that_was_ahead_is_paused_as_any_other(guest: Guest) -> None:
     assert guest.device.written == [VALUE]
 
 
-def test_an_error_of_kvms_waits_for_somebody_to_be_told(guest: Guest) -> None:
+def test_an_error_of_kvms_waits_for_somebody_to_receive_it(guest: Guest) -> None:
     guest.fails = True
     guest.thread.start_early()
     assert guest.left.wait(60)
     assert guest.thread.exited is None
     guest.thread.resume()
     assert guest.ended.wait(60)
-    assert guest.told == [(StopReason.INTERNAL_ERROR, "KVM_RUN: [Errno 14] Bad address")]
+    assert guest.reported == [(StopReason.INTERNAL_ERROR, "KVM_RUN: [Errno 14] Bad address")]

@@ -1,4 +1,4 @@
-"""How long a handover waits: for marks, for the old host, and for neither too long."""
+"""How long a handover waits: for markers, for the old host, and for neither too long."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from godwit.migration.packets.destination import Hold
 from godwit.migration.packets.source import OldPath
 from godwit.migration.times import Times
 from godwit.migration.wire.sockets import SocketConnection
-from handover_bench import OTHER, PATIENT, Handover, finish, next_message, switch_over, taps, to
+from packet_handover_bench import (
+    OTHER,
+    PATIENT,
+    Handover,
+    finish,
+    next_message,
+    switch_over,
+    taps,
+    to,
+)
 from tests.fakes.clock import FakeClock
 
 
@@ -45,7 +54,7 @@ def test_a_marker_that_does_not_come_is_waited_for_only_so_long(
     assert handover.sender.info()["markers-seen"] == int(seen)
 
 
-def test_only_frames_to_the_guest_tell_of_a_mark_that_is_late(handover: Handover) -> None:
+def test_only_frames_to_the_guest_show_a_marker_that_is_late(handover: Handover) -> None:
     source, _ = taps(handover)
     source.put(to(BROADCAST, 1))
     switch_over(handover)
@@ -98,7 +107,7 @@ class Counting(SocketConnection):
 
 
 def test_an_old_path_that_is_over_keeps_nobody_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("handover_bench.SocketConnection", Counting)
+    monkeypatch.setattr("packet_handover_bench.SocketConnection", Counting)
     both = Handover(nics=2, times=PATIENT._replace(late=0.0))
     try:
         switch_over(both)
@@ -113,7 +122,7 @@ def test_an_old_path_that_is_over_keeps_nobody_busy(monkeypatch: pytest.MonkeyPa
         both.close()
 
 
-def test_a_second_draw_begins_nothing_anew(handover: Handover) -> None:
+def test_a_second_switchover_begins_nothing_anew(handover: Handover) -> None:
     switch_over(handover)
     next_message(handover)
     handover.sender.switched([])
@@ -134,11 +143,11 @@ def test_a_nic_of_which_no_count_is_given_waits_for_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("marks", "last_frame", "due"),
+    ("markers", "last_frame", "due"),
     [
         ((), 0.0, 10.25),  # none came: the network may carry none
         ((), 9.0, 10.25),
-        ((), 10.2, 10.45),  # frames on the old road still come: they are late
+        ((), 10.2, 10.45),  # frames on the old path still come: they are late
         ((), 11.99, 12.0),  # within reason
         ((9.9,), 0.0, 10.05),  # one came before the source acknowledged of the switch_over
         ((10.1,), 0.0, 10.15),
@@ -149,17 +158,17 @@ def test_a_nic_of_which_no_count_is_given_waits_for_none() -> None:
         ((10.4, 10.41, 10.42), 10.64, 10.0),  # all are here
     ],
 )
-def test_until_when_a_mark_is_waited_for(
-    handover: Handover, marks: tuple[float, ...], last_frame: float, due: float
+def test_until_when_a_marker_is_waited_for(
+    handover: Handover, markers: tuple[float, ...], last_frame: float, due: float
 ) -> None:
-    road = OldPath(0, cast(Any, handover.source.nics[0]), frozenset(), Times())
-    assert road.due(10.0) is None  # the destination has not said how many
-    road.expected = 3
-    assert road.due(None) is None
-    for number, at in enumerate(marks):
-        road.note_marker(number, b"", at)
-    road.last_packet = last_frame
-    assert road.due(10.0) == pytest.approx(due)
+    path = OldPath(0, cast(Any, handover.source.nics[0]), frozenset(), Times())
+    assert path.due(10.0) is None  # the destination has not sent how many
+    path.expected = 3
+    assert path.due(None) is None
+    for number, at in enumerate(markers):
+        path.note_marker(number, b"", at)
+    path.last_packet = last_frame
+    assert path.due(10.0) == pytest.approx(due)
 
 
 def test_the_tap_waits_longer_while_the_old_hosts_packets_come() -> None:
@@ -214,7 +223,9 @@ def test_what_is_there_is_taken_however_long_the_start_took(impatient: Handover)
     assert handover.target.nics[0].given() == [to(guest, 1), to(guest, 2)]
 
 
-def test_frames_are_expected_from_the_draw_to_the_roads_end(handover: Handover) -> None:
+def test_frames_are_expected_from_the_switchover_to_the_end_of_the_old_path(
+    handover: Handover,
+) -> None:
     assert not handover.sender.expecting, "nobody knows when, or whether, the guest starts"
     switch_over(handover)
     next_message(handover)
