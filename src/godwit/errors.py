@@ -13,7 +13,7 @@
         ├── PeerRefused    the peer refused, and why
         └── LinkLost       the connection to the peer broke or stayed silent
 
-Only ``cli.py`` turns errors into messages and exit codes; the cause is always kept (``raise
+Only ``cli`` turns errors into messages and exit codes; the cause is always kept (``raise
 from``).
 """
 
@@ -46,7 +46,7 @@ class GuestError(GodwitError):
 
 
 class MigrationError(GodwitError):
-    """A failed migration, after which the guest runs where it ran."""
+    """A failed migration: the guest runs where it ran, unless the outcome is not known."""
 
 
 class StreamError(MigrationError):
@@ -59,3 +59,10 @@ class PeerRefused(MigrationError):
 
 class LinkLost(MigrationError):
     """A connection to the peer that broke, or stayed silent past the deadline."""
+
+
+def known(error: Exception) -> GodwitError:
+    """Return the error itself, or a MigrationError that names one nobody expected."""
+    if isinstance(error, GodwitError):
+        return error
+    return MigrationError(f"{type(error).__name__}: {error}")

@@ -12,11 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import msgspec
 import pytest
 
+from godwit.errors import HostError, LinkLost, MigrationError
+from godwit.migration.source import Source
 from godwit.migration.times import Times
 from godwit.migration.wire.messages import Kind
+from godwit.migration.wire.sockets import SocketConnection
 from migration_bench import IMPATIENT, Migration, S
 from tests.fakes.connection_cutter import ConnectionCutter
 
@@ -134,6 +139,67 @@ def test_it_is_cancelled(tmp_path: Path, kind: Kind) -> None:
             "cancelled",
             "completed",
         )  # the commit may have been on its way
+
+
+def test_the_guest_goes_on_before_its_destination_is_notified(tmp_path: Path) -> None:
+    """A peer that does not read must not hold the guest."""
+    migration = Migration(tmp_path)
+    running: list[bool] = []
+    send = SocketConnection.send
+
+    def note(connection: SocketConnection, kind: Kind, value: msgspec.Struct | None = None) -> None:
+        if kind is Kind.FAILED:
+            running.append(migration.here.machine.running)
+        send(connection, kind, value)
+
+    try:
+        with (
+            mock.patch.object(SocketConnection, "send", note),
+            mock.patch.object(Source, "_commit", side_effect=MigrationError("not now")),
+        ):
+            migration.run()
+    finally:
+        migration.close()
+    assert running == [True]
+    assert migration.here.statuses[-1] == "failed"
+
+
+def test_a_guest_that_cannot_go_on_is_a_failed_migration_all_the_same(tmp_path: Path) -> None:
+    migration = Migration(tmp_path)
+    try:
+        with (
+            mock.patch.object(Source, "_commit", side_effect=MigrationError("not now")),
+            mock.patch.object(Source, "_before_return", side_effect=HostError("no tap")),
+        ):
+            migration.run()
+        assert migration.here.statuses[-1] == "failed"
+        assert "the guest cannot go on: no tap" in str(migration.source.report.error)
+    finally:
+        migration.close()
+
+
+def test_a_welcome_that_does_not_arrive_leaves_the_destination_waiting(tmp_path: Path) -> None:
+    migration = Migration(tmp_path)
+    try:
+        with mock.patch.object(SocketConnection, "describe", side_effect=LinkLost("gone")):
+            migration.run()
+        assert migration.here.machine.running
+        migration.here.migrations.migrate(f"unix:{migration.far}", False)
+        migration.finish()
+        assert migration.here.statuses[-1] == "completed"
+    finally:
+        migration.close()
+
+
+def test_an_error_nobody_expected_after_the_commit_is_resolved(tmp_path: Path) -> None:
+    migration = Migration(tmp_path)
+    try:
+        with mock.patch.object(Source, "_await_started", side_effect=ValueError("a bug")):
+            migration.run()
+        assert migration.here.statuses[-1] == "completed"
+        assert migration.running == (False, True)
+    finally:
+        migration.close()
 
 
 def test_a_query_is_answered_on_the_connection_where_it_came(tmp_path: Path) -> None:

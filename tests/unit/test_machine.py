@@ -58,6 +58,7 @@ def test_its_devices_are_the_platforms_and_those_of_the_configuration(host: Host
     ("devices", "says"),
     [
         (("--nic", "tap=tap0,model=ne2000"), "'ne2000' is unknown; there are virtio-net, e1000"),
+        (("--nic", "tap=tap0,model=virtio-rng"), "'virtio-rng' is unknown; there are virtio-net"),
         (("--nic", "tap=tap0,model=e1000,mtu=1400"), "mtu= needs model=virtio-net"),
     ],
 )

@@ -184,3 +184,17 @@ def test_bytes_and_other_descriptors_are_waited_for_together(
     finally:
         os.close(reader)
         os.close(writer)
+
+
+def test_nothing_follows_half_a_message() -> None:
+    """The peer would take it for the rest: FAILED is not sent after a message that broke off."""
+    ours, theirs = socket.socketpair()
+    connection = SocketConnection(ours, Times(silence=0.05, rate=1e9))
+    with pytest.raises(LinkLost):
+        connection.send_parts([bytes(64 << 20)])
+    sent = connection.sent
+    with pytest.raises(LinkLost, match="in the middle of a message"):
+        connection.send(Kind.READY)
+    assert connection.sent == sent
+    connection.close()
+    theirs.close()

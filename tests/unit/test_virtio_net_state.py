@@ -121,6 +121,11 @@ def test_a_transport_state_that_cannot_be_is_refused(memory: GuestMemory) -> Non
     queue = structs.replace(state.queues[1], used=1 << 60)
     for change, text in (
         ({"negotiated": state.negotiated | 1 << 22}, "negotiated.*0x400000"),
+        ({"negotiated": state.negotiated & ~(1 << 32)}, "negotiated: without VERSION_1"),
+        (
+            {"common": structs.replace(state.common, status=state.common.status & ~8)},
+            "DRIVER_OK without FEATURES_OK",
+        ),
         ({"queues": state.queues[:2]}, "queues: 2"),
         ({"queues": [state.queues[0], queue, state.queues[2]]}, "queues.*0x1000000000000000"),
         ({"msix": structs.replace(state.msix, table=b"")}, "msix"),

@@ -15,6 +15,7 @@ from godwit.host.loop import Loop
 from godwit.hw import layout
 from godwit.hw.console import Console
 from godwit.machine.board import Board
+from godwit.machine.vcpu import StopReason
 from godwit.migration.outgoing import Outgoing
 from godwit.spec.parameters import MigrationParameters
 from godwit.spec.runstate import RunState
@@ -287,6 +288,59 @@ def test_a_vcpu_that_cannot_go_on_ends_the_vm(
     place.vcpu.do(fault)
     place.loop.run()
     assert (place.vm.exit_code, place.vm.states.current) == (code, state)
+
+
+@pytest.fixture
+def rebooting(place: Place) -> Place:
+    """A VM whose reboots are counted, as the fake KVM has no kernel to boot."""
+    machine = place.vm.machine
+    machine.power_on_state = mock.Mock()  # type: ignore[method-assign]
+    machine.reboot = mock.Mock(  # type: ignore[method-assign]
+        side_effect=lambda initial: [thread.revive() for thread in machine.vcpus]
+    )
+    place.vm.start()
+    return place
+
+
+def _reboots(place: Place) -> int:
+    return cast(mock.Mock, place.vm.machine.reboot).call_count
+
+
+def test_a_guest_that_resets_as_it_is_stopped_reboots_and_stays_stopped(rebooting: Place) -> None:
+    place = rebooting
+    place.vcpu.out(layout.RESET_PORT, 6)
+    assert _wait_exited(place)
+    place.vm.stop()  # before the loop knows of the reset
+    place.run_until(lambda: _reboots(place) == 1)
+    assert place.vm.states.current is S.PAUSED
+    assert not place.vm.machine.running
+    assert place.named("RESET") == [{"guest": True, "reason": "guest-reset"}]
+    place.vm.cont()
+    assert place.vm.machine.running
+
+
+def test_an_exit_that_comes_after_the_reboot_is_no_second_one(rebooting: Place) -> None:
+    place = rebooting
+    place.vcpu.out(layout.RESET_PORT, 6)
+    place.run_until(lambda: _reboots(place) == 1)
+    place.vm._guest_exited(StopReason.RESET, "the guest reset the machine")
+    assert _reboots(place) == 1
+    assert place.vm.states.current is S.RUNNING
+
+
+def test_the_first_end_is_the_one_that_counts(place: Place) -> None:
+    place.vm.start()
+    place.vcpu.do(lambda: place.vcpu.run_page.__setitem__(slice(8, 12), b"\x08\0\0\0"))
+    place.loop.run()
+    place.vm._guest_exited(StopReason.POWER_OFF, "")
+    place.vm._guest_exited(StopReason.RESET, "the guest reset the machine")
+    assert (place.vm.exit_code, place.vm.states.current) == (EXIT_TRIPLE_FAULT, S.GUEST_PANICKED)
+
+
+def _wait_exited(place: Place) -> bool:
+    thread = place.vm.machine.vcpus[0]
+    with thread._changed:
+        return thread._changed.wait_for(lambda: thread.exited is not None, 10)
 
 
 def test_a_reset_without_a_kernel_ends_the_vm_and_says_so(place: Place) -> None:

@@ -6,31 +6,25 @@ is made, so that a guest does not wait for the code of devices the guest lacks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 from godwit.errors import ConfigError
-from godwit.spec.config import DeviceConfig
+from godwit.spec.config import DeviceConfig, NicConfig, RngConfig
 
 from .device import Device, Slot
 
-#: Makes a device. Raises ConfigError, HostError.
-Make = Callable[[DeviceConfig, Slot], Device]
+
+class Kind(NamedTuple):
+    """The configuration a kind of device takes, and the kind's module below ``godwit.hw``."""
+
+    config: type[DeviceConfig]
+    module: str
 
 
-def _from(module: str) -> Make:
-    def make(config: DeviceConfig, slot: Slot) -> Device:
-        # Not importlib, which nothing else on the way to a running guest needs.
-        loaded = __import__(f"godwit.hw.{module}", fromlist=["make"])
-        device: Device = loaded.make(config, slot)
-        return device
-
-    return make
-
-
-KINDS: dict[str, Make] = {
-    "virtio-net": _from("virtio.net.device"),
-    "e1000": _from("nic.e1000.nic"),
-    "virtio-rng": _from("virtio.rng"),
+KINDS: dict[str, Kind] = {
+    "virtio-net": Kind(NicConfig, "virtio.net.device"),
+    "e1000": Kind(NicConfig, "nic.e1000.nic"),
+    "virtio-rng": Kind(RngConfig, "virtio.rng"),
 }
 
 
@@ -38,12 +32,17 @@ def make(config: DeviceConfig, slot: Slot) -> Device:
     """Return a device of the configured kind.
 
     Raises:
-        ConfigError: no kind has that name (the message lists them), or the kind has no such option.
+        ConfigError: no kind with such a configuration has that name (the message lists them), or
+            the kind has no such option.
         HostError: the host lacks what the device needs.
     """
-    try:
-        kind = KINDS[config.kind]
-    except KeyError:
-        known = ", ".join(KINDS)
-        raise ConfigError(f"device kind '{config.kind}' is unknown; there are {known}") from None
-    return kind(config, slot)
+    kind = KINDS.get(config.kind)
+    if kind is None or kind.config is not type(config):
+        known = ", ".join(name for name, kind in KINDS.items() if kind.config is type(config))
+        raise ConfigError(
+            f"device '{config.id}': kind '{config.kind}' is unknown; there are {known}"
+        )
+    # Not importlib, which nothing else on the way to a running guest needs.
+    module = __import__(f"godwit.hw.{kind.module}", fromlist=["make"])
+    device: Device = module.make(config, slot)
+    return device

@@ -61,6 +61,7 @@ class Destination(Incoming):
 
     def started(self, states: list[str]) -> None:
         """Send STARTED, and keep the message for a source that queries."""
+        super().started(states)
         self._started = messages.Started(dict(self.phases), states)
         if self._answer_on is not None:
             with suppress(LinkLost):  # then the source queries, and is answered
@@ -114,15 +115,19 @@ class Destination(Incoming):
             except GodwitError as error:
                 _refuse(connection, Kind.REFUSED, str(error))
                 return False
-            # From now on the machine changes: what fails, fails for good.
             hands_over = bool(hello.cookie) and self._hands_over()
-            connection.send(Kind.WELCOME, connection.describe(hands_over))
-            if hands_over:
-                self.packets = PacketDestination(self._guest, connection, hello.cookie, self._times)
-            self._guest.machine.prepare(
-                {device.id: device.hints for device in hello.devices if device.hints is not None}
-            )
             try:
+                connection.send(Kind.WELCOME, connection.describe(hands_over))
+            except LinkLost:
+                return False
+            # From now on the machine changes: what fails, fails for good.
+            try:
+                if hands_over:
+                    self.packets = PacketDestination(
+                        self._guest, connection, hello.cookie, self._times
+                    )
+                hints = {device.id: device.hints for device in hello.devices}
+                self._guest.machine.prepare({id: hint for id, hint in hints.items() if hint})
                 self._receiver.receive(connection)
             except LinkLost:
                 raise
@@ -144,6 +149,8 @@ class Destination(Incoming):
         if kind is Kind.QUERY:
             raise StreamError("no guest was handed over to here")
         hello = saved.decode(payload, messages.Hello)
+        if len(hello.cookie) not in (0, 16):
+            raise StreamError(f"HELLO: a cookie of {len(hello.cookie)} bytes, not 16")
         check(hello, self._guest.machine)
         return hello
 

@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from godwit.errors import GodwitError, MigrationError
+from godwit.errors import GodwitError, known
 
 from .guest import Guest
 from .packets.destination import PacketDestination
@@ -42,6 +42,8 @@ class Incoming(ABC):
         self.packets: PacketDestination | None = None
         self._receiver = Receiver(guest, times)
         self._closing = threading.Event()
+        #: The guest is this VM's own, and its source knows, or queries until it does.
+        self._owned = False
         self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
 
     @property
@@ -68,6 +70,7 @@ class Incoming(ABC):
 
     def started(self, states: list[str]) -> None:
         """Notify the source that its guest is here, with the run states until then."""
+        self._owned = True
 
     @abstractmethod
     def _run(self) -> None:
@@ -88,11 +91,11 @@ class Incoming(ABC):
     def _main(self) -> None:
         try:
             self._run()
-        except GodwitError as error:
-            if not self._closing.is_set():
-                self._on_failed(error)
         except Exception as error:
-            self._on_failed(MigrationError(f"{type(error).__name__}: {error}"))
+            if self._owned:
+                raise  # reported by threading.excepthook: the guest runs on
+            if not (isinstance(error, GodwitError) and self._closing.is_set()):
+                self._on_failed(known(error))
         finally:
             self._receiver.realtime.end()  # if the guest does not start at once
             self._finish()

@@ -285,15 +285,33 @@ class Outgoing(ABC):
         return None
 
     def _fail(self, error: Exception) -> None:
-        """Let the guest go on here, as before: the one way back."""
-        error = self._reason(error)
+        """Let the guest go on here, as before: the one way back.
+
+        The guest comes first: a peer that takes its time for the rest must not hold it.
+        """
         self._unthrottle()
+        try:
+            self._return()
+        except Exception as problem:
+            error = MigrationError(f"{error}; and the guest cannot go on: {problem}")
+        error = self._reason(error)
         if not isinstance(error, PeerRefused):
             try:
                 reason = "cancelled" if self._cancelled.is_set() else str(error)
                 self._peer.send(Kind.FAILED, messages.Reason(reason[:4000]))
             except GodwitError:
                 pass
+        if self._cancelled.is_set():
+            self._finish("cancelled")
+        else:
+            self._finish("failed", str(error) or type(error).__name__)
+
+    @property
+    def returned(self) -> bool:
+        """True if the guest of a failed migration certainly goes on here."""
+        return not self._committed
+
+    def _return(self) -> None:
         with self._machine.lock:
             stopped = self._states.current is RunState.FINISH_MIGRATE and not self._committed
             if stopped and self._machine.exited is None:
@@ -302,10 +320,6 @@ class Outgoing(ABC):
                 if self._before is RunState.RUNNING:
                     self._machine.resume()
                 self._states.set(self._before)
-        if self._cancelled.is_set():
-            self._finish("cancelled")
-        else:
-            self._finish("failed", str(error) or type(error).__name__)
 
     # --- helpers ----------------------------------------------------------------------------------
     def _status(self, status: str) -> None:

@@ -79,7 +79,8 @@ class Receiver:
             elif kind in (Kind.PREFAULT, Kind.ZERO):
                 self._receive_runs(connection, kind, length)
             elif kind is Kind.ROUND:
-                connection.read(length)
+                if length:
+                    raise StreamError("message ROUND has a payload")
                 self._prefault.finish()
                 if loaded:
                     for nic in self._guest.nics:

@@ -11,7 +11,7 @@ import errno
 import os
 from collections.abc import Callable
 
-from godwit.errors import GodwitError, LinkLost, MigrationError, PeerRefused
+from godwit.errors import GodwitError, LinkLost, MigrationError, PeerRefused, known
 from godwit.spec import saved
 from godwit.spec.runstate import RunState, RunStates
 
@@ -132,9 +132,9 @@ class Source(Outgoing):
             self._peer.send(Kind.COMMIT, commit)
             self._realtime.end()  # the rest is the destination's
             started = self._await_started()
-        except GodwitError as error:
+        except Exception as error:  # whatever it is, the guest may run there now
             self._realtime.end()
-            started = self._resolve(error, commit)
+            started = self._resolve(known(error), commit)
         self.report.phase("started")
         self._started(started)
         try:

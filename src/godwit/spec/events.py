@@ -130,6 +130,11 @@ def rx_filter_changed(nic: str) -> Message:
     return Event.NIC_RX_FILTER_CHANGED.of(name=nic, path=f"/machine/{nic}")
 
 
+def guest_reset() -> Message:
+    """Return the event of a reboot at the guest's request."""
+    return Event.RESET.of(guest=True, reason=Reason.GUEST_RESET.value)
+
+
 def of_transition(old: RunState, new: RunState) -> list[Message]:
     """Return the events a transition of the run state causes, in order."""
     events = [Event.RUN_STATE.of(**{"from": old.value, "to": new.value})]
@@ -137,7 +142,7 @@ def of_transition(old: RunState, new: RunState) -> list[Message]:
         events.append(Event.RESUME.of())
     elif old in LIVE and new is RunState.PRELAUNCH:
         # A reboot: QEMU reports the reset, not the instant that the vCPUs stand still.
-        events.append(Event.RESET.of(guest=True, reason=Reason.GUEST_RESET.value))
+        events.append(guest_reset())
     elif old in LIVE:
         events.append(Event.STOP.of())
     return events

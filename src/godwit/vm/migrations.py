@@ -190,9 +190,13 @@ class Migrations:
             if self.autostart and running:
                 if packets is not None:
                     packets.switch_over(incoming.phase)
-                machine.resume(incoming.phase)
-                if packets is not None and packets.settle():
-                    incoming.phase("packets-handed-over")
+                try:
+                    machine.resume(incoming.phase)
+                    if packets is not None and packets.settle():
+                        incoming.phase("packets-handed-over")
+                except BaseException:
+                    machine.pause()  # nothing of the guest runs once its source is refused
+                    raise
                 # The source first: it waits, and listeners of the state take their time.
                 incoming.started([*map(str, self._states.history), str(_S.RUNNING)])
                 self._states.set(_S.RUNNING)

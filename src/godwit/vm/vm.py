@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from godwit.qmp.server import Server
 
 _S = RunState
+#: States of a VM whose guest is gone.
+_FINAL = (_S.POSTMIGRATE, _S.SHUTDOWN, _S.GUEST_PANICKED, _S.INTERNAL_ERROR)
 
 #: Exit codes of ``godwit run``, beside 0 (powered off, quit, or migrated) and 1 (an error).
 EXIT_RESET = 3
@@ -269,7 +271,8 @@ class Vmm:
         if status == "completed":
             self._log(outgoing.completion)
         elif status == "failed":
-            self._log(f"the guest stays here; the migration failed: {outgoing.report.error}")
+            where = "stays here" if outgoing.returned else "may run at the destination"
+            self._log(f"the guest {where}; the migration failed: {outgoing.report.error}")
 
     def _incoming_failed(self, error: GodwitError) -> None:
         """End the VM without a guest, in the incoming migration's thread."""
@@ -289,7 +292,8 @@ class Vmm:
         # A guest that exited cannot migrate.
         self.migrations.cancel_for_exit()
         with self.machine.lock:
-            if self.states.current in (_S.POSTMIGRATE, _S.SHUTDOWN):
+            # An exit that was under way behind another: the guest is gone, or rebooted already.
+            if self.states.current in _FINAL or self.machine.exited is None:
                 return
             self.machine.pause()
             if reason is StopReason.RESET and self._reboot:
@@ -310,8 +314,12 @@ class Vmm:
             self._end(_S.INTERNAL_ERROR, events.Reason.HOST_ERROR, EXIT_INTERNAL_ERROR)
 
     def _restart(self) -> None:
-        """Reboot the guest at its own request."""
+        """Reboot the guest at its own request, and leave a guest the operator paused paused."""
         initial = self.machine.power_on_state()
+        if self.states.current is _S.PAUSED:
+            self.machine.reboot(initial)
+            self._emit(*events.guest_reset())
+            return
         self.states.set(_S.PRELAUNCH)
         self.machine.reboot(initial)
         self.machine.resume()

@@ -230,6 +230,12 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
                 f"negotiated: the guest uses features {state.negotiated & ~device.offered:#x} "
                 "that are not offered here"
             )
+        # What the register path refuses to a driver (3.1.1, 6.1), a peer does not get either.
+        status = state.common.status
+        if status & v.DRIVER_OK and not status & v.FEATURES_OK:
+            raise StreamError("common.status: DRIVER_OK without FEATURES_OK")
+        if state.negotiated and not state.negotiated & v.F_VERSION_1:
+            raise StreamError("negotiated: without VERSION_1")
         if len(state.queues) != len(device.queues):
             raise StreamError(f"queues: {len(state.queues)}, but {len(device.queues)} here")
         device.negotiated = state.negotiated

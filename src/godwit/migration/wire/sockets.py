@@ -109,6 +109,8 @@ class SocketConnection(WaitingConnection):
         self._times = times
         self._silence = times.silence
         self._receive_until = 0.0
+        #: A message was sent in part, and what follows would be taken for the rest.
+        self._cut = False
         #: The last call had the rest of the message's time, and no whole silence.
         self._due_soon = False
         self._set = {socket.SO_RCVTIMEO: -1.0, socket.SO_SNDTIMEO: -1.0}
@@ -142,10 +144,14 @@ class SocketConnection(WaitingConnection):
             self._limit(socket.SO_SNDTIMEO, until)
             return self._sock.sendmsg(left)
 
+        if self._cut:
+            raise LinkLost("the connection ends in the middle of a message")
+        self._cut = True
         try:
             self.sent += send_pieces(parts, send)
         except OSError as error:
             raise self._lost(error) from error
+        self._cut = False
 
     def read_into(self, views: Sequence[memoryview]) -> None:
         """Fill all ``views`` with the next bytes of the message.
