@@ -1,9 +1,9 @@
 """The VM as the commands need it, feature by feature, for the VM to implement.
 
-All methods are called in the event loop's thread and do not wait for a peer: a migration is started,
-and its end is reported by events. ``stop`` waits for vCPUs and devices, bounded. Refusals are GodwitErrors, and their text is what the
-operator reads. The run state was looked at before the call, but other threads may have changed it
-since: the table of transitions decides.
+All methods are called in the event loop's thread and do not wait for a peer: a migration is
+started, and its end is reported by events. ``stop`` waits for vCPUs and devices, bounded. Refusals
+are GodwitErrors, and their text is what the operator reads. The run state was looked at before the
+call, but other threads may have changed it since: the table of transitions decides.
 """
 
 from __future__ import annotations
