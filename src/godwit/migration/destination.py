@@ -115,12 +115,9 @@ class Destination(Incoming):
             except GodwitError as error:
                 _refuse(connection, Kind.REFUSED, str(error))
                 return False
-            hands_over = bool(hello.cookie) and self._hands_over()
-            try:
-                connection.send(Kind.WELCOME, connection.describe(hands_over))
-            except LinkLost:
-                return False
             # From now on the machine changes: what fails, fails for good.
+            hands_over = bool(hello.cookie) and self._hands_over()
+            connection.send(Kind.WELCOME, connection.describe(hands_over))
             try:
                 if hands_over:
                     self.packets = PacketDestination(
