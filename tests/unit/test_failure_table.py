@@ -17,7 +17,8 @@ from unittest import mock
 import msgspec
 import pytest
 
-from godwit.errors import HostError, MigrationError
+from godwit.errors import HostError, LinkLost, MigrationError
+from godwit.migration.packets.destination import PacketDestination
 from godwit.migration.source import Source
 from godwit.migration.times import Times
 from godwit.migration.wire.messages import Kind
@@ -164,7 +165,7 @@ def test_the_guest_goes_on_before_its_destination_is_notified(tmp_path: Path) ->
     assert migration.here.statuses[-1] == "failed"
 
 
-def test_a_guest_that_cannot_go_on_is_a_failed_migration_all_the_same(tmp_path: Path) -> None:
+def test_a_guest_whose_packets_are_lost_on_the_way_back_goes_on(tmp_path: Path) -> None:
     migration = Migration(tmp_path)
     try:
         with (
@@ -173,7 +174,42 @@ def test_a_guest_that_cannot_go_on_is_a_failed_migration_all_the_same(tmp_path: 
         ):
             migration.run()
         assert migration.here.statuses[-1] == "failed"
-        assert "the guest cannot go on: no tap" in str(migration.source.report.error)
+        assert "on the guest's way back: no tap" in str(migration.source.report.error)
+        assert migration.running == (True, False), "it goes on without its packets"
+        assert migration.here.states.current is S.RUNNING
+    finally:
+        migration.close()
+
+
+def test_a_guest_that_cannot_be_resumed_is_left_to_the_operators_cont(tmp_path: Path) -> None:
+    migration = Migration(tmp_path)
+    machine = migration.here.machine
+    try:
+        with (
+            mock.patch.object(Source, "_commit", side_effect=MigrationError("not now")),
+            mock.patch.object(machine, "resume", side_effect=HostError("no vhost")),
+        ):
+            migration.run()
+        assert migration.here.statuses[-1] == "failed"
+        assert migration.here.states.current is S.PAUSED
+    finally:
+        migration.close()
+
+
+def test_a_destination_that_has_the_guest_answers_whatever_goes_wrong(tmp_path: Path) -> None:
+    """STARTED is lost, and then a bug strikes at the destination: it must not refuse the QUERY."""
+    migration = Migration(tmp_path)
+    reported: list[str] = []
+    lost = mock.patch.object(PacketDestination, "send", side_effect=LinkLost("gone"))
+    bug = mock.patch.object(PacketDestination, "listen", side_effect=ValueError("a bug"))
+    hook = mock.patch.object(threading, "excepthook", lambda args: reported.append(str(args)))
+    try:
+        with lost, bug, hook:
+            migration.run()
+            assert migration.here.statuses[-1] == "completed"
+            assert migration.running == (False, True)
+            migration.there.migrations.close()
+        assert "a bug" in reported[0]
     finally:
         migration.close()
 

@@ -122,6 +122,7 @@ def test_a_transport_state_that_cannot_be_is_refused(memory: GuestMemory) -> Non
     for change, text in (
         ({"negotiated": state.negotiated | 1 << 22}, "negotiated.*0x400000"),
         ({"negotiated": state.negotiated & ~(1 << 32)}, "negotiated: without VERSION_1"),
+        ({"negotiated": 0}, "negotiated: without VERSION_1"),
         (
             {"common": structs.replace(state.common, status=state.common.status & ~8)},
             "DRIVER_OK without FEATURES_OK",

@@ -170,12 +170,17 @@ class Destination(Incoming):
             self._answer_on = packets or connection
         # The guest is ours.
         self.phase("commit")
-        self._take_over(self, commit.running)
-        self.phase("running")
-        if self._answer_on is packets and packets is not None:
-            packets.listen()
-            if packets.acknowledged:
-                return
+        try:
+            self._take_over(self, commit.running)
+            self.phase("running")
+            if self._answer_on is packets and packets is not None:
+                packets.listen()
+                if packets.acknowledged:
+                    return
+        except Exception:
+            if self._owned:  # a source that found nobody would run the guest as well
+                self._answer(connection, hello)
+            raise
         self._answer(connection, hello)
 
     def _expect_commit(self, connection: WaitingConnection) -> messages.Commit:

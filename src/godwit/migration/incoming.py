@@ -92,10 +92,11 @@ class Incoming(ABC):
         try:
             self._run()
         except Exception as error:
+            if isinstance(error, GodwitError) and self._closing.is_set():
+                return
             if self._owned:
                 raise  # reported by threading.excepthook: the guest runs on
-            if not (isinstance(error, GodwitError) and self._closing.is_set()):
-                self._on_failed(known(error))
+            self._on_failed(known(error))
         finally:
             self._receiver.realtime.end()  # if the guest does not start at once
             self._finish()

@@ -293,7 +293,7 @@ class Outgoing(ABC):
         try:
             self._return()
         except Exception as problem:
-            error = MigrationError(f"{error}; and the guest cannot go on: {problem}")
+            error = MigrationError(f"{error}; on the guest's way back: {problem}")
         error = self._reason(error)
         if not isinstance(error, PeerRefused):
             try:
@@ -314,12 +314,26 @@ class Outgoing(ABC):
     def _return(self) -> None:
         with self._machine.lock:
             stopped = self._states.current is RunState.FINISH_MIGRATE and not self._committed
-            if stopped and self._machine.exited is None:
-                # Running first, state second: whoever is notified of the state finds it true.
+            if not stopped or self._machine.exited is not None:
+                return
+            try:
                 self._before_return()
-                if self._before is RunState.RUNNING:
-                    self._machine.resume()
-                self._states.set(self._before)
+            finally:  # the guest goes on without its packets, too
+                self._resume()
+
+    def _resume(self) -> None:
+        """Let the guest do what it did before, or leave a guest that cannot to the operator's cont.
+
+        Running first, state second: whoever is notified of the state finds it true.
+        """
+        if self._before is RunState.RUNNING:
+            try:
+                self._machine.resume()
+            except BaseException:
+                self._machine.pause()
+                self._states.set(RunState.PAUSED)
+                raise
+        self._states.set(self._before)
 
     # --- helpers ----------------------------------------------------------------------------------
     def _status(self, status: str) -> None:

@@ -234,7 +234,8 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
         status = state.common.status
         if status & v.DRIVER_OK and not status & v.FEATURES_OK:
             raise StreamError("common.status: DRIVER_OK without FEATURES_OK")
-        if state.negotiated and not state.negotiated & v.F_VERSION_1:
+        agreed = status & v.FEATURES_OK or state.negotiated
+        if agreed and not state.negotiated & v.F_VERSION_1:
             raise StreamError("negotiated: without VERSION_1")
         if len(state.queues) != len(device.queues):
             raise StreamError(f"queues: {len(state.queues)}, but {len(device.queues)} here")
