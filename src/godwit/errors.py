@@ -61,7 +61,7 @@ class LinkLost(MigrationError):
     """A connection to the peer that broke, or stayed silent past the deadline."""
 
 
-def known(error: Exception) -> GodwitError:
+def as_godwit_error(error: Exception) -> GodwitError:
     """Return the error itself, or a MigrationError that names one nobody expected."""
     if isinstance(error, GodwitError):
         return error

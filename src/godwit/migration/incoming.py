@@ -6,7 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from godwit.errors import GodwitError, known
+from godwit.errors import GodwitError, as_godwit_error
 
 from .guest import Guest
 from .packets.destination import PacketDestination
@@ -96,7 +96,7 @@ class Incoming(ABC):
                 return
             if self._owned:
                 raise  # reported by threading.excepthook: the guest runs on
-            self._on_failed(known(error))
+            self._on_failed(as_godwit_error(error))
         finally:
             self._receiver.realtime.end()  # if the guest does not start at once
             self._finish()

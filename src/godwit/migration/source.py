@@ -11,7 +11,7 @@ import errno
 import os
 from collections.abc import Callable
 
-from godwit.errors import GodwitError, LinkLost, MigrationError, PeerRefused, known
+from godwit.errors import GodwitError, LinkLost, MigrationError, PeerRefused, as_godwit_error
 from godwit.spec import saved
 from godwit.spec.runstate import RunState, RunStates
 
@@ -134,7 +134,7 @@ class Source(Outgoing):
             started = self._await_started()
         except Exception as error:  # whatever it is, the guest may run there now
             self._realtime.end()
-            started = self._resolve(known(error), commit)
+            started = self._resolve(as_godwit_error(error), commit)
         self.report.phase("started")
         self._started(started)
         try:
