@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import msgspec
+
 from godwit.announce.announcer import Announcer, no_verifier
 from godwit.announce.frames import gratuitous_arp
 from godwit.announce.nic_announcement import Verifier
@@ -9,7 +11,12 @@ from godwit.announce.uplink import Uplink
 from godwit.host.net.ethernet import TPID_8021Q
 from godwit.hw.nic.nic import RxFilterInfo
 from godwit.hw.virtio.net.rxfilter import RxFilter
-from godwit.spec.parameters import AnnounceOptions, MigrationParameters
+from godwit.spec.parameters import (
+    AnnounceOptions,
+    AnnounceParameters,
+    MigrationParameters,
+    Rarp,
+)
 from godwit.spec.runstate import RunState, RunStates
 from tests.fakes.clock import FakeClock
 
@@ -20,6 +27,18 @@ ACK_S = 0.005
 IP4, GATEWAY = bytes([192, 0, 2, 7]), bytes([192, 0, 2, 1])
 IP6 = bytes.fromhex("20010db8" + "00" * 11 + "07")
 VLAN = ((TPID_8021Q, 100),)
+
+
+#: Neither RARP beside the guest, nor questions to gateways, nor rounds beyond the schedule.
+QUIET = AnnounceOptions(rarp=Rarp.FALLBACK, ask_gateways=False, patience=0)
+
+
+def wanted(announce: AnnounceParameters | None = None, **options: object) -> MigrationParameters:
+    """Return parameters with a schedule, and quiet options but for those given."""
+    return MigrationParameters(
+        announce=announce or AnnounceParameters(),
+        announce_options=msgspec.structs.replace(QUIET, **options),
+    )
 
 
 class Nic:
@@ -117,7 +136,7 @@ class Bench:
         self.uplinks = [Uplink(nic, self.clock) for nic in self.nics]
         self.verifiers: dict[str, Verifier] = {}
         #: What the operator wants; replace them at any time.
-        self.parameters = MigrationParameters()
+        self.parameters = wanted()
         self.announcer = Announcer(
             self.uplinks,
             self.clock,

@@ -41,9 +41,9 @@ class Watch:
         loop: object,
         on_error: Callable[[OSError], None] = lambda error: None,
         *,
-        answers: bool = False,
+        network: bool = False,
     ) -> None:
-        self.tap, self.on_frame, self.on_error, self.answers = tap, on_frame, on_error, answers
+        self.tap, self.on_frame, self.on_error, self.network = tap, on_frame, on_error, network
         self.closed = True
         self.opened = 0
         self.injected: list[bytes] = []

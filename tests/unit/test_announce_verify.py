@@ -24,7 +24,7 @@ GATEWAY6 = bytes.fromhex("20010db8" + "00" * 11 + "01")
 
 def reply(mac: bytes, ip: bytes, tags: tuple[Tag, ...] = ()) -> bytes:
     """Return an ARP reply of ``ip`` to the guest."""
-    return frames._ethernet(
+    return frames.ethernet(
         b"\x52\x54\0\0\0\x30", mac, tags, 0x0806, frames._arp(2, mac, ip, OTHER, IP4)
     )
 
@@ -33,7 +33,7 @@ def advertisement(mac: bytes, ip: bytes, tags: tuple[Tag, ...] = ()) -> bytes:
     """Return a solicited neighbour advertisement of ``ip`` to the guest."""
     body = (0x6000_0000).to_bytes(4, "big") + ip + b"\2\1" + mac
     packet = frames._icmpv6(ip, IP6, 136, body)
-    return frames._ethernet(b"\x52\x54\0\0\0\x30", mac, tags, 0x86DD, packet)
+    return frames.ethernet(b"\x52\x54\0\0\0\x30", mac, tags, 0x86DD, packet)
 
 
 class Place:

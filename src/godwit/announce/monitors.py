@@ -12,6 +12,7 @@ from weakref import WeakSet
 
 from godwit.errors import HostError
 from godwit.host.loop import Loop
+from godwit.host.net.bpf import Bits, bits
 from godwit.host.net.links import Ports
 from godwit.host.net.tap_watch import TapWatch
 from godwit.spec.parameters import AnnounceOptions, Verify
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from .verify import Verification
 
 
+#: From a change of the address book to that of the kernel's filter, seconds: a guest may change the
+#: one in a loop.
+NARROW_S = 0.05
+
+
 class Monitors:
     """The monitors of some uplinks, on the event loop.
 
@@ -33,6 +39,8 @@ class Monitors:
 
     Attributes:
         on_seen: called with the NIC's id for each announcement of the guest's own that was seen.
+        on_answer: called with the NIC's id for each address that another host shows on its way to
+            the guest.
         on_ready: called with the NIC's id when the NIC's port became ready.
     """
 
@@ -40,13 +48,17 @@ class Monitors:
         self._loop = loop
         self._log = log
         self._watches: list[TapWatch] = []
-        self._answers: dict[str, TapWatch] = {}
+        self._network: dict[str, TapWatch] = {}
+        self._narrowed: dict[str, int] = {}  # the address book's version in the kernel's filter
+        self._narrowing: set[str] = set()
         # Of all announcements under way: one on demand may begin while a migration's is verified.
         self._asking: dict[str, WeakSet[Verification]] = {}
         self._ports: Ports | None = None
         self.on_seen: Callable[[str, Sighting], None] = lambda nic, sighting: None
+        self.on_answer: Callable[[str, Sighting], None] = lambda nic, sighting: None
         self.on_ready: Callable[[str], None] = lambda nic: None
         for uplink in uplinks:
+            uplink.siblings = uplinks
             self._watch_tap(uplink)
         if uplinks:
             self._follow_ports(uplinks)
@@ -56,23 +68,10 @@ class Monitors:
         if options.verify is Verify.OFF and not options.refresh:
             return no_verifier(uplink, options)
         name = uplink.nic.id
-        watch = self._answers.get(name)
-        if options.verify is Verify.PROBE or options.refresh:
-            try:
-                if watch is None:
-                    watch = self._answers[name] = TapWatch(
-                        uplink.nic.tap,
-                        lambda frame, outer: self._answered(name, frame, outer),
-                        self._loop,
-                        answers=True,
-                    )
-                elif watch.closed:  # the interface was gone; there may be another by now
-                    watch.reopen()
-            except HostError as error:
-                self._log(f"{name}: {error}")
+        watch = self._network.get(name)
         from .verify import Verification  # few ask for it
 
-        inject = watch.inject if watch and options.refresh else None
+        inject = watch.inject if watch is not None and options.refresh else None
         verification = Verification(uplink, options.verify, inject)
         # Replaced, not changed: another thread may be going through it.
         self._asking[name] = WeakSet([*self._asking.get(name, ()), verification])
@@ -80,7 +79,7 @@ class Monitors:
 
     def close(self) -> None:
         """Stop all watches and the following of ports."""
-        for watch in (*self._watches, *self._answers.values()):
+        for watch in (*self._watches, *self._network.values()):
             watch.close()
         if self._ports is not None:
             self._ports.close()
@@ -98,16 +97,50 @@ class Monitors:
             uplink.watched = False
             self._log(f"{name}: the tap is no longer watched: {error.strerror or error}")
 
+        def deaf(error: OSError) -> None:
+            uplink.listens = False
+
         def look(frame: bytes, outer: Tag | None) -> None:
             observer.frame(frame, outer, clock())
+            self._narrow(uplink)
+
+        def listen(frame: bytes, outer: Tag | None) -> None:
+            sighting = observer.network_frame(frame, outer, clock())
+            if sighting is not None:
+                self._answered(name, frame, outer)
+                self.on_answer(name, sighting)
+            self._narrow(uplink)
 
         uplink.on_seen = lambda sighting: self.on_seen(name, sighting)
+        tap, loop = uplink.nic.tap, self._loop
         try:
-            self._watches.append(TapWatch(uplink.nic.tap, look, self._loop, lost))
+            self._watches.append(TapWatch(tap, look, loop, lost))
+            uplink.watched = True
+            self._network[name] = TapWatch(tap, listen, loop, deaf, network=True)
+            uplink.listens = True
         except HostError as error:
             self._log(f"{name}: {error}")
-        else:
-            uplink.watched = True
+
+    def _narrow(self, uplink: Uplink) -> None:
+        """Have the kernel pass only frames that concern the address book, a little later.
+
+        Not before a guest is here: whose addresses others claim is not known until then.
+        """
+        name = uplink.nic.id
+        if name in self._narrowing or uplink.observer.version in (None, self._narrowed.get(name)):
+            return
+        self._narrowing.add(name)
+        self._loop.call_later(NARROW_S, lambda: self._set_filter(uplink))
+
+    def _set_filter(self, uplink: Uplink) -> None:
+        name = uplink.nic.id
+        self._narrowing.discard(name)
+        version, ips, macs = uplink.observer.known()
+        watch = self._network.get(name)
+        if version is None or watch is None:
+            return
+        self._narrowed[name] = version
+        watch.narrow(Bits(bits(ips), bits(macs)))
 
     def _follow_ports(self, uplinks: Sequence[Uplink]) -> None:
         try:

@@ -82,6 +82,11 @@ class Event(StrEnum):
         "a warning: the network was not found to know, and nothing more is tried",
         *("nic", "what"),
     )
+    ANNOUNCE_UNPROVED = (
+        "ANNOUNCE_UNPROVED",
+        "a warning: no answer showed that the network passes the guest's frames; no more is tried",
+        *("nic", "what"),
+    )
     ANNOUNCE_FAILED = (
         "ANNOUNCE_FAILED",
         "a round failed in part; with an empty 'nic', the announcement itself",

@@ -95,6 +95,7 @@ class Vmm:
                 self.uplinks, loop, self._emit, lambda: self.parameters, self._monitors.verifier
             )
             self._monitors.on_seen = self.announcer.seen
+            self._monitors.on_answer = self.announcer.answered
             self._monitors.on_ready = self.announcer.port_ready
             # Before the server: the frames leave before the events are sent.
             self.states.listen(self.announcer.run_state_changed)

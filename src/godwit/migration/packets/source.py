@@ -261,4 +261,4 @@ class PacketSource:
 
 
 def _macs(uplink: Uplink) -> frozenset[bytes]:
-    return frozenset([uplink.nic.mac, *(entry.mac for entry in uplink.entries())])
+    return uplink.macs()
