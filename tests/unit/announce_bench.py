@@ -47,7 +47,8 @@ class Nic:
     def __init__(self, clock: FakeClock, name: str = "nic0", accepts: bool = True) -> None:
         self.id = name
         self.tap = f"tap{name[-1:]}"
-        self.mac = bytes.fromhex("5254000000") + name[-1:].encode()
+        number = int(name.removeprefix("nic") or 0)
+        self.mac = bytes.fromhex("52540000") + (0x30 + number).to_bytes(2, "big")
         self.accepts = accepts
         self.acks_after: float | None = ACK_S
         self.asked: list[float] = []
@@ -134,6 +135,8 @@ class Bench:
         self.nics = [Nic(self.clock, name, does) for name, does in accepts.items()]
         self.events: list[tuple[str, dict[str, object]]] = []
         self.uplinks = [Uplink(nic, self.clock) for nic in self.nics]
+        for uplink in self.uplinks:
+            uplink.siblings = self.uplinks
         self.verifiers: dict[str, Verifier] = {}
         #: What the operator wants; replace them at any time.
         self.parameters = wanted()
@@ -163,6 +166,23 @@ class Bench:
     def guest_sends(self, frame: bytes, nic: int = 0) -> None:
         """Bring a frame of the guest's, as the watch does."""
         self.uplinks[nic].observer.frame(frame, None, self.clock.now())
+
+    def network_sends(self, frame: bytes, nic: int = 0) -> None:
+        """Bring a frame of another host's, as the watch does."""
+        uplink = self.uplinks[nic]
+        sighting = uplink.observer.network_frame(frame, None, self.clock.now())
+        if sighting is not None:
+            self.announcer.answered(uplink.nic.id, sighting)
+
+    def listens(self, nic: int = 0) -> None:
+        """Have others' frames come by, so that questions are asked."""
+        self.uplinks[nic].listens = True
+
+    def sent(self, nic: int = 0) -> list[bytes]:
+        """Return the frames the host sent, and forget them."""
+        found = [frame for _, frame in self.nics[nic].sent]
+        self.nics[nic].sent.clear()
+        return found
 
     def watched(self, nic: int = 0) -> None:
         """Watch the NIC's tap, and have the guest seen to use :data:`IP4`."""

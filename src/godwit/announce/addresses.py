@@ -62,6 +62,19 @@ class Source(enum.Enum):
     SAVED = "saved"
 
 
+class Strength(enum.IntEnum):
+    """The ways in which a guest uses a pair of MAC and IP address, the strongest last.
+
+    Linux answers for each of its addresses on each of its interfaces (arp_ignore, arp_filter in
+    Documentation/networking/ip-sysctl.rst), and asks from nearly any: only what it announced is
+    certain to be the right pair.
+    """
+
+    REPLIED = 0
+    ASKED = 1
+    ANNOUNCED = 2
+
+
 class Entry(msgspec.Struct, frozen=True):
     """One address in an address book.
 
@@ -73,8 +86,8 @@ class Entry(msgspec.Struct, frozen=True):
         confirmed: when the guest last sent a frame from the address on this host, seconds; None:
             not yet.
         source: the way in which the address was last seen.
-        announced: whether the guest itself announced the pair of MAC and IP address to all: no
-            other pair with the same IP address is preferred.
+        strength: how far the guest has committed itself to the pair of MAC and IP address. No
+            weaker pair with the same IP address is preferred.
         router: whether the guest last said that it is a router at the address; None: it said
             neither.
     """
@@ -85,7 +98,7 @@ class Entry(msgspec.Struct, frozen=True):
     last_seen: float
     confirmed: float | None
     source: Source
-    announced: bool = False
+    strength: Strength = Strength.REPLIED
     router: bool | None = None
 
     @property
@@ -245,9 +258,12 @@ class AddressBook:
         self._early_claims = None
         self.seen.see(sighting, now)
         mac, tags, ip = sighting.mac, sighting.tags, sighting.ip
-        announced = sighting.announces and ip is not None
-        router = sighting.router
-        self._put(Entry(mac, tags, ip, now, now, Source.FRAME, announced, router))
+        strength = Strength.REPLIED
+        if sighting.announces and ip is not None:
+            strength = Strength.ANNOUNCED
+        elif not sighting.answers:
+            strength = Strength.ASKED
+        self._put(Entry(mac, tags, ip, now, now, Source.FRAME, strength, sighting.router))
         if sighting.peer is not None:
             self._meet((tags, sighting.peer), now)
 
@@ -389,7 +405,7 @@ class AddressBook:
                     saved.from_tags(entry.tags),
                     entry.ip,
                     _age(entry, now),
-                    entry.announced,
+                    entry.strength,
                     entry.router,
                 )
                 for entry in (*self._own.values(), *self._others.values())
@@ -425,7 +441,7 @@ class AddressBook:
                 now - one.age,
                 None,
                 Source.SAVED,
-                one.announced,
+                Strength(one.strength),
                 one.router,
             )
             for one in state.entries
@@ -466,12 +482,10 @@ class AddressBook:
         elif known.mac == entry.mac:
             entry = msgspec.structs.replace(
                 entry,
-                announced=known.announced or entry.announced,
+                strength=max(known.strength, entry.strength),
                 router=known.router if entry.router is None else entry.router,
             )
-        elif known.announced and not entry.announced:
-            # Linux answers for each of its addresses on each of its interfaces (arp_filter,
-            # Documentation/networking/ip-sysctl.rst): only what it announced is the right pair.
+        elif known.strength > entry.strength:
             self._put(Entry(entry.mac, entry.tags, None, *_times(entry), entry.source))
             return
         self._own.pop(key, None)

@@ -104,8 +104,13 @@ class HostAnnouncement:
         """Ask for the addresses that the host would announce if the guest does not."""
         self._questions.ask_for(self._uplink.entries())
 
+    def stand_back(self) -> None:
+        """Leave to the guest, which acknowledged, what was to be announced once it was free."""
+        if self._awaited != NOT_SHOWN:
+            self._awaited = None
+
     def shown(self) -> None:
-        """Act on what the guest has shown: ask gateways from there, announce what is missing."""
+        """Ask gateways from the addresses the guest has shown, and announce what is missing."""
         missing = self._wanted(NOT_SHOWN)
         left_out = {entry.address for entry in missing}
         if self._uplink.watched:
@@ -131,8 +136,8 @@ class HostAnnouncement:
     def _announce_free(self) -> None:
         """Announce the addresses for which nobody has answered."""
         reason = self._awaited
-        if reason is None or (reason != NOT_SHOWN and self._record.method == "guest"):
-            return  # the guest announces itself by now, and is looked at
+        if reason is None:
+            return
         free = [
             entry
             for entry in self._wanted(reason)

@@ -47,7 +47,7 @@ class Monitors:
     def __init__(self, uplinks: Sequence[Uplink], loop: Loop, log: Callable[[str], None]) -> None:
         self._loop = loop
         self._log = log
-        self._watches: list[TapWatch] = []
+        self._watches: dict[str, TapWatch] = {}
         self._network: dict[str, TapWatch] = {}
         self._narrowed: dict[str, int] = {}  # the address book's version in the kernel's filter
         self._narrowing: set[str] = set()
@@ -64,7 +64,11 @@ class Monitors:
             self._follow_ports(uplinks)
 
     def verifier(self, uplink: Uplink, options: AnnounceOptions) -> Verifier:
-        """Return the verifier of an announcement that begins."""
+        """Return the verifier of an announcement that begins.
+
+        Watches of an interface that was gone are opened again: there may be another by now.
+        """
+        self._reopen(uplink)
         if options.verify is Verify.OFF and not options.refresh:
             return no_verifier(uplink, options)
         name = uplink.nic.id
@@ -79,7 +83,7 @@ class Monitors:
 
     def close(self) -> None:
         """Stop all watches and the following of ports."""
-        for watch in (*self._watches, *self._network.values()):
+        for watch in (*self._watches.values(), *self._network.values()):
             watch.close()
         if self._ports is not None:
             self._ports.close()
@@ -114,10 +118,24 @@ class Monitors:
         uplink.on_seen = lambda sighting: self.on_seen(name, sighting)
         tap, loop = uplink.nic.tap, self._loop
         try:
-            self._watches.append(TapWatch(tap, look, loop, lost))
+            self._watches[name] = TapWatch(tap, look, loop, lost)
             uplink.watched = True
             self._network[name] = TapWatch(tap, listen, loop, deaf, network=True)
             uplink.listens = True
+        except HostError as error:
+            self._log(f"{name}: {error}")
+
+    def _reopen(self, uplink: Uplink) -> None:
+        name = uplink.nic.id
+        watch, network = self._watches.get(name), self._network.get(name)
+        try:
+            if watch is not None and watch.closed:
+                watch.reopen()
+                uplink.watched = True
+            if network is not None and network.closed:
+                network.reopen()
+                uplink.listens = True
+                self._narrowed.pop(name, None)
         except HostError as error:
             self._log(f"{name}: {error}")
 

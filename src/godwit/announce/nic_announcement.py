@@ -100,7 +100,7 @@ class NicAnnouncement:
         self._rarp = options.rarp is Rarp.ALWAYS
         self._deadline_s = options.deadline / 1000
         self._patience_s = options.patience / 1000
-        self._questions = Questions(uplink, clock, options.ask_gateways)
+        self._questions = Questions(uplink, record, clock, options.ask_gateways, self._failed)
         self._host = HostAnnouncement(
             uplink, record, self._questions, clock, self._after, report, self._failed
         )
@@ -150,7 +150,6 @@ class NicAnnouncement:
         """Take note of what another host shows on its way to the guest."""
         record, questions = self._record, self._questions
         newly = questions.answered(sighting)
-        record.answers = questions.answers
         if newly and questions.settled and record.proved_at is None:
             record.proved_at = self._clock.now()
             record.unproved = []
@@ -169,6 +168,7 @@ class NicAnnouncement:
             return
         self._unacked = 0
         self._fallback = False
+        self._host.stand_back()
         self._after(SEEN_AFTER_ACK_S, self._look)
         if self._round_due:
             self._round_due = False
@@ -225,7 +225,6 @@ class NicAnnouncement:
             self._announce_from_host(NO_ACK)
         elif not self._attempt():
             self._announce_from_host(DECLINED, base=not rarp)
-        self._count_questions()
         if record.rounds == 1:
             self._verifier.begin()
         self._schedule()
@@ -244,7 +243,6 @@ class NicAnnouncement:
     def _judge(self) -> None:
         """Decide whether a further round is to follow, and report what was found."""
         record, delay = self._record, next(self._further)
-        self._count_questions()
         unverified = self._unverified()
         again = bool(unverified) and self._further_rounds < len(FURTHER_ROUNDS_S)
         unproved = bool(self._patience_s) and not self._questions.settled
@@ -284,12 +282,6 @@ class NicAnnouncement:
             ms = (record.verified_at - record.began_at) * 1000
             self._report(*Event.ANNOUNCE_VERIFIED.of(nic=record.nic, ms=round(ms, 3)))
         return record.unverified
-
-    def _count_questions(self) -> None:
-        self._record.questions = self._questions.sent
-        if self._questions.error is not None:
-            error, self._questions.error = self._questions.error, None
-            self._failed(error)
 
     # --- the guest's part: attempts ---------------------------------------------------------------
     def _attempt(self) -> bool:
@@ -339,7 +331,6 @@ class NicAnnouncement:
         if self._hold(self._look):
             return
         self._host.shown()
-        self._count_questions()
 
     def _announce_from_host(self, reason: str, *, base: bool = True) -> None:
         """Announce in the guest's name, now or when the port is ready, and report the reason."""
@@ -347,7 +338,6 @@ class NicAnnouncement:
             return
         self._record.method = "host"
         self._host.announce(reason, base=base)
-        self._count_questions()
 
     def _failed(self, error: Exception) -> None:
         cause = str(error) or type(error).__name__

@@ -73,6 +73,8 @@ class Observer:
     Attributes:
         runs: whether the guest runs here: only then a MAC address of the guest's that comes from
             the network is another's. Before and after, the guest may itself be there.
+        is_siblings: returns whether a MAC address is that of another NIC of the guest's. Called
+            without the lock.
         guest_frames: frames of the guest's that came by.
         malformed: how many of the guest's frames no honest host sends.
         host_frames: frames of the host's that came by.
@@ -85,6 +87,7 @@ class Observer:
         on_seen: Callable[[Sighting], None] = lambda sighting: None,
     ) -> None:
         self.runs = False
+        self.is_siblings: Callable[[bytes], bool] = lambda mac: False
         self.guest_frames = 0
         self.malformed = 0
         self.host_frames = 0
@@ -108,6 +111,11 @@ class Observer:
         """The version of the address book, or None while its guest is awaited."""
         book = self._book
         return None if book.expects_guest else book.version
+
+    def macs(self) -> set[bytes]:
+        """Return the MAC addresses in the address book, a set that is replaced and not changed."""
+        with self._lock:
+            return self._book.macs()
 
     def known(self) -> tuple[int | None, set[bytes], set[bytes]]:
         """Return the version, and the IP and MAC addresses whose use by others matters.
@@ -166,9 +174,11 @@ class Observer:
             sighting = dissect(data, outer, own=False)
         except Malformed:
             return None
+        # A guest answers at one NIC for what it has at another (arp_ignore): that is no claim.
+        others = sighting is not None and not self.is_siblings(sighting.mac)
         with self._lock:
             if self.runs:
                 self._book.used_elsewhere(bytes(data[6:12]), tags, now)
-            if sighting is not None and sighting.ip is not None:
+            if sighting is not None and others:
                 self._book.claim(sighting, now)
         return sighting

@@ -14,7 +14,7 @@ All is bounded by the address book.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from godwit.errors import GodwitError
 from godwit.host.loop import Clock
@@ -23,6 +23,7 @@ from . import frames
 from .addresses import Address, Entry, Peer
 from .dissect import Sighting
 from .frames import Tag
+from .record import NicRecord
 from .uplink import Uplink
 
 #: Peers asked in each network or family at once.
@@ -44,17 +45,20 @@ class Questions:
     """The questions of one announcement, and what their answers prove.
 
     With ``gateways`` False no peer is asked, and only answers to the guest's own questions prove
-    anything. Used with the announcer's lock held.
-
-    Attributes:
-        sent: frames sent.
-        answers: how many of the peers asked answered.
-        error: why a question could not be sent the last time.
+    anything. ``record`` has the counts, and ``failed(error)`` reports an error. Used with the
+    announcer's lock held.
     """
 
-    def __init__(self, uplink: Uplink, clock: Clock, gateways: bool) -> None:
-        self.sent = self.answers = 0
-        self.error: Exception | None = None
+    def __init__(
+        self,
+        uplink: Uplink,
+        record: NicRecord,
+        clock: Clock,
+        gateways: bool,
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._record = record
+        self._failed = failed
         self._uplink = uplink
         self._clock = clock
         self._gateways = gateways
@@ -98,7 +102,7 @@ class Questions:
         tags = sighting.tags
         at = self._asked.pop((tags, sighting.ip), None)
         if at is not None:
-            self.answers += 1
+            self._record.answers += 1
         elif sighting.answers and sighting.peer is not None:
             at = self._clock.now() if self._uplink.has(tags, sighting.peer) else None
         if at is None or tags in self._proved:
@@ -191,13 +195,16 @@ class Questions:
         try:
             self._uplink.send(frame)
         except (GodwitError, OSError) as error:
-            self.error = error
+            self._failed(error)
         else:
-            self.sent += 1
+            self._record.questions += 1
 
 
 def question(mac: bytes, ip: bytes | None, peer: Peer) -> bytes:
-    """Return the frame that asks for a peer from ``mac`` with ``ip``; None: from nobody."""
+    """Return the frame that asks for a peer from ``mac``.
+
+    Without ``ip`` the question is from nobody, and nobody learns from it.
+    """
     if len(peer.ip) == 16:
         return frames.solicitation(mac, ip, peer.ip, peer.tags)
     if ip is None:

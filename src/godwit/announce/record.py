@@ -64,7 +64,7 @@ class NicRecord(msgspec.Struct):
 
     @property
     def proof(self) -> str | None:
-        """Whether the network passes frames: ``answered``, ``awaited`` or ``none came``."""
+        """The answer that shows that frames pass: ``answered``, ``awaited`` or ``none came``."""
         if not self.rounds:
             return None
         if self.proved_at is not None:

@@ -44,7 +44,7 @@ class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 class SavedEntry(_Saved, frozen=True):
     """An address and its age: the seconds since the address was last seen.
 
-    Two hosts' clocks share nothing, so no time is saved. ``announced`` and ``router`` are as in
+    Two hosts' clocks share nothing, so no time is saved. ``strength`` and ``router`` are as in
     :class:`.addresses.Entry`.
     """
 
@@ -52,7 +52,7 @@ class SavedEntry(_Saved, frozen=True):
     tags: _Tags
     ip: _Ip | None
     age: _Age
-    announced: bool = False
+    strength: Annotated[int, msgspec.Meta(ge=0, le=2)] = 0
     router: bool | None = None
 
 

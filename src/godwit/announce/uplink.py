@@ -85,6 +85,7 @@ class Uplink:
         self.nic = nic
         self.on_seen: Callable[[Sighting], None] = lambda sighting: None
         self.observer = Observer(nic.mac, clock.now(), lambda sighting: self.on_seen(sighting))
+        self.observer.is_siblings = self._is_siblings
         self.watched = self.listens = False
         self.siblings: Sequence[Uplink] = ()
         self.port: PortState = AlwaysReady()
@@ -244,6 +245,11 @@ class Uplink:
             found.setdefault(entry.address, entry)
         return list(found.values())
 
+    def _is_siblings(self, mac: bytes) -> bool:
+        """Return whether a MAC address is that of another NIC of the guest's, or behind one."""
+        others = (other for other in self.siblings if other is not self)
+        return any(mac == other.nic.mac or mac in other.observer.macs() for other in others)
+
     def _without_siblings(self, entries: Iterable[Entry]) -> list[Entry]:
         """Return the entries that no other NIC of the VM has used later in the same network.
 
@@ -253,12 +259,13 @@ class Uplink:
         """
         kept = list(entries)
         place = self.siblings.index(self) if self in self.siblings else 0
+        mine = {entry.mac for entry in kept}
         for number, other in enumerate(self.siblings):
-            if other is self:
+            same_bridge = self.port.bridge == other.port.bridge != 0
+            if other is self or not (same_bridge or mine & other.observer.macs()):
                 continue
             with self.observer.book(self._clock.now()) as book:
                 uses = {mac: book.last_use(mac) for mac in {entry.mac for entry in kept}}
-            same_bridge = self.port.bridge == other.port.bridge != 0
             with other.observer.book(self._clock.now()) as book:
                 gone = {
                     mac
@@ -291,7 +298,7 @@ def _is_later(book: AddressBook, entry: Entry) -> bool:
     if entry.ip is None:
         return False
     other = book.find(entry.tags, entry.ip)
-    return other is not None and (other.announced, other.last_seen) > (
-        entry.announced,
+    return other is not None and (other.strength, other.last_seen) > (
+        entry.strength,
         entry.last_seen,
     )
