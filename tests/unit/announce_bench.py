@@ -41,6 +41,18 @@ def wanted(announce: AnnounceParameters | None = None, **options: object) -> Mig
     )
 
 
+class Backlog:
+    """A backlog of frames of a tap that the test may lose."""
+
+    def __init__(self) -> None:
+        self.lost = self.gone = False
+        self.checks = 0
+
+    def check(self) -> None:
+        self.checks += 1
+        self.lost = self.gone
+
+
 class Nic:
     """A NIC that records attempts and frames, and whose guest acknowledges if ``acks_after``."""
 
@@ -58,6 +70,7 @@ class Nic:
         self.during: Callable[[], None] | None = None
         self.on_ack: Callable[[], None] = lambda: None
         self.filter = RxFilter()
+        self.rx_backlog = Backlog()
         self._clock = clock
         self._start = clock.now()
 

@@ -73,6 +73,8 @@ class TapPort(Port):
         super().__init__()
         self.tap = tap
         self.on_ready: Callable[[], None] = lambda: None
+        self.on_gone: Callable[[], None] = lambda: None
+        self.on_anew: Callable[[], None] = lambda: None
 
 
 class Ports:
@@ -294,3 +296,17 @@ def test_the_kernel_passes_what_concerns_the_book(place: Place) -> None:
     guest.on_frame(gratuitous_arp(mac, IP4), None)
     place.loop.advance(1)
     assert len(network.narrowed) == 1, "nothing is new"
+
+
+def test_a_tap_that_is_gone_is_checked_and_a_new_one_reported(place: Place) -> None:
+    monitors = place.monitors()
+    anew: list[str] = []
+    monitors.on_anew = anew.append
+    port, backlog = Ports.all[0].ports[0], place.nics[0].rx_backlog
+    port.on_gone()  # renamed, or in another namespace
+    port.on_anew()
+    assert (backlog.checks, backlog.lost, anew) == (1, False, [])
+    backlog.gone = True
+    port.on_gone()
+    port.on_anew()
+    assert (backlog.checks, backlog.lost, anew) == (2, True, ["nic0"])

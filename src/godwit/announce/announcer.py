@@ -232,6 +232,7 @@ class Announcer:
             "timeouts": record.timeouts,
             "rarp-sent": record.rarp_sent,
             "host-sent": record.host_sent,
+            "reports-sent": record.reports_sent,
             "host-ms": record.ms_until(record.host_sent_at),
             "held": record.held,
             "ready-ms": record.ms_until(record.ready_at),

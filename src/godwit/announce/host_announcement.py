@@ -63,12 +63,12 @@ class HostAnnouncement:
         self._reports = 0
         self._awaited: str | None = None  # the reason for the question that was put last
 
-    def send_rarp(self) -> bool:
-        """Send the RARP of the NIC's MAC address, and return whether it was sent.
+    def send_rarp(self, entries: Sequence[Entry]) -> bool:
+        """Send the RARP of the NIC's MAC address, if among ``entries``, and return whether it was.
 
         Some ports open only at a RARP, whoever announces the rest (OVN's activation strategy).
         """
-        frame = self._uplink.rarp()
+        frame = self._uplink.rarp(entries)
         if frame is None:
             return False
         try:
@@ -154,11 +154,18 @@ class HostAnnouncement:
             return ()
         return self._uplink.memberships(self._began_at if reason == NOT_SHOWN else None)
 
-    def _send(self, reason: str, entries: Sequence[Entry], base: bool) -> None:
-        record = self._record
+    def _report_memberships(self, reason: str) -> None:
         memberships = self._memberships(reason)
         self._reports += bool(memberships)
-        sent = self._uplink.announce(entries, memberships, base=base)
+        sent = self._uplink.report(memberships)
+        self._record.reports_sent += sent.frames
+        if sent.error is not None:
+            self._failed(sent.error)
+
+    def _send(self, reason: str, entries: Sequence[Entry], base: bool) -> None:
+        record = self._record
+        self._report_memberships(reason)
+        sent = self._uplink.announce(entries, base=base)
         if sent.error is not None:
             self._failed(sent.error)
         if not base and reason != NOT_SHOWN:

@@ -42,6 +42,7 @@ class Monitors:
         on_answer: called with the NIC's id for each address that another host shows on its way to
             the guest.
         on_ready: called with the NIC's id when the NIC's port became ready.
+        on_anew: called with the NIC's id when another interface has the name of a lost tap.
     """
 
     def __init__(self, uplinks: Sequence[Uplink], loop: Loop, log: Callable[[str], None]) -> None:
@@ -57,6 +58,7 @@ class Monitors:
         self.on_seen: Callable[[str, Sighting], None] = lambda nic, sighting: None
         self.on_answer: Callable[[str, Sighting], None] = lambda nic, sighting: None
         self.on_ready: Callable[[str], None] = lambda nic: None
+        self.on_anew: Callable[[str], None] = lambda nic: None
         for uplink in uplinks:
             uplink.siblings = uplinks
             self._watch_tap(uplink)
@@ -171,6 +173,16 @@ class Monitors:
             uplink = by_tap[port.tap]
             uplink.port = port
             port.on_ready = self._ready(uplink.nic.id)
+            # It may have another name, or be in another namespace: its descriptor knows.
+            port.on_gone = uplink.nic.rx_backlog.check
+            port.on_anew = self._anew(uplink)
 
     def _ready(self, name: str) -> Callable[[], None]:
         return lambda: self.on_ready(name)
+
+    def _anew(self, uplink: Uplink) -> Callable[[], None]:
+        def report() -> None:
+            if uplink.nic.rx_backlog.lost:
+                self.on_anew(uplink.nic.id)
+
+        return report

@@ -22,7 +22,7 @@ All methods are called with the announcer's lock held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from godwit.errors import GodwitError, HostError
@@ -30,6 +30,7 @@ from godwit.host.loop import Clock, Timer
 from godwit.spec.events import Event
 from godwit.spec.parameters import AnnounceOptions, AnnounceParameters, Rarp
 
+from .addresses import Entry
 from .dissect import Sighting
 from .host_announcement import DECLINED, NO_ACK, HostAnnouncement
 from .pacing import Pacer, round_delays
@@ -192,13 +193,13 @@ class NicAnnouncement:
             self._held_round = True
             return
         # Guest or host: whoever announces has about so many frames to send.
-        frames = len(self.uplink.entries())
+        entries = self.uplink.entries()
         first = not self._record.rounds
-        wait = self._pacer.take(frames, self._rate, self._clock.now(), first)
+        wait = self._pacer.take(len(entries), self._rate, self._clock.now(), first)
         if wait > 0:
             self._after(wait, self._round)
         else:
-            self._make_round()
+            self._make_round(entries)
 
     def _hold(self, call: Callable[[], None] | None = None) -> bool:
         """Return whether the port is not ready, and if so, wait for the port with ``call``."""
@@ -212,15 +213,15 @@ class NicAnnouncement:
             self._report(*Event.ANNOUNCE_HELD.of(nic=self._record.nic, cause=reason))
         return True
 
-    def _make_round(self) -> None:
+    def _make_round(self, entries: Sequence[Entry]) -> None:
         record = self._record
         record.rounds += 1
         if self.uplink.port.warning is not None:
             self._failed(HostError(self.uplink.port.warning))
         record.mac = self.uplink.nic.mac.hex(":")
         # Before the guest is asked: what leaves behind a question that is answered was not lost.
-        rarp = self._rarp and not self._fallback and self._host.send_rarp()
-        self._questions.ask_peers()
+        rarp = self._rarp and not self._fallback and self._host.send_rarp(entries)
+        self._questions.ask_peers(entries)
         if self._fallback:
             self._announce_from_host(NO_ACK)
         elif not self._attempt():

@@ -70,15 +70,18 @@ class Questions:
         self._introduced: dict[Address, int] = {}
 
     # --- does the network pass frames? ------------------------------------------------------------
-    def ask_peers(self) -> None:
-        """Ask known peers in each network that was not shown to pass frames, other ones in turn."""
+    def ask_peers(self, entries: Iterable[Entry]) -> None:
+        """Ask known peers in each network that was not shown to pass frames, other ones in turn.
+
+        The questions come from the MAC addresses of ``entries``.
+        """
         if not self._gateways or not self._uplink.listens:
             return
         peers: dict[_Tags, list[Peer]] = {}
         for peer in self._uplink.peers():
             peers.setdefault(peer.tags, []).append(peer)
         senders: dict[_Tags, bytes] = {}
-        for entry in self._uplink.entries():
+        for entry in entries:
             senders.setdefault(entry.tags, entry.mac)
         for tags, known in peers.items():
             if tags not in senders or tags in self._proved:

@@ -25,6 +25,7 @@ class NicRecord(msgspec.Struct):
         host_sent: frames the host sent.
         host_sent_at: when the host sent the first frame.
         rarp_sent: RARPs of the NIC's MAC address the host sent beside the guest's announcement.
+        reports_sent: multicast memberships the host reported.
         questions: frames in which the host asked the network in the guest's name.
         answers: how many of the peers asked answered.
         proved_at: when the last network was shown to pass the guest's frames; None: not all were.
@@ -51,6 +52,7 @@ class NicRecord(msgspec.Struct):
     host_sent: int = 0
     host_sent_at: float | None = None
     rarp_sent: int = 0
+    reports_sent: int = 0
     questions: int = 0
     answers: int = 0
     proved_at: float | None = None

@@ -122,7 +122,7 @@ class Uplink:
 
     @property
     def claims(self) -> int:
-        """How many addresses left the address book as another host claimed them."""
+        """The number of addresses that left the address book as another host claimed them."""
         with self.observer.book(self._clock.now()) as book:
             return book.claims
 
@@ -166,14 +166,8 @@ class Uplink:
         """Return when the host first announced an entry since :meth:`begin`, or None."""
         return self._host_announced.get(entry.address)
 
-    def announce(
-        self,
-        entries: Iterable[Entry],
-        memberships: Iterable[Membership] = (),
-        *,
-        base: bool = True,
-    ) -> Sent:
-        """Announce entries and memberships in the guest's name, each even if another fails.
+    def announce(self, entries: Iterable[Entry], *, base: bool = True) -> Sent:
+        """Announce entries in the guest's name, each even if another fails.
 
         Without ``base``, the RARP of the NIC's MAC address without a tag is left out.
         """
@@ -181,10 +175,23 @@ class Uplink:
         with self.observer.book(self._clock.now()) as book:
             wanted = list(announcements(entries, self.policy, book.is_router))
         if not base:
-            left_out = self.rarp()
+            left_out = frames.rarp(self.nic.mac)
             wanted = [frame for frame in wanted if frame != left_out]
+        sent = self._send_all(wanted)
+        if sent.error is None:
+            now = self._clock.now()
+            for entry in entries:
+                self._host_announced.setdefault(entry.address, now)
+        return sent
+
+    def report(self, memberships: Sequence[Membership]) -> Sent:
+        """Report multicast memberships in the guest's name, each even if another fails."""
+        if not memberships:
+            return Sent(0, None)
         allowed = {entry.mac for entry in self.entries()}
-        wanted += [report(one) for one in memberships if one.mac in allowed]
+        return self._send_all([report(one) for one in memberships if one.mac in allowed])
+
+    def _send_all(self, wanted: Iterable[bytes]) -> Sent:
         count, first_error = 0, None
         for frame in wanted:
             try:
@@ -192,16 +199,12 @@ class Uplink:
                 count += 1
             except (GodwitError, OSError) as error:
                 first_error = first_error or error
-        if first_error is None:
-            now = self._clock.now()
-            for entry in entries:
-                self._host_announced.setdefault(entry.address, now)
         return Sent(count, first_error)
 
-    def rarp(self) -> bytes | None:
-        """Return the RARP of the NIC's MAC address without a tag, if it may be announced."""
+    def rarp(self, entries: Iterable[Entry]) -> bytes | None:
+        """Return the RARP of the NIC's MAC address without a tag, if it is among ``entries``."""
         mac = self.nic.mac
-        found = any(entry.mac == mac and not entry.tags for entry in self.entries())
+        found = any(entry.mac == mac and not entry.tags for entry in entries)
         return frames.rarp(mac) if found else None
 
     def layer2_updates(self, cookie: Callable[[int], bytes], limit: int) -> list[bytes]:
