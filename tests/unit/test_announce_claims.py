@@ -15,6 +15,7 @@ from godwit.announce.addresses import (
 )
 from godwit.announce.dissect import Kind, Sighting
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
+from godwit.announce.observer import Observer
 from godwit.announce.saved import MAX_ELSEWHERE, AddressBookState, SavedElsewhere
 from godwit.errors import StreamError
 from godwit.host.net.ethernet import TPID_8021AD, TPID_8021Q
@@ -92,6 +93,15 @@ def test_early_claims_are_bounded_and_end_with_the_guests_first_frame() -> None:
     assert not book.expects_guest
     book.claim(seen(IP6, STRANGER), 3.0)
     assert book._early_claims is None
+
+
+def test_a_guest_that_starts_here_awaits_no_other() -> None:
+    watcher = Observer(MAC, 0.0)
+    assert watcher.version is None
+    watcher.guest_runs(False)
+    assert watcher.version is None
+    watcher.guest_runs(True)
+    assert watcher.version is not None
 
 
 # --- one IP address, one owner --------------------------------------------------------------------

@@ -212,7 +212,8 @@ def test_info_of_a_nic_that_never_was_announced() -> None:
         {
             "nic": "nic0", "id": "", "mac": mac, "method": None, "rounds": 0, "asked": 0,
             "acks": 0, "ack-ms": None, "timeouts": 0, "rarp-sent": 0, "host-sent": 0,
-            "reports-sent": 0, "host-ms": None, "held": None, "ready-ms": None, "questions": 0, "answers": 0,
+            "reports-sent": 0, "host-ms": None, "held": None, "ready-ms": None, "questions": 0,
+            "answers": 0,
             "proof": None, "proved-ms": None, "unproved": [], "claims": 0,
             "verified-ms": None, "unverified": [],
             "error": None, "watched": False, "malformed": 0,

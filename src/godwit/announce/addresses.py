@@ -65,9 +65,9 @@ class Source(enum.Enum):
 class Strength(enum.IntEnum):
     """The ways in which a guest uses a pair of MAC and IP address, the strongest last.
 
-    Linux answers for each of its addresses on each of its interfaces (arp_ignore, arp_filter in
-    Documentation/networking/ip-sysctl.rst), and asks from nearly any: only what it announced is
-    certain to be the right pair.
+    Linux answers for each address on each interface (arp_ignore, arp_filter in
+    Documentation/networking/ip-sysctl.rst), and asks from nearly any: only an announced pair is
+    certain to be right.
     """
 
     REPLIED = 0
@@ -171,7 +171,7 @@ class AddressBook:
     there. 128 more may come from the filter tables. Of 128 peers, 96 may be such that were met more
     than once; those met once go first.
 
-    Worst memory use, all full of IPv6 addresses under two tags: less than 300 KB.
+    Worst memory use, all full of IPv6 addresses under two tags: less than 500 KB.
 
     Until a guest's first frame, or until a saved book is loaded, others' claims are remembered, so
     that a guest that arrives is measured by what was claimed meanwhile.
@@ -255,7 +255,7 @@ class AddressBook:
 
     def learn(self, sighting: Sighting, now: float) -> None:
         """Learn from what a frame of the guest's shows."""
-        self._early_claims = None
+        self.guest_came()
         self.seen.see(sighting, now)
         mac, tags, ip = sighting.mac, sighting.tags, sighting.ip
         strength = Strength.REPLIED
@@ -267,11 +267,15 @@ class AddressBook:
         if sighting.peer is not None:
             self._meet((tags, sighting.peer), now)
 
+    def guest_came(self) -> None:
+        """Await no guest any more: what others claim is measured by what is here."""
+        self._early_claims = None
+
     def claim(self, sighting: Sighting, now: float) -> bool:
         """Take note of another host's frame, and return whether an address left the book.
 
         The pair of an IP address of the guest's and a MAC address that is not the guest's is a
-        claim. The MAC address in the book stays: it is still at its place.
+        claim. The MAC address stays in the book.
         """
         if sighting.ip is None:
             return False
@@ -291,8 +295,8 @@ class AddressBook:
     def used_elsewhere(self, mac: bytes, tags: _Tags, now: float) -> None:
         """Take note that a frame with a MAC address of the guest's came from the network.
 
-        Addresses of that MAC address are not announced, unless the guest uses the MAC address
-        later. The configured MAC address is the NIC's own, and stays.
+        None of its addresses is announced, unless the guest uses the MAC address later. The
+        configured MAC address is the NIC's own, and stays.
         """
         if mac == self._mac or mac not in self.macs():
             return
@@ -332,7 +336,7 @@ class AddressBook:
         return [entry for entry in found if not self._is_elsewhere(entry)]
 
     def macs(self) -> set[bytes]:
-        """Return all MAC addresses behind the NIC, those that are elsewhere among them."""
+        """Return all MAC addresses behind the NIC, elsewhere or not."""
         version, macs = self._known_macs
         if version != self.version:
             entries = (*self._fixed.values(), *self._own.values(), *self._others.values())
@@ -358,7 +362,7 @@ class AddressBook:
     def last_use(self, mac: bytes, tags: _Tags | None = None) -> float | None:
         """Return when the guest last sent from a MAC address, on any host, seconds, or None.
 
-        With ``tags``, only frames with those VLAN tags count.
+        With ``tags``, only frames with these VLAN tags count.
         """
         entries = (*self._fixed.values(), *self._own.values(), *self._others.values())
         used = [
@@ -371,10 +375,10 @@ class AddressBook:
         return max(used, default=None)
 
     def is_router(self, entry: Entry) -> bool:
-        """Return whether the guest is a router at an entry's address, by what it last said there.
+        """Return whether the guest is a router at an entry's address, by its last word there.
 
-        Where it said nothing, what it said at another address of the same interface counts: a host
-        forwards or does not on an interface as a whole.
+        Without a word there, another address of the same interface counts: a host forwards or does
+        not on an interface as a whole.
         """
         if entry.router is not None:
             return entry.router
@@ -385,7 +389,7 @@ class AddressBook:
         )
 
     def peers(self) -> list[Peer]:
-        """Return the peers: routers first, then those met most often, then the latest first.
+        """Return the peers: routers first, then the ones met most often, then the latest first.
 
         The first is likely to be a gateway.
         """
@@ -497,7 +501,7 @@ class AddressBook:
             del self._others[next(iter(self._others))]
 
     def _give_up(self, key: _Key, claimant: bytes) -> bool:
-        """Take an IP address out if another's MAC address claims it, and return whether it was."""
+        """Take out an IP address that another's MAC address claims, and return whether one was."""
         known = self.find(*key)
         if known is None or known.ip is None or claimant in self.macs():
             return False

@@ -2,8 +2,8 @@
 
 RARP leaves at once: a MAC address alone harms nobody. An IP address is asked for first, and
 announced only if nobody answers: the guest may have given the address up, and another host may have
-taken it. While the answers are awaited, the switches know the way already. Gateways are asked from
-each address that was announced, whoever did so.
+taken the address. While the answers are awaited, the switches know the way already. Gateways are
+asked from each address that was announced, whoever did so.
 
 All methods are called with the announcer's lock held.
 """
@@ -64,7 +64,7 @@ class HostAnnouncement:
         self._awaited: str | None = None  # the reason for the question that was put last
 
     def send_rarp(self, entries: Sequence[Entry]) -> bool:
-        """Send the RARP of the NIC's MAC address, if among ``entries``, and return whether it was.
+        """Send the RARP of the NIC's MAC address, if among ``entries``, and return whether one was.
 
         Some ports open only at a RARP, whoever announces the rest (OVN's activation strategy).
         """
@@ -101,11 +101,11 @@ class HostAnnouncement:
         self._questions.introduce(free)
 
     def ask_ahead(self) -> None:
-        """Ask for the addresses that the host would announce if the guest does not."""
+        """Ask for the addresses the host would announce if the guest does not."""
         self._questions.ask_for(self._uplink.entries())
 
     def stand_back(self) -> None:
-        """Leave to the guest, which acknowledged, what was to be announced once it was free."""
+        """Leave the addresses asked for to the guest, which acknowledged."""
         if self._awaited != NOT_SHOWN:
             self._awaited = None
 

@@ -1,8 +1,8 @@
-"""The multicast memberships of one NIC's guest: what its reports say, and the host's repetition.
+"""The multicast memberships of one NIC's guest: the guest's reports, and the host's.
 
-A switch that snoops forwards a group to the ports that it heard reports from. After a migration the
-new port is none of them until the next query, up to 125 s later (RFC 3376 section 8.2): unless the
-guest reports again, which Linux does with its announcement, or the host does in the guest's name.
+A snooping switch forwards a group to the ports from which reports came. After a migration the new
+port is none of them until the next query, up to 125 s later (RFC 3376 section 8.2): unless the
+guest reports again, as Linux does with the announcement, or the host does in the guest's name.
 IGMP: RFC 1112, 2236 and 3376. MLD: RFC 2710 and 3810.
 """
 
@@ -34,7 +34,7 @@ _Key = tuple[_Tags, bytes]
 
 
 class Membership(NamedTuple):
-    """A group that the guest receives in one network.
+    """A group the guest receives in one network.
 
     Attributes:
         mac: the sender of the report.
@@ -42,7 +42,7 @@ class Membership(NamedTuple):
         ip: the report's source, of the group's family; perhaps unspecified.
         group: 4 or 16 bytes.
         version: of the report: IGMP 1 to 3, MLD 1 or 2.
-        sources: the senders that alone are wanted; none: any sender.
+        sources: the only senders wanted; none: any sender.
         last_seen: when the guest last reported, seconds.
     """
 
@@ -79,7 +79,7 @@ class Memberships:
         """Learn from a frame of the guest's, and return whether the frame was a report.
 
         Raises:
-            Malformed: the frame is a report that no honest host sends.
+            Malformed: no honest host sends such a report.
         """
         report = _dissect(frame, outer)
         if report is None:
@@ -96,7 +96,7 @@ class Memberships:
         return True
 
     def missing(self, since: float) -> list[Membership]:
-        """Return the memberships that the guest has not reported since ``since``."""
+        """Return the memberships the guest has not reported since ``since``."""
         return [one for one in self if one.last_seen < since]
 
     def forget_old(self, oldest: float) -> None:
@@ -120,7 +120,7 @@ class Memberships:
         ]
 
     def load(self, state: list[SavedMembership], now: float) -> None:
-        """Replace the memberships by those of a checked state."""
+        """Replace the memberships by a checked state's."""
         self._known = {}
         for one in sorted(state, key=lambda one: -one.age):
             tags = saved.to_tags(one.tags)
@@ -130,7 +130,7 @@ class Memberships:
 
 
 def report(one: Membership) -> bytes:
-    """Return the frame that reports a membership, in the version that the guest uses."""
+    """Return the frame of a membership's report, in the version the guest uses."""
     if len(one.group) == 4:
         payload, to = _igmp(one)
         kind, mac = ETH_P_IP, b"\x01\x00\x5e" + bytes([to[1] & 0x7F]) + to[2:]
@@ -179,9 +179,9 @@ def _record(one: Membership) -> bytes:
 def _after(
     before: tuple[bytes, ...] | None, kind: int, sources: tuple[bytes, ...]
 ) -> tuple[bytes, ...] | None:
-    """Return the sources that are wanted after a change: none for any, None for no membership.
+    """Return the sources wanted after a change: none for any, None for no membership.
 
-    More sources than are remembered count as any: the guest then gets more than it wants.
+    More sources than are remembered count as any: the guest then gets more than is wanted.
     """
     if kind in (_IS_EX, _TO_EX):
         return ()

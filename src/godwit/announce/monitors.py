@@ -142,7 +142,7 @@ class Monitors:
             self._log(f"{name}: {error}")
 
     def _narrow(self, uplink: Uplink) -> None:
-        """Have the kernel pass only frames that concern the address book, a little later.
+        """Have the kernel pass only frames concerning the address book, a little later.
 
         Not before a guest is here: whose addresses others claim is not known until then.
         """

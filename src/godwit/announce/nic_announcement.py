@@ -149,6 +149,8 @@ class NicAnnouncement:
 
     def answered(self, sighting: Sighting) -> None:
         """Take note of what another host shows on its way to the guest."""
+        if self.over:
+            return
         record, questions = self._record, self._questions
         newly = questions.answered(sighting)
         if newly and questions.settled and record.proved_at is None:
@@ -242,7 +244,7 @@ class NicAnnouncement:
             self._after(VERIFY_S, self._judge)
 
     def _judge(self) -> None:
-        """Decide whether a further round is to follow, and report what was found."""
+        """Make a further round later if one is needed, or report what was found."""
         record, delay = self._record, next(self._further)
         unverified = self._unverified()
         again = bool(unverified) and self._further_rounds < len(FURTHER_ROUNDS_S)
@@ -273,7 +275,7 @@ class NicAnnouncement:
             self._timers -= 1
 
     def _unverified(self) -> list[str]:
-        """Return what is not verified, if it is to be, and report the first time nothing is."""
+        """Return what is not verified but should be, and report the first time nothing is."""
         record = self._record
         if not self._verifier.wanted:
             return []
@@ -328,7 +330,7 @@ class NicAnnouncement:
 
     # --- the host's part: the fallback ------------------------------------------------------------
     def _look(self) -> None:
-        """Look at what the guest has announced since it was asked."""
+        """Look at what the guest has announced by now."""
         if self._hold(self._look):
             return
         self._host.shown()

@@ -71,8 +71,6 @@ class Observer:
     Thread-safe; its lock is a leaf. Times are the clock's, in seconds.
 
     Attributes:
-        runs: whether the guest runs here: only then a MAC address of the guest's that comes from
-            the network is another's. Before and after, the guest may itself be there.
         is_siblings: returns whether a MAC address is that of another NIC of the guest's. Called
             without the lock.
         guest_frames: frames of the guest's that came by.
@@ -86,7 +84,7 @@ class Observer:
         now: float,
         on_seen: Callable[[Sighting], None] = lambda sighting: None,
     ) -> None:
-        self.runs = False
+        self._runs = False
         self.is_siblings: Callable[[bytes], bool] = lambda mac: False
         self.guest_frames = 0
         self.malformed = 0
@@ -113,18 +111,29 @@ class Observer:
         return None if book.expects_guest else book.version
 
     def macs(self) -> set[bytes]:
-        """Return the MAC addresses in the address book, a set that is replaced and not changed."""
+        """Return the MAC addresses in the address book, a set replaced and never changed."""
         with self._lock:
             return self._book.macs()
 
     def known(self) -> tuple[int | None, set[bytes], set[bytes]]:
         """Return the version, and the IP and MAC addresses whose use by others matters.
 
-        The configured MAC address is not among those: whoever has the same is no news.
+        The configured MAC address is left out: whoever has the same is no news.
         """
         with self._lock:
             book = self._book
             return self.version, book.ips(), book.macs() - {book.mac}
+
+    def guest_runs(self, running: bool) -> None:
+        """Take note of whether the guest runs here.
+
+        Only then a MAC address of the guest's that comes from the network is another's. Before and
+        after, the guest may itself be there.
+        """
+        with self._lock:
+            self._runs = running
+            if running:
+                self._book.guest_came()
 
     def host_sends(self, frame: bytes, now: float) -> None:
         """Take note of a frame the host is about to write to the tap.
@@ -167,7 +176,7 @@ class Observer:
     ) -> Sighting | None:
         """Learn from a frame on its way to the guest, and return what another host shows there.
 
-        Returns None for malformed frames and those that show no address.
+        Returns None for malformed frames and frames without an address.
         """
         try:
             tags = tags_of(data, outer)
@@ -177,7 +186,7 @@ class Observer:
         # A guest answers at one NIC for what it has at another (arp_ignore): that is no claim.
         others = sighting is not None and not self.is_siblings(sighting.mac)
         with self._lock:
-            if self.runs:
+            if self._runs:
                 self._book.used_elsewhere(bytes(data[6:12]), tags, now)
             if sighting is not None and others:
                 self._book.claim(sighting, now)

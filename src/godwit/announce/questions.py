@@ -2,12 +2,12 @@
 
 There are three, each of ARP or neighbour discovery (RFC 826, 5227, 4861):
 
-- To a known peer of each network, from nobody: is the peer there? The answer proves that the
-  network passes the guest's frames, both ways, from the question on. Nobody learns anything.
-- For an address that the host is to announce: does another have it? Who answers claims the
+- To a known peer of each network, from nobody: is the peer there? The answer proves a network
+  passing the guest's frames, both ways, from the question on. Nobody learns anything.
+- For an address the host is to announce: does another have the address? Who answers claims the
   address, which leaves the address book.
-- To known gateways, from each address that is announced: a gateway that ignores announcements of
-  hosts unknown to it (Linux: arp_accept, accept_untracked_na) learns from a question to itself.
+- To known gateways, from each announced address: a gateway that ignores announcements of hosts
+  not known yet (Linux: arp_accept, accept_untracked_na) learns from a question.
 
 All is bounded by the address book.
 """
@@ -71,7 +71,7 @@ class Questions:
 
     # --- does the network pass frames? ------------------------------------------------------------
     def ask_peers(self, entries: Iterable[Entry]) -> None:
-        """Ask known peers in each network that was not shown to pass frames, other ones in turn.
+        """Ask known peers in each network not shown to pass frames, other ones in turn.
 
         The questions come from the MAC addresses of ``entries``.
         """
@@ -97,8 +97,8 @@ class Questions:
     def answered(self, sighting: Sighting) -> bool:
         """Take note of what another host shows, and return whether a network is newly proved.
 
-        An answer to the guest's own question proves that frames pass now; an answer to a question
-        of the host's, that frames passed when the question was put.
+        An answer to the guest's own question proves frames passing now; an answer to a question
+        of the host's, frames passing since the question was put.
         """
         if sighting.ip is None:
             return False
@@ -123,7 +123,7 @@ class Questions:
         return bool(self._proved) and not self._networks - self._proved.keys()
 
     def unproved(self) -> list[str]:
-        """Return the networks that were not shown to pass frames, in words."""
+        """Return the networks not shown to pass frames, in words."""
         if not self._networks and not self._proved:
             return ["no peer of the guest's is known that could be asked"]
         return [f"no answer{in_vlans(tags)}" for tags in self._networks - self._proved.keys()]
@@ -132,8 +132,8 @@ class Questions:
     def is_free(self, entry: Entry) -> bool:
         """Return whether the network was asked for an address and nobody answered.
 
-        Silence proves nothing in a network that passed no frames when it was asked. Where it is
-        not known whether it did, a question counts for a short while.
+        Silence proves nothing in a network that passed no frames when asked. Where nobody knows
+        whether frames passed, a question counts for a short while.
         """
         if not self._uplink.listens:
             return True  # no answer would be received: the book is all that is known
@@ -145,7 +145,7 @@ class Questions:
         return now < at + 2 * ASK_S if passes is None else passes <= at
 
     def ask_for(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Ask for the addresses that are neither free nor being asked for, and return those."""
+        """Ask for the addresses neither free nor being asked for, and return these."""
         now = self._clock.now()
         asked = [
             entry
@@ -171,7 +171,7 @@ class Questions:
 
     # --- do the gateways know the guest? ----------------------------------------------------------
     def introduce(self, entries: Iterable[Entry]) -> None:
-        """Ask gateways from addresses that were announced."""
+        """Ask gateways from announced addresses."""
         if not self._gateways:
             return
         gateways: dict[tuple[_Tags, int], list[Peer]] = {}
@@ -204,9 +204,9 @@ class Questions:
 
 
 def question(mac: bytes, ip: bytes | None, peer: Peer) -> bytes:
-    """Return the frame that asks for a peer from ``mac``.
+    """Return the frame of a question for a peer from ``mac``.
 
-    Without ``ip`` the question is from nobody, and nobody learns from it.
+    Without ``ip`` the question is from nobody, and nobody learns.
     """
     if len(peer.ip) == 16:
         return frames.solicitation(mac, ip, peer.ip, peer.tags)

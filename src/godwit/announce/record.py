@@ -66,7 +66,7 @@ class NicRecord(msgspec.Struct):
 
     @property
     def proof(self) -> str | None:
-        """The answer that shows that frames pass: ``answered``, ``awaited`` or ``none came``."""
+        """The state of the wait for answers: ``answered``, ``awaited`` or ``none came``."""
         if not self.rounds:
             return None
         if self.proved_at is not None:

@@ -37,7 +37,7 @@ _Age = Annotated[float, msgspec.Meta(ge=0, le=_LONGEST_S)]
 class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The base of all saved parts of an address book.
 
-    A field with a default came later than the first books, and is not there if it says nothing.
+    A field with a default came later than the first books, and is left out if at the default.
     """
 
 
@@ -75,7 +75,7 @@ class SavedElsewhere(_Saved, frozen=True):
 
 
 class SavedMembership(_Saved, frozen=True):
-    """A multicast membership, as :class:`.memberships.Membership` has it, and its age."""
+    """A multicast membership, as a :class:`.memberships.Membership`, and the age."""
 
     mac: _Mac
     tags: _Tags

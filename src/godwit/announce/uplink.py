@@ -108,7 +108,7 @@ class Uplink:
         return self._permitted(entries)
 
     def announced(self) -> list[Entry]:
-        """Return the entries that the guest or the host has announced since :meth:`begin`."""
+        """Return the entries announced by guest or host since :meth:`begin`."""
         with self.observer.book(self._clock.now()) as book:
             shown = [one for one in book.entries() if book.seen.announced_at(one) is not None]
         by_host = [one for one in self.entries() if one.address in self._host_announced]
@@ -122,7 +122,7 @@ class Uplink:
 
     @property
     def claims(self) -> int:
-        """The number of addresses that left the address book as another host claimed them."""
+        """The number of addresses gone from the address book as another host claimed them."""
         with self.observer.book(self._clock.now()) as book:
             return book.claims
 
@@ -147,7 +147,7 @@ class Uplink:
         return self._permitted(missing)
 
     def memberships(self, shown_since: float | None = None) -> list[Membership]:
-        """Return the guest's multicast memberships, without those reported since, if given."""
+        """Return the guest's multicast memberships, without the ones reported since, if given."""
         with self.observer.book(self._clock.now()) as book:
             found = book.memberships
             return list(found) if shown_since is None else found.missing(shown_since)
@@ -202,7 +202,7 @@ class Uplink:
         return Sent(count, first_error)
 
     def rarp(self, entries: Iterable[Entry]) -> bytes | None:
-        """Return the RARP of the NIC's MAC address without a tag, if it is among ``entries``."""
+        """Return the RARP of the NIC's MAC address without a tag, if among ``entries``."""
         mac = self.nic.mac
         found = any(entry.mac == mac and not entry.tags for entry in entries)
         return frames.rarp(mac) if found else None
@@ -249,12 +249,12 @@ class Uplink:
         return list(found.values())
 
     def _is_siblings(self, mac: bytes) -> bool:
-        """Return whether a MAC address is that of another NIC of the guest's, or behind one."""
+        """Return whether a MAC address is another NIC's of the guest's, or behind one."""
         others = (other for other in self.siblings if other is not self)
         return any(mac == other.nic.mac or mac in other.observer.macs() for other in others)
 
     def _without_siblings(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Return the entries that no other NIC of the VM has used later in the same network.
+        """Return the entries no other NIC of the VM has used later in the same network.
 
         Two NICs with one MAC address are taken for ports of one network, as in a bond: a frame at
         the sleeping one would move the MAC address there. Two pairs with one IP address are in one
@@ -297,7 +297,7 @@ def _since(at: float | None) -> float:
 
 
 def _is_later(book: AddressBook, entry: Entry) -> bool:
-    """Return whether a book has another pair with an entry's IP address that is preferred."""
+    """Return whether a book has a preferred pair with an entry's IP address."""
     if entry.ip is None:
         return False
     other = book.find(entry.tags, entry.ip)

@@ -118,7 +118,7 @@ class Verification:
     def _questions(self) -> list[tuple[bytes, bytes | None, Peer]]:
         """Return (MAC address, IP address, peer) of each question.
 
-        There is no IP address where none was announced: it may not be the guest's any more.
+        There is no IP address where none was announced: the guest may have given all up.
         """
         mine: dict[tuple[_Tags, int], tuple[bytes, bytes | None]] = {}
         for entry in self._uplink.announced():

@@ -196,7 +196,7 @@ class Machine:
             on_phase("vcpus-started")
 
     def drain_taps(self) -> None:
-        """Throw away the frames that wait in the taps, while paused: they came before the start."""
+        """Throw away the frames waiting in the taps, while paused, as older than the start."""
         for nic in self.nics:
             nic.rx_backlog.drain()
 

@@ -80,7 +80,7 @@ def assemble(lines: Sequence[Op | str]) -> list[Instruction]:
 
 
 def guest_filter() -> list[Instruction]:
-    """Return the filter of received frames that show where a guest's addresses are.
+    """Return the filter of received frames from which a guest's addresses are learned.
 
     The filter passes ARP and RARP, neighbour solicitations and advertisements, router
     advertisements, and reports of multicast memberships (IGMP, MLD). Besides the tag the kernel
@@ -130,7 +130,7 @@ def bits(addresses: Iterable[bytes]) -> int:
 
 
 def network_filter(known: Bits | None = None) -> list[Instruction]:
-    """Return the filter of frames to a guest that show where others' addresses are.
+    """Return the filter of frames to a guest from which others' addresses are learned.
 
     The filter passes ARP, neighbour solicitations and advertisements that are answers to one host,
     or whose sender has one of the ``known`` IP addresses (None: any); router advertisements; and

@@ -72,7 +72,7 @@ class Port:
             self.on_ready()
 
     def _notice(self) -> None:
-        """Report once that the guest's interface is gone, and once each other that has its name."""
+        """Report the guest's interface gone, once, and each other of the same name, once."""
         gone = self._own != 0 and self.index != self._own
         if gone and not self._gone:
             self.on_gone()

@@ -115,7 +115,7 @@ class Tap:
 
     @property
     def attached(self) -> bool:
-        """Whether the descriptor still has an interface, wherever that is by now."""
+        """True while the descriptor has an interface, wherever the interface is by now."""
         try:
             ioctl_out(self.fd, TUNGETIFF, bytearray(IFREQ.size))
         except OSError as error:
@@ -130,11 +130,19 @@ class Tap:
         """
         os.write(self.fd, _NO_HEADER + frame)
 
+    def receive(self) -> bytes:
+        """Return the next frame that waits, with the header.
+
+        Raises:
+            OSError: there is none, or the interface is gone (:data:`GONE`).
+        """
+        return os.read(self.fd, MAX_FRAME)
+
     def drain(self) -> int:
         """Throw away the frames that wait, a queue's worth at most, and return their number."""
         for count in range(_DRAINED):
             try:
-                os.read(self.fd, MAX_FRAME)
+                self.receive()
             except OSError:
                 return count
         return _DRAINED
@@ -147,7 +155,7 @@ class Tap:
 
 
 def mtu_problem(name: str, told: int) -> str | None:
-    """Return why a guest that was told an MTU cannot use it on a tap, or None.
+    """Return why a guest cannot use the MTU on a tap, or None.
 
     Small packets pass all the same, so that nobody notices until bulk traffic hangs.
     """
@@ -164,7 +172,7 @@ def mtu_problem(name: str, told: int) -> str | None:
 
 
 def _exists(name: str) -> bool | None:
-    """Return whether there is an interface of that name; None: the kernel cannot be asked."""
+    """Return whether the interface is there, or None if the kernel cannot be asked."""
     try:
         return rtnetlink.link(name) is not None
     except OSError:

@@ -1,4 +1,4 @@
-"""Copies of the frames on a tap that show where addresses are: ARP, RARP, neighbour discovery.
+"""Copies of a tap's frames from which addresses are learned: ARP, RARP, neighbour discovery.
 
 With vhost-net no frame passes this process, so the kernel copies the few that matter. To the host,
 a frame from the guest is received on the tap, and a frame to the guest is sent there. All methods
@@ -32,7 +32,7 @@ _CONTROL_BYTES = socket.CMSG_SPACE(packet.AUXDATA.size)
 def open_socket(tap: str, network: bool) -> socket.socket:
     """Open a packet socket on the interface for the frames of :func:`.bpf.guest_filter`.
 
-    With ``network``, the frames are those to the guest, by :func:`.bpf.network_filter`.
+    With ``network``, the frames are others' to the guest, by :func:`.bpf.network_filter`.
 
     Raises:
         OSError: there is no such interface, or no permission.
@@ -56,9 +56,9 @@ def open_socket(tap: str, network: bool) -> socket.socket:
 
 
 class TapWatch:
-    """A watch that calls ``on_frame`` for each frame on ``tap`` that shows where addresses are.
+    """A watch that calls ``on_frame`` for each frame on ``tap`` from which addresses are learned.
 
-    The frames are the guest's, or with ``network`` those that others send to the guest.
+    The frames are the guest's, or with ``network`` others' to the guest.
 
     The watch outlasts an interface that goes down and up. When the interface is gone, or the socket
     fails in another way, the watch closes, and ``on_error`` is called once; :meth:`reopen` starts
@@ -138,9 +138,9 @@ class TapWatch:
         self._socket.send(frame)
 
     def narrow(self, known: bpf.Bits) -> None:
-        """Pass only frames of others that concern ``known`` addresses, if the watch is open.
+        """Pass only others' frames concerning ``known`` addresses, if the watch is open.
 
-        The kernel keeps the filter it has where it does not take another.
+        The kernel keeps the old filter where the new one is not taken.
         """
         if self._socket is not None:
             try:

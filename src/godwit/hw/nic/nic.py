@@ -62,7 +62,7 @@ class Nic(ABC):
         """The MAC address in force, six bytes: the guest's, if the guest set one."""
 
     def problems(self) -> list[str]:
-        """Return what this host cannot give the guest that the guest was promised, in words."""
+        """Return what the guest was promised and this host cannot give, in words."""
         return []
 
     @abstractmethod

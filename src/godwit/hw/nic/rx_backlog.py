@@ -7,7 +7,6 @@ tap has to wait until the last of them is there.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -167,7 +166,7 @@ class RxBacklog:
         if self.lost:
             return None
         try:
-            return os.read(self._tap.fd, MAX_FRAME)
+            return self._tap.receive()
         except OSError as error:
             if error.errno == GONE:
                 self._lose()

@@ -206,8 +206,8 @@ class PacketSource:
 
     def _due(self, path: OldPath) -> float:
         """Return when a path is taken for drained, if no further marker comes."""
-        if path.nic.rx_backlog.lost:
-            return self._began
+        if path.nic.rx_backlog.lost and self._switched_at is not None:
+            return self._switched_at
         due = path.due(self._switched_at)
         return self._began + self._times.start if due is None else due
 

@@ -131,7 +131,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
         return self.control.mac
 
     def problems(self) -> list[str]:
-        """Return that the tap's MTU is below the one the guest was told, if so."""
+        """Return a complaint if the tap's MTU is below the one the guest was told."""
         problem = None if self._mtu is None else mtu_problem(self.tap, self._mtu)
         return [] if problem is None else [problem]
 
