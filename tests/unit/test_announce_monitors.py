@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from announce_bench import GATEWAY, IP4, Nic, Port
+from announce_bench import GATEWAY, IP4, IP6, Nic, Port
 from godwit.announce import monitors as module
 from godwit.announce.dissect import Sighting
-from godwit.announce.frames import Tag, arp_request, gratuitous_arp
+from godwit.announce.frames import Tag, arp_request, gratuitous_arp, solicitation
 from godwit.announce.monitors import NARROW_S, Monitors
 from godwit.announce.uplink import AlwaysReady, Uplink
 from godwit.errors import HostError
@@ -289,10 +289,12 @@ def test_the_kernel_passes_what_concerns_the_book(place: Place) -> None:
     for number in range(5):
         guest.on_frame(gratuitous_arp(mac, bytes([192, 0, 2, 7 + number])), None)
     guest.on_frame(gratuitous_arp(PEER, b"\xc0\0\2\x20"), None)
+    guest.on_frame(solicitation(mac, IP6, IP6[:-1] + b"\1"), None)
     assert network.narrowed == []
     place.loop.advance(NARROW_S)
     ips = sum(1 << number for number in (7, 8, 9, 10, 11, 0x20))
-    assert network.narrowed == [Bits(ips, 1 << PEER[-1])], "once for all changes"
+    (known,) = network.narrowed
+    assert known == Bits(ips, 1 << IP6[-1], 1 << 1, 1 << PEER[-1]), "once for all changes"
     guest.on_frame(gratuitous_arp(mac, IP4), None)
     place.loop.advance(1)
     assert len(network.narrowed) == 1, "nothing is new"

@@ -157,7 +157,7 @@ def test_what_passes(name: str) -> None:
         assert run(network_filter(), data, pkttype) == 0
     assert run(guest_filter(), data, PACKET_OUTGOING) == 0
     assert bool(run(network_filter(), data, PACKET_OUTGOING)) == to_guest
-    assert bool(run(network_filter(Bits(0, 0)), data, PACKET_OUTGOING)) == answers
+    assert bool(run(network_filter(Bits()), data, PACKET_OUTGOING)) == answers
 
 
 _IPS = st.lists(st.binary(min_size=4, max_size=4), max_size=6)
@@ -168,7 +168,7 @@ _MACS = st.lists(st.binary(min_size=6, max_size=6), max_size=6)
 def test_what_concerns_known_addresses_passes(
     ips: list[bytes], macs: list[bytes], ip: bytes, mac: bytes
 ) -> None:
-    known = network_filter(Bits(bits(ips), bits(macs)))
+    known = network_filter(Bits(ipv4=bits(ips), macs=bits(macs)))
     frame = b"\xff" * 6 + mac + bytes.fromhex("08060001080006040001") + mac + ip + bytes(10)
     wanted = ip[-1] in {one[-1] for one in ips} or mac[-1] in {one[-1] for one in macs}
     assert bool(run(known, frame, PACKET_OUTGOING)) == wanted
@@ -186,8 +186,11 @@ def test_neighbour_discovery_of_known_addresses_passes(ip: bytes, kind: int) -> 
     source, target = (ip, bytes(16)) if kind == 135 else (bytes(16), ip)
     packet = bytes.fromhex("60000000001a3aff") + source + bytes(16)
     frame = b"\x33" * 12 + b"\x86\xdd" + packet + bytes([kind, 0, 0, 0, 0, 0, 0, 0]) + target
-    assert run(network_filter(Bits(bits([ip]), 0)), frame, PACKET_OUTGOING)
-    other = Bits(((1 << 256) - 1) & ~bits([ip]), 0)
+    assert run(network_filter(Bits(ipv6=bits([ip]))), frame, PACKET_OUTGOING)
+    peer = network_filter(Bits(peers=bits([ip])))
+    assert bool(run(peer, frame, PACKET_OUTGOING)) == (kind == 136)
+    every = (1 << 256) - 1
+    other = Bits(every, every & ~bits([ip]), every & ~bits([ip]), 0)
     assert not run(network_filter(other), frame, PACKET_OUTGOING)
 
 
@@ -216,7 +219,7 @@ def test_the_kernel_runs_it_alike(filtered: tuple[socket.socket, socket.socket],
     assert _by_kernel(filtered, bytes(frame)) == (len(frame) if passes else 0)
 
 
-@pytest.mark.parametrize("known", [None, Bits(0, 0), Bits((1 << 256) - 1, (1 << 256) - 1)])
+@pytest.mark.parametrize("known", [None, Bits(), Bits(*4 * [(1 << 256) - 1])])
 def test_the_kernel_takes_the_networks_filter(known: Bits | None) -> None:
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     with near, far:
@@ -240,7 +243,7 @@ def _as_if_received(program: list[Instruction]) -> list[Instruction]:
 def test_the_kernel_and_the_interpreter_know_the_same_addresses(
     ips: int, macs: int, to: bytes, mac: bytes, head: str, body: bytes
 ) -> None:
-    program = _as_if_received(network_filter(Bits(ips, macs)))
+    program = _as_if_received(network_filter(Bits(ips, ips, macs, macs)))
     data = to + mac + bytes.fromhex(head) + body
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     with near, far:

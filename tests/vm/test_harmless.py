@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_what_came_while_it_was_paused_is_not_delivered_later(bench: Bench, gues
         ping.wait_answer(resumed, 60)
         ping.stop()
         answers = [number for _, number in ping.answers().times]
-    gaps = [later - earlier for earlier, later in zip(answers, answers[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(answers)]
     assert max(gaps) >= 10, "an echo request of the pause was answered after it"
 
 
@@ -123,7 +124,10 @@ modprobe bonding 2>/dev/null; set -e
 echo active-backup > /sys/class/net/bond0/bonding/mode
 echo 100 > /sys/class/net/bond0/bonding/miimon
 ip link set bond0 up
-for nic in eth1 eth2; do ip link set $nic down; echo +$nic > /sys/class/net/bond0/bonding/slaves; done
+ip link set eth1 down
+ip link set eth2 down
+echo +eth1 > /sys/class/net/bond0/bonding/slaves
+echo +eth2 > /sys/class/net/bond0/bonding/slaves
 echo eth2 > /sys/class/net/bond0/bonding/active_slave
 ip addr add 10.55.0.2/24 dev bond0
 until ping -c 1 -W 1 10.55.0.1; do :; done

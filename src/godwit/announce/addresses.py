@@ -540,6 +540,8 @@ class AddressBook:
 
     def _meet(self, key: _Key, now: float) -> None:
         old = self._met.pop(key, None) or self._met_once.pop(key, None)
+        if old is None:
+            self.version += 1
         count = min(old.count + 1, MAX_MET) if old else 1
         self._keep(key, Peer(key[0], key[1], now, count, old is not None and old.router))
 

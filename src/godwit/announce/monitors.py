@@ -12,7 +12,6 @@ from weakref import WeakSet
 
 from godwit.errors import HostError
 from godwit.host.loop import Loop
-from godwit.host.net.bpf import Bits, bits
 from godwit.host.net.links import Ports
 from godwit.host.net.tap_watch import TapWatch
 from godwit.spec.parameters import AnnounceOptions, Verify
@@ -155,12 +154,12 @@ class Monitors:
     def _set_filter(self, uplink: Uplink) -> None:
         name = uplink.nic.id
         self._narrowing.discard(name)
-        version, ips, macs = uplink.observer.known()
+        version, known = uplink.observer.known()
         watch = self._network.get(name)
         if version is None or watch is None:
             return
         self._narrowed[name] = version
-        watch.narrow(Bits(bits(ips), bits(macs)))
+        watch.narrow(known)
 
     def _follow_ports(self, uplinks: Sequence[Uplink]) -> None:
         try:

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from godwit.host.net.bpf import Bits, bits
+
 from .addresses import AddressBook
 from .dissect import Malformed, Sighting, dissect, tags_of
 from .frames import Tag
@@ -115,14 +117,20 @@ class Observer:
         with self._lock:
             return self._book.macs()
 
-    def known(self) -> tuple[int | None, set[bytes], set[bytes]]:
-        """Return the version, and the IP and MAC addresses whose use by others matters.
+    def known(self) -> tuple[int | None, Bits]:
+        """Return the version, and the addresses in the address book for the kernel's filter.
 
         The configured MAC address is left out: whoever has the same is no news.
         """
         with self._lock:
             book = self._book
-            return self.version, book.ips(), book.macs() - {book.mac}
+            ips, peers = book.ips(), [peer.ip for peer in book.peers() if len(peer.ip) == 16]
+            return self.version, Bits(
+                ipv4=bits(ip for ip in ips if len(ip) == 4),
+                ipv6=bits(ip for ip in ips if len(ip) == 16),
+                peers=bits(peers),
+                macs=bits(book.macs() - {book.mac}),
+            )
 
     def guest_runs(self, running: bool) -> None:
         """Take note of whether the guest runs here.

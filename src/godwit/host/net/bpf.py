@@ -113,12 +113,15 @@ class Bits(NamedTuple):
     """The last bytes of addresses, a bit each: few others have one of them.
 
     Attributes:
-        ips: of IP addresses.
+        ipv4, ipv6: of IP addresses whose use by others matters.
+        peers: of IPv6 addresses that may advertise themselves to many, as an answer to nobody.
         macs: of MAC addresses.
     """
 
-    ips: int
-    macs: int
+    ipv4: int = 0
+    ipv6: int = 0
+    peers: int = 0
+    macs: int = 0
 
 
 def bits(addresses: Iterable[bytes]) -> int:
@@ -138,8 +141,12 @@ def network_filter(known: Bits | None = None) -> list[Instruction]:
     bytes: a network's other broadcasts stay in the kernel, most of them.
     """
     everything: Sequence[Op | str] = [Op(JA, yes="pass")]
-    own = bits_test("mac", known.macs, "tags") if known else []
-    claimed = bits_test("ip", known.ips, "drop") if known else everything
+
+    def test(name: str, set_bits: int) -> Sequence[Op | str]:
+        return bits_test(name, set_bits, "drop") if known else everything
+
+    some = known or Bits()
+    own = bits_test("mac", some.macs, "tags") if known else []
     return assemble(
         [
             *(Op(LD_W_ABS, PKTTYPE), Op(JEQ, packet.PACKET_OUTGOING, None, "drop")),
@@ -154,16 +161,14 @@ def network_filter(known: Bits | None = None) -> list[Instruction]:
             Op(LD_B_IND, 14 + 40),  # its type: RFC 4861
             *(Op(JEQ, 134, "pass"), Op(JEQ, 135, "solicitation"), Op(JEQ, 136, None, "drop")),
             *(Op(LD_B_ABS, 0), Op(JSET, 1, None, "pass")),  # an advertisement to one
-            *(Op(LD_B_IND, 14 + 40 + 23), Op(JA, yes="claimed")),  # its target
+            *(Op(LD_B_IND, 14 + 40 + 23), *test("target", some.ipv6 | some.peers)),
             "solicitation",
-            *(Op(LD_B_IND, 14 + 23), Op(JA, yes="claimed")),  # its source
+            *(Op(LD_B_IND, 14 + 23), *test("source", some.ipv6)),
             "arp",
             *(Op(LD_H_IND, 14 + 6), Op(JEQ, 2, None, "request")),  # RFC 826: a reply
             *(Op(LD_B_ABS, 0), Op(JSET, 1, None, "pass")),  # to one
             "request",
-            Op(LD_B_IND, 14 + 17),  # the sender's protocol address
-            "claimed",
-            *claimed,
+            *(Op(LD_B_IND, 14 + 17), *test("sender", some.ipv4)),  # protocol address
             *_VERDICTS,
         ]
     )
