@@ -160,7 +160,7 @@ def test_silence_proves_nothing_before_the_network_passes_frames() -> None:
     bench.guest_sends(arp_request(mac, IP4, GATEWAY))
     bench.go(S.RUNNING)
     bench.clock.advance(0.3)
-    bench.network_sends(reply(GATEWAY))  # asked at 0.2: the port opened between
+    bench.network_sends(reply(b"\xc0\0\2\x63", to=IP4))  # to a question of the guest's: since now
     bench.sent()
     bench.clock.advance(0.11)
     assert gratuitous_arp(mac, IP4) not in bench.sent(), "nobody may have heard the question"
@@ -370,6 +370,52 @@ def test_an_answer_of_the_last_rounds_question_needs_no_other_round() -> None:
     assert len(nic.asked) == 6
 
 
+def test_an_answer_behind_the_last_round_of_the_schedule_gets_another() -> None:
+    bench = bench_of(ask_gateways=True, patience=60_000)
+    nic, mac = bench.nics[0], bench.nics[0].mac
+    bench.guest_sends(arp_request(mac, IP4, GATEWAY))
+    shows(bench, gratuitous_arp(mac, IP4))
+    bench.go(S.RUNNING)
+    bench.clock.advance(ROUNDS[-1] + 0.1)
+    bench.network_sends(reply(b"\xc0\0\2\x63", to=IP4))  # to the guest's own question
+    assert proof(bench)[0] == "answered"
+    bench.clock.advance(600)
+    assert len(nic.asked) == 6
+
+
+def test_gateways_that_were_out_of_reach_are_asked_again() -> None:
+    bench = bench_of(ask_gateways=True, patience=60_000)
+    mac = bench.nics[0].mac
+    bench.guest_sends(arp_request(mac, IP4, GATEWAY))
+    shows(bench, gratuitous_arp(mac, IP4))
+    bench.go(S.RUNNING)
+    bench.clock.advance(10)
+    assert bench.sent().count(arp_request(mac, IP4, GATEWAY)) == INTRODUCTIONS
+    bench.network_sends(reply(GATEWAY))
+    bench.network_sends(reply(GATEWAY, to=IP4))
+    bench.clock.advance(10)
+    assert arp_request(mac, IP4, GATEWAY) in bench.sent()
+
+
+def test_the_wait_for_an_answer_begins_with_the_first_round() -> None:
+    bench = bench_of(ask_gateways=True, patience=10_000)
+    port = bench.uplinks[0].port = Port("blocking")
+    bench.go(S.RUNNING)
+    bench.clock.advance(100)
+    port.not_ready_reason = None
+    bench.announcer.port_ready("nic0")
+    bench.clock.advance(600)
+    assert bench.nics[0].asked[-1] == pytest.approx(100 + ROUNDS[-1] + 7)
+
+
+def test_an_operators_rounds_are_as_many_as_wanted() -> None:
+    bench = bench_of(ask_gateways=True, patience=60_000)
+    bench.announcer._running = True
+    bench.announcer.announce_self(AnnounceParameters(rounds=2), id="now")
+    bench.clock.advance(600)
+    assert len(bench.nics[0].asked) == 2
+
+
 def test_each_network_has_to_pass_frames() -> None:
     bench = bench_of(ask_gateways=True, patience=60_000)
     mac = bench.nics[0].mac
@@ -452,6 +498,19 @@ def test_memberships_are_reported_again_where_the_host_announces() -> None:
     bench.go(S.RUNNING)
     bench.clock.advance(60)
     assert bench.sent().count(again) == 2
+
+
+def test_memberships_are_reported_again_once_the_network_passes_frames() -> None:
+    bench = bench_of(accepts=False, ask_gateways=True, patience=60_000)
+    mac = bench.nics[0].mac
+    bench.guest_sends(arp_request(mac, IP4, GATEWAY))
+    again = join(bench)
+    bench.go(S.RUNNING)
+    bench.clock.advance(10)
+    assert bench.sent().count(again) == 2
+    bench.network_sends(reply(GATEWAY, to=IP4))
+    bench.clock.advance(60)
+    assert again in bench.sent()
 
 
 @pytest.mark.parametrize("shown", [True, False])

@@ -268,7 +268,7 @@ class AddressBook:
             self._meet((tags, sighting.peer), now)
 
     def guest_came(self) -> None:
-        """Await no guest any more: what others claim is measured by what is here."""
+        """Forget early claims, as the guest is here, and what is claimed is looked up at once."""
         self._early_claims = None
 
     def claim(self, sighting: Sighting, now: float) -> bool:

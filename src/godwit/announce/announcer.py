@@ -267,6 +267,8 @@ class Announcer:
         self._cancel(key)
         wanted = self._parameters()
         parameters, options = schedule or wanted.announce, wanted.announce_options
+        if schedule is not None:  # as many rounds as the operator asked for
+            options = msgspec.structs.replace(options, patience=0)
         for old in [old for old, one in self._current.items() if all(nic.over for nic in one.nics)]:
             del self._current[old]
         if not parameters.rounds:

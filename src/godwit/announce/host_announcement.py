@@ -18,6 +18,7 @@ from godwit.host.loop import Clock, Timer
 from godwit.spec.events import Event
 
 from .addresses import Entry
+from .frames import Tag
 from .memberships import Membership
 from .questions import ASK_S, Questions
 from .record import NicRecord
@@ -104,6 +105,10 @@ class HostAnnouncement:
         """Ask for the addresses the host would announce if the guest does not."""
         self._questions.ask_for(self._uplink.entries())
 
+    def network_passes(self) -> None:
+        """Report memberships anew, as switches may have missed what was sent before."""
+        self._reports = 0
+
     def stand_back(self) -> None:
         """Leave the addresses asked for to the guest, which acknowledged."""
         if self._awaited != NOT_SHOWN:
@@ -152,7 +157,11 @@ class HostAnnouncement:
     def _memberships(self, reason: str) -> Sequence[Membership]:
         if self._reports >= REPORTS or (reason == NOT_SHOWN and not self._uplink.watched):
             return ()
-        return self._uplink.memberships(self._began_at if reason == NOT_SHOWN else None)
+        return self._uplink.memberships(self._shown_since if reason == NOT_SHOWN else None)
+
+    def _shown_since(self, tags: tuple[Tag, ...]) -> float:
+        """Return the time before which what the guest showed in a network does not count."""
+        return max(self._began_at, self._questions.passes_since(tags) or self._began_at)
 
     def _report_memberships(self, reason: str) -> None:
         memberships = self._memberships(reason)

@@ -95,10 +95,6 @@ class Memberships:
                 del self._known[next(iter(self._known))]
         return True
 
-    def missing(self, since: float) -> list[Membership]:
-        """Return the memberships the guest has not reported since ``since``."""
-        return [one for one in self if one.last_seen < since]
-
     def forget_old(self, oldest: float) -> None:
         """Forget what was last reported before ``oldest``."""
         for key in [key for key, one in self._known.items() if one.last_seen < oldest]:

@@ -109,6 +109,8 @@ class NicAnnouncement:
         self._further = _further_delays()
         self._further_rounds = 0
         self._next_further: Timer | None = None
+        self._first_at = self._round_at = 0.0  # when the first and the last round began
+        self._stale = False  # a network passes frames only since after the last round began
         self._timers = 0  # that are pending
         # While an ack is awaited.
         self._unacked = 0  # attempts since the last ack
@@ -152,14 +154,18 @@ class NicAnnouncement:
         if self.over:
             return
         record, questions = self._record, self._questions
-        newly = questions.answered(sighting)
-        if newly and questions.settled and record.proved_at is None:
+        passes_since = questions.answered(sighting)
+        if passes_since is None:
+            return
+        self._host.network_passes()
+        if questions.settled and record.proved_at is None:
             record.proved_at = self._clock.now()
             record.unproved = []
-        if newly and self._next_further is not None:
-            # The network passes frames at last, and what was sent before may be lost.
+        # What was sent before may be lost.
+        self._stale = self._stale or passes_since > self._round_at
+        if self._next_further is not None:
             self._cancel_further()
-            self._round()
+            self._judge()
 
     def acked(self) -> None:
         """Take note that the guest acknowledged, and check soon what the guest left out."""
@@ -218,6 +224,10 @@ class NicAnnouncement:
     def _make_round(self, entries: Sequence[Entry]) -> None:
         record = self._record
         record.rounds += 1
+        self._round_at = self._clock.now()
+        self._stale = False
+        if record.rounds == 1:
+            self._first_at = self._round_at
         if self.uplink.port.warning is not None:
             self._failed(HostError(self.uplink.port.warning))
         record.mac = self.uplink.nic.mac.hex(":")
@@ -245,13 +255,17 @@ class NicAnnouncement:
 
     def _judge(self) -> None:
         """Make a further round later if one is needed, or report what was found."""
-        record, delay = self._record, next(self._further)
+        record = self._record
+        if self._stale:
+            self._round()
+            return
+        delay = next(self._further)
         unverified = self._unverified()
         again = bool(unverified) and self._further_rounds < len(FURTHER_ROUNDS_S)
         unproved = bool(self._patience_s) and not self._questions.settled
         if unproved:
             record.unproved = self._questions.unproved()
-            since = self._clock.now() - record.began_at
+            since = self._clock.now() - self._first_at
             patient = since + delay <= self._patience_s + LEEWAY_S
             again = again or patient
         if again:

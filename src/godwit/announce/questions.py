@@ -36,6 +36,10 @@ INTRODUCTIONS = 2
 #: From the question for an address until the address is taken for free, seconds. RFC 5227 waits
 #: for up to two, before an address is first used; here the guest has used it.
 ASK_S = 0.4
+#: From one question for a network's peers to the next, seconds.
+REPEAT_S = 0.3
+#: An answer later than this after a question may be to another's question, seconds.
+ANSWER_S = 1.0
 
 _Tags = tuple[Tag, ...]
 _Key = tuple[_Tags, bytes]
@@ -89,29 +93,40 @@ class Questions:
             if tags not in self._networks and len(self._networks) >= MAX_NETWORKS:
                 continue
             self._networks.add(tags)
+            last = max((self._asked.get((tags, peer.ip), 0.0) for peer in known), default=0.0)
+            if self._clock.now() < last + REPEAT_S:
+                continue  # or nobody would know which question an answer is to
             start = self._turn * PEERS_ASKED % len(known)
             for peer in (known[start:] + known[:start])[:PEERS_ASKED]:
                 self._ask(peer, senders[tags], None)
         self._turn += 1
 
-    def answered(self, sighting: Sighting) -> bool:
-        """Take note of what another host shows, and return whether a network is newly proved.
+    def answered(self, sighting: Sighting) -> float | None:
+        """Take note of what another host shows, and return since when a network passes frames.
+
+        Returns None unless that is news.
 
         An answer to the guest's own question proves frames passing now; an answer to a question
         of the host's, frames passing since the question was put.
         """
         if sighting.ip is None:
-            return False
-        tags = sighting.tags
+            return None
+        tags, now = sighting.tags, self._clock.now()
         at = self._asked.pop((tags, sighting.ip), None)
         if at is not None:
             self._record.answers += 1
+            if now > at + ANSWER_S:
+                at = now  # to somebody else's question, it may be
         elif sighting.answers and sighting.peer is not None:
-            at = self._clock.now() if self._uplink.has(tags, sighting.peer) else None
+            at = now if self._uplink.has(tags, sighting.peer) else None
         if at is None or tags in self._proved:
-            return False
+            return None
         self._proved[tags] = at
-        return True
+        # Gateways may have missed what was sent before.
+        self._introduced = {
+            address: count for address, count in self._introduced.items() if address[1] != tags
+        }
+        return at
 
     def passes_since(self, tags: _Tags) -> float | None:
         """Return since when a network is known to pass frames, or None."""

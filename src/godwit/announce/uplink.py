@@ -146,11 +146,19 @@ class Uplink:
             ]
         return self._permitted(missing)
 
-    def memberships(self, shown_since: float | None = None) -> list[Membership]:
-        """Return the guest's multicast memberships, without the ones reported since, if given."""
+    def memberships(
+        self, shown_since: Callable[[tuple[Tag, ...]], float] | None = None
+    ) -> list[Membership]:
+        """Return the guest's multicast memberships.
+
+        The ones the guest reported since ``shown_since(tags)``, if given, are left out.
+        """
         with self.observer.book(self._clock.now()) as book:
-            found = book.memberships
-            return list(found) if shown_since is None else found.missing(shown_since)
+            return [
+                one
+                for one in book.memberships
+                if shown_since is None or one.last_seen < shown_since(one.tags)
+            ]
 
     def peers(self) -> list[Peer]:
         """Return the guest's peers, the one met most often first."""
