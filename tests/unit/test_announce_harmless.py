@@ -293,6 +293,25 @@ def test_questions_are_bounded() -> None:
     assert len(sent) <= 5 * MAX_NETWORKS + INTRODUCTIONS * MAX_INTRODUCED
 
 
+def test_questions_count_in_the_rate() -> None:
+    bench = bench_of(ask_gateways=True, rate=100)
+    mac = bench.nics[0].mac
+    shown = [gratuitous_arp(mac, IP4)]
+    for number in range(50):
+        tags = ((0x8100, 1 + number),)
+        bench.guest_sends(arp_request(mac, IP4, GATEWAY, tags))
+        shown.append(gratuitous_arp(mac, IP4, tags))
+    shows(bench, *shown)
+    bench.go(S.RUNNING)
+    bench.clock.advance(60)
+    record = bench.announcer.records()[0]
+    # Each round but the last was paid for: its addresses and the questions before.
+    asked = bench.nics[0].asked
+    assert len(asked) == 5
+    assert asked[-1] >= (4 * 51 + 150) / 100 - 0.1
+    assert record.questions >= 150
+
+
 # --- until the network passes frames --------------------------------------------------------------
 def proof(bench: Bench) -> tuple[object, object, object]:
     info = bench.announcer.info()[0]

@@ -110,6 +110,7 @@ class NicAnnouncement:
         self._further_rounds = 0
         self._next_further: Timer | None = None
         self._first_at = self._round_at = 0.0  # when the first and the last round began
+        self._paid = 0  # frames sent beside the rounds, for which a round has paid
         self._stale = False  # a network passes frames only since after the last round began
         self._timers = 0  # that are pending
         # While an ack is awaited.
@@ -203,10 +204,14 @@ class NicAnnouncement:
         # Guest or host: whoever announces has about so many frames to send.
         entries = self.uplink.entries()
         first = not self._record.rounds
-        wait = self._pacer.take(len(entries), self._rate, self._clock.now(), first)
+        # What the host has sent beside, this round pays for.
+        beside = self._record.beside
+        count = len(entries) + beside - self._paid
+        wait = self._pacer.take(count, self._rate, self._clock.now(), first)
         if wait > 0:
             self._after(wait, self._round)
         else:
+            self._paid = beside
             self._make_round(entries)
 
     def _hold(self, call: Callable[[], None] | None = None) -> bool:

@@ -65,6 +65,11 @@ class NicRecord(msgspec.Struct):
     error: str | None = None
 
     @property
+    def beside(self) -> int:
+        """Return the number of frames the host sent beside the announcements of addresses."""
+        return self.rarp_sent + self.reports_sent + self.questions
+
+    @property
     def proof(self) -> str | None:
         """The state of the wait for answers: ``answered``, ``awaited`` or ``none came``."""
         if not self.rounds:
