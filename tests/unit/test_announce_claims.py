@@ -98,9 +98,9 @@ def test_early_claims_are_bounded_and_end_with_the_guests_first_frame() -> None:
 def test_a_guest_that_starts_here_awaits_no_other() -> None:
     watcher = Observer(MAC, 0.0)
     assert watcher.version is None
-    watcher.guest_runs(False)
+    watcher.guest_here(False)
     assert watcher.version is None
-    watcher.guest_runs(True)
+    watcher.guest_here(True)
     assert watcher.version is not None
 
 

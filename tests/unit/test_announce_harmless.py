@@ -244,6 +244,21 @@ def test_peers_are_asked_from_nobody_before_the_guest_is() -> None:
     )
 
 
+def test_an_ipv6_peer_is_asked_from_the_address_made_of_the_mac_address() -> None:
+    bench = bench_of(ask_gateways=True)
+    mac = bench.nics[0].mac
+    assert frames.link_local(bytes.fromhex("525400677701")).hex(":", 2) == (
+        "fe80:0000:0000:0000:5054:00ff:fe67:7701"
+    )
+    for tags in ((), VLAN):
+        bench.guest_sends(solicitation(mac, IP6, GATEWAY6, tags))
+    bench.guest_sends(solicitation(mac, frames.link_local(mac), GATEWAY6))
+    bench.go(S.RUNNING)
+    sent = bench.sent()
+    assert solicitation(mac, frames.link_local(mac), GATEWAY6) in sent
+    assert solicitation(mac, None, GATEWAY6, VLAN) in sent
+
+
 def test_gateways_are_asked_from_each_address_that_is_announced() -> None:
     bench = bench_of(ask_gateways=True)
     mac = bench.nics[0].mac

@@ -107,7 +107,7 @@ class Announcer:
         with self._rounds_lock:
             self._running = new is RunState.RUNNING
             for uplink in self._uplinks.values():
-                uplink.observer.guest_runs(self._running)
+                uplink.observer.guest_here(self._running)
             if not self._running:
                 for key in tuple(self._current):
                     self._cancel(key)

@@ -122,6 +122,11 @@ def arp_probe(mac: bytes, target: bytes, tags: Tags = ()) -> bytes:
     return arp_request(mac, bytes(4), target, tags)
 
 
+def link_local(mac: bytes) -> bytes:
+    """Return the IPv6 link-local address made of a MAC address (RFC 4291 appendix A)."""
+    return b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
+
+
 def solicitation(mac: bytes, ip6: bytes | None, target: bytes, tags: Tags = ()) -> bytes:
     """Return a neighbour solicitation for ``target`` from ``mac`` with ``ip6``.
 

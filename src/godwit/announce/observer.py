@@ -86,7 +86,7 @@ class Observer:
         now: float,
         on_seen: Callable[[Sighting], None] = lambda sighting: None,
     ) -> None:
-        self._runs = False
+        self._here = False
         self.is_siblings: Callable[[bytes], bool] = lambda mac: False
         self.guest_frames = 0
         self.malformed = 0
@@ -132,15 +132,15 @@ class Observer:
                 macs=bits(book.macs() - {book.mac}),
             )
 
-    def guest_runs(self, running: bool) -> None:
-        """Take note of whether the guest runs here.
+    def guest_here(self, here: bool) -> None:
+        """Take note of whether the guest is here: it runs, or was loaded after its stop elsewhere.
 
         Only then a MAC address of the guest's that comes from the network is another's. Before and
         after, the guest may itself be there.
         """
         with self._lock:
-            self._runs = running
-            if running:
+            self._here = here
+            if here:
                 self._book.guest_came()
 
     def host_sends(self, frame: bytes, now: float) -> None:
@@ -194,7 +194,7 @@ class Observer:
         # A guest answers at one NIC for what it has at another (arp_ignore): that is no claim.
         others = sighting is not None and not self.is_siblings(sighting.mac)
         with self._lock:
-            if self._runs:
+            if self._here:
                 self._book.used_elsewhere(bytes(data[6:12]), tags, now)
             if sighting is not None and others:
                 self._book.claim(sighting, now)

@@ -85,8 +85,10 @@ class Questions:
         for peer in self._uplink.peers():
             peers.setdefault(peer.tags, []).append(peer)
         senders: dict[_Tags, bytes] = {}
+        own: set[Address] = set()
         for entry in entries:
             senders.setdefault(entry.tags, entry.mac)
+            own.add(entry.address)
         for tags, known in peers.items():
             if tags not in senders or tags in self._proved:
                 continue
@@ -98,7 +100,12 @@ class Questions:
                 continue  # or nobody would know which question an answer is to
             start = self._turn * PEERS_ASKED % len(known)
             for peer in (known[start:] + known[:start])[:PEERS_ASKED]:
-                self._ask(peer, senders[tags], None)
+                # No other host can have the address that is made of the MAC address. Switches that
+                # watch duplicate address detection might take the peer's address for claimed here.
+                mac = senders[tags]
+                local = frames.link_local(mac)
+                known_here = len(peer.ip) == 16 and (mac, tags, local) in own
+                self._ask(peer, mac, local if known_here else None)
         self._turn += 1
 
     def answered(self, sighting: Sighting) -> float | None:

@@ -75,3 +75,4 @@ class Guest:
             with uplink.observer.book(now) as book:
                 book.load(books[uplink.nic.id], now - away)
                 book.forget_old(now)
+            uplink.observer.guest_here(True)

@@ -78,6 +78,7 @@ class PacketDestination:
         self._times = times
         self._sending = threading.Lock()
         self._markers: list[list[bytes]] = []
+        self._versions: list[int | None] = []  # of the address books with which they were built
         self._held: set[int] = set()
         self._hold = Hold(times)
         self._begun = False
@@ -96,9 +97,9 @@ class PacketDestination:
         for index, nic in enumerate(self._guest.nics):
             nic.rx_backlog.hold()
             self._held.add(index)
-        self._markers = [
-            self._markers_of(index, uplink) for index, uplink in enumerate(self._guest.uplinks)
-        ]
+        uplinks = self._guest.uplinks
+        self._versions = [uplink.observer.version for uplink in uplinks]
+        self._markers = [self._markers_of(index, uplink) for index, uplink in enumerate(uplinks)]
 
     def inject(self, payload: bytearray) -> None:
         """Give the guest the packets of a PACKETS message.
@@ -126,6 +127,9 @@ class PacketDestination:
         # another's.
         for nic in self._guest.nics:
             nic.rx_backlog.drain()
+        for index, uplink in enumerate(self._guest.uplinks):
+            if uplink.observer.version != self._versions[index]:  # another claims an address
+                self._markers[index] = self._markers_of(index, uplink)
         sent = []
         for nic, markers in zip(self._guest.nics, self._markers, strict=True):
             count = 0
