@@ -12,17 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from godwit.announce.addresses import (
-    MAX_FILTER_ENTRIES,
+from godwit.announce.addresses import MAX_FILTER_ENTRIES, AddressBook
+from godwit.announce.dissect import Kind, Sighting, dissect
+from godwit.announce.entries import (
     MAX_SEEN,
-    AddressBook,
     Entry,
     SeenAnnouncements,
     Source,
     Strength,
     announcements,
 )
-from godwit.announce.dissect import Kind, Sighting, dissect
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.memberships import Membership, report
 from godwit.announce.policy import parse_policy

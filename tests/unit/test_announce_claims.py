@@ -6,14 +6,9 @@ import msgspec
 import pytest
 
 from announce_bench import GATEWAY, IP4, IP6, VLAN
-from godwit.announce.addresses import (
-    CLAIM_MARGIN_S,
-    MAX_CLAIMS,
-    REFLECTED_S,
-    AddressBook,
-    announcements,
-)
+from godwit.announce.addresses import CLAIM_MARGIN_S, MAX_CLAIMS, REFLECTED_S, AddressBook
 from godwit.announce.dissect import Kind, Sighting
+from godwit.announce.entries import announcements
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.observer import Observer
 from godwit.announce.saved import MAX_ELSEWHERE, AddressBookState, SavedElsewhere

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from announce_bench import ACK_S, IP4, IP6, ROUNDS, Bench, Port, Questions, S, hung, wanted
-from godwit.announce.addresses import announcements
+from godwit.announce.entries import announcements
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.nic_announcement import FURTHER_ROUNDS_S, SEEN_AFTER_ACK_S, VERIFY_S
 from godwit.errors import KvmError

@@ -6,8 +6,9 @@ import threading
 
 import pytest
 
-from godwit.announce.addresses import MAX_AGE_S, Entry
+from godwit.announce.addresses import MAX_AGE_S
 from godwit.announce.dissect import Sighting
+from godwit.announce.entries import Entry
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.observer import HOST_FRAME_MAX_AGE_S, MAX_HOST_FRAMES, Observer
 from godwit.announce.saved import AddressBookState, SavedPeer

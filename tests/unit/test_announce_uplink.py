@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from announce_bench import IP4, IP6, VLAN, Bench, Nic, Port, S
-from godwit.announce.addresses import Source
 from godwit.announce.dissect import Kind, Sighting
+from godwit.announce.entries import Source
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.policy import parse_policy
 from godwit.announce.uplink import Uplink

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from vm_bench import Bench, Guest, announced
 
-from godwit.announce.addresses import Entry
 from godwit.announce.dissect import Sighting
+from godwit.announce.entries import Entry
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.observer import Observer
 from godwit.errors import HostError

@@ -1,25 +1,22 @@
 """The address book of one NIC: the addresses behind the NIC, and the peers of its guest.
 
-Pure; time is passed in. The guest decides what comes in here, so everything is bounded and ages. An
-address is a MAC address alone, or a MAC address with an IP address, within a stack of VLAN tags.
+Pure; time is passed in. The guest decides what comes in here, so everything is bounded and ages.
 What another host claims leaves the book at once: to announce it would be an attack.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import msgspec
 
 from godwit.host.net.ethernet import TPID_8021Q
 
-from . import frames, saved
+from . import saved
 from .dissect import Sighting, is_host_mac
-from .frames import Tag
+from .entries import Entry, Key, Peer, SeenAnnouncements, Source, Strength, Tags
 from .memberships import Memberships
-from .policy import Policy
 from .saved import (
     MAX_ELSEWHERE,
     MAX_ENTRIES,
@@ -33,8 +30,6 @@ from .saved import (
 
 #: Addresses from the NIC's filter tables, at most.
 MAX_FILTER_ENTRIES = 128
-#: Addresses whose announcement by the guest is remembered, at most.
-MAX_SEEN = 1024
 #: An address or a peer that was not seen for so long is forgotten, seconds. A guest that gave an
 #: address up may have left the address to another host, which an announcement would harm.
 MAX_AGE_S = 3600.0
@@ -45,118 +40,6 @@ MAX_CLAIMS = 512
 CLAIM_MARGIN_S = 2.0
 #: A frame of the guest's may come back to its tap (a switch that reflects, a loop), within seconds.
 REFLECTED_S = 1.0
-
-_Tags = tuple[Tag, ...]
-#: MAC address, tags, IP address if any.
-Address = tuple[bytes, _Tags, bytes | None]
-#: An IP address within its VLAN has one owner: the key is (tags, ip), or (tags, mac) without one.
-_Key = tuple[_Tags, bytes]
-
-
-class Source(enum.Enum):
-    """The way in which an address came to be known."""
-
-    CONFIG = "config"
-    FILTER = "filter"
-    FRAME = "frame"
-    SAVED = "saved"
-
-
-class Strength(enum.IntEnum):
-    """The ways in which a guest uses a pair of MAC and IP address, the strongest last.
-
-    Linux answers for each address on each interface (arp_ignore, arp_filter in
-    Documentation/networking/ip-sysctl.rst), and asks from nearly any: only an announced pair is
-    certain to be right.
-    """
-
-    REPLIED = 0
-    ASKED = 1
-    ANNOUNCED = 2
-
-
-class Entry(msgspec.Struct, frozen=True):
-    """One address in an address book.
-
-    Attributes:
-        mac: six bytes.
-        tags: VLAN tags from the outside in.
-        ip: 4 or 16 bytes; None: none is known.
-        last_seen: when the address was last seen, in any way and on any host, seconds.
-        confirmed: when the guest last sent a frame from the address on this host, seconds; None:
-            not yet.
-        source: the way in which the address was last seen.
-        strength: how far the guest has committed itself to the pair of MAC and IP address. No
-            weaker pair with the same IP address is preferred.
-        router: whether the guest last said that it is a router at the address; None: it said
-            neither.
-    """
-
-    mac: bytes
-    tags: _Tags
-    ip: bytes | None
-    last_seen: float
-    confirmed: float | None
-    source: Source
-    strength: Strength = Strength.REPLIED
-    router: bool | None = None
-
-    @property
-    def address(self) -> Address:
-        """The address alone: MAC address, tags, IP address."""
-        return self.mac, self.tags, self.ip
-
-
-class Peer(msgspec.Struct, frozen=True):
-    """An address the guest asked for or answered, ``count`` times.
-
-    The last time was at ``last_seen``, in seconds. A ``router`` is one by its own word.
-    """
-
-    tags: _Tags
-    ip: bytes
-    last_seen: float
-    count: int
-    router: bool = False
-
-
-class SeenAnnouncements:
-    """The addresses the guest itself was seen to announce since :meth:`begin`.
-
-    Not thread-safe. Of more than 1,024 addresses the rest is not remembered, and counts as missing:
-    the host then announces once more what the guest announced.
-    """
-
-    def __init__(self) -> None:
-        #: Address -> when the guest announced it first, and last.
-        self._at: dict[Address, tuple[float, float]] = {}
-        self._begun = False
-
-    def begin(self) -> None:
-        """Forget all announcements, and remember those from now on."""
-        self._at.clear()
-        self._begun = True
-
-    def see(self, sighting: Sighting, now: float) -> None:
-        """Remember an announcement of the guest's, unless :meth:`begin` was never called."""
-        if not (self._begun and sighting.announces):
-            return
-        # A MAC address is announced by whatever announces the MAC with an IP address.
-        for ip in {sighting.ip, None}:
-            address = sighting.mac, sighting.tags, ip
-            known = self._at.get(address)
-            if known is not None or len(self._at) < MAX_SEEN:
-                self._at[address] = (known[0] if known else now), now
-
-    def announced_at(self, entry: Entry) -> float | None:
-        """Return when the guest was first seen to announce an entry, in seconds, or None."""
-        known = self._at.get(entry.address)
-        return known[0] if known else None
-
-    def announced_since(self, entry: Entry, since: float | None) -> bool:
-        """Return whether the guest was seen to announce an entry at ``since`` or later."""
-        known = self._at.get(entry.address)
-        return known is not None and (since is None or known[1] >= since)
 
 
 class AddressBook:
@@ -199,16 +82,16 @@ class AddressBook:
         self._peers_limit = peers_limit
         self._max_age = max_age_s
         # Each in the order of last_seen. _fixed has the configured address, then the filter's.
-        self._own: dict[_Key, Entry] = {}
-        self._others: dict[_Key, Entry] = {}
-        self._fixed: dict[_Key, Entry] = {}
-        self._met_once: dict[_Key, Peer] = {}
-        self._met: dict[_Key, Peer] = {}
+        self._own: dict[Key, Entry] = {}
+        self._others: dict[Key, Entry] = {}
+        self._fixed: dict[Key, Entry] = {}
+        self._met_once: dict[Key, Peer] = {}
+        self._met: dict[Key, Peer] = {}
         self._filter: tuple[list[bytes], list[int]] = ([], [])
         #: (tags, ip) -> who claims it, since when; None: the guest is here.
-        self._early_claims: dict[_Key, tuple[bytes, float]] | None = {}
+        self._early_claims: dict[Key, tuple[bytes, float]] | None = {}
         #: (tags, mac) -> when another port of the network was seen to use the guest's MAC address.
-        self._elsewhere: dict[_Key, float] = {}
+        self._elsewhere: dict[Key, float] = {}
         self._mac = mac
         self._known_macs: tuple[int, set[bytes]] = (-1, set())
         self.set_configured(mac, now)
@@ -292,7 +175,7 @@ class AddressBook:
                     peers[key] = msgspec.structs.replace(peers[key], router=sighting.router)
         return self._give_up(key, sighting.mac)
 
-    def used_elsewhere(self, mac: bytes, tags: _Tags, now: float) -> None:
+    def used_elsewhere(self, mac: bytes, tags: Tags, now: float) -> None:
         """Take note that a frame with a MAC address of the guest's came from the network.
 
         None of its addresses is announced, unless the guest uses the MAC address later. The
@@ -354,12 +237,12 @@ class AddressBook:
         """True until the guest's first frame, or until a saved book was loaded."""
         return self._early_claims is not None
 
-    def find(self, tags: _Tags, ip: bytes) -> Entry | None:
+    def find(self, tags: Tags, ip: bytes) -> Entry | None:
         """Return the entry with an IP address in a network, or None."""
         key = tags, ip
         return self._own.get(key) or self._others.get(key)
 
-    def last_use(self, mac: bytes, tags: _Tags | None = None) -> float | None:
+    def last_use(self, mac: bytes, tags: Tags | None = None) -> float | None:
         """Return when the guest last sent from a MAC address, on any host, seconds, or None.
 
         With ``tags``, only frames with these VLAN tags count.
@@ -500,7 +383,7 @@ class AddressBook:
         if len(self._own) + len(self._others) > self._limit:
             del self._others[next(iter(self._others))]
 
-    def _give_up(self, key: _Key, claimant: bytes) -> bool:
+    def _give_up(self, key: Key, claimant: bytes) -> bool:
         """Take out an IP address that another's MAC address claims, and return whether one was."""
         known = self.find(*key)
         if known is None or known.ip is None or claimant in self.macs():
@@ -526,7 +409,7 @@ class AddressBook:
         macs, vlans = self._filter
         old = self._fixed
         self._fixed = fixed = {}
-        key: _Key = ((), self._mac)
+        key: Key = ((), self._mac)
         fixed[key] = Entry(self._mac, (), None, now, None, Source.CONFIG)
         for mac, tags in _filtered(self._mac, macs, vlans):
             if len(fixed) > MAX_FILTER_ENTRIES:
@@ -538,14 +421,14 @@ class AddressBook:
                 if entry is not None and entry.confirmed is not None:
                     fixed[key] = entry
 
-    def _meet(self, key: _Key, now: float) -> None:
+    def _meet(self, key: Key, now: float) -> None:
         old = self._met.pop(key, None) or self._met_once.pop(key, None)
         if old is None:
             self.version += 1
         count = min(old.count + 1, MAX_MET) if old else 1
         self._keep(key, Peer(key[0], key[1], now, count, old is not None and old.router))
 
-    def _keep(self, key: _Key, peer: Peer) -> None:
+    def _keep(self, key: Key, peer: Peer) -> None:
         (self._met if peer.count > 1 else self._met_once)[key] = peer
         if len(self._met) > self._peers_limit * 3 // 4:
             del self._met[next(iter(self._met))]
@@ -553,31 +436,7 @@ class AddressBook:
             del self._met_once[next(iter(self._met_once))]
 
 
-def announcements(
-    entries: Iterable[Entry],
-    policy: Policy | None = None,
-    is_router: Callable[[Entry], bool] = lambda entry: entry.router is True,
-) -> Iterator[bytes]:
-    """Yield the frames in which the host announces ``entries`` in the guest's name.
-
-    First comes a RARP for each MAC address in each VLAN: then every switch knows the way. After
-    that come gratuitous ARPs and unsolicited neighbour advertisements, for the peers' tables.
-    """
-    policy = policy or Policy()
-    allowed = [entry for entry in entries if policy.permits(entry.mac)]
-    for mac, tags in dict.fromkeys((entry.mac, entry.tags) for entry in allowed):
-        yield frames.rarp(mac, tags)
-    for entry in allowed:
-        ip = entry.ip
-        if ip is None or not policy.permits(entry.mac, ip):
-            continue
-        if len(ip) == 4:
-            yield frames.gratuitous_arp(entry.mac, ip, entry.tags)
-        else:
-            yield frames.unsolicited_na(entry.mac, ip, entry.tags, router=is_router(entry))
-
-
-def _filtered(own: bytes, macs: list[bytes], vlans: list[int]) -> Iterator[tuple[bytes, _Tags]]:
+def _filtered(own: bytes, macs: list[bytes], vlans: list[int]) -> Iterator[tuple[bytes, Tags]]:
     for vid in vlans[: MAX_FILTER_ENTRIES // 2]:
         yield own, ((TPID_8021Q, vid),)
     for mac in macs:

@@ -17,8 +17,7 @@ import msgspec
 from godwit.host.loop import Clock, Timer
 from godwit.spec.events import Event
 
-from .addresses import Entry
-from .frames import Tag
+from .entries import Entry, Tags
 from .memberships import Membership
 from .questions import ASK_S, Questions
 from .record import NicRecord
@@ -159,7 +158,7 @@ class HostAnnouncement:
             return ()
         return self._uplink.memberships(self._shown_since if reason == NOT_SHOWN else None)
 
-    def _shown_since(self, tags: tuple[Tag, ...]) -> float:
+    def _shown_since(self, tags: Tags) -> float:
         """Return the time before which what the guest showed in a network does not count."""
         return max(self._began_at, self._questions.passes_since(tags) or self._began_at)
 

@@ -30,8 +30,8 @@ from godwit.host.loop import Clock, Timer
 from godwit.spec.events import Event
 from godwit.spec.parameters import AnnounceOptions, AnnounceParameters, Rarp
 
-from .addresses import Entry
 from .dissect import Sighting
+from .entries import Entry
 from .host_announcement import DECLINED, NO_ACK, HostAnnouncement
 from .pacing import Pacer, round_delays
 from .questions import Questions

@@ -20,9 +20,8 @@ from godwit.errors import GodwitError
 from godwit.host.loop import Clock
 
 from . import frames
-from .addresses import Address, Entry, Peer
 from .dissect import Sighting
-from .frames import Tag
+from .entries import Address, Entry, Key, Peer, Tags
 from .record import NicRecord
 from .uplink import Uplink
 
@@ -40,9 +39,6 @@ ASK_S = 0.4
 REPEAT_S = 0.3
 #: An answer later than this after a question may be to another's question, seconds.
 ANSWER_S = 1.0
-
-_Tags = tuple[Tag, ...]
-_Key = tuple[_Tags, bytes]
 
 
 class Questions:
@@ -67,9 +63,9 @@ class Questions:
         self._clock = clock
         self._gateways = gateways
         self._turn = 0
-        self._networks: set[_Tags] = set()  # whose peers were asked
-        self._asked: dict[_Key, float] = {}  # peer that has not answered -> when asked last
-        self._proved: dict[_Tags, float] = {}  # network -> since when it is known to pass frames
+        self._networks: set[Tags] = set()  # whose peers were asked
+        self._asked: dict[Key, float] = {}  # peer that has not answered -> when asked last
+        self._proved: dict[Tags, float] = {}  # network -> since when it is known to pass frames
         self._asked_for: dict[Address, float] = {}
         self._introduced: dict[Address, int] = {}
 
@@ -81,10 +77,10 @@ class Questions:
         """
         if not self._gateways or not self._uplink.listens:
             return
-        peers: dict[_Tags, list[Peer]] = {}
+        peers: dict[Tags, list[Peer]] = {}
         for peer in self._uplink.peers():
             peers.setdefault(peer.tags, []).append(peer)
-        senders: dict[_Tags, bytes] = {}
+        senders: dict[Tags, bytes] = {}
         own: set[Address] = set()
         for entry in entries:
             senders.setdefault(entry.tags, entry.mac)
@@ -135,7 +131,7 @@ class Questions:
         }
         return at
 
-    def passes_since(self, tags: _Tags) -> float | None:
+    def passes_since(self, tags: Tags) -> float | None:
         """Return since when a network is known to pass frames, or None."""
         return self._proved.get(tags)
 
@@ -196,7 +192,7 @@ class Questions:
         """Ask gateways from announced addresses."""
         if not self._gateways:
             return
-        gateways: dict[tuple[_Tags, int], list[Peer]] = {}
+        gateways: dict[tuple[Tags, int], list[Peer]] = {}
         for peer in self._uplink.peers():
             known = gateways.setdefault((peer.tags, len(peer.ip)), [])
             if len(known) < PEERS_ASKED:
@@ -237,6 +233,6 @@ def question(mac: bytes, ip: bytes | None, peer: Peer) -> bytes:
     return frames.arp_request(mac, ip, peer.ip, peer.tags)
 
 
-def in_vlans(tags: _Tags) -> str:
+def in_vlans(tags: Tags) -> str:
     """Return the VLANs of a network in words, with a space before, or nothing without tags."""
     return "".join(f" in VLAN {vid}" for _, vid in tags)

@@ -17,9 +17,9 @@ from godwit.host.loop import Clock
 from godwit.hw.nic.nic import Nic
 
 from . import frames
-from .addresses import Address, AddressBook, Entry, Peer, announcements
+from .addresses import AddressBook
 from .dissect import Sighting
-from .frames import Tag
+from .entries import Address, Entry, Peer, Tags, announcements
 from .memberships import Membership, report
 from .observer import Observer
 from .policy import Policy
@@ -61,7 +61,7 @@ class Sent(NamedTuple):
     error: Exception | None
 
 
-def _ever(tags: tuple[Tag, ...]) -> float | None:
+def _ever(tags: Tags) -> float | None:
     return None
 
 
@@ -126,12 +126,12 @@ class Uplink:
         with self.observer.book(self._clock.now()) as book:
             return book.claims
 
-    def has(self, tags: tuple[Tag, ...], ip: bytes) -> bool:
+    def has(self, tags: Tags, ip: bytes) -> bool:
         """Return whether the guest has an IP address in a network, by the address book."""
         with self.observer.book(self._clock.now()) as book:
             return book.find(tags, ip) is not None
 
-    def missing(self, since: Callable[[tuple[Tag, ...]], float | None] = _ever) -> list[Entry]:
+    def missing(self, since: Callable[[Tags], float | None] = _ever) -> list[Entry]:
         """Return the entries the guest was not seen to announce since :meth:`begin`.
 
         In a network for which ``since(tags)`` returns a time, what was seen before does not count.
@@ -146,9 +146,7 @@ class Uplink:
             ]
         return self._permitted(missing)
 
-    def memberships(
-        self, shown_since: Callable[[tuple[Tag, ...]], float] | None = None
-    ) -> list[Membership]:
+    def memberships(self, shown_since: Callable[[Tags], float] | None = None) -> list[Membership]:
         """Return the guest's multicast memberships.
 
         The ones the guest reported since ``shown_since(tags)``, if given, are left out.

@@ -18,18 +18,14 @@ from godwit.host.net import rtnetlink
 from godwit.spec.parameters import Verify
 
 from . import frames
-from .addresses import Peer
 from .dissect import Kind, Malformed, Sighting, dissect
+from .entries import Key, Peer, Tags
 from .frames import Tag
 from .questions import in_vlans, question
 from .uplink import Uplink
 
 #: Peers asked in each VLAN and family, those met most often first, a gateway likely among them.
 PEERS_ASKED = 2
-
-_Tags = tuple[Tag, ...]
-#: A peer from whom an answer is awaited: VLAN tags and IP address.
-_Key = tuple[_Tags, bytes]
 
 
 class Verification:
@@ -45,7 +41,7 @@ class Verification:
         self._method = method
         self._uplink = uplink
         self._inject = inject
-        self._asked: dict[_Key, bool] = {}  # peer -> whether it answered
+        self._asked: dict[Key, bool] = {}  # peer -> whether it answered
 
     def begin(self) -> None:
         """Ask the peers at the first round, if the guest's neighbour entries are refreshed."""
@@ -120,7 +116,7 @@ class Verification:
 
         There is no IP address where none was announced: the guest may have given all up.
         """
-        mine: dict[tuple[_Tags, int], tuple[bytes, bytes | None]] = {}
+        mine: dict[tuple[Tags, int], tuple[bytes, bytes | None]] = {}
         for entry in self._uplink.announced():
             if entry.ip is not None:
                 mine.setdefault((entry.tags, len(entry.ip)), (entry.mac, entry.ip))
@@ -128,7 +124,7 @@ class Verification:
             if entry.ip is not None:
                 mine.setdefault((entry.tags, len(entry.ip)), (entry.mac, None))
         questions = []
-        asked: dict[tuple[_Tags, int], int] = {}
+        asked: dict[tuple[Tags, int], int] = {}
         for peer in self._uplink.peers():
             group = (peer.tags, len(peer.ip))
             if group in mine and asked.get(group, 0) < PEERS_ASKED:
@@ -138,7 +134,7 @@ class Verification:
 
     def _unanswered(self) -> list[str]:
         """Return the VLANs and families in which no peer answered."""
-        groups: dict[tuple[_Tags, int], bool] = {}
+        groups: dict[tuple[Tags, int], bool] = {}
         for (tags, ip), answered in self._asked.items():
             group = (tags, len(ip))
             groups[group] = groups.get(group, False) or answered
