@@ -29,8 +29,6 @@ from lab.judge import announcements
 from lab.scenario import MAC, wait_for
 from lab.traffic import Flow, Ping
 
-pytestmark = ONE_BACKEND
-
 _MACS = [f"52:54:00:67:79:0{number}" for number in range(2)]
 _NICS = [
     f"id=more{number},tap={tap},mac={mac}"
@@ -68,6 +66,7 @@ def _pairs(path: Path, addresses: set[str]) -> set[tuple[str, str]]:
 
 
 # --- a port that is wired late --------------------------------------------------------------------
+@ONE_BACKEND
 def test_a_port_that_swallows_frames_for_seconds_is_announced_at_when_it_opens(
     bench: Bench, guest: Guest
 ) -> None:
@@ -96,6 +95,7 @@ def test_a_port_that_swallows_frames_for_seconds_is_announced_at_when_it_opens(
 
 
 # --- frames older than the start ------------------------------------------------------------------
+@ONE_BACKEND
 def test_what_came_while_it_was_paused_is_not_delivered_later(bench: Bench, guest: Guest) -> None:
     vm = guest.vm
 
