@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from announce_bench import ACK_S, GATEWAY, IP4, IP6, ROUNDS, VLAN, Bench, Port, S, wanted
+from announce_bench import ACK_S, GATEWAY, IP4, IP6, ROUNDS, VLAN, Bench, Nic, Port, S, wanted
 from godwit.announce import frames
 from godwit.announce.frames import (
     arp_probe,
@@ -328,6 +328,16 @@ def test_questions_count_in_the_rate() -> None:
 
 
 # --- until the network passes frames --------------------------------------------------------------
+def waiting() -> tuple[Bench, Nic]:
+    """Return a running VM whose guest has asked its gateway, and announces itself when asked."""
+    bench = bench_of(ask_gateways=True, patience=60_000)
+    nic = bench.nics[0]
+    bench.guest_sends(arp_request(nic.mac, IP4, GATEWAY))
+    shows(bench, gratuitous_arp(nic.mac, IP4))
+    bench.go(S.RUNNING)
+    return bench, nic
+
+
 def proof(bench: Bench) -> tuple[object, object, object]:
     info = bench.announcer.info()[0]
     return info["proof"], info["proved-ms"], info["unproved"]
@@ -376,11 +386,7 @@ def test_a_guest_without_known_peers_is_announced_for_as_long() -> None:
 
 def test_a_port_that_opens_late_gets_a_round_that_counts() -> None:
     """What was sent before may be lost, however it was seen."""
-    bench = bench_of(ask_gateways=True, patience=60_000)
-    nic, mac = bench.nics[0], bench.nics[0].mac
-    bench.guest_sends(arp_request(mac, IP4, GATEWAY))
-    shows(bench, gratuitous_arp(mac, IP4))
-    bench.go(S.RUNNING)
+    bench, nic = waiting()
     bench.clock.advance(10)
     asked = len(nic.asked)
     # The guest's own question is answered, between two rounds.
@@ -392,11 +398,7 @@ def test_a_port_that_opens_late_gets_a_round_that_counts() -> None:
 
 
 def test_an_answer_of_the_last_rounds_question_needs_no_other_round() -> None:
-    bench = bench_of(ask_gateways=True, patience=60_000)
-    nic, mac = bench.nics[0], bench.nics[0].mac
-    bench.guest_sends(arp_request(mac, IP4, GATEWAY))
-    shows(bench, gratuitous_arp(mac, IP4))
-    bench.go(S.RUNNING)
+    bench, nic = waiting()
     bench.clock.advance(ROUNDS[-1] + 1.01)
     assert len(nic.asked) == 6
     bench.network_sends(reply(GATEWAY))
@@ -405,11 +407,7 @@ def test_an_answer_of_the_last_rounds_question_needs_no_other_round() -> None:
 
 
 def test_an_answer_behind_the_last_round_of_the_schedule_gets_another() -> None:
-    bench = bench_of(ask_gateways=True, patience=60_000)
-    nic, mac = bench.nics[0], bench.nics[0].mac
-    bench.guest_sends(arp_request(mac, IP4, GATEWAY))
-    shows(bench, gratuitous_arp(mac, IP4))
-    bench.go(S.RUNNING)
+    bench, nic = waiting()
     bench.clock.advance(ROUNDS[-1] + 0.1)
     bench.network_sends(reply(b"\xc0\0\2\x63", to=IP4))  # to the guest's own question
     assert proof(bench)[0] == "answered"
@@ -418,11 +416,8 @@ def test_an_answer_behind_the_last_round_of_the_schedule_gets_another() -> None:
 
 
 def test_gateways_that_were_out_of_reach_are_asked_again() -> None:
-    bench = bench_of(ask_gateways=True, patience=60_000)
-    mac = bench.nics[0].mac
-    bench.guest_sends(arp_request(mac, IP4, GATEWAY))
-    shows(bench, gratuitous_arp(mac, IP4))
-    bench.go(S.RUNNING)
+    bench, nic = waiting()
+    mac = nic.mac
     bench.clock.advance(10)
     assert bench.sent().count(arp_request(mac, IP4, GATEWAY)) == INTRODUCTIONS
     bench.network_sends(reply(GATEWAY))
