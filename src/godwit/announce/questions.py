@@ -29,9 +29,13 @@ from .uplink import Uplink
 PEERS_ASKED = 2
 #: Networks whose peers are asked in an announcement, at most.
 MAX_NETWORKS = 64
-#: Addresses from which gateways are asked in an announcement, at most, and how often each.
+#: Addresses from which gateways are asked in an announcement, at most, and how often each: in each
+#: of the usual rounds, and later. The kernel of an EVPN gateway does not touch the entry of a guest
+#: elsewhere until the fabric has withdrawn the guest's old route.
 MAX_INTRODUCED = 64
-INTRODUCTIONS = 2
+INTRODUCTIONS = 8
+#: When gateways are asked once more, seconds after the first round.
+LATER_S = (2.0, 5.0)
 #: From the question for an address until the address is taken for free, seconds. RFC 5227 waits
 #: for up to two, before an address is first used; here the guest has used it.
 ASK_S = 0.4
@@ -207,7 +211,8 @@ class Questions:
             if count >= INTRODUCTIONS or (not count and len(self._introduced) >= MAX_INTRODUCED):
                 continue
             self._introduced[entry.address] = count + 1
-            for peer in gateways.get((entry.tags, len(entry.ip)), ()):
+            known = gateways.get((entry.tags, len(entry.ip)), [])
+            for peer in known if not count else known[:1]:
                 self._ask(peer, entry.mac, entry.ip)
         self._report_error()
 
