@@ -258,16 +258,16 @@ def test_a_rarp_that_fails_is_reported_and_the_guest_is_asked() -> None:
 
 
 # --- gateways -------------------------------------------------------------------------------------
-def test_peers_are_asked_from_nobody_before_the_guest_is() -> None:
+def test_peers_are_asked_from_nobody_right_behind_the_guest() -> None:
     bench = bench_of(ask_gateways=True)
     nic, mac = bench.nics[0], bench.nics[0].mac
     bench.guest_sends(arp_request(mac, IP4, GATEWAY))
     bench.guest_sends(arp_request(mac, IP4, GATEWAY, VLAN))
     bench.guest_sends(solicitation(mac, IP6, GATEWAY6))
-    before: list[list[bytes]] = []
-    nic.during = lambda: before.append([frame for _, frame in nic.sent])
     bench.go(S.RUNNING)
-    assert sorted(before[0]) == sorted(
+    assert (nic.asked, bench.sent()) == ([0.0], []), "the resume waits for no question"
+    bench.clock.advance(0)
+    assert sorted(bench.sent()) == sorted(
         [
             arp_probe(mac, GATEWAY),
             arp_probe(mac, GATEWAY, VLAN),
@@ -286,6 +286,7 @@ def test_an_ipv6_peer_is_asked_from_the_address_made_of_the_mac_address() -> Non
         bench.guest_sends(solicitation(mac, IP6, GATEWAY6, tags))
     bench.guest_sends(solicitation(mac, frames.link_local(mac), GATEWAY6))
     bench.go(S.RUNNING)
+    bench.clock.advance(0)
     sent = bench.sent()
     assert solicitation(mac, frames.link_local(mac), GATEWAY6) in sent
     assert solicitation(mac, None, GATEWAY6, VLAN) in sent
@@ -501,6 +502,7 @@ def test_each_network_has_to_pass_frames() -> None:
         bench.guest_sends(arp_request(mac, IP4, GATEWAY, tags))
     shows(bench, gratuitous_arp(mac, IP4), gratuitous_arp(mac, IP4, VLAN))
     bench.go(S.RUNNING)
+    bench.clock.advance(0)
     bench.network_sends(reply(GATEWAY))
     bench.clock.advance(2)
     assert proof(bench)[::2] == ("awaited", ["no answer in VLAN 100"])

@@ -240,13 +240,15 @@ class NicAnnouncement:
         if self.uplink.port.warning is not None:
             self._failed(HostError(self.uplink.port.warning))
         record.mac = self.uplink.nic.mac.hex(":")
-        # Before the guest is asked: what leaves behind a question that is answered was not lost.
         rarp = self._rarp and not self._fallback and self._host.send_rarp(entries)
-        self._questions.ask_peers(entries)
         if self._fallback:
             self._announce_from_host(NO_ACK)
         elif not self._attempt():
             self._announce_from_host(DECLINED, base=not rarp)
+        at = self._round_at
+        if self._asks_gateways:
+            # In the first round, which is made inside the resume, the guest goes first.
+            self._after(0, lambda: self._questions.ask_peers(entries, at))
         if record.rounds == 1:
             self._verifier.begin()
         self._schedule()
