@@ -41,6 +41,9 @@ void hot_command(struct reply *reply, const char *arguments);
 void hang(struct reply *reply, const char *arguments);
 void flood(struct reply *reply, const char *arguments);
 
+/* groups.c: multicast groups that the guest is a member of. */
+void join_group(struct reply *reply, const char *arguments);
+
 /* init.c: how the guest ends. */
 void power_off(void);
 void restart(void);
