@@ -29,6 +29,7 @@ void report_flows(struct reply *reply);
 void reset_flows(void);
 void udp_send(struct reply *reply, const char *arguments);
 void udp_stop(struct reply *reply);
+void join_group(struct reply *reply, const char *arguments);
 
 /* tcp.c: TCP servers: echo, discard, and a source. */
 void start_tcp(void);
@@ -40,9 +41,6 @@ void hot_command(struct reply *reply, const char *arguments);
 /* mischief.c: what a guest may do to its VMM. */
 void hang(struct reply *reply, const char *arguments);
 void flood(struct reply *reply, const char *arguments);
-
-/* groups.c: multicast groups that the guest is a member of. */
-void join_group(struct reply *reply, const char *arguments);
 
 /* init.c: how the guest ends. */
 void power_off(void);

@@ -20,9 +20,10 @@ vrrp_instance {name} {{
   virtual_router_id {router}
   priority {priority}
   advert_int 1
-  virtual_ipaddress {{ {address} }}
-  {more}
-}}
+  virtual_ipaddress {{
+    {address}
+  }}
+{more}}}
 """
 
 
@@ -45,7 +46,8 @@ def _config(interface: str, priority: int, head: str = "", more: str = "") -> st
 def start_in_guest(agent: Agent) -> None:
     """Start the guest's keepalived, which is the master unless its peer wants to be."""
     text = _config("eth0", _GUEST_PRIORITY)
-    agent.sh(f"cat > /etc/keepalived.conf <<END\n{text}END\n")
+    # Readable for its owner alone: keepalived warns otherwise.
+    agent.sh(f"umask 077; cat > /etc/keepalived.conf <<END\n{text}END\n")
     agent.sh(
         f"{_PROGRAM} -P -f /etc/keepalived.conf -p /run/keepalived.pid -r /run/vrrp.pid "
         "</dev/null >/dev/console 2>&1"
@@ -65,7 +67,7 @@ vrrp_track_file weight {{
 }}
 '''
         config = folder / "keepalived.conf"
-        more = "track_file { weight weight 1 }"
+        more = "  track_file {\n    weight weight 1\n  }\n"
         config.write_text(_config(interface, _PEER_PRIORITY, head, more))
         argv = [_PROGRAM, "--dont-fork", "--log-console", "--log-detail", "--vrrp"]
         argv += ["--use-file", str(config), "--pid", str(folder / "keepalived.pid")]
