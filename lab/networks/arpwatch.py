@@ -24,26 +24,28 @@ class ArpWatch(Daemon):
         wait("arpwatch listens", lambda: _packet_sockets(netns) > before)
 
     def changes(self) -> list[str]:
-        """Return the changes, in order: ``10.0.0.50 flip flop 02:00:00:00:00:01``, the new MAC.
+        """Return the changes so far, as :func:`changes` does.
 
         Raises:
             LabError: arpwatch has exited.
         """
         self.check()
-        found = []
-        kind = address = ""
-        for line in self._text().splitlines():
-            name, _, value = line.strip().partition(": ")
-            if name == "Subject":
-                kind = next((change for change in _CHANGES if value.startswith(change)), "")
-            elif name == "ip address":
-                address = value.strip()
-            elif name == "ethernet address" and kind:
-                found.append(f"{address} {kind} {_padded(value.strip())}")
-        return found
+        return changes(self._output.read_text(errors="replace"))
 
-    def _text(self) -> str:
-        return self._output.read_text(errors="replace")
+
+def changes(text: str) -> list[str]:
+    """Return the changes in arpwatch's reports, in order: the address, the kind, the new MAC."""
+    found = []
+    kind = address = ""
+    for line in text.splitlines():
+        name, _, value = line.strip().partition(": ")
+        if name == "Subject":
+            kind = next((change for change in _CHANGES if value.startswith(change)), "")
+        elif name == "ip address":
+            address = value.strip()
+        elif name == "ethernet address" and kind:
+            found.append(f"{address} {kind} {_padded(value.strip())}")
+    return found
 
 
 def _padded(mac: str) -> str:
