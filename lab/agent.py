@@ -177,6 +177,10 @@ class Agent:
             raise AgentError(f"in the guest, {command!r} ended with {last}: {output}")
         return output
 
+    def join(self, group: str, interface: str = "eth0") -> None:
+        """Make the guest a member of a multicast group, whose packets reach its sink."""
+        self.ask(f"join {group} {interface}")
+
     def hang(self, seconds: float) -> None:
         """Have the guest serve only interrupts for ``seconds``, and wait until the hang begins.
 

@@ -1,0 +1,70 @@
+"""Debian programs for the lab's guest, with their libraries.
+
+The kernel unpacks initramfs archives that stand one behind another in one file
+(Documentation/driver-api/early-userspace/buffer-format.rst): the guest's own comes first, and is
+not made bigger for the guests that need no such program.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from .. import guest, initramfs
+from ..errors import LabError
+from ..kernels import Kernel
+
+#: The guest's programs by the image's name; more than one name, for a small guest each.
+IMAGES = {"keepalived": ("keepalived",), "radvd": ("radvd",)}
+
+
+def build(kernel: Kernel, name: str) -> Path:
+    """Return the guest's initramfs with an image's programs, built if the cache has none.
+
+    Raises:
+        LabError: a program is missing.
+    """
+    own = guest.build(kernel)
+    files = list(_with_libraries(_found(program) for program in IMAGES[name]))
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = initramfs.digest(own.name.encode(), repr(facts).encode())
+
+    def write(target: Path) -> None:
+        archive = initramfs.Archive()
+        for folder in _folders([*files, Path("/etc/x"), Path("/run/x"), Path("/var/run/x")]):
+            archive.directory(folder)
+        for path in files:
+            archive.file(str(path).lstrip("/"), path.read_bytes(), 0o755)
+        target.write_bytes(own.read_bytes() + archive.finish())
+
+    return initramfs.cached_file(f"images/guest-{name}-{key}.cpio", write)
+
+
+def _found(program: str) -> Path:
+    path = shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin")
+    if path is None:
+        raise LabError(f"{program} is missing: run scripts/setup")
+    return Path(path)
+
+
+def _with_libraries(programs: Iterable[Path]) -> Iterable[Path]:
+    """Return the programs and the libraries that the dynamic linker finds for them (ldd(1))."""
+    found: dict[Path, None] = {}
+    for program in programs:
+        found[program] = None
+        done = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True)
+        for line in done.stdout.splitlines():
+            words = [word for word in line.split() if word.startswith("/")]
+            found.update(dict.fromkeys(map(Path, words)))
+    return found
+
+
+def _folders(paths: Iterable[Path]) -> list[str]:
+    """Return the folders of the paths, the outer ones first, without those of the guest's own."""
+    found: dict[str, None] = {}
+    for path in paths:
+        parents = PurePosixPath(str(path).lstrip("/")).parents
+        found.update(dict.fromkeys(str(parent) for parent in reversed(parents)))
+    return [folder for folder in found if folder not in (".", "bin", "lib")]
