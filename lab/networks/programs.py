@@ -18,6 +18,8 @@ from ..kernels import Kernel
 
 #: The guest's programs by the image's name; more than one name, for a small guest each.
 IMAGES = {"keepalived": ("keepalived",), "radvd": ("radvd",)}
+#: radvd looks up the user that it runs as.
+_PASSWD = b"root:x:0:0:root:/:/bin/busybox\n"
 
 
 def build(kernel: Kernel, name: str) -> Path:
@@ -29,12 +31,13 @@ def build(kernel: Kernel, name: str) -> Path:
     own = guest.build(kernel)
     files = list(_with_libraries(_found(program) for program in IMAGES[name]))
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = initramfs.digest(own.name.encode(), repr(facts).encode())
+    key = initramfs.digest(own.name.encode(), _PASSWD, repr(facts).encode())
 
     def write(target: Path) -> None:
         archive = initramfs.Archive()
         for folder in _folders([*files, Path("/etc/x"), Path("/run/x"), Path("/var/run/x")]):
             archive.directory(folder)
+        archive.file("etc/passwd", _PASSWD)
         for path in files:
             archive.file(str(path).lstrip("/"), path.read_bytes(), 0o755)
         target.write_bytes(own.read_bytes() + archive.finish())
