@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from .. import guest, initramfs
+from ..agent import Agent
 from ..errors import LabError
 from ..kernels import Kernel
 
@@ -43,6 +44,14 @@ def build(kernel: Kernel, name: str) -> Path:
         target.write_bytes(own.read_bytes() + archive.finish())
 
     return initramfs.cached_file(f"images/guest-{name}-{key}.cpio", write)
+
+
+def prepare(agent: Agent) -> None:
+    """Give eth0 the flags of an interface that ``ip link set up`` brought up.
+
+    The guest's own init sets no flag but UP. Routing programs use no interface without MULTICAST.
+    """
+    agent.sh("ip link set eth0 multicast on")
 
 
 def _found(program: str) -> Path:

@@ -11,6 +11,7 @@ import pytest
 from vm_bench import Bench, Guest, Watched, recovered
 
 from lab import kernels
+from lab.errors import LabError
 from lab.networks import keepalived, programs
 from lab.networks.arpwatch import ArpWatch
 from lab.networks.claims import CLAIMING, Claim, claims
@@ -66,7 +67,11 @@ class Pair:
         """Wait until the guest has the virtual addresses, as the client sees it, too."""
         agent = self.guest.agent
         self.peer.follow()
-        wait("the guest is the master", lambda: _has(agent.sh("ip addr")))
+        try:
+            wait("the guest is the master", lambda: _has(agent.sh("ip addr")))
+        except LabError as error:
+            error.add_note(keepalived.guest_log(agent) + agent.sh("ip addr"))
+            raise
         wait("its peer is not", lambda: not _any(self.host.ip("addr")))
         self._client_reaches(MAC, "pa" if self.guest.vm.host is self.bench.net.a else "pb")
 
