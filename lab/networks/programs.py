@@ -7,9 +7,10 @@ not made bigger for the guests that need no such program.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from .. import guest, initramfs
@@ -29,9 +30,20 @@ def build(kernel: Kernel, name: str) -> Path:
     Raises:
         LabError: a program is missing.
     """
+    files = {path: path for path in with_libraries(_found(one) for one in IMAGES[name])}
+    return image(kernel, name, files)
+
+
+def image(kernel: Kernel, name: str, files: Mapping[Path, Path]) -> Path:
+    """Return the guest's initramfs with files behind it, built if the cache has none.
+
+    ``files`` has the place in this machine for each place in the guest.
+    """
     own = guest.build(kernel)
-    files = list(_with_libraries(_found(program) for program in IMAGES[name]))
-    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    facts = [
+        (str(place), source.stat().st_size, source.stat().st_mtime_ns)
+        for place, source in files.items()
+    ]
     key = initramfs.digest(own.name.encode(), _PASSWD, repr(facts).encode())
 
     def write(target: Path) -> None:
@@ -39,8 +51,8 @@ def build(kernel: Kernel, name: str) -> Path:
         for folder in _folders([*files, Path("/etc/x"), Path("/run/x"), Path("/var/run/x")]):
             archive.directory(folder)
         archive.file("etc/passwd", _PASSWD)
-        for path in files:
-            archive.file(str(path).lstrip("/"), path.read_bytes(), 0o755)
+        for place, source in files.items():
+            archive.file(str(place).lstrip("/"), source.read_bytes(), 0o755)
         target.write_bytes(own.read_bytes() + archive.finish())
 
     return initramfs.cached_file(f"images/guest-{name}-{key}.cpio", write)
@@ -61,16 +73,24 @@ def _found(program: str) -> Path:
     return Path(path)
 
 
-def _with_libraries(programs: Iterable[Path]) -> Iterable[Path]:
-    """Return the programs and the libraries that the dynamic linker finds for them (ldd(1))."""
+def with_libraries(programs: Iterable[Path], library_path: str = "") -> list[Path]:
+    """Return the programs and the libraries that the dynamic linker finds for them (ldd(1)).
+
+    Raises:
+        LabError: a library is missing.
+    """
     found: dict[Path, None] = {}
+    env = {**os.environ, "LD_LIBRARY_PATH": library_path}
     for program in programs:
         found[program] = None
-        done = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True)
+        argv = ["ldd", str(program)]
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
         for line in done.stdout.splitlines():
+            if "not found" in line:
+                raise LabError(f"{program}: {line.strip()}; run scripts/setup")
             words = [word for word in line.split() if word.startswith("/")]
             found.update(dict.fromkeys(map(Path, words)))
-    return found
+    return list(found)
 
 
 def _folders(paths: Iterable[Path]) -> list[str]:
