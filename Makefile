@@ -28,6 +28,7 @@ test: setup
 	@scripts/vm-tests
 
 test-networks: setup
+	@$(BIN)/python -m lab.networks.testpmd
 	@scripts/vm-tests tests/networks --whole
 
 # Byte code first, as setup does for src: the lab could not keep it.

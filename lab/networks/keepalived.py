@@ -6,9 +6,14 @@ from pathlib import Path
 
 from ..agent import Agent
 from .parts import Daemon
+from .programs import prepare
 
 ADDRESSES = ("10.0.0.60", "fd00::60")
+_ROUTERS = (60, 61)
+#: The virtual routers' MACs (RFC 5798, 7.3), where they are used.
+MACS = tuple(f"00:00:5e:00:0{1 + n}:{router:02x}" for n, router in enumerate(_ROUTERS))
 _PROGRAM = "/usr/sbin/keepalived"
+_LOG = "/tmp/keepalived.log"
 _GUEST_PRIORITY = 120
 _PEER_PRIORITY = 100
 #: What the peer adds to its priority to be the master, or not to be.
@@ -27,37 +32,48 @@ vrrp_instance {name} {{
 """
 
 
-def _config(interface: str, priority: int, head: str = "", more: str = "") -> str:
+#: The addresses are on a macvlan then, with the virtual router's MAC.
+_OWN_MACS = "  use_vmac\n  vmac_xmit_base\n"
+
+
+def _config(interface: str, priority: int, own_macs: bool, head: str = "", more: str = "") -> str:
     lengths = ("24", "64")
     instances = [
         _INSTANCE.format(
             name=f"family{length}",
             interface=interface,
-            router=60 + number,
+            router=router,
             priority=priority,
             address=f"{address}/{length}",
-            more=more,
+            more=more + (_OWN_MACS if own_macs else ""),
         )
-        for number, (address, length) in enumerate(zip(ADDRESSES, lengths, strict=True))
+        for router, address, length in zip(_ROUTERS, ADDRESSES, lengths, strict=True)
     ]
     return head + "".join(instances)
 
 
-def start_in_guest(agent: Agent) -> None:
+def start_in_guest(agent: Agent, own_macs: bool = False) -> None:
     """Start the guest's keepalived, which is the master unless its peer wants to be."""
-    text = _config("eth0", _GUEST_PRIORITY)
+    prepare(agent)
+    if own_macs:
+        agent.sh("modprobe macvlan")
+    text = _config("eth0", _GUEST_PRIORITY, own_macs)
     # Readable for its owner alone: keepalived warns otherwise.
     agent.sh(f"umask 077; cat > /etc/keepalived.conf <<END\n{text}END\n")
-    agent.sh(
-        f"{_PROGRAM} -P -f /etc/keepalived.conf -p /run/keepalived.pid -r /run/vrrp.pid "
-        "</dev/null >/dev/console 2>&1"
-    )
+    options = "--dont-fork --log-console --log-detail --vrrp"
+    files = "--use-file /etc/keepalived.conf --pid /run/keepalived.pid --vrrp_pid /run/vrrp.pid"
+    agent.sh(f"{_PROGRAM} {options} {files} </dev/null >{_LOG} 2>&1 &")
+
+
+def guest_log(agent: Agent) -> str:
+    """Return the newest of what the guest's keepalived logged."""
+    return agent.sh(f"tail -n 30 {_LOG}")
 
 
 class Peer(Daemon):
     """The other keepalived of the pair, on a host of its own."""
 
-    def __init__(self, netns: str, interface: str, folder: Path) -> None:
+    def __init__(self, netns: str, interface: str, folder: Path, own_macs: bool = False) -> None:
         self._weight = folder / "keepalived.weight"
         self._set(_BACKUP)
         head = f'''
@@ -68,7 +84,7 @@ vrrp_track_file weight {{
 '''
         config = folder / "keepalived.conf"
         more = "  track_file {\n    weight weight 1\n  }\n"
-        config.write_text(_config(interface, _PEER_PRIORITY, head, more))
+        config.write_text(_config(interface, _PEER_PRIORITY, own_macs, head, more))
         argv = [_PROGRAM, "--dont-fork", "--log-console", "--log-detail", "--vrrp"]
         argv += ["--use-file", str(config), "--pid", str(folder / "keepalived.pid")]
         argv += ["--vrrp_pid", str(folder / "vrrp.pid")]

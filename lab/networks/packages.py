@@ -14,8 +14,10 @@ from ..kernels import cache_dir, cache_lock
 PACKAGES = ("memtest86+",)
 
 
-def unpacked(package: str) -> Path:
+def unpacked(package: str, needs: bool = False) -> Path:
     """Return the root of an unpacked package, downloaded first if the cache has none.
+
+    With ``needs``, the packages that the package needs and this machine lacks are in there, too.
 
     Raises:
         LabError: apt cannot provide the package.
@@ -28,9 +30,15 @@ def unpacked(package: str) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{package}-") as scratch:
             work = Path(scratch)
             work.chmod(0o777)  # apt downloads as user _apt where it can
-            _run(["apt-get", "-qq", "download", package], work)
-            (archive,) = work.glob("*.deb")
-            _run(["dpkg-deb", "-x", str(archive), str(work / "root")], work)
+            if needs:
+                (work / "partial").mkdir()
+                argv = ["apt-get", "-qq", "-y", "--no-install-recommends", "--download-only"]
+                argv += ["-o", f"Dir::Cache::archives={work}", "install", package]
+            else:
+                argv = ["apt-get", "-qq", "download", package]
+            _run(argv, work)
+            for archive in work.glob("*.deb"):
+                _run(["dpkg-deb", "-x", str(archive), str(work / "root")], work)
             shutil.rmtree(target, ignore_errors=True)
             (work / "root").rename(target)
     return target

@@ -1,9 +1,10 @@
-"""A host's own view of its neighbours: a ping, and the neighbour table."""
+"""The views of others: a host's ping and neighbour table, the switch's forwarding table."""
 
 from __future__ import annotations
 
 import json
 
+from ..network import Network
 from .parts import ask
 
 
@@ -20,3 +21,10 @@ def neighbour(netns: str, address: str) -> str:
     """Return the MAC that a host has for an address (empty: none)."""
     found = json.loads(ask(netns, ["ip", "-j", "neigh", "show", "to", address]))
     return next((str(one["lladdr"]) for one in found if "lladdr" in one), "")
+
+
+def port_of(net: Network, mac: str) -> str:
+    """Return the switch's port at which it has seen a MAC untagged (empty: at none)."""
+    found = json.loads(ask(None, ["bridge", "-n", net.switch, "-j", "fdb", "show", "br", "br0"]))
+    own = (one for one in found if one["mac"] == mac and one.get("vlan") == 1)
+    return next((str(one["ifname"]) for one in own), "")

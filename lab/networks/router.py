@@ -8,6 +8,7 @@ from pathlib import Path
 from ..addresses import LANS
 from ..agent import Agent
 from ..traffic import Program
+from .programs import prepare
 from .station import INTERFACE, Station
 
 #: What the router advertises on the untagged network. Behind the guest is VLAN 100.
@@ -26,9 +27,10 @@ interface eth0 {{
 
 def start_in_guest(agent: Agent) -> None:
     """Make the guest a router between its untagged network and VLAN 100."""
+    prepare(agent)
     agent.sh("echo 1 > /proc/sys/net/ipv6/conf/all/forwarding")
     agent.sh(f"ip addr add {PREFIX}1/64 dev eth0")
-    # radvd takes no configuration that others may write.
+    # radvd takes no configuration that others may write (the agent's umask is 0).
     agent.sh(f"umask 077; cat > /etc/radvd.conf <<END\n{_RADVD}END\n")
     agent.sh(
         "/usr/sbin/radvd -C /etc/radvd.conf -p /run/radvd.pid -m stderr "

@@ -21,6 +21,8 @@ class Station:
 
     netns: str
     mac: str
+    port: str
+    """The switch's."""
 
     def ip(self, *words: str) -> str:
         """Run ``ip`` in the host's namespace, and return the output."""
@@ -82,4 +84,4 @@ def station(net: Network, name: str, router_advertisements: bool = False) -> Ite
 
         wait(f"the switch's port {port} forwards", forwards)
         (link,) = json.loads(ask(netns, ["ip", "-j", "link", "show", "dev", INTERFACE]))
-        yield Station(netns, link["address"])
+        yield Station(netns, link["address"], port)

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
 from vm_bench import Bench, Guest, Watched, recovered
 
 from lab import kernels
+from lab.errors import LabError
 from lab.networks import keepalived, programs
 from lab.networks.arpwatch import ArpWatch
 from lab.networks.claims import CLAIMING, Claim, claims
 from lab.networks.keepalived import ADDRESSES, Peer
 from lab.networks.parts import wait
-from lab.networks.peers import neighbour, reach
+from lab.networks.peers import neighbour, port_of, reach
 from lab.networks.station import INTERFACE, Station, station
 from lab.scenario import MAC, rounds, wait_for
 from lab.traffic import Capture, Flow, Ping
 
 _MEMORY = "192M"
-_NICS = [
-    pytest.param("", id="guest announces"),
-    pytest.param("guest-announce=off", id="host announces"),
-    pytest.param("model=e1000", id="e1000", marks=pytest.mark.whole),
+_KINDS = [
+    pytest.param(("", False), id="guest announces"),
+    pytest.param(("guest-announce=off", False), id="host announces"),
+    pytest.param(("model=e1000", False), id="e1000", marks=pytest.mark.whole),
+    pytest.param(("guest-announce=off", True), id="virtual MAC", marks=pytest.mark.whole),
 ]
 
 
@@ -34,6 +37,8 @@ class Pair:
 
     bench: Bench
     nic: str
+    own_macs: bool
+    """The virtual addresses have MACs of their own."""
     host: Station
     peer: Peer
     _guest: Guest | None = None
@@ -46,7 +51,7 @@ class Pair:
             assert kernel is not None
             image = programs.build(kernel, "keepalived")
             self._guest = self.bench.boot(nic=self.nic, initrd=image, memory=_MEMORY)
-            keepalived.start_in_guest(self._guest.agent)
+            keepalived.start_in_guest(self._guest.agent, self.own_macs)
         return self._guest
 
     def target(self, *more: str) -> Watched:
@@ -62,25 +67,35 @@ class Pair:
         """Wait until the guest has the virtual addresses, as the client sees it, too."""
         agent = self.guest.agent
         self.peer.follow()
-        wait("the guest is the master", lambda: _has(agent.sh("ip addr show eth0")))
-        wait("its peer is not", lambda: not _any(self.host.ip("addr", "show", INTERFACE)))
-        self._client_has(MAC)
+        try:
+            wait("the guest is the master", lambda: _has(agent.sh("ip addr")))
+        except LabError as error:
+            error.add_note(keepalived.guest_log(agent) + agent.sh("ip addr"))
+            raise
+        wait("its peer is not", lambda: not _any(self.host.ip("addr")))
+        self._client_reaches(MAC, "pa" if self.guest.vm.host is self.bench.net.a else "pb")
 
     def peer_leads(self, guest_runs: bool = True) -> float:
         """Wait until the guest's peer has them; since when."""
         self.peer.lead()
-        wait("the peer is the master", lambda: _has(self.host.ip("addr", "show", INTERFACE)))
+        wait("the peer is the master", lambda: _has(self.host.ip("addr")))
         if guest_runs:
             agent = self.guest.agent
-            wait("the guest is not", lambda: not _any(agent.sh("ip addr show eth0")))
-        self._client_has(self.host.mac)
+            wait("the guest is not", lambda: not _any(agent.sh("ip addr")))
+        self.client_reaches_peer()
         return time.time()
 
-    def _client_has(self, mac: str) -> None:
+    def client_reaches_peer(self) -> None:
+        """Wait until the client and the switch find the virtual addresses at the peer."""
+        self._client_reaches(self.host.mac, self.host.port)
+
+    def _client_reaches(self, mac: str, port: str) -> None:
         netns = self.bench.net.client.netns
-        for address in ADDRESSES:
+        for address, own in zip(ADDRESSES, keepalived.MACS, strict=True):
+            wanted = own if self.own_macs else mac
             reach(netns, address)
-            wait(f"{address} is at {mac}", lambda one=address: neighbour(netns, one) == mac)
+            wait(f"{address} is {wanted}", lambda a=address, m=wanted: neighbour(netns, a) == m)
+            wait(f"{wanted} is at {port}", lambda m=wanted: port_of(self.bench.net, m) == port)
 
 
 def _has(addresses: str) -> bool:
@@ -91,35 +106,59 @@ def _any(addresses: str) -> bool:
     return any(f" {address}/" in addresses for address in ADDRESSES)
 
 
-@pytest.fixture(scope="module", params=_NICS)
+@pytest.fixture(scope="module", params=_KINDS)
 def pair(request: pytest.FixtureRequest, bench: Bench) -> Iterator[Pair]:
     """The pair, whose guest the tests of this module share."""
+    nic, own_macs = request.param
     with station(bench.net, "vrrp") as host:
         host.take("10.0.0.61")
         host.take("fd00::61")
-        with Peer(host.netns, INTERFACE, bench.folder) as peer:
-            yield Pair(bench, request.param, host, peer)
+        with Peer(host.netns, INTERFACE, bench.folder, own_macs) as peer:
+            yield Pair(bench, nic, own_macs, host, peer)
+
+
+@dataclass
+class Sent:
+    """What the guest's hosts, and the peer, send that claims an address or comes from its MAC."""
+
+    from_hosts: Sequence[Capture]
+    from_peer: Capture
+
+    def stop(self) -> None:
+        """End the captures."""
+        for capture in (*self.from_hosts, self.from_peer):
+            capture.stop()
+
+    def by_hosts(self, since: float) -> list[Claim]:
+        """Claims of the virtual addresses or their MACs by the guest or its hosts."""
+        return [one for capture in self.from_hosts for one in _virtual(capture, since)]
+
+    def by_peer(self, since: float) -> list[Claim]:
+        """Claims of the virtual addresses or their MACs by the peer."""
+        return _virtual(self.from_peer, since)
+
+
+def _virtual(capture: Capture, since: float) -> list[Claim]:
+    found = [claim for claim in claims(capture.path) if claim.at > since]
+    return [one for one in found if one.address in ADDRESSES or one.mac in keepalived.MACS]
 
 
 @pytest.fixture
-def capture(bench: Bench) -> Iterator[Capture]:
-    """What claims an address on the client's segment."""
-    client = bench.net.client
-    path = bench.folder / "vrrp.pcap"
-    with Capture(client.netns, client.interface, path, CLAIMING) as running:
-        yield running
+def sent(bench: Bench, pair: Pair) -> Iterator[Sent]:
+    """Captures at the hosts' uplinks and at the peer."""
+    with ExitStack() as stack:
+
+        def capture(netns: str, interface: str) -> Capture:
+            path = bench.folder / f"{netns}-vrrp.pcap"
+            return stack.enter_context(Capture(netns, interface, path, CLAIMING, "out"))
+
+        hosts = (bench.net.a, bench.net.b)
+        yield Sent(
+            [capture(host.netns, "up0") for host in hosts], capture(pair.host.netns, INTERFACE)
+        )
 
 
-def _stolen(capture: Capture, since: float) -> list[Claim]:
-    """Claims of the virtual addresses with the guest's MAC."""
-    capture.stop()
-    mine = [claim for claim in claims(capture.path, mac=MAC) if claim.at > since]
-    return [claim for claim in mine if claim.address in ADDRESSES]
-
-
-def test_the_master_keeps_them(
-    bench: Bench, arpwatch: ArpWatch, pair: Pair, capture: Capture
-) -> None:
+def test_the_master_keeps_them(bench: Bench, arpwatch: ArpWatch, pair: Pair, sent: Sent) -> None:
     pair.guest_leads()
     changes = len(arpwatch.changes())
     target = pair.target()
@@ -136,14 +175,13 @@ def test_the_master_keeps_them(
             ping.stop()
     pair.guest_leads()
     assert arpwatch.changes()[changes:] == []
-    capture.stop()
-    at_peer = claims(capture.path, mac=pair.host.mac)
-    after = [claim for claim in at_peer if claim.at > moved.resumed]
-    assert [claim for claim in after if claim.address in ADDRESSES] == []
+    sent.stop()
+    assert sent.by_peer(moved.resumed) == []
+    assert sent.by_hosts(moved.resumed)
 
 
 def test_taken_after_the_migration(
-    bench: Bench, arpwatch: ArpWatch, pair: Pair, capture: Capture
+    bench: Bench, arpwatch: ArpWatch, pair: Pair, sent: Sent
 ) -> None:
     pair.guest_leads()
     target = pair.target()
@@ -151,12 +189,12 @@ def test_taken_after_the_migration(
     taken = pair.peer_leads()
     changes = arpwatch.changes()
     wait_for(lambda: rounds(target) >= 5, 60)
-    _stays(bench, pair, capture, taken)
+    _stays(pair, sent, taken)
     assert arpwatch.changes() == changes
 
 
 def test_taken_before_the_migration(
-    bench: Bench, arpwatch: ArpWatch, pair: Pair, capture: Capture
+    bench: Bench, arpwatch: ArpWatch, pair: Pair, sent: Sent
 ) -> None:
     pair.guest_leads()
     target = pair.target()
@@ -164,12 +202,12 @@ def test_taken_before_the_migration(
     changes = arpwatch.changes()
     bench.move(pair.guest, target)
     wait_for(lambda: rounds(target) >= 5, 60)
-    _stays(bench, pair, capture, taken)
+    _stays(pair, sent, taken)
     assert arpwatch.changes() == changes
 
 
 def test_taken_between_its_stop_and_its_resume(
-    bench: Bench, arpwatch: ArpWatch, pair: Pair, capture: Capture
+    bench: Bench, arpwatch: ArpWatch, pair: Pair, sent: Sent
 ) -> None:
     """The guest itself believes that it is the master until its peer tells it otherwise."""
     pair.guest_leads()
@@ -181,18 +219,18 @@ def test_taken_between_its_stop_and_its_resume(
     wait_for(lambda: rounds(target) >= 5, 60)
     pair.peer_leads()
     if pair.nic:
-        _stays(bench, pair, capture, taken)
+        _stays(pair, sent, taken)
         assert arpwatch.changes() == changes
     else:
         # Asked to announce, the guest's kernel does so for all that it has, once and not later.
-        stolen = _stolen(capture, taken)
+        sent.stop()
+        stolen = sent.by_hosts(taken)
         assert all(claim.at - stolen[0].at < 1 for claim in stolen), stolen
 
 
-def _stays(bench: Bench, pair: Pair, capture: Capture, taken: float) -> None:
+def _stays(pair: Pair, sent: Sent, taken: float) -> None:
     """The client finds the addresses at the peer, and nobody ever said otherwise."""
-    for address in ADDRESSES:
-        reach(bench.net.client.netns, address)
-        assert neighbour(bench.net.client.netns, address) == pair.host.mac
+    pair.client_reaches_peer()
     pair.guest.agent.ping()
-    assert _stolen(capture, taken) == []
+    sent.stop()
+    assert sent.by_hosts(taken) == []
