@@ -200,4 +200,4 @@ def _daemon(stack: ExitStack, netns: str, home: Path, program: str, *arguments: 
     kinds = ("RUNDIR", "LOGDIR", "DBDIR", "SYSCONFDIR")
     folders = [f"{owner}_{kind}={home}" for owner in ("OVS", "OVN") for kind in kinds]
     argv = ["env", *folders, program, *arguments]
-    return stack.enter_context(Daemon(netns, argv, home / f"{program}.log"))
+    return stack.enter_context(Daemon(netns, argv, home / f"{program}.log", program))
