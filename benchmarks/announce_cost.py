@@ -4,7 +4,8 @@
 
 Each guest has one IPv4, one IPv6 and one link-local address in each VLAN, and announces itself:
 a gratuitous ARP and two neighbour advertisements a VLAN and round, five rounds by the default
-schedule. Nothing is measured: frames are made and counted, and paced as the announcer paces them.
+schedule. The host adds a RARP a round; in the first, a question for the gateway of each VLAN over
+either family; and in the first two, a question to a gateway from each address. Nothing is measured: frames are made and counted, and paced as the announcer paces them.
 Prints the table of docs/announcement.md.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from godwit.announce.frames import gratuitous_arp, unsolicited_na
 from godwit.announce.pacing import Pacer, round_delays
+from godwit.announce.questions import INTRODUCTIONS, MAX_INTRODUCED, MAX_NETWORKS, PEERS_ASKED
 from godwit.spec.parameters import AnnounceParameters
 
 GUESTS = 500
@@ -29,14 +31,19 @@ def round_of(vlans: int) -> list[int]:
     return [len(frame) + WIRE for frame in one] * vlans
 
 
-def sends(frames: int, rate: int) -> list[tuple[float, int]]:
+def sends(frames: int, rate: int, vlans: int) -> list[tuple[float, int]]:
     """Return (seconds after the resume, frames) of one guest, each round as a whole."""
-    pacer, now, sent = Pacer(), 0.0, []
-    for delay in round_delays(AnnounceParameters()):
+    pacer, now, sent, extra = Pacer(), 0.0, [], 0
+    for number, delay in enumerate(round_delays(AnnounceParameters())):
         now += delay
-        while wait := pacer.take(frames, rate, now):
+        while wait := pacer.take(frames + extra, rate, now):
             now += wait
-        sent.append((now, frames))
+        extra = 1
+        if number == 0:
+            extra += PEERS_ASKED * min(vlans, MAX_NETWORKS)
+        if number < INTRODUCTIONS:
+            extra += min(frames, MAX_INTRODUCED)
+        sent.append((now, frames + extra))
     return sent
 
 
@@ -53,7 +60,7 @@ def main() -> None:
     for vlans in VLANS:
         sizes = round_of(vlans)
         for rate in RATES:
-            sent = sends(len(sizes), rate)
+            sent = sends(len(sizes), rate, vlans)
             total = sum(count for _, count in sent)
             peak = busiest(sent) * GUESTS
             bits = peak * 8 * sum(sizes) / len(sizes)

@@ -45,9 +45,9 @@ _REPLY = re.compile(rb"^\[(\d+\.\d+)\].* bytes from .*seq=(\d+) ", re.MULTILINE)
 _SUMMARY = re.compile(rb"(\d+) packets transmitted, (\d+) received")
 
 
-_ANNOUNCES = "arp or rarp or (ip6 and ip6[40] == 136)"
-#: tcpdump's filter for frames that may announce: ARP, RARP and neighbour advertisements, with up to
-#: two tags. (Each 'vlan' shifts the offsets behind it by four bytes.)
+_ANNOUNCES = "arp or rarp or (ip6 and (ip6[40] == 135 or ip6[40] == 136))"
+#: tcpdump's filter for frames that may announce or ask: ARP, RARP and neighbour discovery, with up
+#: to two tags. (Each 'vlan' shifts the offsets behind it by four bytes.)
 ANNOUNCING = f"{_ANNOUNCES} or (vlan and ({_ANNOUNCES} or (vlan and ({_ANNOUNCES}))))"
 
 

@@ -29,7 +29,7 @@ def taps(offloads: int = ALL_OFFLOADS) -> Iterator[dict[str, FakeTap]]:
     """Replace new taps by fakes for the block, and collect each name's newest."""
     made: dict[str, FakeTap] = {}
 
-    def make(name: str) -> FakeTap:
+    def make(name: str, mtu: int | None = None) -> FakeTap:
         made[name] = tap = FakeTap(offloads, name)
         return tap
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from godwit.host.net.tap import F_CSUM, F_TSO4, F_TSO6, F_TSO_ECN, HEADER, Tap
+from godwit.host.net.tap import F_CSUM, F_TSO4, F_TSO6, F_TSO_ECN, GONE, HEADER, Tap
 
 
 class FakeTap(Tap):
@@ -18,6 +18,27 @@ class FakeTap(Tap):
         self.name = name
         self.offloads = offloads
         self.flags = 0
+        self.gone = False
+
+    def delete(self) -> None:
+        """Delete the interface: the descriptor is readable for ever, and has nothing."""
+        self.gone = True
+        self._network.close()
+
+    @property
+    def attached(self) -> bool:
+        """Return whether the interface was not deleted."""
+        return not self.gone
+
+    def receive(self) -> bytes:
+        """Return the next frame, as a tap does.
+
+        Raises:
+            OSError: there is none, or the interface was deleted.
+        """
+        if self.gone:
+            raise OSError(GONE, "File descriptor in bad state")
+        return super().receive()
 
     def set_offloads(self, flags: int) -> None:
         """Note the offloads, and refuse those that no kernel takes."""

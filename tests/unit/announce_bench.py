@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import msgspec
+
 from godwit.announce.announcer import Announcer, no_verifier
 from godwit.announce.frames import gratuitous_arp
 from godwit.announce.nic_announcement import Verifier
@@ -9,7 +11,12 @@ from godwit.announce.uplink import Uplink
 from godwit.host.net.ethernet import TPID_8021Q
 from godwit.hw.nic.nic import RxFilterInfo
 from godwit.hw.virtio.net.rxfilter import RxFilter
-from godwit.spec.parameters import AnnounceOptions, MigrationParameters
+from godwit.spec.parameters import (
+    AnnounceOptions,
+    AnnounceParameters,
+    MigrationParameters,
+    Rarp,
+)
 from godwit.spec.runstate import RunState, RunStates
 from tests.fakes.clock import FakeClock
 
@@ -22,13 +29,38 @@ IP6 = bytes.fromhex("20010db8" + "00" * 11 + "07")
 VLAN = ((TPID_8021Q, 100),)
 
 
+#: Neither RARP beside the guest, nor questions to gateways, nor rounds beyond the schedule.
+QUIET = AnnounceOptions(rarp=Rarp.FALLBACK, ask_gateways=False, patience=0)
+
+
+def wanted(announce: AnnounceParameters | None = None, **options: object) -> MigrationParameters:
+    """Return parameters with a schedule, and quiet options but for those given."""
+    return MigrationParameters(
+        announce=announce or AnnounceParameters(),
+        announce_options=msgspec.structs.replace(QUIET, **options),
+    )
+
+
+class Backlog:
+    """A backlog of frames of a tap that the test may lose."""
+
+    def __init__(self) -> None:
+        self.lost = self.gone = False
+        self.checks = 0
+
+    def check(self) -> None:
+        self.checks += 1
+        self.lost = self.gone
+
+
 class Nic:
     """A NIC that records attempts and frames, and whose guest acknowledges if ``acks_after``."""
 
     def __init__(self, clock: FakeClock, name: str = "nic0", accepts: bool = True) -> None:
         self.id = name
         self.tap = f"tap{name[-1:]}"
-        self.mac = bytes.fromhex("5254000000") + name[-1:].encode()
+        number = int(name.removeprefix("nic") or 0)
+        self.mac = bytes.fromhex("52540000") + (0x30 + number).to_bytes(2, "big")
         self.accepts = accepts
         self.acks_after: float | None = ACK_S
         self.asked: list[float] = []
@@ -38,6 +70,7 @@ class Nic:
         self.during: Callable[[], None] | None = None
         self.on_ack: Callable[[], None] = lambda: None
         self.filter = RxFilter()
+        self.rx_backlog = Backlog()
         self._clock = clock
         self._start = clock.now()
 
@@ -115,9 +148,11 @@ class Bench:
         self.nics = [Nic(self.clock, name, does) for name, does in accepts.items()]
         self.events: list[tuple[str, dict[str, object]]] = []
         self.uplinks = [Uplink(nic, self.clock) for nic in self.nics]
+        for uplink in self.uplinks:
+            uplink.siblings = self.uplinks
         self.verifiers: dict[str, Verifier] = {}
         #: What the operator wants; replace them at any time.
-        self.parameters = MigrationParameters()
+        self.parameters = wanted()
         self.announcer = Announcer(
             self.uplinks,
             self.clock,
@@ -144,6 +179,23 @@ class Bench:
     def guest_sends(self, frame: bytes, nic: int = 0) -> None:
         """Bring a frame of the guest's, as the watch does."""
         self.uplinks[nic].observer.frame(frame, None, self.clock.now())
+
+    def network_sends(self, frame: bytes, nic: int = 0) -> None:
+        """Bring a frame of another host's, as the watch does."""
+        uplink = self.uplinks[nic]
+        sighting = uplink.observer.network_frame(frame, None, self.clock.now())
+        if sighting is not None:
+            self.announcer.answered(uplink.nic.id, sighting)
+
+    def listens(self, nic: int = 0) -> None:
+        """Have others' frames come by, so that questions are asked."""
+        self.uplinks[nic].listens = True
+
+    def sent(self, nic: int = 0) -> list[bytes]:
+        """Return the frames the host sent, and forget them."""
+        found = [frame for _, frame in self.nics[nic].sent]
+        self.nics[nic].sent.clear()
+        return found
 
     def watched(self, nic: int = 0) -> None:
         """Watch the NIC's tap, and have the guest seen to use :data:`IP4`."""

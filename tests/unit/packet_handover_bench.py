@@ -57,7 +57,7 @@ class Nic(Announced):
         super().__init__(FakeClock(), name)
         self.fake_tap = FakeTap()
         self.tap, self.tap_fd = "tap0", self.fake_tap.fd
-        self.rx_backlog = Backlog(self.fake_tap, threading.RLock())
+        self.rx_backlog: Backlog = Backlog(self.fake_tap, threading.RLock())
 
     def given(self) -> list[bytes]:
         """What its guest would get now, without the tap's header."""

@@ -2,11 +2,11 @@
 
 import pytest
 
-from announce_bench import ROUNDS, Bench, S
+from announce_bench import ROUNDS, Bench, S, wanted
 from godwit.announce.frames import rarp
 from godwit.errors import KvmError
 from godwit.spec.events import Event
-from godwit.spec.parameters import AnnounceParameters, MigrationParameters
+from godwit.spec.parameters import AnnounceParameters
 from godwit.spec.runstate import RunState
 
 
@@ -209,9 +209,7 @@ def test_records_are_copies() -> None:
 
 def test_the_schedule_of_the_next_migration_can_be_changed() -> None:
     bench = Bench(nic0=True)
-    bench.parameters = MigrationParameters(
-        announce=AnnounceParameters(initial=1000, max=1000, rounds=2)
-    )
+    bench.parameters = wanted(AnnounceParameters(initial=1000, max=1000, rounds=2))
     bench.go(S.RUNNING)
     bench.clock.advance(60)
     assert bench.nics[0].asked == [0.0, 1.0]
@@ -219,6 +217,6 @@ def test_the_schedule_of_the_next_migration_can_be_changed() -> None:
 
 def test_no_rounds_no_announcement() -> None:
     bench = Bench(nic0=True)
-    bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=0))
+    bench.parameters = wanted(AnnounceParameters(rounds=0))
     bench.go(S.RUNNING)
     assert (bench.nics[0].asked, bench.events, bench.clock.pending) == ([], [], [])

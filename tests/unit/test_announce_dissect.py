@@ -10,6 +10,7 @@ from scapy.layers.inet6 import (
     ICMPv6EchoRequest,
     ICMPv6ND_NA,
     ICMPv6ND_NS,
+    ICMPv6ND_RA,
     ICMPv6NDOptDstLLAddr,
     ICMPv6NDOptMTU,
     ICMPv6NDOptSrcLLAddr,
@@ -19,8 +20,16 @@ from scapy.layers.inet6 import (
 from scapy.layers.l2 import ARP, Dot1AD, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
-from godwit.announce.dissect import Kind, Malformed, Sighting, dissect, is_host_ip, is_host_mac
-from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
+from godwit.announce.dissect import (
+    Kind,
+    Malformed,
+    Sighting,
+    dissect,
+    is_host_ip,
+    is_host_mac,
+    tags_of,
+)
+from godwit.announce.frames import ethernet, gratuitous_arp, rarp, unsolicited_na
 from godwit.host.net.ethernet import TPID_8021AD, TPID_8021Q
 
 MAC = bytes.fromhex("525400123456")
@@ -31,6 +40,7 @@ IP6, PEER6 = bytes.fromhex("20010db8" + "00" * 11 + "07"), bytes.fromhex("fe80" 
 IP6_TEXT, PEER6_TEXT = "2001:db8::7", "fe80::1"
 ALL = "ff:ff:ff:ff:ff:ff"
 
+LINK_LOCAL = bytes.fromhex("fe80" + "00" * 13 + "07")
 tag_stacks = st.lists(
     st.tuples(st.sampled_from([TPID_8021Q, TPID_8021AD]), st.integers(1, 4094)), max_size=2
 ).map(tuple)
@@ -44,13 +54,21 @@ def arp(dst: str = ALL, src: str = TEXT, **fields: object) -> bytes:
     return bytes(Ether(dst=dst, src=src) / ARP(**values))
 
 
-def na(dst: str = "ff02::1", *, s: int = 0, lladdr: str | None = TEXT, **fields: object) -> bytes:
+def na(
+    dst: str = "ff02::1", *, s: int = 0, r: int = 0, lladdr: str | None = TEXT, **fields: object
+) -> bytes:
     ip = IPv6(**{"src": IP6_TEXT, "hlim": 255, **fields}, dst=dst)
-    message = ip / ICMPv6ND_NA(R=0, S=s, O=1, tgt=IP6_TEXT)
+    message = ip / ICMPv6ND_NA(R=r, S=s, O=1, tgt=IP6_TEXT)
     if lladdr:
         message /= ICMPv6NDOptDstLLAddr(lladdr=lladdr)
     to = "33:33:00:00:00:01" if dst.startswith("ff") else OTHER
     return bytes(Ether(dst=to, src=TEXT) / message)
+
+
+def ra(lifetime: int = 1800, lladdr: str = TEXT) -> bytes:
+    message = IPv6(src="fe80::7", dst="ff02::1", hlim=255) / ICMPv6ND_RA(routerlifetime=lifetime)
+    message /= ICMPv6NDOptSrcLLAddr(lladdr=lladdr)
+    return bytes(Ether(dst="33:33:00:00:00:01", src=TEXT) / message)
 
 
 def ns(src: str = IP6_TEXT, dst: str = "ff02::1:ff00:1", tgt: str = PEER6_TEXT, **fields) -> bytes:
@@ -60,17 +78,29 @@ def ns(src: str = IP6_TEXT, dst: str = "ff02::1:ff00:1", tgt: str = PEER6_TEXT, 
     return bytes(Ether(dst="33:33:ff:00:00:01", src=TEXT) / message)
 
 
-def sighting(kind: Kind, ip: bytes | None, announces: bool, peer: bytes | None = None) -> Sighting:
-    return Sighting(MAC, (), kind, ip, announces, peer)
+def sighting(
+    kind: Kind,
+    ip: bytes | None,
+    announces: bool,
+    peer: bytes | None = None,
+    router: bool | None = None,
+    answers: bool = False,
+) -> Sighting:
+    if kind is Kind.NA and router is None:
+        router = False
+    return Sighting(MAC, (), kind, ip, announces, peer, router, answers)
 
 
 VALID = {
     "request": (arp(), sighting(Kind.ARP, IP4, False, PEER4)),
     "reply": (
         arp(OTHER, op=2, hwdst=OTHER),
-        sighting(Kind.ARP, IP4, False, PEER4),
+        sighting(Kind.ARP, IP4, False, PEER4, answers=True),
     ),
-    "answer to a probe": (arp(OTHER, op=2, pdst="0.0.0.0"), sighting(Kind.ARP, IP4, False)),
+    "answer to a probe": (
+        arp(OTHER, op=2, pdst="0.0.0.0"),
+        sighting(Kind.ARP, IP4, False, answers=True),
+    ),
     "gratuitous request": (arp(pdst="192.0.2.7"), sighting(Kind.ARP, IP4, True)),
     "gratuitous reply": (
         arp(op=2, pdst="192.0.2.7", hwdst=ALL),
@@ -88,9 +118,12 @@ VALID = {
     ),
     "unsolicited NA": (na(), sighting(Kind.NA, IP6, True)),
     "gratuitous NA to routers (RFC 9131)": (na("ff02::2"), sighting(Kind.NA, IP6, True)),
-    "solicited NA": (na(PEER6_TEXT, s=1), sighting(Kind.NA, IP6, False, PEER6)),
-    "NA to one": (na(PEER6_TEXT), sighting(Kind.NA, IP6, False, PEER6)),
+    "solicited NA": (na(PEER6_TEXT, s=1), sighting(Kind.NA, IP6, False, PEER6, answers=True)),
+    "NA to one": (na(PEER6_TEXT), sighting(Kind.NA, IP6, False, PEER6, answers=True)),
     "NA without address": (na(lladdr=None), sighting(Kind.NA, IP6, False)),
+    "NA of a router": (na(r=1), sighting(Kind.NA, IP6, True, router=True)),
+    "RA": (ra(), sighting(Kind.RA, LINK_LOCAL, False, router=True)),
+    "RA of no default router": (ra(0), sighting(Kind.RA, LINK_LOCAL, False)),
     "NS": (ns(), sighting(Kind.NS, IP6, False, PEER6)),
     "NS for DAD": (ns("::"), sighting(Kind.NS, None, False)),
 }
@@ -120,8 +153,10 @@ def test_what_the_host_sends_is_an_announcement(
         (rarp(mac, tags), Kind.RARP, None),
         (gratuitous_arp(mac, ip4, tags), Kind.ARP, ip4),
         (unsolicited_na(mac, ip6, tags), Kind.NA, ip6),
+        (unsolicited_na(mac, ip6, tags, router=True), Kind.NA, ip6),
     ):
-        expected = Sighting(mac, tags, kind, ip, True, None)
+        router = None if kind is not Kind.NA else bool(frame[58 + 4 * len(tags)] & 0x80)
+        expected = Sighting(mac, tags, kind, ip, True, None, router)
         assert dissect(frame) == expected
         if tags:  # as the kernel hands it over
             assert dissect(frame[:12] + frame[16:], tags[0]) == expected
@@ -279,3 +314,34 @@ def test_changed_frames_raise_nothing_else(name: str, data: st.DataObject) -> No
     for _ in range(data.draw(st.integers(1, 4))):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
     _only_malformed(bytes(frame), None)
+
+
+# --- frames of others -----------------------------------------------------------------------------
+def test_others_frames_show_the_sender_within() -> None:
+    """A frame sent on another's behalf: by VRRP, or by a proxy."""
+    theirs = bytes.fromhex(OTHER.replace(":", ""))
+    for frame in (arp(hwsrc=OTHER), na(lladdr=OTHER), ra(lladdr=OTHER)):
+        with pytest.raises(Malformed):
+            dissect(frame)
+        seen = dissect(frame, own=False)
+        assert seen is not None
+        assert seen.mac == theirs
+    for frame in (arp(hwsrc=ALL), na(lladdr="33:33:00:00:00:01")):
+        with pytest.raises(Malformed, match="sender"):
+            dissect(frame, own=False)
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_honest_frames_show_the_same_whoever_sends(name: str) -> None:
+    frame, expected = VALID[name]
+    assert dissect(frame, own=False) == expected
+
+
+@given(tag_stacks)
+def test_tags_are_read_of_any_frame(tags: tuple[tuple[int, int], ...]) -> None:
+    frame = ethernet(b"\xff" * 6, MAC, tags, 0x88CC, b"lldp")
+    assert tags_of(frame) == tags
+    if tags:
+        assert tags_of(frame[:12] + frame[16:], tags[0]) == tags
+    with pytest.raises(Malformed):
+        tags_of(frame[:12])

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from announce_bench import ACK_S, IP4, IP6, ROUNDS, Bench, Port, Questions, S, hung
-from godwit.announce.addresses import announcements
+from announce_bench import ACK_S, IP4, IP6, ROUNDS, Bench, Port, Questions, S, hung, wanted
+from godwit.announce.entries import announcements
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.nic_announcement import FURTHER_ROUNDS_S, SEEN_AFTER_ACK_S, VERIFY_S
 from godwit.errors import KvmError
 from godwit.spec.events import Event
-from godwit.spec.parameters import AnnounceOptions, AnnounceParameters, MigrationParameters
+from godwit.spec.parameters import AnnounceOptions, AnnounceParameters
 
 DEADLINE = AnnounceOptions().deadline / 1000
 
@@ -45,7 +45,7 @@ def test_after_two_attempts_the_host_announces_for_a_hung_guest_in_all_remaining
 def test_the_deadline_can_be_set() -> None:
     bench = Bench(nic0=True)
     bench.nics[0].acks_after = None
-    bench.parameters = MigrationParameters(announce_options=AnnounceOptions(deadline=1000))
+    bench.parameters = wanted(deadline=1000)
     bench.go(S.RUNNING)
     bench.clock.advance(60)
     assert bench.nics[0].asked == pytest.approx([0.0, 1.0])
@@ -55,7 +55,7 @@ def test_the_deadline_can_be_set() -> None:
 def test_a_single_round_has_two_attempts_and_a_fallback_too() -> None:
     bench = Bench(nic0=True)
     bench.nics[0].acks_after = None
-    bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=1))
+    bench.parameters = wanted(AnnounceParameters(rounds=1))
     bench.go(S.RUNNING)
     bench.clock.advance(60)
     assert bench.nics[0].asked == pytest.approx([0.0, 0.4])
@@ -149,9 +149,7 @@ def test_a_model_that_declines_the_second_attempt_loses_no_round() -> None:
 def test_a_model_that_declines_the_second_attempt_between_two_rounds() -> None:
     bench = Bench(nic0=True)
     bench.nics[0].acks_after = None
-    bench.parameters = MigrationParameters(
-        announce=AnnounceParameters(initial=1000, max=1000, rounds=2)
-    )
+    bench.parameters = wanted(AnnounceParameters(initial=1000, max=1000, rounds=2))
     bench.go(S.RUNNING)
     bench.nics[0].accepts = False
     bench.clock.advance(60)
@@ -241,7 +239,7 @@ def test_what_the_guest_leaves_out_is_announced_by_the_host() -> None:
     bench = Bench(nic0=True)
     bench.watched()
     bench.guest_sends(unsolicited_na(bench.nics[0].mac, IP6))
-    bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=1))
+    bench.parameters = wanted(AnnounceParameters(rounds=1))
     bench.go(S.RUNNING)
     mac = bench.nics[0].mac
     bench.guest_sends(gratuitous_arp(mac, IP4))
@@ -279,7 +277,7 @@ def test_the_host_announces_all_addresses_of_a_guest_that_does_not_answer() -> N
     bench = Bench(nic0=True)
     bench.nics[0].acks_after = None
     bench.watched()
-    bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=1))
+    bench.parameters = wanted(AnnounceParameters(rounds=1))
     bench.go(S.RUNNING)
     bench.guest_sends(gratuitous_arp(bench.nics[0].mac, IP4))  # it may be lost: no ack
     bench.clock.advance(60)
@@ -426,7 +424,7 @@ def test_whatever_the_model_does_all_rounds_are_made_and_it_ends(
         nic.acks_after = does if isinstance(does, float) else None
 
     nic.during = during
-    bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=rounds))
+    bench.parameters = wanted(AnnounceParameters(rounds=rounds))
     bench.go(S.RUNNING)
     bench.clock.advance(600)
     (record,) = bench.announcer.records()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from godwit.announce.addresses import MAX_AGE_S, Entry
+from godwit.announce.addresses import MAX_AGE_S
 from godwit.announce.dissect import Sighting
+from godwit.announce.entries import Entry
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.observer import HOST_FRAME_MAX_AGE_S, MAX_HOST_FRAMES, Observer
 from godwit.announce.saved import AddressBookState, SavedPeer
@@ -43,7 +46,7 @@ def entries(watcher: Observer, now: float) -> list[Entry]:
 
 def missing(watcher: Observer, now: float) -> list[Entry]:
     with watcher.book(now) as book:
-        return book.seen.missing(book.entries())
+        return [one for one in book.entries() if not book.seen.announced_since(one, None)]
 
 
 def test_the_guests_frames_are_learned_and_reported() -> None:
@@ -196,3 +199,33 @@ def test_an_error_gives_the_book_back() -> None:
     with pytest.raises(StreamError), watcher.book(1.0) as book:
         book.load(AddressBookState([], [SavedPeer([], bytes(4), 1.0, 1)]), 1.0)
     assert len(entries(watcher, 1.0)) == 1
+
+
+# --- frames of others -----------------------------------------------------------------------------
+def test_another_hosts_claim_is_learned_with_the_tag_the_kernel_took_off() -> None:
+    watcher, _ = observer()
+    watcher.frame(stripped(gratuitous_arp(MAC, IP4, QINQ)), QINQ[0], 1.0)
+    watcher.frame(gratuitous_arp(MAC, IP4), None, 1.0)
+    claim = gratuitous_arp(OTHER, IP4, QINQ)
+    assert watcher.network_frame(stripped(claim), QINQ[0], 2.0) is not None
+    assert {(one.tags, one.ip) for one in entries(watcher, 2.0)} == {
+        ((), None), ((), IP4), (QINQ, None),
+    }  # fmt: skip
+    assert (watcher.guest_frames, watcher.malformed) == (2, 0)
+
+
+def test_others_malformed_frames_are_not_the_guests() -> None:
+    watcher, _ = observer()
+    assert watcher.network_frame(gratuitous_arp(OTHER, IP4)[:30], None, 1.0) is None
+    assert watcher.network_frame(b"", None, 1.0) is None
+    assert watcher.malformed == 0
+
+
+@given(st.binary(max_size=150), st.none() | st.tuples(st.integers(0, 65535), st.integers(0, 4095)))
+def test_the_network_may_send_anything(data: bytes, outer: tuple[int, int] | None) -> None:
+    watcher, _ = observer()
+    watcher.guest_here(True)
+    watcher.frame(gratuitous_arp(MAC, IP4), None, 0.0)
+    for start in (b"", b"\xff" * 6 + OTHER, gratuitous_arp(OTHER, IP4)[:28]):
+        watcher.network_frame(start + data, outer, 1.0)
+    assert entries(watcher, 1.0)[0].mac == MAC

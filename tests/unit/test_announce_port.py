@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from announce_bench import ROUNDS, Bench, Port, S, hung
+from announce_bench import ROUNDS, Bench, Port, S, hung, wanted
 from godwit.spec.events import Event
-from godwit.spec.parameters import AnnounceParameters, MigrationParameters
+from godwit.spec.parameters import AnnounceParameters
 
 
 def test_a_port_that_is_not_ready_holds_everything() -> None:
@@ -63,7 +63,7 @@ def test_the_fallback_waits_for_the_port_after_the_last_round_too() -> None:
     bench = Bench(nic0=True)
     port = bench.uplinks[0].port = Port()
     bench.nics[0].acks_after = None
-    bench.parameters = MigrationParameters(announce=AnnounceParameters(rounds=1))
+    bench.parameters = wanted(AnnounceParameters(rounds=1))
     bench.go(S.RUNNING)
     port.not_ready_reason = "down"
     bench.clock.advance(30)

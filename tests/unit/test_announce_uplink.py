@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from announce_bench import IP4, IP6, VLAN, Bench, Nic, Port, S
-from godwit.announce.addresses import Source
 from godwit.announce.dissect import Kind, Sighting
+from godwit.announce.entries import Source
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.policy import parse_policy
 from godwit.announce.uplink import Uplink
@@ -43,7 +43,7 @@ def test_the_observer_knows_of_a_frame_before_it_is_sent(monkeypatch: pytest.Mon
     place.guest_sends(gratuitous_arp(place.nic.mac, IP4))
     place.seen.clear()
     place.uplink.begin()
-    assert place.uplink.announce(place.uplink.entries()) == 2
+    assert place.uplink.announce(place.uplink.entries()) == (2, None)
     assert (place.uplink.observer.host_frames, place.seen) == (2, [])
     assert len(place.uplink.missing()) == 2
 
@@ -54,7 +54,7 @@ def test_all_entries_are_announced_and_remembered() -> None:
     place.guest_sends(gratuitous_arp(mac, IP4), unsolicited_na(OTHER, IP6))
     place.uplink.begin()
     entries = place.uplink.entries()
-    assert place.uplink.announce(iter(entries)) == 4
+    assert place.uplink.announce(iter(entries)) == (4, None)
     assert place.sent() == [
         rarp(mac), rarp(OTHER), gratuitous_arp(mac, IP4), unsolicited_na(OTHER, IP6),
     ]  # fmt: skip
@@ -67,15 +67,25 @@ def test_all_entries_are_announced_and_remembered() -> None:
 
 def test_nothing_to_announce_sends_nothing() -> None:
     place = Place()
-    assert place.uplink.announce([]) == 0
+    assert place.uplink.announce([]) == (0, None)
     assert place.sent() == []
 
 
-def test_a_backend_that_fails_raises_and_the_rest_is_not_sent() -> None:
+def test_a_frame_that_fails_costs_no_other() -> None:
     place = Place()
-    place.nic.error = OSError(100, "Network is down")
-    with pytest.raises(OSError, match="Network is down"):
-        place.uplink.announce(place.uplink.entries())
+    mac = place.nic.mac
+    place.guest_sends(gratuitous_arp(mac, IP4))
+    send = place.nic.send_from_host
+
+    def fails(frame: bytes) -> None:
+        if frame == rarp(mac):
+            raise OSError(105, "No buffer space available")
+        send(frame)
+
+    place.nic.send_from_host = fails  # type: ignore[method-assign]
+    sent = place.uplink.announce(place.uplink.entries())
+    assert (sent.frames, str(sent.error)) == (1, "[Errno 105] No buffer space available")
+    assert place.sent() == [gratuitous_arp(mac, IP4)]
     assert place.uplink.host_announced_at(place.uplink.entries()[0]) is None
 
 
@@ -90,7 +100,10 @@ def test_the_policy_decides_what_the_host_may_announce() -> None:
     )
     place.uplink.begin()
     entries = place.uplink.entries()
-    assert [(entry.ip, entry.tags) for entry in entries] == [(None, ()), (IP4, ())]
+    # The MAC address is announced in each VLAN, the IP addresses where they may be.
+    assert [(entry.ip, entry.tags) for entry in entries] == [
+        (None, ()), (None, VLAN), (IP4, ()),
+    ]  # fmt: skip
     assert place.uplink.missing() == entries
     with place.uplink.observer.book(place.clock.now()) as book:
         known = book.entries()
@@ -198,8 +211,11 @@ def test_info_of_a_nic_that_never_was_announced() -> None:
     assert bench.announcer.info() == [
         {
             "nic": "nic0", "id": "", "mac": mac, "method": None, "rounds": 0, "asked": 0,
-            "acks": 0, "ack-ms": None, "timeouts": 0, "host-sent": 0, "host-ms": None,
-            "held": None, "ready-ms": None, "verified-ms": None, "unverified": [],
+            "acks": 0, "ack-ms": None, "timeouts": 0, "rarp-sent": 0, "host-sent": 0,
+            "reports-sent": 0, "host-ms": None, "held": None, "ready-ms": None, "questions": 0,
+            "answers": 0,
+            "proof": None, "proved-ms": None, "unproved": [], "claims": 0,
+            "verified-ms": None, "unverified": [],
             "error": None, "watched": False, "malformed": 0,
             "addresses": [{"mac": mac, "vlans": [], "ip": None, "seen-ms": None, "host-ms": None}],
         }

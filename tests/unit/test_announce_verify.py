@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from announce_bench import GATEWAY, IP4, IP6, VLAN, Nic, Port
 from godwit.announce import frames
-from godwit.announce.frames import Tag, arp_request, gratuitous_arp, solicitation
+from godwit.announce.frames import Tag, arp_probe, arp_request, gratuitous_arp, solicitation
 from godwit.announce.policy import parse_policy
 from godwit.announce.uplink import Uplink
 from godwit.announce.verify import PEERS_ASKED, Verification
@@ -24,16 +24,18 @@ GATEWAY6 = bytes.fromhex("20010db8" + "00" * 11 + "01")
 
 def reply(mac: bytes, ip: bytes, tags: tuple[Tag, ...] = ()) -> bytes:
     """Return an ARP reply of ``ip`` to the guest."""
-    return frames._ethernet(
+    return frames.ethernet(
         b"\x52\x54\0\0\0\x30", mac, tags, 0x0806, frames._arp(2, mac, ip, OTHER, IP4)
     )
 
 
-def advertisement(mac: bytes, ip: bytes, tags: tuple[Tag, ...] = ()) -> bytes:
+def advertisement(
+    mac: bytes, ip: bytes, tags: tuple[Tag, ...] = (), flags: int = 0x6000_0000
+) -> bytes:
     """Return a solicited neighbour advertisement of ``ip`` to the guest."""
-    body = (0x6000_0000).to_bytes(4, "big") + ip + b"\2\1" + mac
+    body = flags.to_bytes(4, "big") + ip + b"\2\1" + mac
     packet = frames._icmpv6(ip, IP6, 136, body)
-    return frames._ethernet(b"\x52\x54\0\0\0\x30", mac, tags, 0x86DD, packet)
+    return frames.ethernet(b"\x52\x54\0\0\0\x30", mac, tags, 0x86DD, packet)
 
 
 class Place:
@@ -157,11 +159,12 @@ def test_known_peers_are_asked_in_the_guests_name() -> None:
     place.verification.begin()
     assert place.sent() == []  # nothing is to be refreshed
     place.verification.ask()
+    # From nobody: whether the addresses are still the guest's is not known.
     assert sorted(place.sent()) == sorted(
         [
-            arp_request(place.mac, IP4, GATEWAY),
-            arp_request(place.mac, IP4, GATEWAY, VLAN),
-            solicitation(place.mac, IP6, GATEWAY6),
+            arp_probe(place.mac, GATEWAY),
+            arp_probe(place.mac, GATEWAY, VLAN),
+            solicitation(place.mac, None, GATEWAY6),
         ]
     )
     assert sorted(place.verification.missing()) == [
@@ -169,6 +172,24 @@ def test_known_peers_are_asked_in_the_guests_name() -> None:
         "no answer over IPv4",
         "no answer over IPv6",
     ]
+
+
+def test_peers_are_asked_from_addresses_that_were_announced() -> None:
+    place = Place()
+    place.talks()
+    place.uplink.begin()
+    place.guest_sends(gratuitous_arp(place.mac, IP4))  # the guest's
+    (entry,) = [one for one in place.uplink.entries() if one.ip == IP6]
+    place.uplink.announce([entry])  # the host's
+    place.nic.sent.clear()
+    place.verification.ask()
+    assert sorted(place.sent()) == sorted(
+        [
+            arp_request(place.mac, IP4, GATEWAY),
+            arp_probe(place.mac, GATEWAY, VLAN),
+            solicitation(place.mac, IP6, GATEWAY6),
+        ]
+    )
 
 
 def test_answers_prove_their_vlan_and_family() -> None:
@@ -197,7 +218,7 @@ def test_who_did_not_answer_is_asked_again() -> None:
     place.nic.sent.clear()
     place.verification.ask()
     assert sorted(place.sent()) == sorted(
-        [arp_request(place.mac, IP4, GATEWAY), solicitation(place.mac, IP6, GATEWAY6)]
+        [arp_probe(place.mac, GATEWAY), solicitation(place.mac, None, GATEWAY6)]
     )
 
 
@@ -209,7 +230,7 @@ def test_one_of_several_peers_is_enough_and_few_are_asked() -> None:
     place.guest_sends(arp_request(place.mac, IP4, peers[3]))
     place.verification.ask()
     assert len(place.sent()) == PEERS_ASKED
-    assert place.sent()[0] == arp_request(place.mac, IP4, peers[3])
+    assert place.sent()[0] == arp_probe(place.mac, peers[3])
     place.verification.answer(reply(PEER, peers[3]), None)
     assert place.verification.missing() == []
 
@@ -226,7 +247,7 @@ def test_nothing_is_asked_from_an_address_that_may_not_be_announced() -> None:
     place = Place(allow="2001:db8::/64")
     place.talks()
     place.verification.ask()
-    assert place.sent() == [solicitation(place.mac, IP6, GATEWAY6)]
+    assert place.sent() == [solicitation(place.mac, None, GATEWAY6)]
 
 
 def test_a_question_that_cannot_be_sent_stays_without_an_answer() -> None:
@@ -255,7 +276,7 @@ def test_only_who_was_asked_counts() -> None:
         (reply(PEER, GATEWAY), (TPID_8021Q, 200)),  # in another VLAN
         (reply(PEER, GATEWAY)[:30], None),
         (reply(b"\1" + PEER[1:], GATEWAY), None),  # a multicast address
-        (reply(PEER, GATEWAY)[:22] + OTHER + reply(PEER, GATEWAY)[28:], None),  # two senders
+        (arp_request(PEER, GATEWAY, IP4)[:30], None),
         (b"", None),
         (b"\0" * 60, None),
     ):
@@ -300,6 +321,14 @@ def test_the_guest_is_shown_once_where_its_peers_are() -> None:
         gratuitous_arp(PEER, GATEWAY, VLAN),
         frames.unsolicited_na(OTHER, GATEWAY6),
     ]
+
+
+def test_the_guest_is_told_what_its_router_said_of_itself() -> None:
+    place = Place(Verify.OFF, refresh=True)
+    place.talks()
+    place.verification.begin()
+    place.verification.answer(advertisement(OTHER, GATEWAY6, flags=0xE000_0000), None)
+    assert place.injected == [frames.unsolicited_na(OTHER, GATEWAY6, router=True)]
 
 
 def test_a_tap_that_is_down_is_no_error() -> None:

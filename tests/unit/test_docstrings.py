@@ -25,13 +25,13 @@ PRONOUN = re.compile(r"\b(it|its|they|those|that)\b", re.IGNORECASE)
 MOST_PRONOUNS = 26
 #: The first words of functions. A new one is a verb in the imperative.
 _VERBS = """
-Add Announce Answer Append Ask Assemble Back Become Begin Build Call Cancel Carry Change
-Check Clear Close Collect Connect Copy Count Deliver Disable Do Drop End Enter Execute Fill
-Find Flush Forget Free Give Go Hand Handle Have Ignore Import Install Interrupt Judge Keep
-Learn Lend Let Listen Load Log Make Map Migrate Move Note Notify Open Park Pass Pause Place
-Plug Populate Prepare Press Put Query Raise React Read Reboot Receive Refuse Remember Remove
-Replace Report Requeue Reserve Reset Rest Restore Resume Return Run Scan Send Serve Set Show
-Signal Start Stop Store Switch Sync Take Throw Undo Wait Watch Write Yield
+Add Announce Answer Append Ask Assemble Back Become Begin Build Call Cancel Carry Change Check
+Clear Close Collect Connect Copy Count Deliver Disable Do Drop End Enter Execute Fill Find Flush
+Forget Free Give Go Hand Handle Have Ignore Import Install Interrupt Introduce Judge Keep Learn
+Leave Lend Let Listen Load Log Look Lose Make Map Migrate Move Note Notify Open Park Pass Pause
+Place Plug Populate Prepare Press Put Query Raise React Read Reboot Receive Refuse Remember Remove
+Repeat Replace Report Requeue Reserve Reset Rest Restore Resume Return Run Scan Send Serve Set
+Show Signal Stand Start Stop Store Switch Sync Take Throw Undo Wait Watch Write Yield
 """
 VERBS = frozenset(_VERBS.split())
 

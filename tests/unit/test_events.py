@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from announce_bench import Bench, Port, Questions, S, hung
+from announce_bench import Bench, Port, Questions, S, hung, wanted
 from godwit.spec import events
 from godwit.spec.events import Event, Reason
 from godwit.spec.runstate import TRANSITIONS
@@ -109,6 +109,7 @@ def test_what_announcements_report_is_in_the_table() -> None:
     seen: set[str] = set()
     answered, silent, failing = Bench(nic0=True, nic1=False), hung(), Bench(nic0=False)
     answered.watched()
+    answered.parameters = wanted(patience=5000)
     answered.verifiers["nic0"] = Questions(answered.clock, [])
     answered.verifiers["nic1"] = Questions(answered.clock, *[["VLAN 7"]] * 9)
     failing.nics[0].error = OSError(5, "Input/output error")

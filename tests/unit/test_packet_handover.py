@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from godwit.announce.dissect import Kind as Sighted
+from godwit.announce.dissect import Sighting
 from godwit.announce.frames import gratuitous_arp, layer2_update, read_cookie
 from godwit.errors import LinkLost
 from godwit.host.net.ethernet import BROADCAST, TPID_8021Q
@@ -340,3 +342,21 @@ def test_each_nic_has_its_own_path() -> None:
         assert [nic.given() for nic in both.target.nics] == [[to(mac, 1)] for mac in guests]
     finally:
         both.close()
+
+
+def test_a_mac_address_that_another_took_during_the_stop_gets_no_marker(
+    handover: Handover,
+) -> None:
+    """VRRP's, which a backup takes over when its master stands still."""
+    uplink = handover.target.uplinks[0]
+    now = uplink._clock.now()
+    virtual = bytes.fromhex("00005e000107")
+    with uplink.observer.book(now) as book:
+        book.learn(Sighting(virtual, (), Sighted.ARP, bytes([192, 0, 2, 9]), True, None), now - 10)
+    uplink.observer.guest_here(True)
+    handover.receiver.prepare()
+    assert len(handover.receiver._markers[0]) == 2
+    advertisement = b"\x01\x00\x5e\x00\x00\x12" + virtual + b"\x08\x00" + bytes(46)
+    uplink.observer.network_frame(advertisement, None, now)
+    handover.receiver.switch_over(lambda phase: None)
+    assert handover.receiver.info()["markers-sent"] == 1

@@ -171,3 +171,28 @@ def test_a_kernel_that_does_not_tell_is_a_host_error(
     monkeypatch.setattr(ports, "LinkEvents", fails)
     with pytest.raises(HostError, match=r"rtnetlink: .*Protocol not supported"):
         Ports(["tap0"], HandLoop())  # type: ignore[arg-type]
+
+
+def test_another_interface_of_the_name_is_not_the_guests(kernel: Kernel) -> None:
+    port = Port("tap0")
+    happened: list[str] = []
+    port.on_gone = lambda: happened.append("gone")
+    port.on_anew = lambda: happened.append("anew")
+    kernel.links["tap0"] = READY
+    port.refresh()
+    kernel.links["tap0"] = None
+    for _ in range(3):
+        port.refresh()
+    assert happened == ["gone"]
+    assert "there is no interface" in str(port.not_ready_reason)
+    kernel.links["tap0"] = READY._replace(number=9)
+    for _ in range(3):
+        port.refresh()
+    assert happened == ["gone", "anew"]
+    assert "another interface" in str(port.not_ready_reason)
+    kernel.links["tap0"] = READY._replace(number=10)
+    port.refresh()
+    assert happened == ["gone", "anew", "anew"]
+    kernel.links["tap0"] = READY  # it was only renamed
+    port.refresh()
+    assert port.not_ready_reason is None

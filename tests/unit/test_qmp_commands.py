@@ -18,6 +18,7 @@ from godwit.spec.parameters import (
     ConvergenceParameters,
     MigrationParameters,
     OnNoConvergence,
+    Rarp,
     Verify,
 )
 from godwit.spec.runstate import RunState, RunStates
@@ -275,6 +276,9 @@ def test_parameters_are_set_and_shown() -> None:
         "announce-verify": "off",
         "announce-refresh": False,
         "announce-rate": 1000,
+        "announce-rarp": "always",
+        "announce-ask-gateways": True,
+        "announce-patience": 60_000,
         "max-bandwidth": 0,
         "downtime-limit": 300,
         "handover": True,
@@ -287,6 +291,8 @@ def test_parameters_are_set_and_shown() -> None:
         "announce-verify": "probe",
         "announce-refresh": True,
         "announce-rate": 50,
+        "announce-rarp": "fallback",
+        "announce-ask-gateways": False,
         "handover": False,
         "on-no-convergence": "stop-and-copy",
     }
@@ -298,7 +304,9 @@ def test_parameters_are_set_and_shown() -> None:
     run(vm, "migrate-set-parameters")
     assert run(vm, "query-migrate-parameters") == {**dict.fromkeys(shown, 42), **others}
     assert vm.parameters.announce == AnnounceParameters(42, 42, 42, 42)
-    assert vm.parameters.announce_options == AnnounceOptions(42, Verify.PROBE, True, 50)
+    assert vm.parameters.announce_options == AnnounceOptions(
+        42, Verify.PROBE, True, 50, Rarp.FALLBACK, False, 42
+    )
     assert vm.parameters.convergence == ConvergenceParameters(
         False, 42, 42, 42, OnNoConvergence.STOP_AND_COPY
     )

@@ -15,7 +15,8 @@ from msgspec import structs
 
 import e1000_bench
 import virtio_bench
-from godwit.announce.addresses import AddressBook, Source
+from godwit.announce.addresses import AddressBook
+from godwit.announce.entries import Source
 from godwit.announce.saved import AddressBookState
 from godwit.errors import StreamError
 from godwit.host.kvm import abi

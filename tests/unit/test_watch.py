@@ -47,8 +47,8 @@ class Ends:
         self.far: socket.socket
         self._all: list[socket.socket] = []
 
-    def __call__(self, tap: str, answers: bool) -> socket.socket:
-        self.asked.append((tap, answers))
+    def __call__(self, tap: str, network: bool) -> socket.socket:
+        self.asked.append((tap, network))
         if self.error is not None:
             raise self.error
         near, self.far = socket.socketpair(
@@ -243,7 +243,7 @@ def test_another_error_ends_it() -> None:
 
 
 def test_it_can_be_opened_again(ends: Ends) -> None:
-    tap, loop, frames, _ = make(ends, answers=True)
+    tap, loop, frames, _ = make(ends, network=True)
     tap.close()
     tap.reopen()
     ends.far.send(b"x")

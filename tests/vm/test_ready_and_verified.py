@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from vm_bench import ONE_BACKEND, Bench, Guest, Watched, announce, announced, resident, stamp
 
 from lab.judge import announcements
@@ -123,11 +124,16 @@ def test_the_bridge_is_asked_whether_it_forwards_to_the_tap(bench: Bench, guest:
     assert announce(target)["rounds"] == 5
 
 
-def test_the_guests_own_neighbours_are_refreshed(bench: Bench, guest: Guest) -> None:
+@pytest.mark.parametrize(
+    "parameters", [{"announce-refresh": True}, {}], ids=["refreshed", "asked for"]
+)
+def test_the_guests_own_neighbours_are_refreshed(
+    bench: Bench, guest: Guest, parameters: dict[str, bool]
+) -> None:
     """Its gateway on VLAN 200 has another MAC address where it goes."""
     bench.answers()
     target = bench.target(guest)
-    target.qmp.execute("migrate-set-parameters", {"announce-refresh": True})
+    target.qmp.execute("migrate-set-parameters", parameters)
     before = _neighbour(guest)
     new = "02:00:00:00:99:01"
     old = bench.client_mac("net0.200")

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 from vm_bench import Bench, Guest, announced
 
-from godwit.announce.addresses import Entry
 from godwit.announce.dissect import Sighting
+from godwit.announce.entries import Entry
 from godwit.announce.frames import gratuitous_arp, rarp, unsolicited_na
 from godwit.announce.observer import Observer
 from godwit.errors import HostError
 from godwit.host.loop import Loop
+from godwit.host.net.bpf import Bits, bits
 from godwit.host.net.ethernet import TPID_8021AD, TPID_8021Q
 from godwit.host.net.tap import HEADER, Tap
 from godwit.host.net.tap_watch import INTERVAL_S, MAX_FRAMES, TapWatch
@@ -47,6 +48,7 @@ class Place:
 
     def __init__(self) -> None:
         self.loop = Loop()
+        self.network: TapWatch | None = None
         # The host's own frames would disturb the counts.
         with inside(NETNS):
             Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
@@ -191,21 +193,36 @@ REPLY = (
 @pytest.fixture
 def answers(place: Place) -> Iterator[Frames]:
     frames: Frames = []
-    tap = place.watch(lambda *frame: frames.append(frame), place.loop, answers=True)
+    place.network = tap = place.watch(lambda *frame: frames.append(frame), place.loop, network=True)
     yield frames
     tap.close()
 
 
-def test_answers_to_the_guest_are_seen(place: Place, answers: Frames) -> None:
+def test_what_others_send_to_the_guest_is_seen(place: Place, answers: Frames) -> None:
     tagged = REPLY[:12] + bytes.fromhex("810000c8") + REPLY[12:]
     place.tap.send(REPLY)  # of the guest's own
-    place.to_guest(gratuitous_arp(OTHER, IP4))  # a question
     place.to_guest(rarp(OTHER))
-    sent = [REPLY, tagged, unsolicited_na(OTHER, IP6, QINQ)]
+    to_many = [gratuitous_arp(OTHER, IP4), unsolicited_na(OTHER, IP6, QINQ)]
+    sent = [REPLY, tagged, *to_many]
     for frame in sent:
         place.to_guest(frame)
     place.until(lambda: len(answers) >= len(sent))
     assert [whole(*frame) for frame in answers] == sent
+    # Of what is sent to many, only what concerns the guest.
+    for known, passed in (
+        (Bits(), []),
+        (Bits(ipv4=bits([IP4])), to_many[:1]),
+        (Bits(ipv6=bits([IP6])), to_many[1:]),
+        (Bits(peers=bits([IP6])), to_many[1:]),
+        (Bits(macs=bits([OTHER])), to_many),
+    ):
+        answers.clear()
+        assert place.network is not None
+        place.network.narrow(known)
+        for frame in (*to_many, REPLY):
+            place.to_guest(frame)
+        place.until(lambda: REPLY in [whole(*frame) for frame in answers])
+        assert [whole(*frame) for frame in answers] == [*passed, REPLY]
 
 
 def test_a_tag_beside_an_answer_is_seen(place: Place, answers: Frames) -> None:
@@ -292,7 +309,7 @@ def _entries(observer: Observer, now: float) -> list[Entry]:
 
 def _missing(observer: Observer, now: float) -> list[Entry]:
     with observer.book(now) as book:
-        return book.seen.missing(book.entries())
+        return [one for one in book.entries() if not book.seen.announced_since(one, None)]
 
 
 def test_the_observer_tells_the_guests_frames_from_the_hosts(place: Place) -> None:

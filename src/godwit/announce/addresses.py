@@ -1,12 +1,11 @@
 """The address book of one NIC: the addresses behind the NIC, and the peers of its guest.
 
-Pure; time is passed in. The guest decides what comes in here, so everything is bounded and ages. An
-address is a MAC address alone, or a MAC address with an IP address, within a stack of VLAN tags.
+Pure; time is passed in. The guest decides what comes in here, so everything is bounded and ages.
+What another host claims leaves the book at once: to announce it would be an attack.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -14,106 +13,33 @@ import msgspec
 
 from godwit.host.net.ethernet import TPID_8021Q
 
-from . import frames, saved
+from . import saved
 from .dissect import Sighting, is_host_mac
-from .frames import Tag
-from .policy import Policy
-from .saved import MAX_ENTRIES, MAX_MET, MAX_PEERS, AddressBookState, SavedEntry, SavedPeer
+from .entries import Entry, Key, Peer, SeenAnnouncements, Source, Strength, Tags
+from .memberships import Memberships
+from .saved import (
+    MAX_ELSEWHERE,
+    MAX_ENTRIES,
+    MAX_MET,
+    MAX_PEERS,
+    AddressBookState,
+    SavedElsewhere,
+    SavedEntry,
+    SavedPeer,
+)
 
 #: Addresses from the NIC's filter tables, at most.
 MAX_FILTER_ENTRIES = 128
-#: Addresses whose announcement by the guest is remembered, at most.
-MAX_SEEN = 1024
 #: An address or a peer that was not seen for so long is forgotten, seconds. A guest that gave an
 #: address up may have left the address to another host, which an announcement would harm.
 MAX_AGE_S = 3600.0
-
-_Tags = tuple[Tag, ...]
-#: MAC address, tags, IP address if any.
-Address = tuple[bytes, _Tags, bytes | None]
-#: An IP address within its VLAN has one owner: the key is (tags, ip), or (tags, mac) without one.
-_Key = tuple[_Tags, bytes]
-
-
-class Source(enum.Enum):
-    """The way in which an address came to be known."""
-
-    CONFIG = "config"
-    FILTER = "filter"
-    FRAME = "frame"
-    SAVED = "saved"
-
-
-class Entry(msgspec.Struct, frozen=True):
-    """One address in an address book.
-
-    Attributes:
-        mac: six bytes.
-        tags: VLAN tags from the outside in.
-        ip: 4 or 16 bytes; None: none is known.
-        last_seen: when the address was last seen, in any way and on any host, seconds.
-        confirmed: when the guest last sent a frame from the address on this host, seconds; None:
-            not yet.
-        source: the way in which the address was last seen.
-    """
-
-    mac: bytes
-    tags: _Tags
-    ip: bytes | None
-    last_seen: float
-    confirmed: float | None
-    source: Source
-
-    @property
-    def address(self) -> Address:
-        """The address alone: MAC address, tags, IP address."""
-        return self.mac, self.tags, self.ip
-
-
-class Peer(msgspec.Struct, frozen=True):
-    """An address the guest asked for or answered, ``count`` times.
-
-    The last time was at ``last_seen``, in seconds.
-    """
-
-    tags: _Tags
-    ip: bytes
-    last_seen: float
-    count: int
-
-
-class SeenAnnouncements:
-    """The addresses the guest itself was seen to announce since :meth:`begin`.
-
-    Not thread-safe. Of more than 1,024 addresses the rest is not remembered, and counts as missing:
-    the host then announces once more what the guest announced.
-    """
-
-    def __init__(self) -> None:
-        self._at: dict[Address, float] = {}
-        self._begun = False
-
-    def begin(self) -> None:
-        """Forget all announcements, and remember those from now on."""
-        self._at.clear()
-        self._begun = True
-
-    def see(self, sighting: Sighting, now: float) -> None:
-        """Remember an announcement of the guest's, unless :meth:`begin` was never called."""
-        if not (self._begun and sighting.announces):
-            return
-        # A MAC address is announced by whatever announces the MAC with an IP address.
-        for ip in {sighting.ip, None}:
-            if len(self._at) < MAX_SEEN:
-                self._at.setdefault((sighting.mac, sighting.tags, ip), now)
-
-    def announced_at(self, entry: Entry) -> float | None:
-        """Return when the guest was first seen to announce an entry, in seconds, or None."""
-        return self._at.get(entry.address)
-
-    def missing(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Return the entries the guest was not seen to announce, in the same order."""
-        return [entry for entry in entries if self.announced_at(entry) is None]
+#: Others' claims that are remembered until a guest arrives, at most.
+MAX_CLAIMS = 512
+#: The ages of a book that arrives lack the time under way: a claim that is older than an address's
+#: last use by less than this may be the later of the two, seconds.
+CLAIM_MARGIN_S = 2.0
+#: A frame of the guest's may come back to its tap (a switch that reflects, a loop), within seconds.
+REFLECTED_S = 1.0
 
 
 class AddressBook:
@@ -128,10 +54,16 @@ class AddressBook:
     there. 128 more may come from the filter tables. Of 128 peers, 96 may be such that were met more
     than once; those met once go first.
 
-    Worst memory use, all full of IPv6 addresses under two tags: less than 300 KB.
+    Worst memory use, all full of IPv6 addresses under two tags: less than 500 KB.
+
+    Until a guest's first frame, or until a saved book is loaded, others' claims are remembered, so
+    that a guest that arrives is measured by what was claimed meanwhile.
 
     Attributes:
         seen: the addresses the guest itself was seen to announce.
+        memberships: the multicast groups the guest receives.
+        claims: how many addresses left the book as another host claimed them.
+        version: grows with each change of the addresses that the book has.
     """
 
     def __init__(
@@ -143,17 +75,25 @@ class AddressBook:
         max_age_s: float = MAX_AGE_S,
     ) -> None:
         self.seen = SeenAnnouncements()
+        self.memberships = Memberships()
+        self.claims = 0
+        self.version = 0
         self._limit = limit
         self._peers_limit = peers_limit
         self._max_age = max_age_s
         # Each in the order of last_seen. _fixed has the configured address, then the filter's.
-        self._own: dict[_Key, Entry] = {}
-        self._others: dict[_Key, Entry] = {}
-        self._fixed: dict[_Key, Entry] = {}
-        self._met_once: dict[_Key, Peer] = {}
-        self._met: dict[_Key, Peer] = {}
+        self._own: dict[Key, Entry] = {}
+        self._others: dict[Key, Entry] = {}
+        self._fixed: dict[Key, Entry] = {}
+        self._met_once: dict[Key, Peer] = {}
+        self._met: dict[Key, Peer] = {}
         self._filter: tuple[list[bytes], list[int]] = ([], [])
+        #: (tags, ip) -> who claims it, since when; None: the guest is here.
+        self._early_claims: dict[Key, tuple[bytes, float]] | None = {}
+        #: (tags, mac) -> when another port of the network was seen to use the guest's MAC address.
+        self._elsewhere: dict[Key, float] = {}
         self._mac = mac
+        self._known_macs: tuple[int, set[bytes]] = (-1, set())
         self.set_configured(mac, now)
 
     @property
@@ -171,6 +111,8 @@ class AddressBook:
         The addresses of the MAC before are forgotten, unless the filter has that MAC: the guest may
         not receive for it any more, and its peers would be led astray.
         """
+        if mac == self._mac and self._fixed:
+            return
         before, self._mac = self._mac, mac
         gone = before not in (mac, *self._filter[0])
         known = sorted([*self._own.values(), *self._others.values()], key=_last_seen)
@@ -186,19 +128,70 @@ class AddressBook:
         The tables do not show which MAC address is in which VLAN: each may be in each. When that
         makes too many, those of the configured address and those without VLAN come first.
         """
+        before = self._filter
         self._filter = (
             list(islice(filter(is_host_mac, macs), MAX_FILTER_ENTRIES)),
             [vid for vid in vlans if 1 <= vid <= 4094][:MAX_FILTER_ENTRIES],
         )
-        self._fix(now)
+        if self._filter != before:
+            self._fix(now)
 
     def learn(self, sighting: Sighting, now: float) -> None:
         """Learn from what a frame of the guest's shows."""
+        self.guest_came()
         self.seen.see(sighting, now)
         mac, tags, ip = sighting.mac, sighting.tags, sighting.ip
-        self._put(Entry(mac, tags, ip, now, now, Source.FRAME))
+        strength = Strength.REPLIED
+        if sighting.announces and ip is not None:
+            strength = Strength.ANNOUNCED
+        elif not sighting.answers:
+            strength = Strength.ASKED
+        self._put(Entry(mac, tags, ip, now, now, Source.FRAME, strength, sighting.router))
         if sighting.peer is not None:
             self._meet((tags, sighting.peer), now)
+
+    def guest_came(self) -> None:
+        """Forget early claims, as the guest is here, and what is claimed is looked up at once."""
+        self._early_claims = None
+
+    def claim(self, sighting: Sighting, now: float) -> bool:
+        """Take note of another host's frame, and return whether an address left the book.
+
+        The pair of an IP address of the guest's and a MAC address that is not the guest's is a
+        claim. The MAC address stays in the book.
+        """
+        if sighting.ip is None:
+            return False
+        key = sighting.tags, sighting.ip
+        early = self._early_claims
+        if early is not None:
+            early.pop(key, None)
+            early[key] = sighting.mac, now
+            if len(early) > MAX_CLAIMS:
+                del early[next(iter(early))]
+        if sighting.router is not None:
+            for peers in (self._met, self._met_once):
+                if key in peers and peers[key].router != sighting.router:
+                    peers[key] = msgspec.structs.replace(peers[key], router=sighting.router)
+        return self._give_up(key, sighting.mac)
+
+    def used_elsewhere(self, mac: bytes, tags: Tags, now: float) -> None:
+        """Take note that a frame with a MAC address of the guest's came from the network.
+
+        None of its addresses is announced, unless the guest uses the MAC address later. The
+        configured MAC address is the NIC's own, and stays.
+        """
+        if mac == self._mac or mac not in self.macs():
+            return
+        used = self.last_use(mac, tags)
+        if used is not None and now < used + REFLECTED_S:
+            return
+        key = tags, mac
+        self._elsewhere.pop(key, None)
+        self._elsewhere[key] = now
+        self.version += 1
+        if len(self._elsewhere) > MAX_ELSEWHERE:
+            del self._elsewhere[next(iter(self._elsewhere))]
 
     def forget_old(self, now: float) -> None:
         """Forget the addresses and peers that were last seen too long ago."""
@@ -206,6 +199,10 @@ class AddressBook:
         for entries in (self._own, self._others):
             for key in [key for key, entry in entries.items() if entry.last_seen < oldest]:
                 del entries[key]
+                self.version += 1
+        for key in [key for key, at in self._elsewhere.items() if at < oldest]:
+            del self._elsewhere[key]
+        self.memberships.forget_old(oldest)
         for peers in (self._met_once, self._met):
             for key in [key for key, peer in peers.items() if peer.last_seen < oldest]:
                 del peers[key]
@@ -218,15 +215,71 @@ class AddressBook:
         filter's, then those of other MACs, the latest first.
         """
         base, *fixed = self._fixed.values()
-        return [base, *reversed(self._own.values()), *fixed, *reversed(self._others.values())]
+        found = [base, *reversed(self._own.values()), *fixed, *reversed(self._others.values())]
+        return [entry for entry in found if not self._is_elsewhere(entry)]
+
+    def macs(self) -> set[bytes]:
+        """Return all MAC addresses behind the NIC, elsewhere or not."""
+        version, macs = self._known_macs
+        if version != self.version:
+            entries = (*self._fixed.values(), *self._own.values(), *self._others.values())
+            macs = {self._mac, *(entry.mac for entry in entries)}
+            self._known_macs = self.version, macs
+        return macs
+
+    def ips(self) -> set[bytes]:
+        """Return all IP addresses in the book."""
+        entries = (*self._own.values(), *self._others.values())
+        return {entry.ip for entry in entries if entry.ip is not None}
+
+    @property
+    def expects_guest(self) -> bool:
+        """True until the guest's first frame, or until a saved book was loaded."""
+        return self._early_claims is not None
+
+    def find(self, tags: Tags, ip: bytes) -> Entry | None:
+        """Return the entry with an IP address in a network, or None."""
+        key = tags, ip
+        return self._own.get(key) or self._others.get(key)
+
+    def last_use(self, mac: bytes, tags: Tags | None = None) -> float | None:
+        """Return when the guest last sent from a MAC address, on any host, seconds, or None.
+
+        With ``tags``, only frames with these VLAN tags count.
+        """
+        entries = (*self._fixed.values(), *self._own.values(), *self._others.values())
+        used = [
+            entry.last_seen
+            for entry in entries
+            if entry.mac == mac
+            and entry.source in (Source.FRAME, Source.SAVED)
+            and tags in (None, entry.tags)
+        ]
+        return max(used, default=None)
+
+    def is_router(self, entry: Entry) -> bool:
+        """Return whether the guest is a router at an entry's address, by its last word there.
+
+        Without a word there, another address of the same interface counts: a host forwards or does
+        not on an interface as a whole.
+        """
+        if entry.router is not None:
+            return entry.router
+        entries = (*self._own.values(), *self._others.values())
+        return any(
+            other.router is True and (other.mac, other.tags) == (entry.mac, entry.tags)
+            for other in entries
+        )
 
     def peers(self) -> list[Peer]:
-        """Return the peers, those met most often first, and of these the latest first.
+        """Return the peers: routers first, then the ones met most often, then the latest first.
 
         The first is likely to be a gateway.
         """
         both = [*self._met.values(), *self._met_once.values()]
-        return sorted(both, key=lambda peer: (peer.count, peer.last_seen), reverse=True)
+        return sorted(
+            both, key=lambda peer: (peer.router, peer.count, peer.last_seen), reverse=True
+        )
 
     # --- the saved state --------------------------------------------------------------------------
     def save(self, now: float) -> AddressBookState:
@@ -234,34 +287,71 @@ class AddressBook:
         self.forget_old(now)
         return AddressBookState(
             [
-                SavedEntry(entry.mac, saved.from_tags(entry.tags), entry.ip, _age(entry, now))
+                SavedEntry(
+                    entry.mac,
+                    saved.from_tags(entry.tags),
+                    entry.ip,
+                    _age(entry, now),
+                    entry.strength,
+                    entry.router,
+                )
                 for entry in (*self._own.values(), *self._others.values())
             ],
             [
-                SavedPeer(saved.from_tags(peer.tags), peer.ip, _age(peer, now), peer.count)
+                SavedPeer(
+                    saved.from_tags(peer.tags), peer.ip, _age(peer, now), peer.count, peer.router
+                )
                 for peer in (*self._met.values(), *self._met_once.values())
             ],
+            [
+                SavedElsewhere(mac, saved.from_tags(tags), max(0.0, now - at))
+                for (tags, mac), at in self._elsewhere.items()
+            ],
+            self.memberships.save(now),
         )
 
     def load(self, state: AddressBookState, now: float) -> None:
         """Replace what was learned by a state that msgspec has decoded.
+
+        ``now`` is the present by the book's clock, less the time that the state was under way
+        (in a file, say). What others have claimed here meanwhile does not come in.
 
         Raises:
             StreamError: the state is refused, and nothing changed; names the field.
         """
         saved.check(state)
         entries = [
-            Entry(one.mac, saved.to_tags(one.tags), one.ip, now - one.age, None, Source.SAVED)
+            Entry(
+                one.mac,
+                saved.to_tags(one.tags),
+                one.ip,
+                now - one.age,
+                None,
+                Source.SAVED,
+                Strength(one.strength),
+                one.router,
+            )
             for one in state.entries
         ]
         peers = [
-            Peer(saved.to_tags(one.tags), one.ip, now - one.age, one.count) for one in state.peers
+            Peer(saved.to_tags(one.tags), one.ip, now - one.age, one.count, one.router)
+            for one in state.peers
         ]
         self._own, self._others, self._met, self._met_once = {}, {}, {}, {}
         for entry in sorted(entries, key=_last_seen):
             self._put(entry)
         for peer in sorted(peers, key=_last_seen):
             self._keep((peer.tags, peer.ip), peer)
+        self._elsewhere = {
+            (saved.to_tags(one.tags), one.mac): now - one.age
+            for one in sorted(state.elsewhere, key=_reversed_age)
+        }
+        self.memberships.load(state.memberships, now)
+        early, self._early_claims = self._early_claims or {}, None
+        for key, (mac, at) in early.items():
+            known = self.find(*key)
+            if known is not None and at > known.last_seen - CLAIM_MARGIN_S:
+                self._give_up(key, mac)
         self.forget_old(now)
 
     # --- inside -----------------------------------------------------------------------------------
@@ -271,6 +361,20 @@ class AddressBook:
             self._fixed[key] = entry
             return
         # Taken out first: what is put in is the latest. Another MAC may have had the IP.
+        known = self.find(*key)
+        if known is None or known.mac != entry.mac:
+            self.version += 1
+        if known is None:
+            pass
+        elif known.mac == entry.mac:
+            entry = msgspec.structs.replace(
+                entry,
+                strength=max(known.strength, entry.strength),
+                router=known.router if entry.router is None else entry.router,
+            )
+        elif known.strength > entry.strength:
+            self._put(Entry(entry.mac, entry.tags, None, *_times(entry), entry.source))
+            return
         self._own.pop(key, None)
         self._others.pop(key, None)
         (self._own if entry.mac == self._mac else self._others)[key] = entry
@@ -279,12 +383,33 @@ class AddressBook:
         if len(self._own) + len(self._others) > self._limit:
             del self._others[next(iter(self._others))]
 
+    def _give_up(self, key: Key, claimant: bytes) -> bool:
+        """Take out an IP address that another's MAC address claims, and return whether one was."""
+        known = self.find(*key)
+        if known is None or known.ip is None or claimant in self.macs():
+            return False
+        self._own.pop(key, None)
+        self._others.pop(key, None)
+        self.claims += 1
+        self.version += 1
+        if not any((one.mac, one.tags) == (known.mac, known.tags) for one in self.entries()):
+            self._put(Entry(known.mac, known.tags, None, *_times(known), known.source))
+        return True
+
+    def _is_elsewhere(self, entry: Entry) -> bool:
+        at = self._elsewhere.get((entry.tags, entry.mac))
+        if at is None:
+            return False
+        used = self.last_use(entry.mac, entry.tags)
+        return used is None or used < at
+
     def _fix(self, now: float) -> None:
         """Build the addresses of configuration and filter anew, and keep what frames have shown."""
+        self.version += 1
         macs, vlans = self._filter
         old = self._fixed
         self._fixed = fixed = {}
-        key: _Key = ((), self._mac)
+        key: Key = ((), self._mac)
         fixed[key] = Entry(self._mac, (), None, now, None, Source.CONFIG)
         for mac, tags in _filtered(self._mac, macs, vlans):
             if len(fixed) > MAX_FILTER_ENTRIES:
@@ -296,12 +421,14 @@ class AddressBook:
                 if entry is not None and entry.confirmed is not None:
                     fixed[key] = entry
 
-    def _meet(self, key: _Key, now: float) -> None:
+    def _meet(self, key: Key, now: float) -> None:
         old = self._met.pop(key, None) or self._met_once.pop(key, None)
+        if old is None:
+            self.version += 1
         count = min(old.count + 1, MAX_MET) if old else 1
-        self._keep(key, Peer(key[0], key[1], now, count))
+        self._keep(key, Peer(key[0], key[1], now, count, old is not None and old.router))
 
-    def _keep(self, key: _Key, peer: Peer) -> None:
+    def _keep(self, key: Key, peer: Peer) -> None:
         (self._met if peer.count > 1 else self._met_once)[key] = peer
         if len(self._met) > self._peers_limit * 3 // 4:
             del self._met[next(iter(self._met))]
@@ -309,25 +436,7 @@ class AddressBook:
             del self._met_once[next(iter(self._met_once))]
 
 
-def announcements(entries: Iterable[Entry], policy: Policy | None = None) -> Iterator[bytes]:
-    """Yield the frames in which the host announces ``entries`` in the guest's name.
-
-    First comes a RARP for each MAC address in each VLAN: then every switch knows the way. After
-    that come gratuitous ARPs and unsolicited neighbour advertisements, for the peers' tables.
-    """
-    policy = policy or Policy()
-    allowed = [entry for entry in entries if policy.permits(entry.mac)]
-    for mac, tags in dict.fromkeys((entry.mac, entry.tags) for entry in allowed):
-        yield frames.rarp(mac, tags)
-    for entry in allowed:
-        ip = entry.ip
-        if ip is None or not policy.permits(entry.mac, ip):
-            continue
-        make_frame = frames.gratuitous_arp if len(ip) == 4 else frames.unsolicited_na
-        yield make_frame(entry.mac, ip, entry.tags)
-
-
-def _filtered(own: bytes, macs: list[bytes], vlans: list[int]) -> Iterator[tuple[bytes, _Tags]]:
+def _filtered(own: bytes, macs: list[bytes], vlans: list[int]) -> Iterator[tuple[bytes, Tags]]:
     for vid in vlans[: MAX_FILTER_ENTRIES // 2]:
         yield own, ((TPID_8021Q, vid),)
     for mac in macs:
@@ -339,6 +448,14 @@ def _filtered(own: bytes, macs: list[bytes], vlans: list[int]) -> Iterator[tuple
 
 def _last_seen(one: Entry | Peer) -> float:
     return one.last_seen
+
+
+def _times(entry: Entry) -> tuple[float, float | None]:
+    return entry.last_seen, entry.confirmed
+
+
+def _reversed_age(one: SavedElsewhere) -> float:
+    return -one.age
 
 
 def _age(one: Entry | Peer, now: float) -> float:

@@ -106,6 +106,8 @@ class Announcer:
         """Listen to the run states: start an announcement, or end what is under way."""
         with self._rounds_lock:
             self._running = new is RunState.RUNNING
+            for uplink in self._uplinks.values():
+                uplink.observer.guest_here(self._running)
             if not self._running:
                 for key in tuple(self._current):
                     self._cancel(key)
@@ -188,6 +190,11 @@ class Announcer:
             )
         )
 
+    def answered(self, nic: str, sighting: Sighting) -> None:
+        """Take note of what another host shows on its way to the guest."""
+        if self._current:
+            self._notify(nic, lambda announcement: announcement.answered(sighting))
+
     def port_ready(self, nic: str) -> None:
         """Go on with the announcements that waited for the NIC's port."""
         self._notify(nic, NicAnnouncement.port_ready)
@@ -223,10 +230,18 @@ class Announcer:
             "acks": record.acks,
             "ack-ms": None if record.ack_ms is None else round(record.ack_ms, 3),
             "timeouts": record.timeouts,
+            "rarp-sent": record.rarp_sent,
             "host-sent": record.host_sent,
+            "reports-sent": record.reports_sent,
             "host-ms": record.ms_until(record.host_sent_at),
             "held": record.held,
             "ready-ms": record.ms_until(record.ready_at),
+            "questions": record.questions,
+            "answers": record.answers,
+            "proof": record.proof,
+            "proved-ms": record.ms_until(record.proved_at),
+            "unproved": record.unproved,
+            "claims": uplink.claims,
             "verified-ms": record.ms_until(record.verified_at),
             "unverified": record.unverified,
             "error": record.error,
@@ -252,6 +267,8 @@ class Announcer:
         self._cancel(key)
         wanted = self._parameters()
         parameters, options = schedule or wanted.announce, wanted.announce_options
+        if schedule is not None:  # as many rounds as the operator asked for
+            options = msgspec.structs.replace(options, patience=0)
         for old in [old for old, one in self._current.items() if all(nic.over for nic in one.nics)]:
             del self._current[old]
         if not parameters.rounds:

@@ -40,8 +40,9 @@ _RARP_REQUEST = 3
 _ICMPV6 = 58
 _NEIGHBOR_SOLICITATION = 135  # RFC 4861 section 4.3
 _NEIGHBOR_ADVERTISEMENT = 136  # RFC 4861 section 4.4
-_NA_OVERRIDE = 0x2000_0000
+_NA_ROUTER, _NA_OVERRIDE = 0x8000_0000, 0x2000_0000
 _SOURCE_LINK_LAYER_ADDRESS, _TARGET_LINK_LAYER_ADDRESS = 1, 2  # RFC 4861 section 4.6.1
+_UNSPECIFIED = bytes(16)
 #: RFC 4291 section 2.7.1: ff02::1:ff00:0/104.
 _SOLICITED_NODE = bytes.fromhex("ff0200000000000000000001ff")
 
@@ -63,7 +64,7 @@ def rarp(mac: bytes, tags: Tags = ()) -> bytes:
         ValueError: ``mac`` or a tag is not valid.
     """
     payload = _arp(_RARP_REQUEST, mac, b"\0" * 4, mac, b"\0" * 4)
-    return _ethernet(BROADCAST, mac, tags, ETH_P_RARP, payload)
+    return ethernet(BROADCAST, mac, tags, ETH_P_RARP, payload)
 
 
 def gratuitous_arp(mac: bytes, ip4: bytes, tags: Tags = ()) -> bytes:
@@ -76,23 +77,25 @@ def gratuitous_arp(mac: bytes, ip4: bytes, tags: Tags = ()) -> bytes:
         ValueError: ``mac``, ``ip4`` (four bytes) or a tag is not valid.
     """
     _check(ip4, 4, "IPv4 address")
-    return _ethernet(BROADCAST, mac, tags, ETH_P_ARP, _arp(_ARP_REQUEST, mac, ip4, b"\0" * 6, ip4))
+    return ethernet(BROADCAST, mac, tags, ETH_P_ARP, _arp(_ARP_REQUEST, mac, ip4, b"\0" * 6, ip4))
 
 
-def unsolicited_na(mac: bytes, ip6: bytes, tags: Tags = ()) -> bytes:
+def unsolicited_na(mac: bytes, ip6: bytes, tags: Tags = (), *, router: bool = False) -> bytes:
     """Return an unsolicited neighbour advertisement to all nodes, with the override flag.
 
     RFC 4861 section 7.2.6, with the fields Linux uses (net/ipv6/ndisc.c,
-    ndisc_send_unsol_na): source and target ``ip6``, not a router, target link-layer address.
+    ndisc_send_unsol_na): source and target ``ip6``, target link-layer address. Hosts that have
+    ``ip6`` as their default router forget the router if ``router`` is False (section 7.2.5).
 
     Raises:
         ValueError: ``mac``, ``ip6`` (sixteen bytes) or a tag is not valid.
     """
     _check(mac, ETH_ALEN, "MAC address")
     _check(ip6, 16, "IPv6 address")
-    body = struct.pack("!I16sBB6s", _NA_OVERRIDE, ip6, _TARGET_LINK_LAYER_ADDRESS, 1, mac)
+    flags = _NA_OVERRIDE | (_NA_ROUTER if router else 0)
+    body = struct.pack("!I16sBB6s", flags, ip6, _TARGET_LINK_LAYER_ADDRESS, 1, mac)
     ip = _icmpv6(ip6, ALL_NODES, _NEIGHBOR_ADVERTISEMENT, body)
-    return _ethernet(ALL_NODES_MAC, mac, tags, ETH_P_IPV6, ip)
+    return ethernet(ALL_NODES_MAC, mac, tags, ETH_P_IPV6, ip)
 
 
 def arp_request(mac: bytes, ip4: bytes, target: bytes, tags: Tags = ()) -> bytes:
@@ -103,26 +106,46 @@ def arp_request(mac: bytes, ip4: bytes, target: bytes, tags: Tags = ()) -> bytes
     """
     _check(ip4, 4, "IPv4 address")
     _check(target, 4, "IPv4 address")
-    return _ethernet(
+    return ethernet(
         BROADCAST, mac, tags, ETH_P_ARP, _arp(_ARP_REQUEST, mac, ip4, b"\0" * 6, target)
     )
 
 
-def solicitation(mac: bytes, ip6: bytes, target: bytes, tags: Tags = ()) -> bytes:
+def arp_probe(mac: bytes, target: bytes, tags: Tags = ()) -> bytes:
+    """Return a broadcast ARP probe of ``mac``: who has ``target`` answers, and nobody learns.
+
+    The sender's protocol address is zero (RFC 5227 section 1.1).
+
+    Raises:
+        ValueError: an address or a tag is not valid.
+    """
+    return arp_request(mac, bytes(4), target, tags)
+
+
+def link_local(mac: bytes) -> bytes:
+    """Return the IPv6 link-local address made of a MAC address (RFC 4291 appendix A)."""
+    return b"\xfe\x80" + bytes(6) + bytes([mac[0] ^ 2]) + mac[1:3] + b"\xff\xfe" + mac[3:]
+
+
+def solicitation(mac: bytes, ip6: bytes | None, target: bytes, tags: Tags = ()) -> bytes:
     """Return a neighbour solicitation for ``target`` from ``mac`` with ``ip6``.
 
-    RFC 4861 section 4.3; to the solicited-node address (RFC 4291 section 2.7.1).
+    RFC 4861 section 4.3; to the solicited-node address (RFC 4291 section 2.7.1). Without ``ip6``
+    the solicitation is that of duplicate address detection: who has ``target`` answers all nodes
+    (section 7.2.4), and nobody learns.
 
     Raises:
         ValueError: an address or a tag is not valid.
     """
     _check(mac, ETH_ALEN, "MAC address")
-    _check(ip6, 16, "IPv6 address")
     _check(target, 16, "IPv6 address")
-    body = struct.pack("!I16sBB6s", 0, target, _SOURCE_LINK_LAYER_ADDRESS, 1, mac)
+    body = struct.pack("!I16s", 0, target)
+    if ip6 is not None:
+        _check(ip6, 16, "IPv6 address")
+        body += struct.pack("!BB6s", _SOURCE_LINK_LAYER_ADDRESS, 1, mac)
     to = _SOLICITED_NODE + target[13:]
-    ip = _icmpv6(ip6, to, _NEIGHBOR_SOLICITATION, body)
-    return _ethernet(b"\x33\x33" + to[12:], mac, tags, ETH_P_IPV6, ip)
+    ip = _icmpv6(ip6 or _UNSPECIFIED, to, _NEIGHBOR_SOLICITATION, body)
+    return ethernet(b"\x33\x33" + to[12:], mac, tags, ETH_P_IPV6, ip)
 
 
 def layer2_update(mac: bytes, tags: Tags = (), cookie: bytes = b"") -> bytes:
@@ -138,7 +161,7 @@ def layer2_update(mac: bytes, tags: Tags = (), cookie: bytes = b"") -> bytes:
     _check(mac, ETH_ALEN, "MAC address")
     if len(cookie) > MAX_COOKIE:
         raise ValueError(f"the cookie has {len(cookie)} bytes: use at most {MAX_COOKIE}")
-    return _ethernet(BROADCAST, mac, tags, len(_XID), _XID + cookie)
+    return ethernet(BROADCAST, mac, tags, len(_XID), _XID + cookie)
 
 
 def stack_of(frame: bytes | memoryview) -> bytes:
@@ -164,7 +187,7 @@ def _icmpv6(source: bytes, destination: bytes, kind: int, body: bytes) -> bytes:
     length = len(head) + 2 + len(body)
     # RFC 8200 section 8.1: the pseudo-header.
     pseudo = source + destination + struct.pack("!II", length, _ICMPV6)
-    message = head + struct.pack("!H", _checksum(pseudo + head + b"\0\0" + body)) + body
+    message = head + struct.pack("!H", checksum(pseudo + head + b"\0\0" + body)) + body
     # Hop limit 255 proves to the receiver that no router passed it on (RFC 4861 section 7.1.2).
     return struct.pack("!IHBB16s16s", 6 << 28, length, _ICMPV6, 255, source, destination) + message
 
@@ -176,7 +199,12 @@ def _arp(operation: int, sha: bytes, spa: bytes, tha: bytes, tpa: bytes) -> byte
     )
 
 
-def _ethernet(dst: bytes, src: bytes, tags: Tags, ethertype: int, payload: bytes) -> bytes:
+def ethernet(dst: bytes, src: bytes, tags: Tags, ethertype: int, payload: bytes) -> bytes:
+    """Return an Ethernet frame with its VLAN tags, padded to the least length.
+
+    Raises:
+        ValueError: a tag is not valid.
+    """
     stack = b""
     for tpid, vid in tags:
         # 802.1Q-2018 section 9.6: 0 is 'priority only', 4095 is reserved.
@@ -190,7 +218,7 @@ def _ethernet(dst: bytes, src: bytes, tags: Tags, ethertype: int, payload: bytes
     return frame.ljust(ETH_ZLEN + len(stack), b"\0")
 
 
-def _checksum(data: bytes) -> int:
+def checksum(data: bytes) -> int:
     """Return the checksum (RFC 1071) of an even number of bytes."""
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:

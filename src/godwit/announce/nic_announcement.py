@@ -13,20 +13,28 @@ After an ack the guest's frames are what counts: what the address book has and t
 seen to announce by then is announced by the host. A round that falls due while an ack is awaited
 waits for the ack, so that each round has its effect.
 
+After the last round of the schedule, further ones follow, further and further apart: while no
+answer has shown that the network passes the guest's frames (a port may be wired late, and look
+ready all the time), and while the announcement is not verified, if it is to be.
+
 All methods are called with the announcer's lock held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from godwit.errors import GodwitError, HostError
 from godwit.host.loop import Clock, Timer
 from godwit.spec.events import Event
-from godwit.spec.parameters import AnnounceOptions, AnnounceParameters
+from godwit.spec.parameters import AnnounceOptions, AnnounceParameters, Rarp
 
+from .dissect import Sighting
+from .entries import Entry
+from .host_announcement import DECLINED, NO_ACK, HostAnnouncement
 from .pacing import Pacer, round_delays
+from .questions import Questions
 from .record import NicRecord
 from .uplink import Uplink
 
@@ -38,6 +46,10 @@ MAX_ATTEMPTS = 2
 SEEN_AFTER_ACK_S = 0.1
 #: Further rounds while the announcement is not verified: seconds from the round before.
 FURTHER_ROUNDS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+#: The longest time from one further round to the next, while no answer comes, seconds.
+LONGEST_S = 60.0
+#: The last further round may come so much after the bound, seconds: the schedule's own length.
+LEEWAY_S = 5.0
 #: From a verifier's question to its answer, seconds.
 VERIFY_S = 0.3
 
@@ -86,9 +98,20 @@ class NicAnnouncement:
         self._verifier = verifier
         self._pacer = pacer
         self._rate = options.rate
+        self._rarp = options.rarp is Rarp.ALWAYS
         self._deadline_s = options.deadline / 1000
+        self._patience_s = options.patience / 1000
+        self._questions = Questions(uplink, record, clock, options.ask_gateways, self._failed)
+        self._host = HostAnnouncement(
+            uplink, record, self._questions, clock, self._after, report, self._failed
+        )
         self._delays = round_delays(parameters)
-        self._further: Sequence[float] = FURTHER_ROUNDS_S
+        self._further = _further_delays()
+        self._further_rounds = 0
+        self._next_further: Timer | None = None
+        self._first_at = self._round_at = 0.0  # when the first and the last round began
+        self._paid = 0  # frames sent beside the rounds, for which a round has paid
+        self._stale = False  # a network passes frames only since after the last round began
         self._timers = 0  # that are pending
         # While an ack is awaited.
         self._unacked = 0  # attempts since the last ack
@@ -98,9 +121,7 @@ class NicAnnouncement:
         # While the port is not ready.
         self._held = False
         self._held_round = False
-        self._held_host_reason: str | None = (
-            None  # why the host shall announce once the port is ready
-        )
+        self._held_call: Callable[[], None] | None = None  # the host's part that waits
 
     @property
     def over(self) -> bool:
@@ -122,12 +143,30 @@ class NicAnnouncement:
         self._held = False
         self._record.held = None
         self._record.ready_at = self._clock.now()
-        reason, self._held_host_reason = self._held_host_reason, None
+        held_call, self._held_call = self._held_call, None
         held_round, self._held_round = self._held_round, False
         if held_round:
             self._round()  # announces all there is
-        elif reason is not None:
-            self._announce_from_host(reason)
+        elif held_call is not None:
+            held_call()
+
+    def answered(self, sighting: Sighting) -> None:
+        """Take note of what another host shows on its way to the guest."""
+        if self.over:
+            return
+        record, questions = self._record, self._questions
+        passes_since = questions.answered(sighting)
+        if passes_since is None:
+            return
+        self._host.network_passes()
+        if questions.settled and record.proved_at is None:
+            record.proved_at = self._clock.now()
+            record.unproved = []
+        # What was sent before may be lost.
+        self._stale = self._stale or passes_since > self._round_at
+        if self._next_further is not None:
+            self._cancel_further()
+            self._judge()
 
     def acked(self) -> None:
         """Take note that the guest acknowledged, and check soon what the guest left out."""
@@ -139,7 +178,8 @@ class NicAnnouncement:
             return
         self._unacked = 0
         self._fallback = False
-        self._after(SEEN_AFTER_ACK_S, self._announce_missing)
+        self._host.stand_back()
+        self._after(SEEN_AFTER_ACK_S, self._look)
         if self._round_due:
             self._round_due = False
             self._round()
@@ -162,35 +202,47 @@ class NicAnnouncement:
             self._held_round = True
             return
         # Guest or host: whoever announces has about so many frames to send.
-        frames = len(self.uplink.entries())
+        entries = self.uplink.entries()
         first = not self._record.rounds
-        wait = self._pacer.take(frames, self._rate, self._clock.now(), first)
+        # What the host has sent beside, this round pays for.
+        beside = self._record.beside
+        count = len(entries) + beside - self._paid
+        wait = self._pacer.take(count, self._rate, self._clock.now(), first)
         if wait > 0:
             self._after(wait, self._round)
         else:
-            self._make_round()
+            self._paid = beside
+            self._make_round(entries)
 
-    def _hold(self) -> bool:
-        """Return whether the port is not ready, and if so, wait for the port."""
+    def _hold(self, call: Callable[[], None] | None = None) -> bool:
+        """Return whether the port is not ready, and if so, wait for the port with ``call``."""
         reason = self.uplink.port.not_ready_reason
         if reason is None:
             return False
+        self._held_call = call or self._held_call
         if not self._held:
             self._held = True
             self._record.held = reason
             self._report(*Event.ANNOUNCE_HELD.of(nic=self._record.nic, cause=reason))
         return True
 
-    def _make_round(self) -> None:
+    def _make_round(self, entries: Sequence[Entry]) -> None:
         record = self._record
         record.rounds += 1
+        self._round_at = self._clock.now()
+        self._stale = False
+        if record.rounds == 1:
+            self._first_at = self._round_at
         if self.uplink.port.warning is not None:
             self._failed(HostError(self.uplink.port.warning))
         record.mac = self.uplink.nic.mac.hex(":")
+        # Before the guest is asked: what leaves behind a question that is answered was not lost.
+        rarp = self._rarp and not self._fallback and self._host.send_rarp(entries)
+        self._questions.ask_peers(entries)
         if self._fallback:
-            self._announce_from_host("no ack")
+            self._announce_from_host(NO_ACK)
         elif not self._attempt():
-            self._announce_from_host("declined")
+            self._announce_from_host(DECLINED, base=not rarp)
         if record.rounds == 1:
             self._verifier.begin()
         self._schedule()
@@ -199,24 +251,59 @@ class NicAnnouncement:
         following = next(self._delays, None)
         if following is not None:
             self._after(following, self._round)
-        elif self._verifier.wanted:
-            # All rounds are made: does the network know? If not, more are, further apart.
+            return
+        # All rounds are made: does the network know? If not, more are, further apart.
+        if self._verifier.wanted:
             self._verifier.ask()
-            self._after(VERIFY_S, self._verify)
+        if self._verifier.wanted or (self._patience_s and not self._questions.settled):
+            self._after(VERIFY_S, self._judge)
 
-    def _verify(self) -> None:
+    def _judge(self) -> None:
+        """Make a further round later if one is needed, or report what was found."""
         record = self._record
+        if self._stale:
+            self._round()
+            return
+        delay = next(self._further)
+        unverified = self._unverified()
+        again = bool(unverified) and self._further_rounds < len(FURTHER_ROUNDS_S)
+        unproved = bool(self._patience_s) and not self._questions.settled
+        if unproved:
+            record.unproved = self._questions.unproved()
+            since = self._clock.now() - self._first_at
+            patient = since + delay <= self._patience_s + LEEWAY_S
+            again = again or patient
+        if again:
+            self._further_rounds += 1
+            self._next_further = self._after(delay - VERIFY_S, self._make_further)
+            return
+        if unverified:
+            self._report(*Event.ANNOUNCE_UNVERIFIED.of(nic=record.nic, what=unverified))
+        if unproved:
+            record.given_up = True
+            self._report(*Event.ANNOUNCE_UNPROVED.of(nic=record.nic, what=record.unproved))
+
+    def _make_further(self) -> None:
+        self._next_further = None
+        self._round()
+
+    def _cancel_further(self) -> None:
+        if self._next_further is not None:
+            self._next_further.cancel()
+            self._next_further = None
+            self._timers -= 1
+
+    def _unverified(self) -> list[str]:
+        """Return what is not verified but should be, and report the first time nothing is."""
+        record = self._record
+        if not self._verifier.wanted:
+            return []
         record.unverified = self._verifier.missing()
-        if not record.unverified:
-            if record.verified_at is None:
-                record.verified_at = self._clock.now()
-                ms = (record.verified_at - record.began_at) * 1000
-                self._report(*Event.ANNOUNCE_VERIFIED.of(nic=record.nic, ms=round(ms, 3)))
-        elif self._further:
-            delay, self._further = self._further[0], self._further[1:]
-            self._after(delay - VERIFY_S, self._round)
-        else:
-            self._report(*Event.ANNOUNCE_UNVERIFIED.of(nic=record.nic, what=record.unverified))
+        if not record.unverified and record.verified_at is None:
+            record.verified_at = self._clock.now()
+            ms = (record.verified_at - record.began_at) * 1000
+            self._report(*Event.ANNOUNCE_VERIFIED.of(nic=record.nic, ms=round(ms, 3)))
+        return record.unverified
 
     # --- the guest's part: attempts ---------------------------------------------------------------
     def _attempt(self) -> bool:
@@ -246,11 +333,13 @@ class NicAnnouncement:
         self._report(*Event.ANNOUNCE_TIMEOUT.of(nic=self._record.nic, asked=self._unacked))
         if self._unacked < MAX_ATTEMPTS:
             if self._attempt():
+                # By the time that nobody has acknowledged, the answers are there.
+                self._host.ask_ahead()
                 return
-            reason = "declined"
+            reason = DECLINED
         else:
             self._fallback = True
-            reason = "no ack"
+            reason = NO_ACK
         self._unacked = 0
         if self._round_due:
             self._round_due = False
@@ -259,33 +348,18 @@ class NicAnnouncement:
             self._announce_from_host(reason)
 
     # --- the host's part: the fallback ------------------------------------------------------------
-    def _announce_missing(self) -> None:
-        """Announce what the guest left out of an announcement the guest acknowledged."""
-        if self.uplink.missing():
-            self._announce_from_host("not shown")
+    def _look(self) -> None:
+        """Look at what the guest has announced by now."""
+        if self._hold(self._look):
+            return
+        self._host.shown()
 
-    def _announce_from_host(self, reason: str) -> None:
+    def _announce_from_host(self, reason: str, *, base: bool = True) -> None:
         """Announce in the guest's name, now or when the port is ready, and report the reason."""
-        if self._hold():
-            self._held_host_reason = reason
+        if self._hold(lambda: self._announce_from_host(reason)):
             return
-        record = self._record
-        entries = self.uplink.missing() if reason == "not shown" else self.uplink.entries()
-        if reason != "not shown":
-            record.method = "host"
-        try:
-            count = self.uplink.announce(entries)
-        except (GodwitError, OSError) as error:
-            self._failed(error)
-            return
-        if not count:
-            return
-        record.host_sent += count
-        if record.host_sent_at is None:
-            record.host_sent_at = self._clock.now()
-        self._report(
-            *Event.ANNOUNCE_HOST.of(nic=record.nic, round=record.rounds, frames=count, why=reason)
-        )
+        self._record.method = "host"
+        self._host.announce(reason, base=base)
 
     def _failed(self, error: Exception) -> None:
         cause = str(error) or type(error).__name__
@@ -293,3 +367,11 @@ class NicAnnouncement:
         self._report(
             *Event.ANNOUNCE_FAILED.of(nic=self._record.nic, round=self._record.rounds, cause=cause)
         )
+
+
+def _further_delays() -> Iterator[float]:
+    """Yield the seconds from one further round to the next: twice as long each time."""
+    delay = FURTHER_ROUNDS_S[0]
+    while True:
+        yield delay
+        delay = min(2 * delay, LONGEST_S)

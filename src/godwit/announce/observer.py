@@ -1,4 +1,4 @@
-"""The observer of one NIC: what the guest's frames show, kept in the NIC's address book.
+"""The observer of one NIC: what frames from and to the guest show, kept in the NIC's address book.
 
 No I/O: :class:`godwit.host.net.tap_watch.TapWatch` brings the frames. The watch also sees what the
 host writes to the tap in the guest's name, so the observer has to know of such a frame before.
@@ -12,8 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from godwit.host.net.bpf import Bits, bits
+
 from .addresses import AddressBook
-from .dissect import Malformed, Sighting, dissect
+from .dissect import Malformed, Sighting, dissect, tags_of
 from .frames import Tag
 
 #: Frames of the host's that have not come by yet, at most: each address once as RARP and once with
@@ -71,6 +73,8 @@ class Observer:
     Thread-safe; its lock is a leaf. Times are the clock's, in seconds.
 
     Attributes:
+        is_siblings: returns whether a MAC address is that of another NIC of the guest's. Called
+            without the lock.
         guest_frames: frames of the guest's that came by.
         malformed: how many of the guest's frames no honest host sends.
         host_frames: frames of the host's that came by.
@@ -82,6 +86,8 @@ class Observer:
         now: float,
         on_seen: Callable[[Sighting], None] = lambda sighting: None,
     ) -> None:
+        self._here = False
+        self.is_siblings: Callable[[bytes], bool] = lambda mac: False
         self.guest_frames = 0
         self.malformed = 0
         self.host_frames = 0
@@ -99,6 +105,43 @@ class Observer:
         with self._lock:
             self._book.forget_old(now)
             yield self._book
+
+    @property
+    def version(self) -> int | None:
+        """The version of the address book, or None while its guest is awaited."""
+        book = self._book
+        return None if book.expects_guest else book.version
+
+    def macs(self) -> set[bytes]:
+        """Return the MAC addresses in the address book, a set replaced and never changed."""
+        with self._lock:
+            return self._book.macs()
+
+    def known(self) -> tuple[int | None, Bits]:
+        """Return the version, and the addresses in the address book for the kernel's filter.
+
+        The configured MAC address is left out: whoever has the same is no news.
+        """
+        with self._lock:
+            book = self._book
+            ips, peers = book.ips(), [peer.ip for peer in book.peers() if len(peer.ip) == 16]
+            return self.version, Bits(
+                ipv4=bits(ip for ip in ips if len(ip) == 4),
+                ipv6=bits(ip for ip in ips if len(ip) == 16),
+                peers=bits(peers),
+                macs=bits(book.macs() - {book.mac}),
+            )
+
+    def guest_here(self, here: bool) -> None:
+        """Take note of whether the guest is here: it runs, or was loaded after its stop elsewhere.
+
+        Only then a MAC address of the guest's that comes from the network is another's. Before and
+        after, the guest may itself be there.
+        """
+        with self._lock:
+            self._here = here
+            if here:
+                self._book.guest_came()
 
     def host_sends(self, frame: bytes, now: float) -> None:
         """Take note of a frame the host is about to write to the tap.
@@ -125,12 +168,34 @@ class Observer:
             self.guest_frames += 1
             try:
                 sighting = dissect(data, outer)
+                if sighting is None:
+                    self._book.memberships.learn(bytes(data), outer, now)
+                    return None
             except Malformed:
                 self.malformed += 1
-                return None
-            if sighting is None:
                 return None
             self._book.learn(sighting, now)
         if sighting.announces:
             self._on_seen(sighting)
+        return sighting
+
+    def network_frame(
+        self, data: bytes | memoryview, outer: Tag | None, now: float
+    ) -> Sighting | None:
+        """Learn from a frame on its way to the guest, and return what another host shows there.
+
+        Returns None for malformed frames and frames without an address.
+        """
+        try:
+            tags = tags_of(data, outer)
+            sighting = dissect(data, outer, own=False)
+        except Malformed:
+            return None
+        # A guest answers at one NIC for what it has at another (arp_ignore): that is no claim.
+        others = sighting is not None and not self.is_siblings(sighting.mac)
+        with self._lock:
+            if self._here:
+                self._book.used_elsewhere(bytes(data[6:12]), tags, now)
+            if sighting is not None and others:
+                self._book.claim(sighting, now)
         return sighting

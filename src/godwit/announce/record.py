@@ -24,6 +24,13 @@ class NicRecord(msgspec.Struct):
         timeouts: how often the guest did not acknowledge in time.
         host_sent: frames the host sent.
         host_sent_at: when the host sent the first frame.
+        rarp_sent: RARPs of the NIC's MAC address the host sent beside the guest's announcement.
+        reports_sent: multicast memberships the host reported.
+        questions: frames in which the host asked the network in the guest's name.
+        answers: how many of the peers asked answered.
+        proved_at: when the last network was shown to pass the guest's frames; None: not all were.
+        unproved: the networks that were not, in words.
+        given_up: whether the wait for answers is over.
         held: why the announcement waits for the port; None: it does not wait.
         ready_at: when a port that was waited for became ready.
         verified_at: when the network was found to know where the guest is.
@@ -44,11 +51,32 @@ class NicRecord(msgspec.Struct):
     timeouts: int = 0
     host_sent: int = 0
     host_sent_at: float | None = None
+    rarp_sent: int = 0
+    reports_sent: int = 0
+    questions: int = 0
+    answers: int = 0
+    proved_at: float | None = None
+    unproved: list[str] = []
+    given_up: bool = False
     held: str | None = None
     ready_at: float | None = None
     verified_at: float | None = None
     unverified: list[str] = []
     error: str | None = None
+
+    @property
+    def beside(self) -> int:
+        """Return the number of frames the host sent beside the announcements of addresses."""
+        return self.rarp_sent + self.reports_sent + self.questions
+
+    @property
+    def proof(self) -> str | None:
+        """The state of the wait for answers: ``answered``, ``awaited`` or ``none came``."""
+        if not self.rounds:
+            return None
+        if self.proved_at is not None:
+            return "answered"
+        return "none came" if self.given_up else "awaited"
 
     @property
     def ack_ms(self) -> float | None:

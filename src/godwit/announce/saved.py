@@ -10,13 +10,18 @@ import msgspec
 from godwit.errors import StreamError
 from godwit.host.net.ethernet import ETH_ALEN, TPID_8021AD
 
-from .dissect import MAX_TAGS, is_host_ip, is_host_mac
+from .dissect import MAX_TAGS, is_group, is_host_ip, is_host_mac
 from .frames import Tag
 
 #: Addresses learned from frames, at most.
 MAX_ENTRIES = 512
 #: Peers learned from frames, at most.
 MAX_PEERS = 128
+#: MAC addresses of the guest's that were seen elsewhere, at most.
+MAX_ELSEWHERE = 64
+#: Multicast memberships, and of one, the sources that alone are wanted, at most.
+MAX_MEMBERSHIPS = 128
+MAX_SOURCES = 8
 #: How often a peer was met is counted up to here.
 MAX_MET = (1 << 31) - 1
 #: More than any age that is meant: 30 years, in seconds.
@@ -24,32 +29,64 @@ _LONGEST_S = 1e9
 
 _Tag = tuple[Literal[0x8100, 0x88A8], Annotated[int, msgspec.Meta(ge=1, le=4094)]]
 _Tags = Annotated[list[_Tag], msgspec.Meta(max_length=MAX_TAGS)]
+_Mac = Annotated[bytes, msgspec.Meta(min_length=ETH_ALEN, max_length=ETH_ALEN)]
 _Ip = Annotated[bytes, msgspec.Meta(min_length=4, max_length=16)]
 _Age = Annotated[float, msgspec.Meta(ge=0, le=_LONGEST_S)]
 
 
-class SavedEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An address and its age: the seconds since the address was last seen.
+class _Saved(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The base of all saved parts of an address book.
 
-    Two hosts' clocks share nothing, so no time is saved.
+    A field with a default came later than the first books, and is left out if at the default.
     """
 
-    mac: Annotated[bytes, msgspec.Meta(min_length=ETH_ALEN, max_length=ETH_ALEN)]
+
+class SavedEntry(_Saved, frozen=True):
+    """An address and its age: the seconds since the address was last seen.
+
+    Two hosts' clocks share nothing, so no time is saved. ``strength`` and ``router`` are as in
+    :class:`.addresses.Entry`.
+    """
+
+    mac: _Mac
     tags: _Tags
     ip: _Ip | None
     age: _Age
+    strength: Annotated[int, msgspec.Meta(ge=0, le=2)] = 0
+    router: bool | None = None
 
 
-class SavedPeer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SavedPeer(_Saved, frozen=True):
     """A peer, how often the guest met the peer, and the seconds since the last time."""
 
     tags: _Tags
     ip: _Ip
     age: _Age
     count: Annotated[int, msgspec.Meta(ge=1, le=MAX_MET)]
+    router: bool = False
 
 
-class AddressBookState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SavedElsewhere(_Saved, frozen=True):
+    """A MAC address of the guest's, and the seconds since another was seen to use the address."""
+
+    mac: _Mac
+    tags: _Tags
+    age: _Age
+
+
+class SavedMembership(_Saved, frozen=True):
+    """A multicast membership, as a :class:`.memberships.Membership`, and the age."""
+
+    mac: _Mac
+    tags: _Tags
+    ip: _Ip
+    group: _Ip
+    version: Annotated[int, msgspec.Meta(ge=1, le=3)]
+    age: _Age
+    sources: Annotated[list[_Ip], msgspec.Meta(max_length=MAX_SOURCES)] = []
+
+
+class AddressBookState(_Saved, frozen=True):
     """The state of an address book: what was learned from frames.
 
     Filter and configuration are in the NIC's state.
@@ -57,6 +94,8 @@ class AddressBookState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     entries: Annotated[list[SavedEntry], msgspec.Meta(max_length=MAX_ENTRIES)]
     peers: Annotated[list[SavedPeer], msgspec.Meta(max_length=MAX_PEERS)]
+    elsewhere: Annotated[list[SavedElsewhere], msgspec.Meta(max_length=MAX_ELSEWHERE)] = []
+    memberships: Annotated[list[SavedMembership], msgspec.Meta(max_length=MAX_MEMBERSHIPS)] = []
 
 
 def from_tags(tags: Sequence[Tag]) -> list[_Tag]:
@@ -81,8 +120,7 @@ def check(state: AddressBookState) -> None:
     addresses = set()
     for index, entry in enumerate(state.entries):
         where = f"entries[{index}]"
-        if not is_host_mac(entry.mac):
-            raise StreamError(f"{where}.mac: {entry.mac.hex(':')} is not one host's MAC address")
+        _check_mac(entry.mac, where)
         if entry.ip is not None:
             _check_ip(entry.ip, where)
         addresses.add((tuple(entry.tags), entry.ip or entry.mac))
@@ -95,6 +133,22 @@ def check(state: AddressBookState) -> None:
         met.add((tuple(peer.tags), peer.ip))
         if len(met) == index:
             raise StreamError(f"{where}: the peer is there twice")
+    for index, elsewhere in enumerate(state.elsewhere):
+        _check_mac(elsewhere.mac, f"elsewhere[{index}]")
+    for index, membership in enumerate(state.memberships):
+        where = f"memberships[{index}]"
+        _check_mac(membership.mac, where)
+        if not is_group(membership.group):
+            raise StreamError(f"{where}.group: {membership.group.hex()} is not a group's address")
+        for ip in (membership.ip, *membership.sources):
+            # 0.0.0.0 and :: are senders without an address (RFC 3376 section 4.2.13).
+            if len(ip) != len(membership.group) or ip[0] == 0xFF or (len(ip) == 4 and ip[0] >= 224):
+                raise StreamError(f"{where}: {ip.hex()} is not a sender's address")
+
+
+def _check_mac(mac: bytes, where: str) -> None:
+    if not is_host_mac(mac):
+        raise StreamError(f"{where}.mac: {mac.hex(':')} is not one host's MAC address")
 
 
 def _check_ip(ip: bytes, where: str) -> None:

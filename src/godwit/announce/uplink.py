@@ -7,16 +7,20 @@ distinguish the host's frames from the guest's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
 
 from godwit.errors import GodwitError
 from godwit.host.loop import Clock
 from godwit.hw.nic.nic import Nic
 
 from . import frames
-from .addresses import Address, Entry, Peer, announcements
+from .addresses import AddressBook
 from .dissect import Sighting
+from .entries import Address, Entry, Peer, Tags, announcements
+from .memberships import Membership, report
 from .observer import Observer
 from .policy import Policy
 
@@ -50,6 +54,17 @@ class AlwaysReady:
         """Read nothing: the state stays unknown."""
 
 
+class Sent(NamedTuple):
+    """The outcome of an announcement of the host's: frames sent, and the first error if any."""
+
+    frames: int
+    error: Exception | None
+
+
+def _ever(tags: Tags) -> float | None:
+    return None
+
+
 class Uplink:
     """One NIC's way into the network, thread-safe as its parts are.
 
@@ -57,6 +72,10 @@ class Uplink:
         nic: the NIC.
         observer: keeps the address book, and sees what the guest announces.
         watched: whether the tap's frames come to the observer; if not, the guest's ack has to do.
+        listens: whether others' frames to the guest come to the observer; if not, no question is
+            put, and no claim is known.
+        siblings: the uplinks of all the VM's NICs, in order. Of those that share an address in
+            one network, only the one that the guest used last announces the address.
         port: the tap's port in the host's network.
         policy: which addresses the host may announce.
         on_seen: called for each announcement of the guest's own that was seen.
@@ -66,7 +85,9 @@ class Uplink:
         self.nic = nic
         self.on_seen: Callable[[Sighting], None] = lambda sighting: None
         self.observer = Observer(nic.mac, clock.now(), lambda sighting: self.on_seen(sighting))
-        self.watched = False
+        self.observer.is_siblings = self._is_siblings
+        self.watched = self.listens = False
+        self.siblings: Sequence[Uplink] = ()
         self.port: PortState = AlwaysReady()
         self.policy = policy or Policy()
         self._clock = clock
@@ -86,13 +107,56 @@ class Uplink:
             entries = book.entries()
         return self._permitted(entries)
 
-    def missing(self) -> list[Entry]:
-        """Return the entries the guest was not seen to announce since :meth:`begin`."""
+    def announced(self) -> list[Entry]:
+        """Return the entries announced by guest or host since :meth:`begin`."""
+        with self.observer.book(self._clock.now()) as book:
+            shown = [one for one in book.entries() if book.seen.announced_at(one) is not None]
+        by_host = [one for one in self.entries() if one.address in self._host_announced]
+        return self._permitted([*shown, *by_host])
+
+    def macs(self) -> frozenset[bytes]:
+        """Return all MAC addresses behind the NIC, announced or not."""
+        self._refresh()
+        with self.observer.book(self._clock.now()) as book:
+            return frozenset(book.macs())
+
+    @property
+    def claims(self) -> int:
+        """The number of addresses gone from the address book as another host claimed them."""
+        with self.observer.book(self._clock.now()) as book:
+            return book.claims
+
+    def has(self, tags: Tags, ip: bytes) -> bool:
+        """Return whether the guest has an IP address in a network, by the address book."""
+        with self.observer.book(self._clock.now()) as book:
+            return book.find(tags, ip) is not None
+
+    def missing(self, since: Callable[[Tags], float | None] = _ever) -> list[Entry]:
+        """Return the entries the guest was not seen to announce since :meth:`begin`.
+
+        In a network for which ``since(tags)`` returns a time, what was seen before does not count.
+        """
         if not self.watched:
             return []
         with self.observer.book(self._clock.now()) as book:
-            missing = book.seen.missing(book.entries())
+            missing = [
+                entry
+                for entry in book.entries()
+                if not book.seen.announced_since(entry, since(entry.tags))
+            ]
         return self._permitted(missing)
+
+    def memberships(self, shown_since: Callable[[Tags], float] | None = None) -> list[Membership]:
+        """Return the guest's multicast memberships.
+
+        The ones the guest reported since ``shown_since(tags)``, if given, are left out.
+        """
+        with self.observer.book(self._clock.now()) as book:
+            return [
+                one
+                for one in book.memberships
+                if shown_since is None or one.last_seen < shown_since(one.tags)
+            ]
 
     def peers(self) -> list[Peer]:
         """Return the guest's peers, the one met most often first."""
@@ -108,21 +172,46 @@ class Uplink:
         """Return when the host first announced an entry since :meth:`begin`, or None."""
         return self._host_announced.get(entry.address)
 
-    def announce(self, entries: Iterable[Entry]) -> int:
-        """Announce entries in the guest's name, and return the number of frames sent.
+    def announce(self, entries: Iterable[Entry], *, base: bool = True) -> Sent:
+        """Announce entries in the guest's name, each even if another fails.
 
-        Raises:
-            OSError, GodwitError: the backend did not take a frame; the rest was not sent.
+        Without ``base``, the RARP of the NIC's MAC address without a tag is left out.
         """
         entries = list(entries)
-        count = 0
-        for frame in announcements(entries, self.policy):
-            self.send(frame)
-            count += 1
-        now = self._clock.now()
-        for entry in entries:
-            self._host_announced.setdefault(entry.address, now)
-        return count
+        with self.observer.book(self._clock.now()) as book:
+            wanted = list(announcements(entries, self.policy, book.is_router))
+        if not base:
+            left_out = frames.rarp(self.nic.mac)
+            wanted = [frame for frame in wanted if frame != left_out]
+        sent = self._send_all(wanted)
+        if sent.error is None:
+            now = self._clock.now()
+            for entry in entries:
+                self._host_announced.setdefault(entry.address, now)
+        return sent
+
+    def report(self, memberships: Sequence[Membership]) -> Sent:
+        """Report multicast memberships in the guest's name, each even if another fails."""
+        if not memberships:
+            return Sent(0, None)
+        allowed = {entry.mac for entry in self.entries()}
+        return self._send_all([report(one) for one in memberships if one.mac in allowed])
+
+    def _send_all(self, wanted: Iterable[bytes]) -> Sent:
+        count, first_error = 0, None
+        for frame in wanted:
+            try:
+                self.send(frame)
+                count += 1
+            except (GodwitError, OSError) as error:
+                first_error = first_error or error
+        return Sent(count, first_error)
+
+    def rarp(self, entries: Iterable[Entry]) -> bytes | None:
+        """Return the RARP of the NIC's MAC address without a tag, if among ``entries``."""
+        mac = self.nic.mac
+        found = any(entry.mac == mac and not entry.tags for entry in entries)
+        return frames.rarp(mac) if found else None
 
     def layer2_updates(self, cookie: Callable[[int], bytes], limit: int) -> list[bytes]:
         """Return a layer 2 update for each of the guest's networks, at most ``limit``.
@@ -155,7 +244,50 @@ class Uplink:
         self.nic.send_from_host(frame)
 
     def _permitted(self, entries: Iterable[Entry]) -> list[Entry]:
-        return [entry for entry in entries if self.policy.permits(entry.mac, entry.ip)]
+        found: dict[Address, Entry] = {}
+        for entry in self._without_siblings(entries):
+            if not self.policy.permits(entry.mac, entry.ip):
+                # The MAC address may be, where the IP address may not.
+                if not self.policy.permits(entry.mac):
+                    continue
+                entry = msgspec.structs.replace(entry, ip=None)
+            found.setdefault(entry.address, entry)
+        return list(found.values())
+
+    def _is_siblings(self, mac: bytes) -> bool:
+        """Return whether a MAC address is another NIC's of the guest's, or behind one."""
+        others = (other for other in self.siblings if other is not self)
+        return any(mac == other.nic.mac or mac in other.observer.macs() for other in others)
+
+    def _without_siblings(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Return the entries no other NIC of the VM has used later in the same network.
+
+        Two NICs with one MAC address are taken for ports of one network, as in a bond: a frame at
+        the sleeping one would move the MAC address there. Two pairs with one IP address are in one
+        network if the taps are in one bridge.
+        """
+        kept = list(entries)
+        place = self.siblings.index(self) if self in self.siblings else 0
+        mine = {entry.mac for entry in kept}
+        for number, other in enumerate(self.siblings):
+            same_bridge = self.port.bridge == other.port.bridge != 0
+            if other is self or not (same_bridge or mine & other.observer.macs()):
+                continue
+            with self.observer.book(self._clock.now()) as book:
+                uses = {mac: book.last_use(mac) for mac in {entry.mac for entry in kept}}
+            with other.observer.book(self._clock.now()) as book:
+                gone = {
+                    mac
+                    for mac, used in uses.items()
+                    if mac in book.macs()
+                    and (_since(book.last_use(mac)), -number) > (_since(used), -place)
+                }
+                kept = [
+                    entry
+                    for entry in kept
+                    if entry.mac not in gone and not (same_bridge and _is_later(book, entry))
+                ]
+        return kept
 
     def _refresh(self) -> None:
         """Take over what the driver has set in its NIC since the last time."""
@@ -164,3 +296,18 @@ class Uplink:
         with self.observer.book(now) as book:
             book.set_configured(mac, now)
             book.set_filter(filter_info.unicast_table, filter_info.vlan_table, now)
+
+
+def _since(at: float | None) -> float:
+    return float("-inf") if at is None else at
+
+
+def _is_later(book: AddressBook, entry: Entry) -> bool:
+    """Return whether a book has a preferred pair with an entry's IP address."""
+    if entry.ip is None:
+        return False
+    other = book.find(entry.tags, entry.ip)
+    return other is not None and (other.strength, other.last_seen) > (
+        entry.strength,
+        entry.last_seen,
+    )

@@ -18,17 +18,14 @@ from godwit.host.net import rtnetlink
 from godwit.spec.parameters import Verify
 
 from . import frames
-from .addresses import Entry, Peer
-from .dissect import Malformed, Sighting, dissect
+from .dissect import Kind, Malformed, Sighting, dissect
+from .entries import Key, Peer, Tags
 from .frames import Tag
+from .questions import in_vlans, question
 from .uplink import Uplink
 
 #: Peers asked in each VLAN and family, those met most often first, a gateway likely among them.
 PEERS_ASKED = 2
-
-_Tags = tuple[Tag, ...]
-#: A peer from whom an answer is awaited: VLAN tags and IP address.
-_Key = tuple[_Tags, bytes]
 
 
 class Verification:
@@ -44,7 +41,7 @@ class Verification:
         self._method = method
         self._uplink = uplink
         self._inject = inject
-        self._asked: dict[_Key, bool] = {}  # peer -> whether it answered
+        self._asked: dict[Key, bool] = {}  # peer -> whether it answered
 
     def begin(self) -> None:
         """Ask the peers at the first round, if the guest's neighbour entries are refreshed."""
@@ -63,10 +60,10 @@ class Verification:
     def answer(self, data: bytes, outer: Tag | None) -> None:
         """Take note of an address resolution frame on its way to the guest."""
         try:
-            sighting = dissect(data, outer)
+            sighting = dissect(data, outer, own=False)
         except Malformed:
             return
-        if sighting is None or sighting.ip is None:
+        if sighting is None or sighting.ip is None or sighting.kind not in (Kind.ARP, Kind.NA):
             return
         key = (sighting.tags, sighting.ip)
         if self._asked.get(key) is False:
@@ -98,47 +95,53 @@ class Verification:
             else:
                 found = entry.mac in untagged
             if not found:
-                missing[f"{entry.mac.hex(':')}{_in(entry.tags)}"] = None
+                missing[f"{entry.mac.hex(':')}{in_vlans(entry.tags)}"] = None
         return list(missing)
 
     # --- the peers --------------------------------------------------------------------------------
     def _ask_peers(self) -> None:
         """Ask the peers that did not answer yet."""
-        for entry, peer in self._questions():
+        for mac, ip, peer in self._questions():
             key = (peer.tags, peer.ip)
-            if self._asked.get(key) or entry.ip is None:
+            if self._asked.get(key):
                 continue
             self._asked[key] = False
-            make_frame = frames.arp_request if len(peer.ip) == 4 else frames.solicitation
             try:
-                self._uplink.send(make_frame(entry.mac, entry.ip, peer.ip, entry.tags))
+                self._uplink.send(question(mac, ip, peer))
             except (OSError, GodwitError):
                 return  # the peer stays without an answer, which is reported
 
-    def _questions(self) -> list[tuple[Entry, Peer]]:
-        mine: dict[tuple[_Tags, int], Entry] = {}
+    def _questions(self) -> list[tuple[bytes, bytes | None, Peer]]:
+        """Return (MAC address, IP address, peer) of each question.
+
+        There is no IP address where none was announced: the guest may have given all up.
+        """
+        mine: dict[tuple[Tags, int], tuple[bytes, bytes | None]] = {}
+        for entry in self._uplink.announced():
+            if entry.ip is not None:
+                mine.setdefault((entry.tags, len(entry.ip)), (entry.mac, entry.ip))
         for entry in self._uplink.entries():
             if entry.ip is not None:
-                mine.setdefault((entry.tags, len(entry.ip)), entry)
+                mine.setdefault((entry.tags, len(entry.ip)), (entry.mac, None))
         questions = []
-        asked: dict[tuple[_Tags, int], int] = {}
+        asked: dict[tuple[Tags, int], int] = {}
         for peer in self._uplink.peers():
             group = (peer.tags, len(peer.ip))
             if group in mine and asked.get(group, 0) < PEERS_ASKED:
                 asked[group] = asked.get(group, 0) + 1
-                questions.append((mine[group], peer))
+                questions.append((*mine[group], peer))
         return questions
 
     def _unanswered(self) -> list[str]:
         """Return the VLANs and families in which no peer answered."""
-        groups: dict[tuple[_Tags, int], bool] = {}
+        groups: dict[tuple[Tags, int], bool] = {}
         for (tags, ip), answered in self._asked.items():
             group = (tags, len(ip))
             groups[group] = groups.get(group, False) or answered
         if not groups:
             return ["no peer of the guest's is known that could be asked"]
         return [
-            f"no answer{_in(tags)} over {'IPv4' if size == 4 else 'IPv6'}"
+            f"no answer{in_vlans(tags)} over {'IPv4' if size == 4 else 'IPv6'}"
             for (tags, size), answered in groups.items()
             if not answered
         ]
@@ -147,12 +150,12 @@ class Verification:
         """Show the guest where a peer is, in the form that replaces a neighbour entry at once."""
         if self._inject is None or peer.ip is None:
             return
-        make_frame = frames.gratuitous_arp if len(peer.ip) == 4 else frames.unsolicited_na
+        if len(peer.ip) == 4:
+            frame = frames.gratuitous_arp(peer.mac, peer.ip, peer.tags)
+        else:
+            router = peer.router is True
+            frame = frames.unsolicited_na(peer.mac, peer.ip, peer.tags, router=router)
         try:
-            self._inject(make_frame(peer.mac, peer.ip, peer.tags))
+            self._inject(frame)
         except OSError:
             pass  # the tap is down: the guest receives nothing, not this either
-
-
-def _in(tags: _Tags) -> str:
-    return "".join(f" in VLAN {vid}" for _, vid in tags)

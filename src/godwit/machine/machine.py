@@ -195,6 +195,11 @@ class Machine:
                 thread.resume()
             on_phase("vcpus-started")
 
+    def drain_taps(self) -> None:
+        """Throw away the frames waiting in the taps, while paused, as older than the start."""
+        for nic in self.nics:
+            nic.rx_backlog.drain()
+
     @staticmethod
     def _forgive_pause(thread: VcpuThread) -> None:
         """Have the guest's watchdogs forgive the pause (Documentation/virt/kvm/api.rst, 4.59)."""
@@ -349,6 +354,18 @@ class Machine:
             raise StreamError(f"KVM refused the guest's clocks: {error}") from error
         for vcpu, state in zip(self._vcpus, vcpus, strict=True):
             cpustate.load_deadline(vcpu, state)
+
+
+def away_for(platform: cpustate.PlatformState, received: float) -> float:
+    """Return for how many seconds a state was under way until now, in a file perhaps.
+
+    By the real-time clock, which is nearly all there is; never less than since ``received``.
+    """
+    realtime, monotonic = clocks.host_clocks()
+    since = monotonic - received
+    if not platform.realtime_ns:
+        return since
+    return max(since, (realtime - platform.realtime_ns) / 1e9)
 
 
 def clock_read_at(platform: cpustate.PlatformState, received: float) -> float:

@@ -10,7 +10,7 @@ from godwit.announce.saved import AddressBookState
 from godwit.announce.uplink import Uplink
 from godwit.errors import StreamError
 from godwit.hw.nic.nic import Nic
-from godwit.machine.machine import Machine, OnPhase
+from godwit.machine.machine import Machine, OnPhase, away_for
 from godwit.machine.state import MachineState
 from godwit.spec import saved
 
@@ -52,8 +52,12 @@ class Guest:
                 books[uplink.nic.id] = book.save(now)
         return self.machine.save({ADDRESSES: msgspec.Raw(msgspec.msgpack.encode(books))})
 
-    def load(self, state: MachineState, received: float, on_phase: OnPhase) -> None:
+    def load(
+        self, state: MachineState, received: float, on_phase: OnPhase, *, kept: bool = False
+    ) -> None:
         """Take over a saved state, while paused, as :meth:`.Machine.load` does.
+
+        The address books' ages count the time for which the state was ``kept``.
 
         Raises:
             StreamError: the state is not one of this guest; the message names what differs.
@@ -66,6 +70,9 @@ class Guest:
             raise StreamError(f"section {ADDRESSES}: not of the NICs that this machine has")
         self.machine.load(state, received, on_phase)
         now = self._now()
+        away = away_for(state.platform, received) if kept else 0.0
         for uplink in self.uplinks:
             with uplink.observer.book(now) as book:
-                book.load(books[uplink.nic.id], now)
+                book.load(books[uplink.nic.id], now - away)
+                book.forget_old(now)
+            uplink.observer.guest_here(True)

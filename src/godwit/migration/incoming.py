@@ -34,13 +34,15 @@ class Incoming(ABC):
         take_over: TakeOver,
         on_failed: Callable[[GodwitError], None],
         times: Times = TIMES,
+        *,
+        kept: bool = False,
     ) -> None:
         self._guest = guest
         self._take_over = take_over
         self._on_failed = on_failed
         self._times = times
         self.packets: PacketDestination | None = None
-        self._receiver = Receiver(guest, times)
+        self._receiver = Receiver(guest, times, kept=kept)
         self._closing = threading.Event()
         #: The guest is this VM's own, and its source knows, or queries until it does.
         self._owned = False

@@ -23,13 +23,17 @@ from .wire.stream import Connection
 class Receiver:
     """A loader of a guest, whose RAM is populated from :meth:`start` on, before anything comes.
 
+    The guest was ``kept`` somewhere for a time that only the real-time clock knows, or comes right
+    from its source.
+
     Attributes:
         phases: name of a phase -> ms since the state came, at the phase's end.
         realtime: the realtime section of the receiving thread.
     """
 
-    def __init__(self, guest: Guest, times: Times = TIMES) -> None:
+    def __init__(self, guest: Guest, times: Times = TIMES, *, kept: bool = False) -> None:
         self._guest = guest
+        self._kept = kept
         self._memory = guest.machine.memory
         self._times = times
         self._prefault = Prefault(self._memory)
@@ -139,5 +143,5 @@ class Receiver:
     def _load(self, state: MachineState) -> None:
         """Load the state, and find everything that can be wrong there before READY."""
         self._prefault.finish()
-        self._guest.load(state, self._received_at, self.phase)
+        self._guest.load(state, self._received_at, self.phase, kept=self._kept)
         self.phase("state-loaded")

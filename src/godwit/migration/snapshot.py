@@ -244,7 +244,7 @@ class Restorer(Incoming):
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise ConfigError(f"cannot read the snapshot '{path}': it is no regular file")
-        super().__init__(guest, take_over, on_failed, times)
+        super().__init__(guest, take_over, on_failed, times, kept=True)
         self._file = FileConnection(fd, str(path))
 
     def _run(self) -> None:

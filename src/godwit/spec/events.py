@@ -45,6 +45,16 @@ class Event(StrEnum):
         "the guest changed a NIC's filter or MAC; once until query-rx-filter",
         *("name", "path"),
     )
+    NIC_TAP_LOST = (
+        "NIC_TAP_LOST",
+        "a NIC's tap was deleted: the guest runs on, and has no network until it moves",
+        *("nic", "tap"),
+    )
+    NIC_TAP_ANEW = (
+        "NIC_TAP_ANEW",
+        "an interface has the name of a tap that was lost; the NIC is not attached to it",
+        *("nic", "tap"),
+    )
     GUEST_ERROR = (
         "GUEST_ERROR",
         "the guest broke a device's rules: the device stopped, and needs a reset by its driver",
@@ -80,6 +90,11 @@ class Event(StrEnum):
     ANNOUNCE_UNVERIFIED = (
         "ANNOUNCE_UNVERIFIED",
         "a warning: the network was not found to know, and nothing more is tried",
+        *("nic", "what"),
+    )
+    ANNOUNCE_UNPROVED = (
+        "ANNOUNCE_UNPROVED",
+        "a warning: no answer showed that the network passes the guest's frames; no more is tried",
         *("nic", "what"),
     )
     ANNOUNCE_FAILED = (

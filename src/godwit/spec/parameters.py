@@ -42,6 +42,7 @@ RANGES = {
     "announce-step": Range(1, 10_000, "ms"),
     "announce-deadline": Range(10, 60_000, "ms"),
     "announce-rate": Range(0, 1_000_000, "frames per second"),
+    "announce-patience": Range(0, 3_600_000, "ms"),
     "max-bandwidth": Range(0, 2**63 - 1, "bytes per second"),
     "downtime-limit": Range(0, 2_000_000, "ms"),
     "cpu-throttle-initial": Range(1, MOST_THROTTLED, "percent"),
@@ -74,6 +75,13 @@ class Verify(enum.StrEnum):
     OFF = "off"
     FDB = "fdb"
     PROBE = "probe"
+
+
+class Rarp(enum.StrEnum):
+    """The rounds in which the host sends a RARP of the NIC's MAC address."""
+
+    ALWAYS = "always"
+    FALLBACK = "fallback"
 
 
 class OnNoConvergence(enum.StrEnum):
@@ -125,15 +133,24 @@ class AnnounceOptions(_Parameters, frozen=True, rename=_announce):
         refresh: the guest's own neighbours, the gateway first, are asked where they are, and their
             answers are passed on to the guest.
         rate: frames per second the VM's announcements may cause; 0 for no limit.
+        rarp: ``always``: each round begins with a RARP of the NIC's MAC address, without tag;
+            ``fallback``: only the host's rounds.
+        ask_gateways: known peers, gateways first, are asked in the guest's name: whether the
+            network passes frames, and from each address that is announced.
+        patience: how long rounds go on, further and further apart, while no answer has shown that
+            the network passes frames, milliseconds; 0 for no further rounds.
 
     Raises:
-        ConfigError: the deadline or the rate is out of range.
+        ConfigError: a number is out of range.
     """
 
     deadline: int = 400
     verify: Verify = Verify.OFF
     refresh: bool = False
     rate: int = ANNOUNCE_RATE
+    rarp: Rarp = Rarp.ALWAYS
+    ask_gateways: bool = True
+    patience: int = 60_000
 
 
 class ConvergenceParameters(_Parameters, frozen=True):

@@ -175,10 +175,13 @@ class Migrations:
             self._times = TIMES
         return self._times
 
-    def switch_over(self) -> None:
-        """Switch over the traffic of a guest about to run, under the machine's lock."""
-        if self._incoming is not None and self._incoming.packets is not None:
-            self._incoming.packets.switch_over(lambda phase: None)
+    def switch_over(self) -> bool:
+        """Switch over the traffic of a guest about to run, under the machine's lock.
+
+        Returns False if nothing was to be switched over, or all was before.
+        """
+        packets = self._incoming.packets if self._incoming is not None else None
+        return packets is not None and packets.switch_over(lambda phase: None)
 
     def _take_over(self, incoming: Incoming, running: bool) -> None:
         """Take over the guest: the commit was received. In the incoming migration's thread."""
@@ -188,8 +191,8 @@ class Migrations:
                 raise MigrationError("the destination is closing")
             self._states.set(_S.PRELAUNCH_MIGRATE)
             if self.autostart and running:
-                if packets is not None:
-                    packets.switch_over(incoming.phase)
+                if packets is None or not packets.switch_over(incoming.phase):
+                    machine.drain_taps()
                 try:
                     machine.resume(incoming.phase)
                     if packets is not None and packets.settle():

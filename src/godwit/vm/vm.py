@@ -18,7 +18,7 @@ from godwit.errors import ConfigError, GodwitError
 from godwit.host.loop import Loop
 from godwit.hw.console import Console
 from godwit.hw.device import Counts
-from godwit.hw.nic.nic import RxFilterInfo
+from godwit.hw.nic.nic import Nic, RxFilterInfo
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine
 from godwit.machine.vcpu import StopReason
@@ -95,7 +95,9 @@ class Vmm:
                 self.uplinks, loop, self._emit, lambda: self.parameters, self._monitors.verifier
             )
             self._monitors.on_seen = self.announcer.seen
+            self._monitors.on_answer = self.announcer.answered
             self._monitors.on_ready = self.announcer.port_ready
+            self._monitors.on_anew = self._tap_anew
             # Before the server: the frames leave before the events are sent.
             self.states.listen(self.announcer.run_state_changed)
             if qmp is not None:
@@ -106,6 +108,9 @@ class Vmm:
             for nic in self.machine.nics:
                 nic.on_ack = self._acked(nic.id)
                 nic.on_filter = self._filter_changed(nic.id)
+                nic.rx_backlog.on_lost = self._tap_lost(nic)
+                for problem in nic.problems():
+                    log(f"{nic.id}: {problem}")
         except BaseException:
             self.close()
             raise
@@ -190,7 +195,8 @@ class Vmm:
         """Start or resume the guest."""
         with self.machine.lock:
             self.states.require(_S.PRELAUNCH, _S.PRELAUNCH_MIGRATE, _S.PAUSED)
-            self.migrations.switch_over()
+            if not self.migrations.switch_over():
+                self.machine.drain_taps()
             self.machine.resume()
             self.states.set(_S.RUNNING)
 
@@ -255,6 +261,24 @@ class Vmm:
                 self._emit(*events.rx_filter_changed(nic))
 
         return report
+
+    def _tap_lost(self, nic: Nic) -> Callable[[], None]:
+        def report() -> None:
+            self._emit(*Event.NIC_TAP_LOST.of(nic=nic.id, tap=nic.tap))
+            self._log(
+                f"{nic.id}: tap '{nic.tap}' is gone; the guest runs on without that network "
+                "until it migrates to a process with another tap"
+            )
+
+        return lambda: self._loop.call_soon(report)  # perhaps under the NIC's lock
+
+    def _tap_anew(self, name: str) -> None:
+        tap = next(nic.tap for nic in self.machine.nics if nic.id == name)
+        self._emit(*Event.NIC_TAP_ANEW.of(nic=name, tap=tap))
+        self._log(
+            f"{name}: there is a new interface '{tap}', and the guest's NIC is not attached to it; "
+            "migrate the guest to a process that is"
+        )
 
     def _guest_error(self, device: str, message: str) -> None:
         """Report that a guest broke a device's rules: the device stops, the VM lives."""

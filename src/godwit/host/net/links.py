@@ -21,7 +21,8 @@ class Port:
     """A tap as the host's network sees the tap: the tap's own link, and its port of a bridge.
 
     All methods belong to the loop's thread. :attr:`not_ready_reason` and :attr:`warning` may
-    be read from any.
+    be read from any. The interface that the tap has when the port is first read is the guest's: if
+    another one has that name later, the guest is not attached there.
     """
 
     def __init__(self, tap: str) -> None:
@@ -34,6 +35,13 @@ class Port:
         self.warning: str | None = None
         #: Called in the loop's thread when the port became ready.
         self.on_ready: Callable[[], None] = lambda: None
+        #: Called in the loop's thread when the guest's interface has not its name any more.
+        self.on_gone: Callable[[], None] = lambda: None
+        #: Called in the loop's thread when another interface has the name.
+        self.on_anew: Callable[[], None] = lambda: None
+        self._own = 0  # index of the guest's interface
+        self._gone = False
+        self._anew = 0  # index of the last other one
 
     def refresh(self) -> None:
         """Read the link's state from the kernel again."""
@@ -53,9 +61,25 @@ class Port:
                 )
             self.index = link.number if link else 0
             self.bridge = bridge
+            self._own = self._own or self.index
             self.not_ready_reason = _not_ready_reason(self.tap, link)
+            if link is not None and self.index != self._own:
+                self.not_ready_reason = (
+                    f"'{self.tap}' is another interface than the one that the guest's NIC has"
+                )
+            self._notice()
         if before is not None and self.not_ready_reason is None:
             self.on_ready()
+
+    def _notice(self) -> None:
+        """Report the guest's interface gone, once, and each other of the same name, once."""
+        gone = self._own != 0 and self.index != self._own
+        if gone and not self._gone:
+            self.on_gone()
+        self._gone = gone
+        if gone and self.index and self.index != self._anew:
+            self._anew = self.index
+            self.on_anew()
 
 
 def _not_ready_reason(tap: str, link: rtnetlink.Link | None) -> str | None:

@@ -28,7 +28,7 @@ _NEWNEIGH, _GETNEIGH = 28, 30
 _REQUEST, _DUMP = 1, 0x300
 _GROUP_LINK = 1
 
-_IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO = 3, 10, 18
+_IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO = 3, 4, 10, 18
 _INFO_SLAVE_KIND, _INFO_SLAVE_DATA = 4, 5
 _BRPORT_STATE = 1
 _IFF_LOWER_UP = 1 << 16
@@ -51,6 +51,7 @@ class Link(NamedTuple):
         carrier: the interface is up, and so is the layer below (IFF_LOWER_UP).
         master: index of the bridge (or other master) the interface is a port of; 0: of none.
         port_state: BR_STATE_* of a bridge's port; None for anything else.
+        mtu: bytes of the longest packet, without Ethernet's header; 0: not known.
     """
 
     number: int
@@ -58,6 +59,7 @@ class Link(NamedTuple):
     carrier: bool
     master: int
     port_state: int | None
+    mtu: int = 0
 
 
 class Forwarding(NamedTuple):
@@ -210,6 +212,7 @@ def _links(data: bytes) -> Iterator[Link]:
             bool(flags & _IFF_LOWER_UP),
             int.from_bytes(attributes.get(_IFLA_MASTER, b""), "little"),
             _port_state(attributes.get(_IFLA_LINKINFO, b"")),
+            int.from_bytes(attributes.get(_IFLA_MTU, b""), "little"),
         )
 
 

@@ -1,4 +1,4 @@
-"""Copies of the address resolution frames on a tap: ARP, RARP, neighbour discovery.
+"""Copies of a tap's frames from which addresses are learned: ARP, RARP, neighbour discovery.
 
 With vhost-net no frame passes this process, so the kernel copies the few that matter. To the host,
 a frame from the guest is received on the tap, and a frame to the guest is sent there. All methods
@@ -29,10 +29,10 @@ OnFrame = Callable[[bytes, Outer | None], None]
 _CONTROL_BYTES = socket.CMSG_SPACE(packet.AUXDATA.size)
 
 
-def open_socket(tap: str, answers: bool) -> socket.socket:
-    """Open a packet socket on the interface for address resolution frames.
+def open_socket(tap: str, network: bool) -> socket.socket:
+    """Open a packet socket on the interface for the frames of :func:`.bpf.guest_filter`.
 
-    With ``answers``, the frames are the ARP replies and neighbour advertisements to the guest.
+    With ``network``, the frames are others' to the guest, by :func:`.bpf.network_filter`.
 
     Raises:
         OSError: there is no such interface, or no permission.
@@ -40,9 +40,9 @@ def open_socket(tap: str, answers: bool) -> socket.socket:
     # Protocol 0: nothing is received before bind, and after bind only what the filter passes.
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
     try:
-        bpf.attach(sock, bpf.addresses_filter(answers))
+        bpf.attach(sock, bpf.network_filter() if network else bpf.guest_filter())
         sock.setsockopt(packet.SOL_PACKET, packet.PACKET_AUXDATA, 1)
-        if not answers:
+        if not network:
             try:
                 # The filter drops the same frames; this saves the kernel a copy of each.
                 sock.setsockopt(packet.SOL_PACKET, packet.PACKET_IGNORE_OUTGOING, 1)
@@ -56,10 +56,9 @@ def open_socket(tap: str, answers: bool) -> socket.socket:
 
 
 class TapWatch:
-    """A watch that calls ``on_frame`` for each address resolution frame on ``tap``.
+    """A watch that calls ``on_frame`` for each frame on ``tap`` from which addresses are learned.
 
-    The frames are ARP, RARP, neighbour solicitations and advertisements from the guest; with
-    ``answers``, ARP replies and neighbour advertisements to the guest.
+    The frames are the guest's, or with ``network`` others' to the guest.
 
     The watch outlasts an interface that goes down and up. When the interface is gone, or the socket
     fails in another way, the watch closes, and ``on_error`` is called once; :meth:`reopen` starts
@@ -76,14 +75,14 @@ class TapWatch:
         loop: Loop,
         on_error: Callable[[OSError], None] = lambda error: None,
         *,
-        answers: bool = False,
+        network: bool = False,
         opener: Callable[[str, bool], socket.socket] = open_socket,
     ) -> None:
         self.tap = tap
         self._on_frame = on_frame
         self._on_error = on_error
         self._loop = loop
-        self._answers = answers
+        self._network = network
         self._opener = opener
         self._socket: socket.socket | None = None
         self._timer: Timer | None = None
@@ -118,7 +117,7 @@ class TapWatch:
         """
         self.close()
         try:
-            self._socket = self._opener(self.tap, self._answers)
+            self._socket = self._opener(self.tap, self._network)
         except OSError as error:
             why = {
                 errno.EPERM: "not permitted; run as root or with CAP_NET_RAW",
@@ -137,6 +136,17 @@ class TapWatch:
         if self._socket is None:
             raise OSError(errno.ENETDOWN, f"tap '{self.tap}' is not watched")
         self._socket.send(frame)
+
+    def narrow(self, known: bpf.Bits) -> None:
+        """Pass only others' frames concerning ``known`` addresses, if the watch is open.
+
+        The kernel keeps the old filter where the new one is not taken.
+        """
+        if self._socket is not None:
+            try:
+                bpf.attach(self._socket, bpf.network_filter(known))
+            except OSError:
+                pass  # then more frames come than are needed
 
     def close(self) -> None:
         """Stop watching and close the socket, unless closed already."""

@@ -61,6 +61,10 @@ class Nic(ABC):
     def mac(self) -> bytes:
         """The MAC address in force, six bytes: the guest's, if the guest set one."""
 
+    def problems(self) -> list[str]:
+        """Return what the guest was promised and this host cannot give, in words."""
+        return []
+
     @abstractmethod
     def announce(self) -> bool:
         """Have the guest announce itself, or return False if the model cannot, or declines.

@@ -7,12 +7,11 @@ tap has to wait until the last of them is there.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
-from godwit.host.net.tap import HEADER, MAX_FRAME, Tap
+from godwit.host.net.tap import GONE, HEADER, MAX_FRAME, Tap
 
 #: Frames and bytes that one NIC keeps at the most. The kernel's own queue in a tap is 500 frames by
 #: default.
@@ -29,7 +28,10 @@ class RxBacklog:
     :meth:`next` and :meth:`requeue`.
 
     Attributes:
-        on_change: called under the lock when frames were injected, or the hold began or ended.
+        lost: whether the tap's interface was deleted: nothing will ever come from there.
+        on_change: called under the lock when frames were injected, the hold began or ended, or the
+            tap was lost.
+        on_lost: called once when the tap was lost, perhaps under the lock.
     """
 
     def __init__(self, tap: Tap, lock: threading.RLock) -> None:
@@ -40,7 +42,9 @@ class RxBacklog:
         self._held = False
         #: Group-addressed frames among those injected: the tap may have them too.
         self._groups: Counter[bytes] = Counter()
+        self.lost = False
         self.on_change: Callable[[], None] = lambda: None
+        self.on_lost: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -137,7 +141,18 @@ class RxBacklog:
             self._frames.appendleft(frame)
             self._bytes += len(frame)
 
+    def check(self) -> None:
+        """Find out whether the tap still has an interface."""
+        with self._lock:
+            if not self.lost and not self._tap.attached:
+                self._lose()
+
     # --- inside -----------------------------------------------------------------------------------
+    def _lose(self) -> None:
+        self.lost = True
+        self.on_change()
+        self.on_lost()
+
     def _append(self, frame: bytes) -> None:
         self._frames.append(frame)
         self._bytes += len(frame)
@@ -148,7 +163,11 @@ class RxBacklog:
         return frame
 
     def _read(self) -> bytes | None:
+        if self.lost:
+            return None
         try:
-            return os.read(self._tap.fd, MAX_FRAME)
-        except OSError:
-            return None  # the tap is empty; or down, or gone: the same to a guest
+            return self._tap.receive()
+        except OSError as error:
+            if error.errno == GONE:
+                self._lose()
+            return None  # the tap is empty, or down: the same to a guest

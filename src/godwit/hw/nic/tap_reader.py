@@ -88,7 +88,9 @@ class TapReader:
             self._loop.call_soon(self._readable)
 
     def _update(self) -> None:
-        readable = None if self._backlog.held else self._readable
+        # A tap that is gone is readable for ever, and has nothing to read.
+        idle = self._backlog.held or self._backlog.lost
+        readable = None if idle else self._readable
         if readable is not None and not self._watching:
             self._loop.watch(self._tap.fd, readable)
         elif readable is None and self._watching:

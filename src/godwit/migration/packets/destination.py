@@ -78,6 +78,7 @@ class PacketDestination:
         self._times = times
         self._sending = threading.Lock()
         self._markers: list[list[bytes]] = []
+        self._versions: list[int | None] = []  # of the address books with which they were built
         self._held: set[int] = set()
         self._hold = Hold(times)
         self._begun = False
@@ -96,9 +97,9 @@ class PacketDestination:
         for index, nic in enumerate(self._guest.nics):
             nic.rx_backlog.hold()
             self._held.add(index)
-        self._markers = [
-            self._markers_of(index, uplink) for index, uplink in enumerate(self._guest.uplinks)
-        ]
+        uplinks = self._guest.uplinks
+        self._versions = [uplink.observer.version for uplink in uplinks]
+        self._markers = [self._markers_of(index, uplink) for index, uplink in enumerate(uplinks)]
 
     def inject(self, payload: bytearray) -> None:
         """Give the guest the packets of a PACKETS message.
@@ -112,19 +113,23 @@ class PacketDestination:
         self._counts["refused"] += nic.rx_backlog.inject(packets.frames)
         self._hold.received()
 
-    def switch_over(self, on_phase: OnPhase) -> None:
+    def switch_over(self, on_phase: OnPhase) -> bool:
         """Switch over the traffic of a guest that is about to run, under the machine's lock.
 
-        Never fails: a network that got no marker learns by the announcement.
+        Never fails: a network that got no marker learns by the announcement. Returns False if the
+        traffic was switched over before.
         """
         if self._begun:
-            return
+            return False
         self._begun = True
-        if self._connection is not None:
-            # What was flooded here so far, the old host has too, and sends. All taps first: one
-            # NIC's marker may reach another's.
-            for nic in self._guest.nics:
-                nic.rx_backlog.drain()
+        # What was flooded here so far, the old host has too, and sends; and if the old host is
+        # gone, it is older than the guest's start. All taps first: one NIC's marker may reach
+        # another's.
+        for nic in self._guest.nics:
+            nic.rx_backlog.drain()
+        for index, uplink in enumerate(self._guest.uplinks):
+            if uplink.observer.version != self._versions[index]:  # another claims an address
+                self._markers[index] = self._markers_of(index, uplink)
         sent = []
         for nic, markers in zip(self._guest.nics, self._markers, strict=True):
             count = 0
@@ -142,6 +147,7 @@ class PacketDestination:
         except LinkLost:
             pass  # the migration's thread will find out
         on_phase("switched-over")
+        return True
 
     def settle(self) -> bool:
         """Wait, while the guest runs, for the old host's packets, and return whether all are here.

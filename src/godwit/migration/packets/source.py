@@ -145,7 +145,9 @@ class PacketSource:
         """
         while True:
             wait = min([until, *self._due_times()]) - self._times.now()
-            received, taps = self._connection.wait(wait, self._paths)
+            # A tap that is gone is readable for ever, and has nothing to read.
+            fds = [fd for fd, path in self._paths.items() if not path.nic.rx_backlog.lost]
+            received, taps = self._connection.wait(wait, fds)
             # The destination's message comes first: the guest stands still until it is handled.
             more = [self._take(self._paths[fd]) for fd in taps if not received]
             self._end_paths()
@@ -204,6 +206,8 @@ class PacketSource:
 
     def _due(self, path: OldPath) -> float:
         """Return when a path is taken for drained, if no further marker comes."""
+        if path.nic.rx_backlog.lost and self._switched_at is not None:
+            return self._switched_at
         due = path.due(self._switched_at)
         return self._began + self._times.start if due is None else due
 
@@ -261,4 +265,4 @@ class PacketSource:
 
 
 def _macs(uplink: Uplink) -> frozenset[bytes]:
-    return frozenset([uplink.nic.mac, *(entry.mac for entry in uplink.entries())])
+    return uplink.macs()

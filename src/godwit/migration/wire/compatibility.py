@@ -56,6 +56,9 @@ def check(hello: Hello, machine: Machine) -> None:
     differences += _device_differences(hello, own, machine)
     if differences:
         raise StreamError("the machines differ: " + "; ".join(differences))
+    problems = [f"{nic.id}: {problem}" for nic in machine.nics for problem in nic.problems()]
+    if problems:
+        raise StreamError("this host cannot take the guest: " + "; ".join(problems))
 
 
 def _device_differences(hello: Hello, own: Hello, machine: Machine) -> Iterator[str]:

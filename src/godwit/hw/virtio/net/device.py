@@ -14,7 +14,7 @@ import msgspec
 from godwit.errors import GuestError, StreamError
 from godwit.host.eventfd import drain
 from godwit.host.loop import Loop
-from godwit.host.net.tap import Tap
+from godwit.host.net.tap import Tap, mtu_problem
 from godwit.hw.device import Counts, Slot
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.nic import Nic, RxFilterInfo
@@ -129,6 +129,11 @@ class VirtioNet(VirtioDevice, Nic, Counts):
     def mac(self) -> bytes:
         """The MAC address in force."""
         return self.control.mac
+
+    def problems(self) -> list[str]:
+        """Return a complaint if the tap's MTU is below the one the guest was told."""
+        problem = None if self._mtu is None else mtu_problem(self.tap, self._mtu)
+        return [] if problem is None else [problem]
 
     def announce(self) -> bool:
         """Ask the guest to announce itself (5.1.6.5.4), or return False if the guest cannot.
@@ -265,7 +270,7 @@ def make(config: DeviceConfig, slot: Slot) -> VirtioPci:
         HostError: the tap or vhost-net is missing.
     """
     assert isinstance(config, NicConfig)
-    tap = Tap(config.tap)
+    tap = Tap(config.tap, config.mtu)
     announce = config.guest_announce
     try:
         device = VirtioNet(
