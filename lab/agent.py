@@ -40,14 +40,19 @@ class Flow:
 class Agent:
     """A connection to one guest's agent, from a network namespace (None: this process's).
 
+    With a ``device``, frames go by that interface alone, as they have to in a VRF.
     Every request is repeated until an answer comes or the deadline passes (AgentError). The agent
     does a repeated request only once.
     """
 
-    def __init__(self, address: str, netns: str | None = None, port: int = CONTROL) -> None:
+    def __init__(
+        self, address: str, netns: str | None = None, port: int = CONTROL, device: str = ""
+    ) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with inside(netns):
             self._socket = socket.socket(family, socket.SOCK_DGRAM)
+            if device:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
         self._peer = (address, port)
 
     def __enter__(self) -> Self:

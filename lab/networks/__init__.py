@@ -1,1 +1,1 @@
-"""Networks that other projects' programs make, with two hosts for a guest, in network namespaces."""
+"""Networks that other projects' programs make, each with two hosts for a guest."""

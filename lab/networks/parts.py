@@ -1,4 +1,4 @@
-"""Parts of the networks: namespaces, daemons in the foreground, and waiting for a daemon's answer."""
+"""Parts of the networks: namespaces, daemons in the foreground, and waiting for their answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..network import PREFIX, TAP_QUEUE, batch, sysctl
 from ..traffic import Program
 
 #: How long a daemon may take for a step, seconds, on an emulated CPU.
-STEP_S = 60.0
+STEP_S = 30.0
 _COMMAND_S = 60.0
 
 
@@ -34,8 +34,7 @@ def namespaces(*names: str) -> Iterator[list[str]]:
                 for key in ("accept_dad", "accept_ra", "router_solicitations"):
                     for scope in ("default", "all"):
                         sysctl(f"net/ipv6/conf/{scope}/{key}", "0")
-        batch("ip", own[0], ["link set lo up"])
-        for name in own[1:]:
+        for name in own:
             batch("ip", name, ["link set lo up"])
         yield own
     finally:
@@ -62,9 +61,9 @@ def tap(name: str) -> list[str]:
 class Daemon(Program):
     """A program that runs in the foreground of a namespace until the block's end."""
 
-    def __init__(self, netns: str, argv: Sequence[str], log: Path) -> None:
+    def __init__(self, netns: str, argv: Sequence[str], log: Path, name: str = "") -> None:
         super().__init__(netns, list(argv), log)
-        self.name = Path(argv[0]).name
+        self.name = name or Path(argv[0]).name
 
     def check(self) -> None:
         """Raise an error if the program has exited.
