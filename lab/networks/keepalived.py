@@ -10,8 +10,10 @@ from .programs import prepare
 
 ADDRESSES = ("10.0.0.60", "fd00::60")
 _ROUTERS = (60, 61)
-#: The virtual routers' MACs (RFC 5798, 7.3), where they are used.
-MACS = tuple(f"00:00:5e:00:0{1 + n}:{router:02x}" for n, router in enumerate(_ROUTERS))
+_LENGTHS = (24, 64)
+#: The virtual router's MAC (RFC 5798, 7.3), where it is used: for IPv4 alone, as keepalived may
+#: find no link-local address on a new macvlan and stay in its fault state.
+OWN_MAC = f"00:00:5e:00:01:{_ROUTERS[0]:02x}"
 _PROGRAM = "/usr/sbin/keepalived"
 _LOG = "/tmp/keepalived.log"
 _GUEST_PRIORITY = 120
@@ -32,12 +34,12 @@ vrrp_instance {name} {{
 """
 
 
-#: The addresses are on a macvlan then, with the virtual router's MAC.
-_OWN_MACS = "  use_vmac\n  vmac_xmit_base\n"
+#: The address is on a macvlan then, with the virtual router's MAC.
+_ON_MACVLAN = "  use_vmac\n  vmac_xmit_base\n"
 
 
-def _config(interface: str, priority: int, own_macs: bool, head: str = "", more: str = "") -> str:
-    lengths = ("24", "64")
+def _config(interface: str, priority: int, own_mac: bool, head: str = "", more: str = "") -> str:
+    rows = list(zip(_ROUTERS, ADDRESSES, _LENGTHS, strict=True))
     instances = [
         _INSTANCE.format(
             name=f"family{length}",
@@ -45,19 +47,19 @@ def _config(interface: str, priority: int, own_macs: bool, head: str = "", more:
             router=router,
             priority=priority,
             address=f"{address}/{length}",
-            more=more + (_OWN_MACS if own_macs else ""),
+            more=more + (_ON_MACVLAN if own_mac else ""),
         )
-        for router, address, length in zip(_ROUTERS, ADDRESSES, lengths, strict=True)
+        for router, address, length in rows[: 1 if own_mac else 2]
     ]
     return head + "".join(instances)
 
 
-def start_in_guest(agent: Agent, own_macs: bool = False) -> None:
+def start_in_guest(agent: Agent, own_mac: bool = False) -> None:
     """Start the guest's keepalived, which is the master unless its peer wants to be."""
     prepare(agent)
-    if own_macs:
+    if own_mac:
         agent.sh("modprobe macvlan")
-    text = _config("eth0", _GUEST_PRIORITY, own_macs)
+    text = _config("eth0", _GUEST_PRIORITY, own_mac)
     # Readable for its owner alone: keepalived warns otherwise.
     agent.sh(f"umask 077; cat > /etc/keepalived.conf <<END\n{text}END\n")
     options = "--dont-fork --log-console --log-detail --vrrp"
@@ -73,7 +75,7 @@ def guest_log(agent: Agent) -> str:
 class Peer(Daemon):
     """The other keepalived of the pair, on a host of its own."""
 
-    def __init__(self, netns: str, interface: str, folder: Path, own_macs: bool = False) -> None:
+    def __init__(self, netns: str, interface: str, folder: Path, own_mac: bool = False) -> None:
         self._weight = folder / "keepalived.weight"
         self._set(_BACKUP)
         head = f'''
@@ -84,7 +86,7 @@ vrrp_track_file weight {{
 '''
         config = folder / "keepalived.conf"
         more = "  track_file {\n    weight weight 1\n  }\n"
-        config.write_text(_config(interface, _PEER_PRIORITY, own_macs, head, more))
+        config.write_text(_config(interface, _PEER_PRIORITY, own_mac, head, more))
         argv = [_PROGRAM, "--dont-fork", "--log-console", "--log-detail", "--vrrp"]
         argv += ["--use-file", str(config), "--pid", str(folder / "keepalived.pid")]
         argv += ["--vrrp_pid", str(folder / "vrrp.pid")]

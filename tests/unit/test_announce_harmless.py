@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from announce_bench import ACK_S, GATEWAY, IP4, IP6, ROUNDS, VLAN, Bench, Port, S, wanted
+from announce_bench import ACK_S, GATEWAY, IP4, IP6, ROUNDS, VLAN, Bench, Nic, Port, S, wanted
 from godwit.announce import frames
 from godwit.announce.frames import (
     arp_probe,
@@ -113,6 +113,32 @@ def test_what_an_acknowledging_guest_used_long_ago_is_not_announced() -> None:
     sent = set(bench.sent())
     assert gratuitous_arp(mac, b"\xc0\0\2\x08") in sent
     assert not sent & {gratuitous_arp(mac, IP4), arp_probe(mac, IP4)}
+
+
+def test_what_was_not_shown_is_not_introduced_to_gateways() -> None:
+    bench = bench_of(ask_gateways=True)
+    mac = bench.nics[0].mac
+    old = b"\xc0\0\2\x08"
+    bench.guest_sends(arp_request(mac, old, GATEWAY))
+    bench.clock.advance(LATELY_S + 1)
+    bench.guest_sends(arp_request(mac, IP4, GATEWAY))
+    shows(bench, gratuitous_arp(mac, IP4))
+    bench.go(S.RUNNING)
+    bench.clock.advance(60)
+    sent = bench.sent()
+    assert arp_request(mac, IP4, GATEWAY) in sent
+    assert not {frame for frame in sent if old in frame}
+
+
+def test_a_tap_that_takes_nothing_is_reported_once_a_round() -> None:
+    bench = bench_of(ask_gateways=True, rarp=Rarp.ALWAYS)
+    mac = bench.nics[0].mac
+    for number in range(50):
+        bench.guest_sends(arp_request(mac, bytes([192, 0, 2, 100 + number]), GATEWAY))
+    bench.nics[0].error = OSError(77, "File descriptor in bad state")
+    bench.go(S.RUNNING)
+    bench.clock.advance(60)
+    assert len(bench.data(Event.ANNOUNCE_FAILED)) < 40
 
 
 def test_a_claim_at_any_time_ends_the_announcement_of_the_address() -> None:
@@ -328,6 +354,16 @@ def test_questions_count_in_the_rate() -> None:
 
 
 # --- until the network passes frames --------------------------------------------------------------
+def waiting() -> tuple[Bench, Nic]:
+    """Return a running VM whose guest has asked its gateway, and announces itself when asked."""
+    bench = bench_of(ask_gateways=True, patience=60_000)
+    nic = bench.nics[0]
+    bench.guest_sends(arp_request(nic.mac, IP4, GATEWAY))
+    shows(bench, gratuitous_arp(nic.mac, IP4))
+    bench.go(S.RUNNING)
+    return bench, nic
+
+
 def proof(bench: Bench) -> tuple[object, object, object]:
     info = bench.announcer.info()[0]
     return info["proof"], info["proved-ms"], info["unproved"]
@@ -376,11 +412,7 @@ def test_a_guest_without_known_peers_is_announced_for_as_long() -> None:
 
 def test_a_port_that_opens_late_gets_a_round_that_counts() -> None:
     """What was sent before may be lost, however it was seen."""
-    bench = bench_of(ask_gateways=True, patience=60_000)
-    nic, mac = bench.nics[0], bench.nics[0].mac
-    bench.guest_sends(arp_request(mac, IP4, GATEWAY))
-    shows(bench, gratuitous_arp(mac, IP4))
-    bench.go(S.RUNNING)
+    bench, nic = waiting()
     bench.clock.advance(10)
     asked = len(nic.asked)
     # The guest's own question is answered, between two rounds.
@@ -391,12 +423,25 @@ def test_a_port_that_opens_late_gets_a_round_that_counts() -> None:
     assert proof(bench)[0] == "answered"
 
 
-def test_an_answer_of_the_last_rounds_question_needs_no_other_round() -> None:
-    bench = bench_of(ask_gateways=True, patience=60_000)
-    nic, mac = bench.nics[0], bench.nics[0].mac
+@pytest.mark.parametrize("late", [0.3, 5.0, 20.0])
+def test_the_host_announces_again_what_a_late_port_has_swallowed(late: float) -> None:
+    bench = bench_of(accepts=False, ask_gateways=True, patience=60_000)
+    mac = bench.nics[0].mac
     bench.guest_sends(arp_request(mac, IP4, GATEWAY))
-    shows(bench, gratuitous_arp(mac, IP4))
     bench.go(S.RUNNING)
+    bench.clock.advance(late)
+    bench.network_sends(reply(b"\xc0\0\2\x63", to=IP4))  # to a question of the guest's: since now
+    bench.sent()
+    bench.clock.advance(3)
+    sent = bench.sent()
+    assert {arp_probe(mac, IP4), gratuitous_arp(mac, IP4), arp_request(mac, IP4, GATEWAY)} <= set(
+        sent
+    )
+    assert sent.index(arp_probe(mac, IP4)) < sent.index(gratuitous_arp(mac, IP4))
+
+
+def test_an_answer_of_the_last_rounds_question_needs_no_other_round() -> None:
+    bench, nic = waiting()
     bench.clock.advance(ROUNDS[-1] + 1.01)
     assert len(nic.asked) == 6
     bench.network_sends(reply(GATEWAY))
@@ -405,11 +450,7 @@ def test_an_answer_of_the_last_rounds_question_needs_no_other_round() -> None:
 
 
 def test_an_answer_behind_the_last_round_of_the_schedule_gets_another() -> None:
-    bench = bench_of(ask_gateways=True, patience=60_000)
-    nic, mac = bench.nics[0], bench.nics[0].mac
-    bench.guest_sends(arp_request(mac, IP4, GATEWAY))
-    shows(bench, gratuitous_arp(mac, IP4))
-    bench.go(S.RUNNING)
+    bench, nic = waiting()
     bench.clock.advance(ROUNDS[-1] + 0.1)
     bench.network_sends(reply(b"\xc0\0\2\x63", to=IP4))  # to the guest's own question
     assert proof(bench)[0] == "answered"
@@ -418,11 +459,8 @@ def test_an_answer_behind_the_last_round_of_the_schedule_gets_another() -> None:
 
 
 def test_gateways_that_were_out_of_reach_are_asked_again() -> None:
-    bench = bench_of(ask_gateways=True, patience=60_000)
-    mac = bench.nics[0].mac
-    bench.guest_sends(arp_request(mac, IP4, GATEWAY))
-    shows(bench, gratuitous_arp(mac, IP4))
-    bench.go(S.RUNNING)
+    bench, nic = waiting()
+    mac = nic.mac
     bench.clock.advance(10)
     assert bench.sent().count(arp_request(mac, IP4, GATEWAY)) == INTRODUCTIONS
     bench.network_sends(reply(GATEWAY))
