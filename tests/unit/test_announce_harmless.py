@@ -115,6 +115,32 @@ def test_what_an_acknowledging_guest_used_long_ago_is_not_announced() -> None:
     assert not sent & {gratuitous_arp(mac, IP4), arp_probe(mac, IP4)}
 
 
+def test_what_was_not_shown_is_not_introduced_to_gateways() -> None:
+    bench = bench_of(ask_gateways=True)
+    mac = bench.nics[0].mac
+    old = b"\xc0\0\2\x08"
+    bench.guest_sends(arp_request(mac, old, GATEWAY))
+    bench.clock.advance(LATELY_S + 1)
+    bench.guest_sends(arp_request(mac, IP4, GATEWAY))
+    shows(bench, gratuitous_arp(mac, IP4))
+    bench.go(S.RUNNING)
+    bench.clock.advance(60)
+    sent = bench.sent()
+    assert arp_request(mac, IP4, GATEWAY) in sent
+    assert not {frame for frame in sent if old in frame}
+
+
+def test_a_tap_that_takes_nothing_is_reported_once_a_round() -> None:
+    bench = bench_of(ask_gateways=True, rarp=Rarp.ALWAYS)
+    mac = bench.nics[0].mac
+    for number in range(50):
+        bench.guest_sends(arp_request(mac, bytes([192, 0, 2, 100 + number]), GATEWAY))
+    bench.nics[0].error = OSError(77, "File descriptor in bad state")
+    bench.go(S.RUNNING)
+    bench.clock.advance(60)
+    assert len(bench.data(Event.ANNOUNCE_FAILED)) < 40
+
+
 def test_a_claim_at_any_time_ends_the_announcement_of_the_address() -> None:
     bench = bench_of(accepts=False)
     mac = bench.nics[0].mac
@@ -395,6 +421,23 @@ def test_a_port_that_opens_late_gets_a_round_that_counts() -> None:
     bench.clock.advance(600)
     assert len(nic.asked) == asked + 1
     assert proof(bench)[0] == "answered"
+
+
+@pytest.mark.parametrize("late", [0.3, 5.0, 20.0])
+def test_the_host_announces_again_what_a_late_port_has_swallowed(late: float) -> None:
+    bench = bench_of(accepts=False, ask_gateways=True, patience=60_000)
+    mac = bench.nics[0].mac
+    bench.guest_sends(arp_request(mac, IP4, GATEWAY))
+    bench.go(S.RUNNING)
+    bench.clock.advance(late)
+    bench.network_sends(reply(b"\xc0\0\2\x63", to=IP4))  # to a question of the guest's: since now
+    bench.sent()
+    bench.clock.advance(3)
+    sent = bench.sent()
+    assert {arp_probe(mac, IP4), gratuitous_arp(mac, IP4), arp_request(mac, IP4, GATEWAY)} <= set(
+        sent
+    )
+    assert sent.index(arp_probe(mac, IP4)) < sent.index(gratuitous_arp(mac, IP4))
 
 
 def test_an_answer_of_the_last_rounds_question_needs_no_other_round() -> None:

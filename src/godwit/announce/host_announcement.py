@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from godwit.errors import GodwitError
 from godwit.host.loop import Clock, Timer
 from godwit.spec.events import Event
 
-from .entries import Entry, Tags
+from .entries import Address, Entry, Tags
 from .memberships import Membership
 from .questions import ASK_S, Questions
 from .record import NicRecord
@@ -62,6 +63,7 @@ class HostAnnouncement:
         self._began_at = clock.now()
         self._reports = 0
         self._awaited: str | None = None  # the reason for the question that was put last
+        self._pending: set[Address] = set()  # that were asked for, to be announced if free
 
     def send_rarp(self, entries: Sequence[Entry]) -> bool:
         """Send the RARP of the NIC's MAC address, if among ``entries``, and return whether one was.
@@ -73,7 +75,7 @@ class HostAnnouncement:
             return False
         try:
             self._uplink.send(frame)
-        except Exception as error:
+        except (GodwitError, OSError) as error:
             self._failed(error)
             return False
         self._record.rarp_sent += 1
@@ -87,8 +89,10 @@ class HostAnnouncement:
         entries = self._wanted(reason)
         free = [entry for entry in entries if self._may_announce(entry)]
         asked = self._questions.ask_for(entries)
+        self._pending.difference_update(entry.address for entry in free)
         if asked:
             self._awaited = reason
+            self._pending.update(entry.address for entry in asked)
             self._after(ASK_AGAIN_S, lambda: self._questions.ask_again(asked))
             self._after(ASK_S, self._announce_free)
         # The MAC addresses of the others: their switches need not wait for an answer.
@@ -112,15 +116,15 @@ class HostAnnouncement:
         """Leave the addresses asked for to the guest, which acknowledged."""
         if self._awaited != NOT_SHOWN:
             self._awaited = None
+            self._pending.clear()
 
     def shown(self) -> None:
         """Ask gateways from the addresses the guest has shown, and announce what is missing."""
-        missing = self._wanted(NOT_SHOWN)
-        left_out = {entry.address for entry in missing}
         if self._uplink.watched:
+            left_out = {one.address for one in self._uplink.missing(self._questions.passes_since)}
             shown = [one for one in self._uplink.entries() if one.address not in left_out]
             self._questions.introduce(shown)
-        if missing or self._memberships(NOT_SHOWN):
+        if self._wanted(NOT_SHOWN) or self._memberships(NOT_SHOWN):
             self.announce(NOT_SHOWN)
 
     # --- inside -----------------------------------------------------------------------------------
@@ -145,11 +149,10 @@ class HostAnnouncement:
         free = [
             entry
             for entry in self._wanted(reason)
-            if entry.ip is not None
-            and self._uplink.host_announced_at(entry) is None
-            and self._questions.is_free(entry)
+            if entry.address in self._pending and self._questions.is_free(entry)
         ]
         if free:
+            self._pending.difference_update(entry.address for entry in free)
             self._send(reason, free, True)
             self._questions.introduce(free)
 

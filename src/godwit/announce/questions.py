@@ -63,6 +63,7 @@ class Questions:
         self._clock = clock
         self._gateways = gateways
         self._turn = 0
+        self._error: Exception | None = None
         self._networks: set[Tags] = set()  # whose peers were asked
         self._asked: dict[Key, float] = {}  # peer that has not answered -> when asked last
         self._proved: dict[Tags, float] = {}  # network -> since when it is known to pass frames
@@ -103,6 +104,7 @@ class Questions:
                 known_here = len(peer.ip) == 16 and (mac, tags, local) in own
                 self._ask(peer, mac, local if known_here else None)
         self._turn += 1
+        self._report_error()
 
     def answered(self, sighting: Sighting) -> float | None:
         """Take note of what another host shows, and return since when a network passes frames.
@@ -186,6 +188,7 @@ class Questions:
                 self._send(frames.arp_probe(entry.mac, entry.ip, entry.tags))
             else:
                 self._send(frames.solicitation(entry.mac, None, entry.ip, entry.tags))
+        self._report_error()
 
     # --- do the gateways know the guest? ----------------------------------------------------------
     def introduce(self, entries: Iterable[Entry]) -> None:
@@ -206,8 +209,15 @@ class Questions:
             self._introduced[entry.address] = count + 1
             for peer in gateways.get((entry.tags, len(entry.ip)), ()):
                 self._ask(peer, entry.mac, entry.ip)
+        self._report_error()
 
     # --- inside -----------------------------------------------------------------------------------
+    def _report_error(self) -> None:
+        """Report the first error of many alike."""
+        error, self._error = self._error, None
+        if error is not None:
+            self._failed(error)
+
     def _ask(self, peer: Peer, mac: bytes, ip: bytes | None) -> None:
         self._asked[peer.tags, peer.ip] = self._clock.now()
         self._send(question(mac, ip, peer))
@@ -216,7 +226,7 @@ class Questions:
         try:
             self._uplink.send(frame)
         except (GodwitError, OSError) as error:
-            self._failed(error)
+            self._error = self._error or error
         else:
             self._record.questions += 1
 
