@@ -20,6 +20,8 @@ _GUEST_PRIORITY = 120
 _PEER_PRIORITY = 100
 #: What the peer adds to its priority to be the master, or not to be.
 _MASTER, _BACKUP = 50, -50
+#: No second burst of gratuitous ARPs 5 s after the first: a guest that was stopped meanwhile would
+#: send it at its resume, whoever is the master by then.
 _INSTANCE = """
 vrrp_instance {name} {{
   state BACKUP
@@ -27,6 +29,7 @@ vrrp_instance {name} {{
   virtual_router_id {router}
   priority {priority}
   advert_int 1
+  garp_master_delay 0
   virtual_ipaddress {{
     {address}
   }}

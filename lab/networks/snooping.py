@@ -28,7 +28,8 @@ def snooping(net: Network) -> Iterator[None]:
         # Without an address, a bridge sends no MLD query (net/bridge/br_multicast.c).
         sysctl("net/ipv6/conf/br0/disable_ipv6", "0")
     times = (
-        f"mcast_query_interval {QUERY_INTERVAL_S}00 mcast_query_response_interval {_RESPONSE_S}00"
+        f"mcast_query_interval {QUERY_INTERVAL_S}00 mcast_query_response_interval {_RESPONSE_S}00 "
+        f"mcast_startup_query_interval {QUERY_INTERVAL_S}00"
     )
     # Version 3 and MLD 2, as a switch that is bought today.
     versions = "mcast_igmp_version 3 mcast_mld_version 2"

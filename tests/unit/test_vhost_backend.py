@@ -271,3 +271,52 @@ def test_a_host_whose_vhost_fails_hears_of_the_other_backend() -> None:
         tap.close()
         loop.close()
         memory.close()
+
+
+# --- a tap that is gone ---------------------------------------------------------------------------
+def test_what_vhost_took_for_a_lost_tap_is_returned_to_the_guest(bench: Bench) -> None:
+    """vhost takes frames of a tap that is gone, and never returns their buffers."""
+    bench.start()
+    heads = [bench.tx.add_out(frame(number)) for number in range(4)]
+    bench.device.bases[1] = 3
+    bench.tap.delete()
+    bench.backlog.check()
+    assert bench.device.backends[1] == -1
+    assert [head for head, _ in bench.tx.take_all()] == heads
+    # And so is all that follows, whenever the guest notifies.
+    more = [bench.tx.add_out(frame(number)) for number in range(3)]
+    assert bench.tx.must_kick()
+    os.eventfd_write(bench.kicks[1], 1)
+    bench.loop.run_once(0)
+    assert [head for head, _ in bench.tx.take_all()] == more
+    assert bench.errors == []
+    # A migration takes over where the guest is.
+    bench.backend.stop()
+    assert bench.queues[1].last_avail == bench.queues[1].last_used == 7
+    bench.start()
+    assert bench.device.backends == [-1, -1], "there is nothing to serve"
+    bench.backend.stop()
+
+
+def test_a_tap_that_was_lost_unnoticed_costs_no_frame_at_the_destination(bench: Bench) -> None:
+    bench.start()
+    for number in range(4):
+        bench.tx.add_out(frame(number))
+    bench.device.bases[1] = 3
+    bench.tap.delete()
+    bench.backend.stop()
+    assert bench.queues[1].last_avail == 0, "they are sent there"
+
+
+def test_a_guest_that_floods_a_lost_tap_leaves_others_their_turn(bench: Bench) -> None:
+    bench.start()
+    bench.tap.delete()
+    bench.backlog.check()
+    for _ in range(20):
+        count = 0
+        while count < SIZE:
+            bench.tx.add_out(frame(count))
+            count += 1
+        os.eventfd_write(bench.kicks[1], 1)
+        bench.loop.run_once(0)
+        assert len(bench.tx.take_all()) == SIZE

@@ -7,6 +7,7 @@ to the other (the ioctl takes each ring's mutex, drivers/vhost/vhost.c), then th
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 
@@ -26,6 +27,8 @@ from .backend import F_MRG_RXBUF, Ring
 from .rx_ring import notify, place
 
 _VERSION_1 = 1 << 32
+#: Frames for nobody that are returned before other work of the loop gets a turn.
+_DROPPED = 64
 _RING_FEATURES = F_EVENT_IDX | F_INDIRECT_DESC | F_MRG_RXBUF | _VERSION_1
 
 
@@ -58,6 +61,7 @@ class VhostBackend(LogsDirtyPages):
         backlog.on_change = self._serve
         self._receiving = False  # vhost has the receive ring
         self._starved = False  # the guest is to notify when the receive ring has space
+        self._dropping = False  # the transmit ring is served here, for want of a tap
         self._device = device()
         try:
             self._supported = self._device.features()
@@ -95,12 +99,16 @@ class VhostBackend(LogsDirtyPages):
                 self._set_addresses(index)
                 self._device.set_call(index, ring.call)
                 self._device.set_kick(index, ring.kick)
-            self._device.set_backend(1, self._tap.fd)
+            if self._backlog.lost:
+                self._drop_frames()
+            else:
+                self._device.set_backend(1, self._tap.fd)
             if not self._backlog.held:  # else the guest runs first, and gets the backlog then
                 self._receive()
         except (OSError, GuestError) as error:
             # Its rings were never served: there are no positions to learn.
             self._feed_no_more()
+            self._drop_no_more()
             self._rings = ()
             self._receiving = False
             for index in (0, 1):
@@ -113,10 +121,11 @@ class VhostBackend(LogsDirtyPages):
     def stop(self) -> None:
         """Take the rings back, and learn the kernel's positions."""
         self._feed_no_more()
+        dropping = self._drop_no_more()
         rings, self._rings = self._rings, ()
         if rings:
-            self._device.set_backend(1, -1)
-            self._learn(1, rings[1].queue)
+            if not dropping:
+                self._take_back_transmits(rings[1])
             self._take_back(rings[0])
 
     def set_call(self, index: int, fd: int) -> None:
@@ -163,6 +172,9 @@ class VhostBackend(LogsDirtyPages):
         """Place the backlog's frames in the ring, and give vhost the ring when none is left."""
         if not self._rings:
             return
+        if self._backlog.lost and not self._dropping:
+            self._take_back_transmits(self._rings[1])
+            self._drop_frames()
         ring = self._rings[0]
         if self._backlog:
             if self._receiving:
@@ -172,7 +184,7 @@ class VhostBackend(LogsDirtyPages):
             if not self._starved:
                 self._starved = True
                 self._loop.watch(ring.kick, self._more_space)
-        elif not self._backlog.held and not self._receiving:
+        elif not (self._backlog.held or self._receiving or self._backlog.lost):
             self._feed_no_more()
             self._device.set_base(0, ring.queue.last_avail)
             self._device.set_backend(0, self._tap.fd)
@@ -204,6 +216,48 @@ class VhostBackend(LogsDirtyPages):
             self._receiving = False
             self._device.set_backend(0, -1)
             self._learn(0, ring.queue)
+
+    # --- the transmit ring, without a tap -------------------------------------------------------
+    def _take_back_transmits(self, ring: Ring) -> None:
+        """Take the transmit ring back from vhost.
+
+        Of a tap that is gone, vhost takes frames and never returns their buffers
+        (drivers/vhost/net.c, vhost_tx_batch), and the guest would never send again. The frames
+        behind the last that was returned are the guest's to send once more.
+        """
+        self._device.set_backend(1, -1)
+        self._learn(1, ring.queue)
+        if self._backlog.lost or not self._tap.attached:
+            ring.queue.last_avail = ring.queue.last_used
+
+    def _drop_frames(self) -> None:
+        """Return the buffers of whatever the guest sends from now on: there is no network."""
+        self._dropping = True
+        self._loop.watch(self._rings[1].kick, self._drop)
+        self._drop()
+
+    def _drop(self) -> None:
+        with self._lock:
+            if not self._dropping:
+                return
+            ring = self._rings[1]
+            drain(ring.kick)
+            with guarded(self._on_guest_error):
+                for _ in range(_DROPPED):
+                    chain = ring.queue.pop()
+                    if chain is None:
+                        break
+                    ring.queue.push(chain, 0)
+                else:
+                    os.eventfd_write(ring.kick, 1)  # more waits; others first
+                notify(ring)
+
+    def _drop_no_more(self) -> bool:
+        """Serve the transmit ring here no more, and return whether it was served here."""
+        dropping, self._dropping = self._dropping, False
+        if dropping:
+            self._loop.unwatch(self._rings[1].kick)
+        return dropping
 
     def _learn(self, index: int, queue: Virtqueue) -> None:
         """Learn the kernel's position in a ring."""
