@@ -40,14 +40,19 @@ class Flow:
 class Agent:
     """A connection to one guest's agent, from a network namespace (None: this process's).
 
+    With a ``device``, frames go by that interface alone, as they have to in a VRF.
     Every request is repeated until an answer comes or the deadline passes (AgentError). The agent
     does a repeated request only once.
     """
 
-    def __init__(self, address: str, netns: str | None = None, port: int = CONTROL) -> None:
+    def __init__(
+        self, address: str, netns: str | None = None, port: int = CONTROL, device: str = ""
+    ) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         with inside(netns):
             self._socket = socket.socket(family, socket.SOCK_DGRAM)
+            if device:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
         self._peer = (address, port)
 
     def __enter__(self) -> Self:
@@ -171,6 +176,10 @@ class Agent:
         if last != "0":
             raise AgentError(f"in the guest, {command!r} ended with {last}: {output}")
         return output
+
+    def join(self, group: str, interface: str = "eth0") -> None:
+        """Make the guest a member of a multicast group, whose packets reach its sink."""
+        self.ask(f"join {group} {interface}")
 
     def hang(self, seconds: float) -> None:
         """Have the guest serve only interrupts for ``seconds``, and wait until the hang begins.

@@ -25,7 +25,7 @@ from .addresses import LANS, MANAGEMENT, Lan
 from .errors import LabError
 from .netns import exec_argv, inside
 
-_PREFIX = "godwit-"
+PREFIX = "godwit-"
 #: Frames for a guest in migration wait in its tap's queue: peak packets a second times 0.5 s.
 TAP_QUEUE = 5000
 _FORWARDING_S = 10.0
@@ -64,7 +64,7 @@ class Network:
     """
 
     def __init__(self) -> None:
-        own = f"{_PREFIX}{os.getpid()}-"
+        own = f"{PREFIX}{os.getpid()}-"
         self.a = Host(f"{own}a", MANAGEMENT["a"])
         self.b = Host(f"{own}b", MANAGEMENT["b"])
         self.switch = f"{own}switch"
@@ -84,7 +84,7 @@ class Network:
         self._remove()
 
     def _build(self) -> None:
-        _batch("ip", None, [f"netns add {name}" for name in self._all])
+        batch("ip", None, [f"netns add {name}" for name in self._all])
         for name in self._all:
             quiet = {"accept_dad": "0", "accept_ra": "0", "router_solicitations": "0"}
             if name != self.client.netns:
@@ -92,11 +92,11 @@ class Network:
             with inside(name):
                 for key, value in quiet.items():
                     for scope in ("default", "all"):
-                        _sysctl(f"net/ipv6/conf/{scope}/{key}", value)
+                        sysctl(f"net/ipv6/conf/{scope}/{key}", value)
         bridge = (
             "link add br0 type bridge vlan_filtering 1 stp_state 0 forward_delay 0 mcast_snooping 0"
         )
-        _batch(
+        batch(
             "ip",
             self.switch,
             [
@@ -112,7 +112,7 @@ class Network:
         self._allow(self.switch, ("pa", "pb", "pc"), tagged)
         mgmt = f"link add mgmt type veth peer name mgmt netns {self.b.netns}"
         for host, first in ((self.a, [mgmt]), (self.b, [])):
-            _batch(
+            batch(
                 "ip",
                 host.netns,
                 [
@@ -136,7 +136,7 @@ class Network:
             commands.append(f"link set {name} up")
             commands.append(f"address add {ipv4}/24 dev {name}")
             commands.append(f"address add {ipv6}/64 dev {name} nodad")
-        _batch("ip", self.client.netns, commands)
+        batch("ip", self.client.netns, commands)
         self._await_forwarding()
 
     def add_taps(self, host: Host, taps: Sequence[str]) -> None:
@@ -145,7 +145,7 @@ class Network:
         for tap in taps:
             commands.append(f"tuntap add {tap} mode tap vnet_hdr")
             commands.append(f"link set {tap} txqueuelen {TAP_QUEUE} master {host.bridge} up")
-        _batch("ip", host.netns, commands)
+        batch("ip", host.netns, commands)
         self._allow(host.netns, taps, [lan.vlan for lan in LANS if lan.vlan])
 
     def dropped(self) -> dict[str, int]:
@@ -167,7 +167,7 @@ class Network:
         return found
 
     def _allow(self, netns: str, ports: Sequence[str], tagged: Sequence[int]) -> None:
-        _batch("bridge", netns, [f"vlan add dev {p} vid {vid}" for p in ports for vid in tagged])
+        batch("bridge", netns, [f"vlan add dev {p} vid {vid}" for p in ports for vid in tagged])
 
     def _await_forwarding(self) -> None:
         """Wait until all ports forward, which a port does once the kernel has noticed its carrier.
@@ -196,19 +196,28 @@ class Network:
 
 def _remove_stale() -> None:
     """Remove the namespaces of processes that were killed before their own removal."""
-    for path in Path("/run/netns").glob(f"{_PREFIX}*-*"):
-        pid = path.name.removeprefix(_PREFIX).partition("-")[0]
+    for path in Path("/run/netns").glob(f"{PREFIX}*-*"):
+        pid = path.name.removeprefix(PREFIX).partition("-")[0]
         if pid.isdigit() and (int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists()):
             subprocess.run(["ip", "netns", "delete", path.name], check=False, capture_output=True)
 
 
-def _sysctl(name: str, value: str) -> None:
+def sysctl(name: str, value: str) -> None:
+    """Set a variable below /proc/sys of this thread's namespace, where the kernel has one.
+
+    ``name`` has slashes.
+    """
     path = Path("/proc/sys") / name
     if path.exists():  # a kernel without IPv6 has nothing to quieten
         path.write_text(value)
 
 
-def _batch(program: str, netns: str | None, commands: Sequence[str]) -> None:
+def batch(program: str, netns: str | None, commands: Sequence[str]) -> None:
+    """Have ``ip`` or ``bridge`` run commands in a namespace (None: this process's).
+
+    Raises:
+        LabError: the program is missing, or a command failed.
+    """
     argv = [program, *(["-n", netns] if netns else []), "-batch", "-"]
     _output(argv, "\n".join(commands) + "\n")
 
@@ -225,4 +234,4 @@ def _output(argv: Sequence[str], text: str = "") -> str:
     return done.stdout
 
 
-__all__ = ["TAP_QUEUE", "Client", "Host", "Network", "exec_argv"]
+__all__ = ["PREFIX", "TAP_QUEUE", "Client", "Host", "Network", "batch", "exec_argv", "sysctl"]

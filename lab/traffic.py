@@ -6,6 +6,7 @@ Pings are iputils' ``ping``; the capture is ``tcpdump``'s; numbered UDP packets 
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 import socket
@@ -108,6 +109,11 @@ class Answers:
             if later > since and earlier < until
         ]
         return max(gaps, default=0.0) * 1000
+
+    def dark_s(self, since: float, until: float) -> float:
+        """Return the longest time without an answer between two times (realtime), in seconds."""
+        times = [since, *(at for at, _ in self.times if since < at < until), until]
+        return max(later - earlier for earlier, later in itertools.pairwise(times))
 
 
 class Ping(Program):

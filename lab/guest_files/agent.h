@@ -29,6 +29,7 @@ void report_flows(struct reply *reply);
 void reset_flows(void);
 void udp_send(struct reply *reply, const char *arguments);
 void udp_stop(struct reply *reply);
+void join_group(struct reply *reply, const char *arguments);
 
 /* tcp.c: TCP servers: echo, discard, and a source. */
 void start_tcp(void);

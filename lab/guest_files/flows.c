@@ -6,6 +6,8 @@
 #include <arpa/inet.h>
 #include <endian.h>
 #include <errno.h>
+#include <net/if.h>
+#include <netinet/in.h>
 #include <netinet/in.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -71,9 +73,11 @@ static void count(uint32_t id, uint64_t seq)
 	flow->received++;
 }
 
+static int sink_sock;
+
 static void *sink(void *unused)
 {
-	int sock = listening(SOCK_DGRAM, PORT_SINK), size = 8 << 20;
+	int sock = sink_sock, size = 8 << 20;
 	unsigned char packet[65536];
 
 	(void)unused;
@@ -202,10 +206,42 @@ void udp_stop(struct reply *reply)
 	ended_count = 0;
 }
 
+/* join GROUP INTERFACE: the sink is a member of the multicast group from then on. */
+void join_group(struct reply *reply, const char *arguments)
+{
+	struct group_req request = { 0 };
+	struct sockaddr_in *four = (struct sockaddr_in *)&request.gr_group;
+	struct sockaddr_in6 *six = (struct sockaddr_in6 *)&request.gr_group;
+	char group[INET6_ADDRSTRLEN], interface[IF_NAMESIZE];
+	int level = IPPROTO_IPV6;
+
+	if (sscanf(arguments, "%45s %15s", group, interface) != 2) {
+		say(reply, "error: join GROUP INTERFACE");
+		return;
+	}
+	request.gr_interface = if_nametoindex(interface);
+	six->sin6_family = AF_INET6;
+	if (inet_pton(AF_INET6, group, &six->sin6_addr) != 1) {
+		level = IPPROTO_IP;
+		memset(six, 0, sizeof *six);
+		four->sin_family = AF_INET;
+		if (inet_pton(AF_INET, group, &four->sin_addr) != 1) {
+			say(reply, "error: no address: %s", group);
+			return;
+		}
+	}
+	if (setsockopt(sink_sock, level, MCAST_JOIN_GROUP, &request, sizeof request) &&
+	    errno != EADDRINUSE)
+		say(reply, "error: %s on %s: %s", group, interface, strerror(errno));
+	else
+		say(reply, "ok");
+}
+
 void start_traffic(void)
 {
 	pthread_t thread;
 
+	sink_sock = listening(SOCK_DGRAM, PORT_SINK);
 	pthread_create(&thread, NULL, sink, NULL);
 	start_tcp();
 }

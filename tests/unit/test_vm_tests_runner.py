@@ -113,3 +113,8 @@ def test_the_list_of_unstable_tests() -> None:
     assert runner.unstable(text) == {"tests/vm/test_x.py::test_a[b c]"}
     with pytest.raises(ValueError, match="not a date, a word and a node id"):
         runner.unstable("tests/vm/test_x.py::test_a\n")
+
+
+def test_without_a_path_both_folders_run() -> None:
+    assert runner.TESTS == ("tests/vm", "tests/networks")
+    assert all((_PATH.parents[1] / folder / "conftest.py").exists() for folder in runner.TESTS)

@@ -171,16 +171,18 @@ class Bench:
         self,
         *arguments: str,
         kernel: str = "cloud-6.12",
+        initrd: Path | None = None,
         keep: Sequence[Watched] = (),
         deadline: float = 120.0,
         **more: Any,
     ) -> Guest:
         """Boot a guest on host A, and wait for its agent. All VMs but spares and those to
-        ``keep`` end first: there is one guest at a time."""
+        ``keep`` end first: there is one guest at a time. ``initrd``: another than the lab's own,
+        with its agent."""
         self.drop_guest(keep)
         image = kernels.cached(kernel)
         assert image is not None, f"no kernel {kernel} in the cache: run scripts/setup"
-        argv = ["--kernel", str(image.vmlinuz), "--initrd", str(guest_image.build(image))]
+        argv = ["--kernel", str(image.vmlinuz), "--initrd", str(initrd or guest_image.build(image))]
         vm = self.run(self.net.a, *argv, "--append", guest_image.CMDLINE, *arguments, **more)
         vm.qmp.execute("query-status")
         vm.wait_ready(deadline)

@@ -1,0 +1,1 @@
+"""Networks that other projects' programs make, each with two hosts for a guest."""
