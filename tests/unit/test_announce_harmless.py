@@ -16,6 +16,7 @@ from godwit.announce.frames import (
 )
 from godwit.announce.host_announcement import ASK_AGAIN_S, LATELY_S
 from godwit.announce.memberships import Memberships, report
+from godwit.announce.nic_announcement import ASK_AFTER_S
 from godwit.announce.questions import (
     ASK_S,
     INTRODUCTIONS,
@@ -266,7 +267,7 @@ def test_peers_are_asked_from_nobody_right_behind_the_guest() -> None:
     bench.guest_sends(solicitation(mac, IP6, GATEWAY6))
     bench.go(S.RUNNING)
     assert (nic.asked, bench.sent()) == ([0.0], []), "the resume waits for no question"
-    bench.clock.advance(0)
+    bench.clock.advance(ASK_AFTER_S)
     assert sorted(bench.sent()) == sorted(
         [
             arp_probe(mac, GATEWAY),
@@ -286,7 +287,7 @@ def test_an_ipv6_peer_is_asked_from_the_address_made_of_the_mac_address() -> Non
         bench.guest_sends(solicitation(mac, IP6, GATEWAY6, tags))
     bench.guest_sends(solicitation(mac, frames.link_local(mac), GATEWAY6))
     bench.go(S.RUNNING)
-    bench.clock.advance(0)
+    bench.clock.advance(ASK_AFTER_S)
     sent = bench.sent()
     assert solicitation(mac, frames.link_local(mac), GATEWAY6) in sent
     assert solicitation(mac, None, GATEWAY6, VLAN) in sent
@@ -384,9 +385,9 @@ def test_an_answer_ends_the_schedule() -> None:
     assert proof(bench)[0] is None
     bench.go(S.RUNNING)
     assert proof(bench) == ("awaited", None, [])
-    bench.clock.advance(0.004)
+    bench.clock.advance(ASK_AFTER_S + 0.004)
     bench.network_sends(reply(GATEWAY))
-    assert proof(bench) == ("answered", 4.0, [])
+    assert proof(bench) == ("answered", 29.0, [])
     bench.clock.advance(600)
     assert bench.nics[0].asked == pytest.approx(ROUNDS)
     assert bench.announcer.info()[0]["answers"] == 1
@@ -502,7 +503,7 @@ def test_each_network_has_to_pass_frames() -> None:
         bench.guest_sends(arp_request(mac, IP4, GATEWAY, tags))
     shows(bench, gratuitous_arp(mac, IP4), gratuitous_arp(mac, IP4, VLAN))
     bench.go(S.RUNNING)
-    bench.clock.advance(0)
+    bench.clock.advance(ASK_AFTER_S)
     bench.network_sends(reply(GATEWAY))
     bench.clock.advance(2)
     assert proof(bench)[::2] == ("awaited", ["no answer in VLAN 100"])

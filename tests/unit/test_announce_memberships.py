@@ -215,6 +215,16 @@ def test_memberships_migrate_with_the_book() -> None:
     assert [report(one) for one in there.memberships] == [report(one) for one in book.memberships]
 
 
+def test_memberships_that_are_too_old_do_not_arrive() -> None:
+    book = AddressBook(MAC)
+    book.memberships.learn(v3(4), None, 5.0)
+    book.memberships.learn(v2of6(4), None, 50.0)
+    there = AddressBook(MAC, max_age_s=60)
+    there.load(book.save(100.0), 1000.0)
+    there.forget_old(1000.0)
+    assert [one.group for one in there.memberships] == [ip(GROUP6)]
+
+
 GOOD = SavedMembership(MAC, [], ip(SENDER4), ip(GROUP4), 3, 1.0)
 
 

@@ -67,13 +67,29 @@ class Memberships:
     """The memberships of one NIC's guest, at most 128, without a lock."""
 
     def __init__(self) -> None:
-        self._known: dict[_Key, Membership] = {}  # the one reported last at the end
+        self._loaded: dict[_Key, Membership] = {}  # the one reported last at the end
+        self._state: tuple[list[SavedMembership], float] | None = None  # not looked at yet
+        self._oldest = float("-inf")  # of which nothing older counts
 
     def __len__(self) -> int:
         return len(self._known)
 
     def __iter__(self) -> Iterator[Membership]:
         return iter(tuple(self._known.values()))
+
+    @property
+    def _known(self) -> dict[_Key, Membership]:
+        if self._state is not None:
+            (state, now), self._state = self._state, None
+            self._loaded = {}
+            for one in sorted(state, key=lambda one: -one.age):
+                tags, sources = saved.to_tags(one.tags), tuple(one.sources)
+                if now - one.age < self._oldest:
+                    continue
+                self._loaded[tags, one.group] = Membership(
+                    one.mac, tags, one.ip, one.group, one.version, sources, now - one.age
+                )
+        return self._loaded
 
     def learn(self, frame: bytes, outer: Tag | None, now: float) -> bool:
         """Learn from a frame of the guest's, and return whether the frame was a report.
@@ -97,6 +113,9 @@ class Memberships:
 
     def forget_old(self, oldest: float) -> None:
         """Forget what was last reported before ``oldest``."""
+        if self._state is not None:
+            self._oldest = oldest
+            return
         for key in [key for key, one in self._known.items() if one.last_seen < oldest]:
             del self._known[key]
 
@@ -116,13 +135,11 @@ class Memberships:
         ]
 
     def load(self, state: list[SavedMembership], now: float) -> None:
-        """Replace the memberships by a checked state's."""
-        self._known = {}
-        for one in sorted(state, key=lambda one: -one.age):
-            tags = saved.to_tags(one.tags)
-            self._known[tags, one.group] = Membership(
-                one.mac, tags, one.ip, one.group, one.version, tuple(one.sources), now - one.age
-            )
+        """Replace the memberships by a checked state's, which is looked at later.
+
+        A guest that stands still waits for nobody's groups.
+        """
+        self._state = state, now
 
 
 def report(one: Membership) -> bytes:

@@ -50,6 +50,8 @@ FURTHER_ROUNDS_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 LONGEST_S = 60.0
 #: The last further round may come so much after the bound, seconds: the schedule's own length.
 LEEWAY_S = 5.0
+#: From a round's beginning to the questions for peers, seconds.
+ASK_AFTER_S = 0.025
 #: From a verifier's question to its answer, seconds.
 VERIFY_S = 0.3
 
@@ -247,8 +249,8 @@ class NicAnnouncement:
             self._announce_from_host(DECLINED, base=not rarp)
         at = self._round_at
         if self._asks_gateways:
-            # In the first round, which is made inside the resume, the guest goes first.
-            self._after(0, lambda: self._questions.ask_peers(entries, at))
+            # The guest and its peers' packets go first.
+            self._after(ASK_AFTER_S, lambda: self._questions.ask_peers(entries, at))
         if record.rounds == 1:
             self._verifier.begin()
         self._schedule()

@@ -98,8 +98,9 @@ class PacketDestination:
             nic.rx_backlog.hold()
             self._held.add(index)
         uplinks = self._guest.uplinks
-        self._versions = [uplink.observer.version for uplink in uplinks]
         self._markers = [self._markers_of(index, uplink) for index, uplink in enumerate(uplinks)]
+        # Afterwards: the first look takes over what the driver has set.
+        self._versions = [uplink.observer.version for uplink in uplinks]
 
     def inject(self, payload: bytearray) -> None:
         """Give the guest the packets of a PACKETS message.
