@@ -6,6 +6,7 @@ import pytest
 
 from announce_bench import ACK_S, GATEWAY, IP4, IP6, ROUNDS, VLAN, Bench, Nic, Port, S, wanted
 from godwit.announce import frames
+from godwit.announce.dissect import Kind, Sighting
 from godwit.announce.frames import (
     arp_probe,
     arp_request,
@@ -683,3 +684,21 @@ def test_what_a_guest_answers_at_another_nic_is_no_claim() -> None:
     bench.clock.advance(60)
     assert gratuitous_arp(bond.mac, IP4) in bench.sent(0)
     assert bench.announcer.info()[0]["claims"] == 0
+
+
+def test_a_guest_that_was_loaded_is_here_before_it_runs() -> None:
+    """Another host takes a MAC address of a guest that waits for its operator's cont."""
+    bench = Bench(S.INMIGRATE, nic0=False)
+    uplink, virtual = bench.uplinks[0], bytes.fromhex("00005e000107")
+    with uplink.observer.book(bench.clock.now()) as book:
+        book.learn(Sighting(virtual, (), Kind.ARP, IP4, True, None), bench.clock.now() - 10)
+    uplink.observer.guest_here(True)
+    bench.go(S.PRELAUNCH_MIGRATE)
+    bench.network_sends(gratuitous_arp(virtual, b"\xc0\0\2\x63"))
+    assert [entry.mac for entry in uplink.entries()] == [bench.nics[0].mac]
+    bench.go(S.RUNNING, S.FINISH_MIGRATE)
+    with uplink.observer.book(bench.clock.now()) as book:
+        book.learn(Sighting(virtual, (), Kind.ARP, IP4, True, None), bench.clock.now())
+    bench.clock.advance(5)
+    bench.network_sends(gratuitous_arp(virtual, b"\xc0\0\2\x63"))  # itself, at its new host
+    assert len(uplink.entries()) == 2

@@ -106,8 +106,9 @@ class Announcer:
         """Listen to the run states: start an announcement, or end what is under way."""
         with self._rounds_lock:
             self._running = new is RunState.RUNNING
-            for uplink in self._uplinks.values():
-                uplink.observer.guest_here(self._running)
+            if RunState.RUNNING in (old, new):  # a guest that was loaded is here before it runs
+                for uplink in self._uplinks.values():
+                    uplink.observer.guest_here(self._running)
             if not self._running:
                 for key in tuple(self._current):
                     self._cancel(key)
