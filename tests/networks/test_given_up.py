@@ -21,7 +21,6 @@ _ADDRESSES = (*_CLAIMED, *_SILENT)
 _NICS = [
     pytest.param("", id="guest announces"),
     pytest.param("guest-announce=off", id="host announces"),
-    pytest.param("model=e1000", id="e1000", marks=pytest.mark.whole),
 ]
 
 

@@ -27,7 +27,6 @@ _MEMORY = "192M"
 _KINDS = [
     pytest.param(("", False), id="guest announces"),
     pytest.param(("guest-announce=off", False), id="host announces"),
-    pytest.param(("model=e1000", False), id="e1000", marks=pytest.mark.whole),
     pytest.param(("guest-announce=off", True), id="virtual MAC", marks=pytest.mark.whole),
 ]
 
