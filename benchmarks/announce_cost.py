@@ -5,7 +5,8 @@
 Each guest has one IPv4, one IPv6 and one link-local address in each VLAN, and announces itself:
 a gratuitous ARP and two neighbour advertisements a VLAN and round, five rounds by the default
 schedule. The host adds a RARP a round; in the first, a question for the gateway of each VLAN over
-either family; and in the first two, a question to a gateway from each address. Nothing is measured: frames are made and counted, and paced as the announcer paces them.
+either family; and in each, a question to a gateway from each address, to two in the first.
+Nothing is measured: frames are made and counted, and paced as the announcer paces them.
 Prints the table of docs/announcement.md.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from godwit.announce.frames import gratuitous_arp, unsolicited_na
 from godwit.announce.pacing import Pacer, round_delays
-from godwit.announce.questions import INTRODUCTIONS, MAX_INTRODUCED, MAX_NETWORKS, PEERS_ASKED
+from godwit.announce.questions import MAX_INTRODUCED, MAX_NETWORKS, PEERS_ASKED
 from godwit.spec.parameters import AnnounceParameters
 
 GUESTS = 500
@@ -41,8 +42,7 @@ def sends(frames: int, rate: int, vlans: int) -> list[tuple[float, int]]:
         extra = 1
         if number == 0:
             extra += PEERS_ASKED * min(vlans, MAX_NETWORKS)
-        if number < INTRODUCTIONS:
-            extra += min(frames, MAX_INTRODUCED)
+        extra += min(frames, MAX_INTRODUCED) * (1 if number else PEERS_ASKED)
         sent.append((now, frames + extra))
     return sent
 

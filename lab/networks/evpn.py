@@ -13,6 +13,7 @@ border reflects the routes of one host to the other.
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Evpn:
     b: Host
     peer: Client
     border: Vtep
+    fabric: str
+    """The namespace of the bridge between the VTEPs."""
     vteps: dict[str, Vtep]
     """The hosts' VTEPs by their namespaces."""
 
@@ -67,6 +70,23 @@ class Evpn:
     def at(self, host: Host, address: str) -> bool:
         """Return whether the border's route to an address of a guest leads to a host."""
         return self.vteps[host.netns].address in self.route(address)
+
+    @contextmanager
+    def slow(self, delay_ms: int) -> Iterator[None]:
+        """Have all that goes to the border or comes from there take longer, each way."""
+        ends = ((self.fabric, "pborder"), (self.border.netns, "up0"))
+        try:
+            for netns, device in ends:
+                add = ["tc", "qdisc", "add", "dev", device, "root", "netem"]
+                ask(netns, [*add, "delay", f"{delay_ms}ms"])
+            yield
+        finally:
+            for netns, device in ends:
+                subprocess.run(
+                    ["tc", "-n", netns, "qdisc", "del", "dev", device, "root"],
+                    check=False,
+                    capture_output=True,
+                )
 
 
 @contextmanager
@@ -103,6 +123,7 @@ def evpn() -> Iterator[Evpn]:
             Host(b, _B, bridge="br10"),
             Client(peer),
             vteps[2],
+            fabric,
             {vtep.netns: vtep for vtep in vteps[:2]},
         )
 

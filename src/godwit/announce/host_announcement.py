@@ -108,6 +108,10 @@ class HostAnnouncement:
         """Ask for the addresses the host would announce if the guest does not."""
         self._questions.ask_for(self._uplink.entries())
 
+    def introduce_again(self) -> None:
+        """Ask gateways once more from all addresses that were announced."""
+        self._questions.introduce(self._uplink.announced())
+
     def network_passes(self) -> None:
         """Report memberships anew, as switches may have missed what was sent before."""
         self._reports = 0

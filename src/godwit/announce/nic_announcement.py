@@ -34,7 +34,7 @@ from .dissect import Sighting
 from .entries import Entry
 from .host_announcement import DECLINED, NO_ACK, HostAnnouncement
 from .pacing import Pacer, round_delays
-from .questions import Questions
+from .questions import LATER_S, Questions
 from .record import NicRecord
 from .uplink import Uplink
 
@@ -101,6 +101,7 @@ class NicAnnouncement:
         self._rarp = options.rarp is Rarp.ALWAYS
         self._deadline_s = options.deadline / 1000
         self._patience_s = options.patience / 1000
+        self._asks_gateways = options.ask_gateways
         self._questions = Questions(uplink, record, clock, options.ask_gateways, self._failed)
         self._host = HostAnnouncement(
             uplink, record, self._questions, clock, self._after, report, self._failed
@@ -233,16 +234,21 @@ class NicAnnouncement:
         self._stale = False
         if record.rounds == 1:
             self._first_at = self._round_at
+            if self._asks_gateways:
+                for delay in LATER_S:
+                    self._after(delay, self._host.introduce_again)
         if self.uplink.port.warning is not None:
             self._failed(HostError(self.uplink.port.warning))
         record.mac = self.uplink.nic.mac.hex(":")
-        # Before the guest is asked: what leaves behind a question that is answered was not lost.
         rarp = self._rarp and not self._fallback and self._host.send_rarp(entries)
-        self._questions.ask_peers(entries)
         if self._fallback:
             self._announce_from_host(NO_ACK)
         elif not self._attempt():
             self._announce_from_host(DECLINED, base=not rarp)
+        at = self._round_at
+        if self._asks_gateways:
+            # In the first round, which is made inside the resume, the guest goes first.
+            self._after(0, lambda: self._questions.ask_peers(entries, at))
         if record.rounds == 1:
             self._verifier.begin()
         self._schedule()

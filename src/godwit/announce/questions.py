@@ -3,7 +3,7 @@
 There are three, each of ARP or neighbour discovery (RFC 826, 5227, 4861):
 
 - To a known peer of each network, from nobody: is the peer there? The answer proves a network
-  passing the guest's frames, both ways, from the question on. Nobody learns anything.
+  passing the guest's frames, both ways, since the round began. Nobody learns anything.
 - For an address the host is to announce: does another have the address? Who answers claims the
   address, which leaves the address book.
 - To known gateways, from each announced address: a gateway that ignores announcements of hosts
@@ -29,9 +29,13 @@ from .uplink import Uplink
 PEERS_ASKED = 2
 #: Networks whose peers are asked in an announcement, at most.
 MAX_NETWORKS = 64
-#: Addresses from which gateways are asked in an announcement, at most, and how often each.
+#: Addresses from which gateways are asked in an announcement, at most, and how often each: in each
+#: of the usual rounds, and later. The kernel of an EVPN gateway does not touch the entry of a guest
+#: elsewhere until the fabric has withdrawn the guest's old route.
 MAX_INTRODUCED = 64
-INTRODUCTIONS = 2
+INTRODUCTIONS = 8
+#: When gateways are asked once more, seconds after the first round.
+LATER_S = (2.0, 5.0)
 #: From the question for an address until the address is taken for free, seconds. RFC 5227 waits
 #: for up to two, before an address is first used; here the guest has used it.
 ASK_S = 0.4
@@ -71,12 +75,13 @@ class Questions:
         self._introduced: dict[Address, int] = {}
 
     # --- does the network pass frames? ------------------------------------------------------------
-    def ask_peers(self, entries: Iterable[Entry]) -> None:
+    def ask_peers(self, entries: Iterable[Entry], at: float) -> None:
         """Ask known peers in each network not shown to pass frames, other ones in turn.
 
-        The questions come from the MAC addresses of ``entries``.
+        The questions come from the MAC addresses of ``entries``, and count as put when the round
+        began, at ``at``: an answer proves that the network passed the round's other frames, too.
         """
-        if not self._gateways or not self._uplink.listens:
+        if not self._uplink.listens:
             return
         peers: dict[Tags, list[Peer]] = {}
         for peer in self._uplink.peers():
@@ -102,7 +107,7 @@ class Questions:
                 mac = senders[tags]
                 local = frames.link_local(mac)
                 known_here = len(peer.ip) == 16 and (mac, tags, local) in own
-                self._ask(peer, mac, local if known_here else None)
+                self._ask(peer, mac, local if known_here else None, at)
         self._turn += 1
         self._report_error()
 
@@ -207,7 +212,8 @@ class Questions:
             if count >= INTRODUCTIONS or (not count and len(self._introduced) >= MAX_INTRODUCED):
                 continue
             self._introduced[entry.address] = count + 1
-            for peer in gateways.get((entry.tags, len(entry.ip)), ()):
+            known = gateways.get((entry.tags, len(entry.ip)), [])
+            for peer in known if not count else known[:1]:
                 self._ask(peer, entry.mac, entry.ip)
         self._report_error()
 
@@ -218,8 +224,8 @@ class Questions:
         if error is not None:
             self._failed(error)
 
-    def _ask(self, peer: Peer, mac: bytes, ip: bytes | None) -> None:
-        self._asked[peer.tags, peer.ip] = self._clock.now()
+    def _ask(self, peer: Peer, mac: bytes, ip: bytes | None, at: float | None = None) -> None:
+        self._asked[peer.tags, peer.ip] = self._clock.now() if at is None else at
         self._send(question(mac, ip, peer))
 
     def _send(self, frame: bytes) -> None:
