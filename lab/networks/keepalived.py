@@ -11,9 +11,6 @@ from .programs import prepare
 ADDRESSES = ("10.0.0.60", "fd00::60")
 _ROUTERS = (60, 61)
 _LENGTHS = (24, 64)
-#: The virtual router's MAC (RFC 5798, 7.3), where it is used: for IPv4 alone, as keepalived may
-#: find no link-local address on a new macvlan and stay in its fault state.
-OWN_MAC = f"00:00:5e:00:01:{_ROUTERS[0]:02x}"
 _PROGRAM = "/usr/sbin/keepalived"
 _LOG = "/tmp/keepalived.log"
 _GUEST_PRIORITY = 120
@@ -37,11 +34,7 @@ vrrp_instance {name} {{
 """
 
 
-#: The address is on a macvlan then, with the virtual router's MAC.
-_ON_MACVLAN = "  use_vmac\n  vmac_xmit_base\n"
-
-
-def _config(interface: str, priority: int, own_mac: bool, head: str = "", more: str = "") -> str:
+def _config(interface: str, priority: int, head: str = "", more: str = "") -> str:
     rows = list(zip(_ROUTERS, ADDRESSES, _LENGTHS, strict=True))
     instances = [
         _INSTANCE.format(
@@ -50,19 +43,17 @@ def _config(interface: str, priority: int, own_mac: bool, head: str = "", more: 
             router=router,
             priority=priority,
             address=f"{address}/{length}",
-            more=more + (_ON_MACVLAN if own_mac else ""),
+            more=more,
         )
-        for router, address, length in rows[: 1 if own_mac else 2]
+        for router, address, length in rows
     ]
     return head + "".join(instances)
 
 
-def start_in_guest(agent: Agent, own_mac: bool = False) -> None:
+def start_in_guest(agent: Agent) -> None:
     """Start the guest's keepalived, which is the master unless its peer wants to be."""
     prepare(agent)
-    if own_mac:
-        agent.sh("modprobe macvlan")
-    text = _config("eth0", _GUEST_PRIORITY, own_mac)
+    text = _config("eth0", _GUEST_PRIORITY)
     # Readable for its owner alone: keepalived warns otherwise.
     agent.sh(f"umask 077; cat > /etc/keepalived.conf <<END\n{text}END\n")
     options = "--dont-fork --log-console --log-detail --vrrp"
@@ -78,7 +69,7 @@ def guest_log(agent: Agent) -> str:
 class Peer(Daemon):
     """The other keepalived of the pair, on a host of its own."""
 
-    def __init__(self, netns: str, interface: str, folder: Path, own_mac: bool = False) -> None:
+    def __init__(self, netns: str, interface: str, folder: Path) -> None:
         self._weight = folder / "keepalived.weight"
         self._set(_BACKUP)
         head = f'''
@@ -89,7 +80,7 @@ vrrp_track_file weight {{
 '''
         config = folder / "keepalived.conf"
         more = "  track_file {\n    weight weight 1\n  }\n"
-        config.write_text(_config(interface, _PEER_PRIORITY, own_mac, head, more))
+        config.write_text(_config(interface, _PEER_PRIORITY, head, more))
         argv = [_PROGRAM, "--dont-fork", "--log-console", "--log-detail", "--vrrp"]
         argv += ["--use-file", str(config), "--pid", str(folder / "keepalived.pid")]
         argv += ["--vrrp_pid", str(folder / "vrrp.pid")]

@@ -38,12 +38,12 @@ class Station:
         """Take an address from the host, if the host has it."""
         self.ip("address", "flush", "to", address, "dev", INTERFACE)
 
-    def claim(self, address: str) -> None:
+    def claim(self, address: str, interface: str = INTERFACE) -> None:
         """Send a gratuitous ARP or an unsolicited advertisement for an address of the host's."""
         if ":" in address:
             self._advertise(address)
         else:
-            argv = ["busybox", "arping", "-U", "-c", "1", "-I", INTERFACE, "-s", address, address]
+            argv = ["busybox", "arping", "-U", "-c", "1", "-I", interface, "-s", address, address]
             ask(self.netns, argv)
 
     def _advertise(self, ipv6: str) -> None:

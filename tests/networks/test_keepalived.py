@@ -24,11 +24,9 @@ from lab.scenario import MAC, rounds, wait_for
 from lab.traffic import Capture, Flow, Ping
 
 _MEMORY = "192M"
-_KINDS = [
-    pytest.param(("", False), id="guest announces"),
-    pytest.param(("guest-announce=off", False), id="host announces"),
-    pytest.param(("model=e1000", False), id="e1000", marks=pytest.mark.whole),
-    pytest.param(("guest-announce=off", True), id="virtual MAC", marks=pytest.mark.whole),
+_NICS = [
+    pytest.param("", id="guest announces"),
+    pytest.param("guest-announce=off", id="host announces"),
 ]
 
 
@@ -38,16 +36,9 @@ class Pair:
 
     bench: Bench
     nic: str
-    own_mac: bool
-    """The virtual address has a MAC of its own."""
     host: Station
     peer: Peer
     _guest: Guest | None = None
-
-    @property
-    def addresses(self) -> Sequence[str]:
-        """The virtual addresses."""
-        return ADDRESSES[:1] if self.own_mac else ADDRESSES
 
     @property
     def guest(self) -> Guest:
@@ -57,7 +48,7 @@ class Pair:
             assert kernel is not None
             image = programs.build(kernel, "keepalived")
             self._guest = self.bench.boot(nic=self.nic, initrd=image, memory=_MEMORY)
-            keepalived.start_in_guest(self._guest.agent, self.own_mac)
+            keepalived.start_in_guest(self._guest.agent)
         return self._guest
 
     def target(self, *more: str) -> Watched:
@@ -74,20 +65,20 @@ class Pair:
         agent = self.guest.agent
         self.peer.follow()
         try:
-            wait("the guest is the master", lambda: self._all(agent.sh("ip addr")))
+            wait("the guest is the master", lambda: _all(agent.sh("ip addr")))
         except LabError as error:
             error.add_note(keepalived.guest_log(agent) + agent.sh("ip addr"))
             raise
-        wait("its peer is not", lambda: not self._any(self.host.ip("addr")))
+        wait("its peer is not", lambda: not _any(self.host.ip("addr")))
         self._client_reaches(MAC, "pa" if self.guest.vm.host is self.bench.net.a else "pb")
 
     def peer_leads(self, guest_runs: bool = True) -> float:
         """Wait until the guest's peer has them; since when."""
         self.peer.lead()
-        wait("the peer is the master", lambda: self._all(self.host.ip("addr")))
+        wait("the peer is the master", lambda: _all(self.host.ip("addr")))
         if guest_runs:
             agent = self.guest.agent
-            wait("the guest is not", lambda: not self._any(agent.sh("ip addr")))
+            wait("the guest is not", lambda: not _any(agent.sh("ip addr")))
         self.client_reaches_peer()
         return time.time()
 
@@ -97,33 +88,33 @@ class Pair:
 
     def _client_reaches(self, mac: str, port: str) -> None:
         netns = self.bench.net.client.netns
-        mac = keepalived.OWN_MAC if self.own_mac else mac
-        for address in self.addresses:
+        for address in ADDRESSES:
             reach(netns, address)
             wait(f"{address} is {mac}", lambda one=address: neighbour(netns, one) == mac)
         wait(f"{mac} is at {port}", lambda: port_of(self.bench.net, mac) == port)
 
-    def _all(self, shown: str) -> bool:
-        return all(f" {address}/" in shown for address in self.addresses)
 
-    def _any(self, shown: str) -> bool:
-        return any(f" {address}/" in shown for address in self.addresses)
+def _all(shown: str) -> bool:
+    return all(f" {address}/" in shown for address in ADDRESSES)
 
 
-@pytest.fixture(scope="module", params=_KINDS)
+def _any(shown: str) -> bool:
+    return any(f" {address}/" in shown for address in ADDRESSES)
+
+
+@pytest.fixture(scope="module", params=_NICS)
 def pair(request: pytest.FixtureRequest, bench: Bench) -> Iterator[Pair]:
     """The pair, whose guest the tests of this module share."""
-    nic, own_mac = request.param
     with station(bench.net, "vrrp") as host:
         host.take("10.0.0.61")
         host.take("fd00::61")
-        with Peer(host.netns, INTERFACE, bench.folder, own_mac) as peer:
-            yield Pair(bench, nic, own_mac, host, peer)
+        with Peer(host.netns, INTERFACE, bench.folder) as peer:
+            yield Pair(bench, request.param, host, peer)
 
 
 @dataclass
 class Sent:
-    """What the guest's hosts, and the peer, send that claims an address or comes from its MAC."""
+    """What the guest's hosts, and the peer, send that claims an address."""
 
     from_hosts: Sequence[Capture]
     from_peer: Capture
@@ -134,23 +125,23 @@ class Sent:
             capture.stop()
 
     def by_hosts(self, since: float) -> list[Claim]:
-        """Claims of the virtual addresses or their MACs by the guest or its hosts."""
+        """Claims of the virtual addresses by the guest or its hosts."""
         return [one for capture in self.from_hosts for one in _virtual(capture, since)]
 
     def by_peer(self, since: float) -> list[Claim]:
-        """Claims of the virtual addresses or their MACs by the peer."""
+        """Claims of the virtual addresses by the peer."""
         return _virtual(self.from_peer, since)
 
     def in_guests_name(self, since: float) -> list[Announcement]:
-        """Announcements of the virtual addresses or their MACs by a host."""
+        """Announcements of the virtual addresses by a host."""
         found = [one for capture in self.from_hosts for one in announcements(capture.path)]
         found = [one for one in found if one.at > since and one.sender == "host"]
-        return [one for one in found if one.address in (*ADDRESSES, keepalived.OWN_MAC)]
+        return [one for one in found if one.address in ADDRESSES]
 
 
 def _virtual(capture: Capture, since: float) -> list[Claim]:
     found = [claim for claim in claims(capture.path) if claim.at > since]
-    return [one for one in found if one.address in ADDRESSES or one.mac == keepalived.OWN_MAC]
+    return [one for one in found if one.address in ADDRESSES]
 
 
 def _seen_at(arpwatch: ArpWatch) -> list[str]:
@@ -177,7 +168,7 @@ def sent(bench: Bench, pair: Pair) -> Iterator[Sent]:
 def test_the_master_keeps_them(bench: Bench, arpwatch: ArpWatch, pair: Pair, sent: Sent) -> None:
     pair.guest_leads()
     target = pair.target()
-    flows = [Flow(70 + n, "vrrp", 0, "", address, "") for n, address in enumerate(pair.addresses)]
+    flows = [Flow(70 + n, "vrrp", 0, "", address, "") for n, address in enumerate(ADDRESSES)]
     pings = [Ping(bench.net.client.netns, flow, bench.folder, 0.05) for flow in flows]
     try:
         for ping in pings:
@@ -233,7 +224,7 @@ def test_taken_between_its_stop_and_its_resume(
     wait_for(lambda: rounds(target) >= 5, 60)
     settled = pair.peer_leads()
     _stays(arpwatch, pair, sent, settled, its_own=True)
-    assert sent.in_guests_name(taken) == [], sent.by_hosts(taken)[:8]
+    assert sent.in_guests_name(taken) == []
 
 
 def _stays(arpwatch: ArpWatch, pair: Pair, sent: Sent, since: float, its_own: bool = False) -> None:
@@ -245,7 +236,6 @@ def _stays(arpwatch: ArpWatch, pair: Pair, sent: Sent, since: float, its_own: bo
     pair.guest.agent.ping()
     sent.stop()
     assert sent.by_hosts(since) == []
-    if not pair.own_mac:
-        wait("arpwatch knows", lambda: _seen_at(arpwatch)[-1:] == [pair.host.mac])
-        # Once to the guest, where the peer had them when arpwatch began; and to the peer.
-        assert its_own or len(_seen_at(arpwatch)) <= 2
+    wait("arpwatch knows", lambda: _seen_at(arpwatch)[-1:] == [pair.host.mac])
+    # Once to the guest, where the peer had them when arpwatch began; and to the peer.
+    assert its_own or len(_seen_at(arpwatch)) <= 2

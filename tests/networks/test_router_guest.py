@@ -23,7 +23,6 @@ from lab.traffic import Capture, Flow, Ping
 _NICS = [
     pytest.param("", id="guest announces"),
     pytest.param("guest-announce=off", id="host announces"),
-    pytest.param("model=e1000", id="e1000", marks=pytest.mark.whole),
 ]
 
 

@@ -18,7 +18,6 @@ from lab.traffic import Flow, Sender
 _NICS = [
     pytest.param("", id="guest announces"),
     pytest.param("guest-announce=off", id="host announces"),
-    pytest.param("model=e1000", id="e1000", marks=pytest.mark.whole),
 ]
 _RATE = 50
 _IPV6 = LANS[0].guest[1]
