@@ -54,7 +54,7 @@ def _claim(raw: bytes, at: float) -> Claim | None:
     from scapy.layers.l2 import ARP, Ether
 
     frame: Any = Ether(raw)
-    if frame.type == _RARP:
+    if getattr(frame, "type", 0) == _RARP:  # IEEE 802.3 frames have a length there
         return Claim(at, frame.src, "RARP", ARP(bytes(frame.payload)).hwsrc)
     if ARP in frame and frame[ARP].psrc != "0.0.0.0":
         return Claim(at, frame.src, "ARP", frame[ARP].psrc)

@@ -9,7 +9,7 @@ from ..addresses import LANS
 from ..agent import Agent
 from ..traffic import Program
 from .programs import prepare
-from .station import INTERFACE, Station
+from .segment_host import INTERFACE, SegmentHost
 
 #: What the router advertises on the untagged network. Behind the guest is VLAN 100.
 PREFIX = "fd00:77::"
@@ -38,12 +38,12 @@ def start_in_guest(agent: Agent) -> None:
     )
 
 
-def default_routes(host: Station) -> list[str]:
+def default_routes(host: SegmentHost) -> list[str]:
     """Return the default routes that a host learned from router advertisements."""
     return host.ip("-6", "route", "show", "default", "proto", "ra").splitlines()
 
 
-def address(host: Station) -> str:
+def address(host: SegmentHost) -> str:
     """Return the address that a host made of the advertised prefix (empty: none yet)."""
     shown = host.ip("-6", "addr", "show", "dev", INTERFACE, "scope", "global")
     found = re.search(rf"inet6 ({PREFIX[:-1]}[0-9a-f:]+)/64", shown)
@@ -53,7 +53,7 @@ def address(host: Station) -> str:
 class RouteWatch(Program):
     """A watch of a host's routes: a default route that comes back was still away."""
 
-    def __init__(self, host: Station, folder: Path) -> None:
+    def __init__(self, host: SegmentHost, folder: Path) -> None:
         super().__init__(host.netns, ["ip", "-6", "monitor", "route"], folder / "routes.txt")
 
     def deleted(self) -> list[str]:

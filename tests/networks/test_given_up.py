@@ -12,7 +12,7 @@ from vm_bench import Bench, Guest
 from lab.networks.arpwatch import ArpWatch
 from lab.networks.claims import CLAIMING, claims
 from lab.networks.peers import neighbour, port_of, reach
-from lab.networks.station import INTERFACE, Station, station
+from lab.networks.segment_host import INTERFACE, SegmentHost, segment_host
 from lab.scenario import MAC, rounds, wait_for
 from lab.traffic import Capture
 
@@ -27,14 +27,16 @@ _NICS = [
 
 
 @pytest.fixture(scope="module")
-def other(bench: Bench) -> Iterator[Station]:
+def other(bench: Bench) -> Iterator[SegmentHost]:
     """The host that takes the addresses."""
-    with station(bench.net, "other") as host:
+    with segment_host(bench.net, "other") as host:
         yield host
 
 
 @pytest.mark.parametrize("nic", _NICS)
-def test_nobody_takes_it_back(bench: Bench, arpwatch: ArpWatch, other: Station, nic: str) -> None:
+def test_nobody_takes_it_back(
+    bench: Bench, arpwatch: ArpWatch, other: SegmentHost, nic: str
+) -> None:
     guest = bench.traveller(nic)
     client = bench.net.client.netns
     _each(guest, "add")
@@ -99,7 +101,9 @@ _REFLECTED_S = 2.0
 
 
 @pytest.mark.parametrize("when", ["before", "between stop and resume"])
-def test_a_mac_that_another_host_took_stays_there(bench: Bench, other: Station, when: str) -> None:
+def test_a_mac_that_another_host_took_stays_there(
+    bench: Bench, other: SegmentHost, when: str
+) -> None:
     nic = "guest-announce=off"
     guest = bench.traveller(nic)
     client = bench.net.client.netns

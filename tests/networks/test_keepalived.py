@@ -19,7 +19,7 @@ from lab.networks.claims import CLAIMING, Claim, claims
 from lab.networks.keepalived import ADDRESSES, Peer
 from lab.networks.parts import wait
 from lab.networks.peers import neighbour, port_of, reach
-from lab.networks.station import INTERFACE, Station, station
+from lab.networks.segment_host import INTERFACE, SegmentHost, segment_host
 from lab.scenario import MAC, rounds, wait_for
 from lab.traffic import Capture, Flow, Ping
 
@@ -36,7 +36,7 @@ class Pair:
 
     bench: Bench
     nic: str
-    host: Station
+    host: SegmentHost
     peer: Peer
     _guest: Guest | None = None
 
@@ -105,7 +105,7 @@ def _any(shown: str) -> bool:
 @pytest.fixture(scope="module", params=_NICS)
 def pair(request: pytest.FixtureRequest, bench: Bench) -> Iterator[Pair]:
     """The pair, whose guest the tests of this module share."""
-    with station(bench.net, "vrrp") as host:
+    with segment_host(bench.net, "vrrp") as host:
         host.take("10.0.0.61")
         host.take("fd00::61")
         with Peer(host.netns, INTERFACE, bench.folder) as peer:

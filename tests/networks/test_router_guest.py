@@ -16,7 +16,7 @@ from lab.networks import programs, router
 from lab.networks.arpwatch import ArpWatch
 from lab.networks.claims import CLAIMING, claims
 from lab.networks.parts import wait
-from lab.networks.station import station
+from lab.networks.segment_host import segment_host
 from lab.scenario import MAC, rounds, wait_for
 from lab.traffic import Capture, Flow, Ping
 
@@ -36,7 +36,7 @@ def test_hosts_keep_their_default_route(bench: Bench, arpwatch: ArpWatch, nic: s
     client = bench.net.client.netns
     way_back = ("-6", "route", "add", f"{router.PREFIX}/64", "via", "fd00:100::2")
     with ExitStack() as stack:
-        host = stack.enter_context(station(bench.net, "ra", router_advertisements=True))
+        host = stack.enter_context(segment_host(bench.net, "ra", router_advertisements=True))
         bench.client_ip(*way_back)
         stack.callback(bench.client_ip, *[w if w != "add" else "del" for w in way_back])
         router.start_in_guest(guest.agent)

@@ -16,7 +16,7 @@ INTERFACE = "net0"
 
 
 @dataclass(frozen=True)
-class Station:
+class SegmentHost:
     """A host with one interface, untagged."""
 
     netns: str
@@ -58,7 +58,9 @@ class Station:
 
 
 @contextmanager
-def station(net: Network, name: str, router_advertisements: bool = False) -> Iterator[Station]:
+def segment_host(
+    net: Network, name: str, router_advertisements: bool = False
+) -> Iterator[SegmentHost]:
     """Attach a host to the switch; it configures itself by router advertisements if asked to."""
     port = f"p-{name}"
     with namespaces(name) as (netns,):
@@ -84,4 +86,4 @@ def station(net: Network, name: str, router_advertisements: bool = False) -> Ite
 
         wait(f"the switch's port {port} forwards", forwards)
         (link,) = json.loads(ask(netns, ["ip", "-j", "link", "show", "dev", INTERFACE]))
-        yield Station(netns, link["address"], port)
+        yield SegmentHost(netns, link["address"], port)
