@@ -582,6 +582,24 @@ def test_memberships_are_reported_again_where_the_host_announces() -> None:
     assert bench.sent().count(again) == 2
 
 
+def test_memberships_of_a_mac_address_that_is_elsewhere_are_not_reported() -> None:
+    bench = bench_of(accepts=False)
+    nic = bench.nics[0]
+    own, nic.mac = nic.mac, bytes.fromhex("00005e000107")
+    again = join(bench)
+    nic.mac = own
+    uplink = bench.uplinks[0]
+    nic.filter.unicast.append(bytes.fromhex("00005e000107"))
+    nic.filter.vlans.append(100)  # where the MAC address may be as well
+    uplink.entries()
+    uplink.observer.guest_here(True)
+    bench.clock.advance(5)
+    bench.network_sends(gratuitous_arp(bytes.fromhex("00005e000107"), b"\xc0\0\2\x63"))
+    bench.go(S.RUNNING)
+    bench.clock.advance(60)
+    assert again not in bench.sent()
+
+
 def test_memberships_are_reported_again_once_the_network_passes_frames() -> None:
     bench = bench_of(accepts=False, ask_gateways=True, patience=60_000)
     mac = bench.nics[0].mac

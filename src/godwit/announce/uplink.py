@@ -194,8 +194,9 @@ class Uplink:
         """Report multicast memberships in the guest's name, each even if another fails."""
         if not memberships:
             return Sent(0, None)
-        allowed = {entry.mac for entry in self.entries()}
-        return self._send_all([report(one) for one in memberships if one.mac in allowed])
+        allowed = {(entry.mac, entry.tags) for entry in self.entries()}
+        wanted = [one for one in memberships if (one.mac, one.tags) in allowed]
+        return self._send_all([report(one) for one in wanted])
 
     def _send_all(self, wanted: Iterable[bytes]) -> Sent:
         count, first_error = 0, None
