@@ -74,7 +74,6 @@ def test_a_group_follows_its_member(bench: Bench, arpwatch: ArpWatch, nic: str) 
     # Whoever asks for the guest's IPv6 address asks a group of the guest's (RFC 4861, 7.2.2).
     bench.client_ip("neigh", "flush", "to", _IPV6)
     reach(bench.net.client.netns, _IPV6, int(RECOVERS_S))
-    print(joined, counted)
     assert max(joined.values()) < RECOVERS_S, joined
     for flow in _FLOWS:
         assert counted[flow.id].longest_gap_us < RECOVERS_S * 1e6, (flow, joined)

@@ -39,7 +39,7 @@ MAX_CLAIMS = 512
 #: last use by less than this may be the later of the two, seconds.
 CLAIM_MARGIN_S = 2.0
 #: A frame of the guest's may come back to its tap (a switch that reflects, a loop), within seconds.
-REFLECTED_S = 1.0
+REFLECTED_S = 0.2
 
 
 class AddressBook:
