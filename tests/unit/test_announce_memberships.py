@@ -165,6 +165,25 @@ def test_what_was_reported_long_ago_is_forgotten() -> None:
     assert len(known) == 1
 
 
+def test_one_interfaces_leave_is_not_anothers() -> None:
+    join = igmp(IGMP(type=0x16, gaddr=GROUP4))
+    other = join[:6] + b"\2\0\0\0\0\7" + join[12:]
+    leave = igmp(IGMP(type=0x17, gaddr=GROUP4), "224.0.0.2")
+    assert [one.mac for one in learned(join, other, leave)] == [b"\2\0\0\0\0\7"]
+
+
+@pytest.mark.parametrize("odd", ["240.0.0.1", "255.1.1.1"])
+def test_what_is_learned_can_migrate(odd: str) -> None:
+    book = AddressBook(MAC)
+    join = v3(3, odd)
+    at = join.index(ip(SENDER4))
+    book.memberships.learn(join[:at] + ip(odd) + join[at + 4 :], None, 5.0)
+    wire = msgspec.msgpack.encode(book.save(10.0))
+    AddressBook(MAC).load(decode(wire, AddressBookState), 100.0)
+    with pytest.raises(Malformed):
+        Memberships().learn(v3(3, "255.255.255.255"), None, 1.0)
+
+
 def test_a_guest_that_joins_everything_is_bounded() -> None:
     known = Memberships()
     for number in range(3 * MAX_MEMBERSHIPS):

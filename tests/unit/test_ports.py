@@ -183,16 +183,18 @@ def test_another_interface_of_the_name_is_not_the_guests(kernel: Kernel) -> None
     kernel.links["tap0"] = None
     for _ in range(3):
         port.refresh()
-    assert happened == ["gone"]
+    assert set(happened) == {"gone"}, "it may have been renamed first, and deleted then"
+    assert len(happened) == 3
+    happened.clear()
     assert "there is no interface" in str(port.not_ready_reason)
     kernel.links["tap0"] = READY._replace(number=9)
     for _ in range(3):
         port.refresh()
-    assert happened == ["gone", "anew"]
+    assert (happened.count("gone"), happened.count("anew")) == (3, 1)
     assert "another interface" in str(port.not_ready_reason)
     kernel.links["tap0"] = READY._replace(number=10)
     port.refresh()
-    assert happened == ["gone", "anew", "anew"]
+    assert happened.count("anew") == 2
     kernel.links["tap0"] = READY  # it was only renamed
     port.refresh()
     assert port.not_ready_reason is None

@@ -320,3 +320,17 @@ def test_a_guest_that_floods_a_lost_tap_leaves_others_their_turn(bench: Bench) -
         os.eventfd_write(bench.kicks[1], 1)
         bench.loop.run_once(0)
         assert len(bench.tx.take_all()) == SIZE
+
+
+def test_a_broken_ring_of_a_lost_tap_is_a_guest_error_and_the_loss_is_reported(
+    bench: Bench,
+) -> None:
+    bench.start()
+    lost: list[str] = []
+    bench.backlog.on_lost = lambda: lost.append("tap")
+    bench.backend._on_guest_error = lambda message: bench.backend.stop()
+    bench.tx.add_out(frame(1))
+    bench.memory.write(bench.queues[1].desc, b"\xff" * 16)
+    bench.tap.delete()
+    bench.backlog.check()
+    assert lost == ["tap"]

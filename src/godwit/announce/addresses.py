@@ -216,7 +216,21 @@ class AddressBook:
         """
         base, *fixed = self._fixed.values()
         found = [base, *reversed(self._own.values()), *fixed, *reversed(self._others.values())]
-        return [entry for entry in found if not self._is_elsewhere(entry)]
+        if not self._elsewhere:
+            return found
+        used: dict[Key, float] = {}
+        for entry in found:
+            if entry.source in (Source.FRAME, Source.SAVED):
+                key = entry.tags, entry.mac
+                used[key] = max(entry.last_seen, used.get(key, entry.last_seen))
+        elsewhere = {
+            key for key, at in self._elsewhere.items() if used.get(key, float("-inf")) < at
+        }
+        return [entry for entry in found if (entry.tags, entry.mac) not in elsewhere]
+
+    def driver_macs(self) -> set[bytes]:
+        """Return the MAC addresses that the driver has given to the NIC."""
+        return {self._mac, *self._filter[0]}
 
     def macs(self) -> set[bytes]:
         """Return all MAC addresses behind the NIC, elsewhere or not."""
@@ -257,6 +271,11 @@ class AddressBook:
         ]
         return max(used, default=None)
 
+    def routers(self) -> set[tuple[bytes, Tags]]:
+        """Return the MAC address and VLAN tags of each interface on which the guest is a router."""
+        entries = (*self._own.values(), *self._others.values())
+        return {(entry.mac, entry.tags) for entry in entries if entry.router is True}
+
     def is_router(self, entry: Entry) -> bool:
         """Return whether the guest is a router at an entry's address, by its last word there.
 
@@ -265,11 +284,7 @@ class AddressBook:
         """
         if entry.router is not None:
             return entry.router
-        entries = (*self._own.values(), *self._others.values())
-        return any(
-            other.router is True and (other.mac, other.tags) == (entry.mac, entry.tags)
-            for other in entries
-        )
+        return (entry.mac, entry.tags) in self.routers()
 
     def peers(self) -> list[Peer]:
         """Return the peers: routers first, then the ones met most often, then the latest first.
@@ -386,22 +401,18 @@ class AddressBook:
     def _give_up(self, key: Key, claimant: bytes) -> bool:
         """Take out an IP address that another's MAC address claims, and return whether one was."""
         known = self.find(*key)
-        if known is None or known.ip is None or claimant in self.macs():
+        if known is None or known.ip is None:
+            return False
+        if claimant in self.macs() and (key[0], claimant) not in self._elsewhere:
             return False
         self._own.pop(key, None)
         self._others.pop(key, None)
         self.claims += 1
         self.version += 1
-        if not any((one.mac, one.tags) == (known.mac, known.tags) for one in self.entries()):
+        rest = (*self._fixed.values(), *self._own.values(), *self._others.values())
+        if not any((one.mac, one.tags) == (known.mac, known.tags) for one in rest):
             self._put(Entry(known.mac, known.tags, None, *_times(known), known.source))
         return True
-
-    def _is_elsewhere(self, entry: Entry) -> bool:
-        at = self._elsewhere.get((entry.tags, entry.mac))
-        if at is None:
-            return False
-        used = self.last_use(entry.mac, entry.tags)
-        return used is None or used < at
 
     def _fix(self, now: float) -> None:
         """Build the addresses of configuration and filter anew, and keep what frames have shown."""

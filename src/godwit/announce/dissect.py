@@ -139,6 +139,11 @@ def is_group(ip: bytes) -> bool:
     return 224 <= ip[0] <= 239 if len(ip) == 4 else len(ip) == 16 and ip[0] == 0xFF
 
 
+def is_sender(ip: bytes) -> bool:
+    """Return whether a packet can have the source, 4 or 16 bytes, which may be unspecified."""
+    return not is_group(ip) and ip != b"\xff" * 4
+
+
 def is_host_mac(mac: bytes) -> bool:
     """Return whether one host can have the MAC address: six bytes, not multicast, not null."""
     return len(mac) == ETH_ALEN and not mac[0] & 1 and mac != bytes(6)

@@ -40,7 +40,8 @@ class HostAnnouncement:
     """The host's part of one announcement of one NIC.
 
     ``after(delay, call)`` has a call made later, unless the announcement is over by then;
-    ``failed(error)`` reports an error.
+    ``failed(error)`` reports an error; ``hold(call)`` returns whether the port is not ready, and
+    has the call made once it is.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class HostAnnouncement:
         after: Callable[[float, Callable[[], None]], Timer],
         report: Callable[[Event, dict[str, object]], None],
         failed: Callable[[Exception], None],
+        hold: Callable[[Callable[[], None]], bool],
     ) -> None:
+        self._hold = hold
         self._uplink = uplink
         self._record = record
         self._questions = questions
@@ -110,7 +113,8 @@ class HostAnnouncement:
 
     def introduce_again(self) -> None:
         """Ask gateways once more from all addresses that were announced."""
-        self._questions.introduce(self._uplink.announced())
+        if self._uplink.port.not_ready_reason is None:
+            self._questions.introduce(self._uplink.announced())
 
     def network_passes(self) -> None:
         """Report memberships anew, as switches may have missed what was sent before."""
@@ -149,6 +153,9 @@ class HostAnnouncement:
         """Announce the addresses for which nobody has answered."""
         reason = self._awaited
         if reason is None:
+            return
+        if self._hold(lambda: self.announce(reason)):
+            self._pending.clear()  # silence proves nothing then
             return
         free = [
             entry

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from godwit.host.net.ethernet import ETH_P_IP, ETH_P_IPV6
 
 from . import saved
-from .dissect import Malformed, is_group, is_host_mac, split
+from .dissect import Malformed, is_group, is_host_mac, is_sender, split
 from .frames import Tag, checksum, ethernet
 from .saved import MAX_MEMBERSHIPS, MAX_SOURCES, SavedMembership
 
@@ -30,7 +30,8 @@ _ALL_IGMPV3 = bytes([224, 0, 0, 22])
 _ALL_MLDV2 = bytes.fromhex("ff020000000000000000000000000016")
 
 _Tags = tuple[Tag, ...]
-_Key = tuple[_Tags, bytes]
+#: VLAN tags, group, MAC address: several behind one NIC may have joined.
+_Key = tuple[_Tags, bytes, bytes]
 
 
 class Membership(NamedTuple):
@@ -86,7 +87,7 @@ class Memberships:
                 tags, sources = saved.to_tags(one.tags), tuple(one.sources)
                 if now - one.age < self._oldest:
                     continue
-                self._loaded[tags, one.group] = Membership(
+                self._loaded[tags, one.group, one.mac] = Membership(
                     one.mac, tags, one.ip, one.group, one.version, sources, now - one.age
                 )
         return self._loaded
@@ -102,7 +103,7 @@ class Memberships:
             return False
         mac, tags, ip, version, changes = report
         for group, kind, sources in changes:
-            key = tags, group
+            key = tags, group, mac
             known = self._known.pop(key, None)
             wanted = _after(known.sources if known else None, kind, sources)
             if wanted is not None:
@@ -227,7 +228,8 @@ def _dissect(
     mac = frame[6:12]
     if not is_host_mac(mac):
         raise Malformed("source is a multicast or null address")
-    if is_group(ip) or any(not is_group(change.group) for change in changes):
+    sources = (one for change in changes for one in change.sources)
+    if not all(map(is_sender, (ip, *sources))) or not all(is_group(one.group) for one in changes):
         raise Malformed("report: not a sender's or a group's address")
     return mac, tags, ip, version, changes
 
@@ -270,7 +272,7 @@ def _records(body: bytes, size: int) -> list[_Change]:
     """Return the group records of a report whose addresses have ``size`` bytes."""
     found = []
     at = 8
-    for _ in range(int.from_bytes(body[6:8], "big")):
+    for _ in range(min(int.from_bytes(body[6:8], "big"), MAX_MEMBERSHIPS)):
         if len(body) < at + 4 + size:
             raise Malformed("report: truncated record")
         kind, auxiliary, count = (

@@ -106,7 +106,7 @@ class NicAnnouncement:
         self._asks_gateways = options.ask_gateways
         self._questions = Questions(uplink, record, clock, options.ask_gateways, self._failed)
         self._host = HostAnnouncement(
-            uplink, record, self._questions, clock, self._after, report, self._failed
+            uplink, record, self._questions, clock, self._after, report, self._failed, self._hold
         )
         self._delays = round_delays(parameters)
         self._further = _further_delays()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from godwit.host.net.bpf import Bits, bits
 
-from .addresses import AddressBook
+from .addresses import REFLECTED_S, AddressBook
 from .dissect import Malformed, Sighting, dissect, tags_of
 from .frames import Tag
 
@@ -94,6 +94,7 @@ class Observer:
         self._lock = threading.Lock()
         self._book = AddressBook(mac, now)
         self._awaited = _HostFrames()
+        self._host_used: dict[bytes, float] = {}  # MAC -> when the host last sent in its name
         self._on_seen = on_seen
 
     @contextmanager
@@ -150,6 +151,9 @@ class Observer:
         """
         with self._lock:
             self._awaited.add(frame, now)
+            if len(self._host_used) >= MAX_HOST_FRAMES:
+                self._host_used.clear()
+            self._host_used[frame[6:12]] = now
 
     def frame(self, data: bytes | memoryview, outer: Tag | None, now: float) -> Sighting | None:
         """Learn from a frame that came out of the tap, and return what the guest's frame shows.
@@ -195,7 +199,19 @@ class Observer:
         others = sighting is not None and not self.is_siblings(sighting.mac)
         with self._lock:
             if self._here:
-                self._book.used_elsewhere(bytes(data[6:12]), tags, now)
+                self._used_elsewhere(bytes(data[6:12]), tags, now)
+                if sighting is not None and data[0] & 1:  # to many, on another's behalf perhaps
+                    self._used_elsewhere(sighting.mac, tags, now)
             if sighting is not None and others:
                 self._book.claim(sighting, now)
         return sighting
+
+    def _used_elsewhere(self, mac: bytes, tags: tuple[Tag, ...], now: float) -> None:
+        """Take note of a frame from the network, unless the host's own came back."""
+        if now >= self._host_used.get(mac, float("-inf")) + REFLECTED_S:
+            self._book.used_elsewhere(mac, tags, now)
+
+    def driver_macs(self) -> set[bytes]:
+        """Return the MAC addresses that the driver has given to the NIC."""
+        with self._lock:
+            return self._book.driver_macs()

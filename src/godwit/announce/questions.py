@@ -20,7 +20,7 @@ from godwit.errors import GodwitError
 from godwit.host.loop import Clock
 
 from . import frames
-from .dissect import Sighting
+from .dissect import Kind, Sighting
 from .entries import Address, Entry, Key, Peer, Tags
 from .record import NicRecord
 from .uplink import Uplink
@@ -78,10 +78,12 @@ class Questions:
     def ask_peers(self, entries: Iterable[Entry], at: float) -> None:
         """Ask known peers in each network not shown to pass frames, other ones in turn.
 
-        The questions come from the MAC addresses of ``entries``, and count as put when the round
-        began, at ``at``: an answer proves that the network passed the round's other frames, too.
+        The questions come from addresses that were announced, or else from nobody, with the MAC
+        addresses of ``entries``: a peer that is just about to take its address might take a
+        question from nobody for a conflict (RFC 4862 section 5.4.3). They count as put when the
+        round began, at ``at``: an answer proves that the network passed its other frames, too.
         """
-        if not self._uplink.listens:
+        if not self._uplink.listens or self._uplink.port.not_ready_reason is not None:
             return
         peers: dict[Tags, list[Peer]] = {}
         for peer in self._uplink.peers():
@@ -91,6 +93,10 @@ class Questions:
         for entry in entries:
             senders.setdefault(entry.tags, entry.mac)
             own.add(entry.address)
+        announced: dict[tuple[Tags, int], Entry] = {}
+        for entry in self._uplink.announced():
+            if entry.ip is not None:
+                announced.setdefault((entry.tags, len(entry.ip)), entry)
         for tags, known in peers.items():
             if tags not in senders or tags in self._proved:
                 continue
@@ -102,6 +108,10 @@ class Questions:
                 continue  # or nobody would know which question an answer is to
             start = self._turn * PEERS_ASKED % len(known)
             for peer in (known[start:] + known[:start])[:PEERS_ASKED]:
+                shown = announced.get((tags, len(peer.ip)))
+                if shown is not None:
+                    self._ask(peer, shown.mac, shown.ip, at)
+                    continue
                 # No other host can have the address that is made of the MAC address. Switches that
                 # watch duplicate address detection might take the peer's address for claimed here.
                 mac = senders[tags]
@@ -119,7 +129,8 @@ class Questions:
         An answer to the guest's own question proves frames passing now; an answer to a question
         of the host's, frames passing since the question was put.
         """
-        if sighting.ip is None:
+        # Another frame of a peer's (a question, a router advertisement) answers nothing.
+        if sighting.ip is None or not (sighting.answers or sighting.kind is Kind.NA):
             return None
         tags, now = sighting.tags, self._clock.now()
         at = self._asked.pop((tags, sighting.ip), None)

@@ -10,7 +10,7 @@ import msgspec
 from godwit.errors import StreamError
 from godwit.host.net.ethernet import ETH_ALEN, TPID_8021AD
 
-from .dissect import MAX_TAGS, is_group, is_host_ip, is_host_mac
+from .dissect import MAX_TAGS, is_group, is_host_ip, is_host_mac, is_sender
 from .frames import Tag
 
 #: Addresses learned from frames, at most.
@@ -142,7 +142,7 @@ def check(state: AddressBookState) -> None:
             raise StreamError(f"{where}.group: {membership.group.hex()} is not a group's address")
         for ip in (membership.ip, *membership.sources):
             # 0.0.0.0 and :: are senders without an address (RFC 3376 section 4.2.13).
-            if len(ip) != len(membership.group) or ip[0] == 0xFF or (len(ip) == 4 and ip[0] >= 224):
+            if len(ip) != len(membership.group) or not is_sender(ip):
                 raise StreamError(f"{where}: {ip.hex()} is not a sender's address")
 
 

@@ -179,7 +179,8 @@ class Uplink:
         """
         entries = list(entries)
         with self.observer.book(self._clock.now()) as book:
-            wanted = list(announcements(entries, self.policy, book.is_router))
+            routers = book.routers()
+        wanted = list(announcements(entries, self.policy, lambda one: _is_router(one, routers)))
         if not base:
             left_out = frames.rarp(self.nic.mac)
             wanted = [frame for frame in wanted if frame != left_out]
@@ -194,8 +195,14 @@ class Uplink:
         """Report multicast memberships in the guest's name, each even if another fails."""
         if not memberships:
             return Sent(0, None)
-        allowed = {(entry.mac, entry.tags) for entry in self.entries()}
-        wanted = [one for one in memberships if (one.mac, one.tags) in allowed]
+        known = {entry.address for entry in self.entries()}
+        allowed = {(mac, tags) for mac, tags, _ in known}
+        wanted = [
+            # From nobody (RFC 3376 section 4.2.13, RFC 3590) if the address may be another's.
+            one if (one.mac, one.tags, one.ip) in known else one._replace(ip=bytes(len(one.ip)))
+            for one in memberships
+            if (one.mac, one.tags) in allowed
+        ]
         return self._send_all([report(one) for one in wanted])
 
     def _send_all(self, wanted: Iterable[bytes]) -> Sent:
@@ -256,9 +263,12 @@ class Uplink:
         return list(found.values())
 
     def _is_siblings(self, mac: bytes) -> bool:
-        """Return whether a MAC address is another NIC's of the guest's, or behind one."""
+        """Return whether a MAC address is another NIC's of the guest's, by configuration or driver.
+
+        What is behind another NIC does not count: a guest may bridge two networks.
+        """
         others = (other for other in self.siblings if other is not self)
-        return any(mac == other.nic.mac or mac in other.observer.macs() for other in others)
+        return any(mac == other.nic.mac or mac in other.observer.driver_macs() for other in others)
 
     def _without_siblings(self, entries: Iterable[Entry]) -> list[Entry]:
         """Return the entries no other NIC of the VM has used later in the same network.
@@ -312,3 +322,7 @@ def _is_later(book: AddressBook, entry: Entry) -> bool:
         entry.strength,
         entry.last_seen,
     )
+
+
+def _is_router(entry: Entry, routers: set[tuple[bytes, Tags]]) -> bool:
+    return (entry.mac, entry.tags) in routers if entry.router is None else entry.router

@@ -35,12 +35,11 @@ class Port:
         self.warning: str | None = None
         #: Called in the loop's thread when the port became ready.
         self.on_ready: Callable[[], None] = lambda: None
-        #: Called in the loop's thread when the guest's interface has not its name any more.
+        #: Called in the loop's thread at each look while the guest's interface has not its name.
         self.on_gone: Callable[[], None] = lambda: None
         #: Called in the loop's thread when another interface has the name.
         self.on_anew: Callable[[], None] = lambda: None
         self._own = 0  # index of the guest's interface
-        self._gone = False
         self._anew = 0  # index of the last other one
 
     def refresh(self) -> None:
@@ -72,11 +71,10 @@ class Port:
             self.on_ready()
 
     def _notice(self) -> None:
-        """Report the guest's interface gone, once, and each other of the same name, once."""
+        """Report the guest's interface gone, and each other of the same name, once."""
         gone = self._own != 0 and self.index != self._own
-        if gone and not self._gone:
+        if gone:  # each time: it may have been renamed first, and deleted then
             self.on_gone()
-        self._gone = gone
         if gone and self.index and self.index != self._anew:
             self._anew = self.index
             self.on_anew()

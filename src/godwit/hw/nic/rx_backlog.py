@@ -150,8 +150,10 @@ class RxBacklog:
     # --- inside -----------------------------------------------------------------------------------
     def _lose(self) -> None:
         self.lost = True
-        self.on_change()
-        self.on_lost()
+        try:
+            self.on_change()
+        finally:
+            self.on_lost()
 
     def _append(self, frame: bytes) -> None:
         self._frames.append(frame)

@@ -175,6 +175,8 @@ class VhostBackend(LogsDirtyPages):
         if self._backlog.lost and not self._dropping:
             self._take_back_transmits(self._rings[1])
             self._drop_frames()
+            if not self._rings:  # the guest broke the ring's rules
+                return
         ring = self._rings[0]
         if self._backlog:
             if self._receiving:
