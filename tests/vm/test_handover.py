@@ -24,16 +24,19 @@ def _handover(vm: Watched) -> dict[str, int]:
 
 
 def test_there_and_back(bench: Bench, guest: Guest) -> None:
+    packets = 0
     for target in bench.targets(guest, 2):
         with numbered(bench, guest) as flows:
             moved = bench.move(guest, target)
         assert flows.broken() == {}
         forwarded = moved.info["godwit"]["handover"]
-        assert forwarded["packets"] > 0
+        packets += forwarded["packets"]
         assert forwarded["markers-seen"] == forwarded["markers-sent"] >= 3
         arrived = _handover(target)
         assert arrived["packets"] == forwarded["packets"]
         assert arrived["refused"] == 0
+    # In a short stop on two busy CPUs the sender may have had no turn; hardly in two.
+    assert packets > 0
 
 
 def test_unfinished_segments_are_handed_over_too(bench: Bench, guest: Guest) -> None:
