@@ -126,9 +126,9 @@ def _after(migration: dict[str, Any], frames: list[Announcement]) -> list[Announ
 
 
 def _announces_for(frame: Announcement, flow: Flow) -> bool:
-    """Return whether a frame announces a flow's guest address, as a RARP does for both families."""
+    """Return whether a frame announces a flow's guest address."""
     same = frame.kind == _KINDS[flow.family] and frame.address == flow.guest
-    return frame.vlan == flow.vlan and (same or frame.kind == "RARP")
+    return frame.vlan == flow.vlan and same
 
 
 def _rules(migrations: list[dict[str, Any]], frames: list[Announcement]) -> list[str]:
@@ -138,7 +138,8 @@ def _rules(migrations: list[dict[str, Any]], frames: list[Announcement]) -> list
         early = [f for f in _after(migration, frames) if f.at < migration["resumed"] - _EARLY_S]
         if early:
             faults.append(f"migration {number}: {len(early)} announcements before the guest ran")
-        if any(f.kind == "RARP" for f in _after(migration, frames)):
+        by_host = [f for f in _after(migration, frames) if f.sender == "host"]
+        if any(f.kind != "RARP" or f.vlan for f in by_host):  # a round begins with an untagged RARP
             faults.append(f"migration {number}: the host announced, though the guest did")
         states = migration["destination"]["runstates"]
         if states[-2:] != ["prelaunch-migrate", "running"]:

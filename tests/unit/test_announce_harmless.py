@@ -388,7 +388,7 @@ def test_an_answer_ends_the_schedule() -> None:
     assert proof(bench) == ("awaited", None, [])
     bench.clock.advance(ASK_AFTER_S + 0.004)
     bench.network_sends(reply(GATEWAY))
-    assert proof(bench) == ("answered", 29.0, [])
+    assert proof(bench) == ("answered", 104.0, [])
     bench.clock.advance(600)
     assert bench.nics[0].asked == pytest.approx(ROUNDS)
     assert bench.announcer.info()[0]["answers"] == 1

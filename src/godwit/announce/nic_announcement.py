@@ -51,7 +51,7 @@ LONGEST_S = 60.0
 #: The last further round may come so much after the bound, seconds: the schedule's own length.
 LEEWAY_S = 5.0
 #: From a round's beginning to the questions for peers, seconds.
-ASK_AFTER_S = 0.025
+ASK_AFTER_S = 0.1
 #: From a verifier's question to its answer, seconds.
 VERIFY_S = 0.3
 
