@@ -162,6 +162,18 @@ def test_a_mac_address_seen_elsewhere_is_not_announced_until_the_guest_uses_it()
     assert {(OTHER, (), None), (OTHER, (), IP4)} <= pairs(there)
 
 
+def test_who_claims_by_a_mac_address_that_came_back_is_the_guest() -> None:
+    book = AddressBook(MAC)
+    book.set_filter([OTHER], [], 1.0)
+    book.learn(seen(IP4), 10.0)
+    book.used_elsewhere(OTHER, (), 20.0)
+    book.learn(seen(None, OTHER), 30.0)
+    assert not book.claim(seen(IP4, OTHER), 31.0), "the guest's own, reflected"
+    book.used_elsewhere(OTHER, (), 40.0)
+    assert book.claim(seen(IP4, OTHER), 41.0)
+    assert pairs(book) == {(MAC, (), None)}
+
+
 def test_the_configured_mac_address_and_strangers_are_no_matter() -> None:
     book = AddressBook(MAC)
     book.learn(seen(IP4), 1.0)

@@ -817,6 +817,20 @@ def test_a_port_that_goes_while_the_answer_is_awaited_holds_the_announcement() -
     assert sent.index(arp_probe(mac, IP4)) < sent.index(gratuitous_arp(mac, IP4))
 
 
+def test_silence_from_before_a_port_was_gone_proves_nothing() -> None:
+    bench = bench_of(accepts=False)
+    bench.parameters = wanted(AnnounceParameters(rounds=2, initial=100, step=1))
+    port = bench.uplinks[0].port = Port()
+    mac = bench.nics[0].mac
+    bench.go(S.RUNNING)
+    port.not_ready_reason = "no carrier"
+    bench.clock.advance(0.2)
+    assert arp_probe(mac, IP4) in bench.sent()
+    port.not_ready_reason = None
+    bench.announcer.port_ready("nic0")
+    assert arp_probe(mac, IP4) in bench.sent()
+
+
 def test_later_questions_are_from_an_address_that_was_announced() -> None:
     bench = bench_of(accepts=False, ask_gateways=True, patience=60_000)
     mac = bench.nics[0].mac

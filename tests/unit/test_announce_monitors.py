@@ -264,6 +264,19 @@ def test_a_tap_that_came_back_is_watched_again(place: Place) -> None:
     assert place.logged[-1] == "nic0: there is no such interface"
 
 
+def test_the_interface_that_got_a_lost_taps_name_is_not_watched(place: Place) -> None:
+    monitors = place.monitors()
+    first = place.first
+    assert first is not None
+    for watch in Watch.all[:2]:
+        watch.close()
+        watch.on_error(OSError(19, "No such device"))
+    place.nics[0].rx_backlog.lost = True
+    monitors.verifier(first, AnnounceOptions())
+    assert [(watch.opened, watch.closed) for watch in Watch.all[:2]] == [(1, True)] * 2
+    assert (first.watched, first.listens) == (False, False)
+
+
 # --- the network's frames -------------------------------------------------------------------------
 def test_what_others_claim_leaves_the_book_and_is_passed_on(place: Place) -> None:
     monitors = place.monitors()

@@ -277,6 +277,8 @@ def test_only_who_was_asked_counts() -> None:
         (reply(PEER, GATEWAY)[:30], None),
         (reply(b"\1" + PEER[1:], GATEWAY), None),  # a multicast address
         (arp_request(PEER, GATEWAY, IP4)[:30], None),
+        (arp_request(PEER, GATEWAY, IP4), None),  # a question of the gateway's own
+        (arp_request(PEER, GATEWAY, b"\xc0\0\2\x63"), None),
         (b"", None),
         (b"\0" * 60, None),
     ):

@@ -379,15 +379,13 @@ class AddressBook:
         known = self.find(*key)
         if known is None or known.mac != entry.mac:
             self.version += 1
-        if known is None:
-            pass
-        elif known.mac == entry.mac:
+        if known is not None and known.mac == entry.mac:
             entry = msgspec.structs.replace(
                 entry,
                 strength=max(known.strength, entry.strength),
                 router=known.router if entry.router is None else entry.router,
             )
-        elif known.strength > entry.strength:
+        elif known is not None and known.strength > entry.strength:
             self._put(Entry(entry.mac, entry.tags, None, *_times(entry), entry.source))
             return
         self._own.pop(key, None)
@@ -403,7 +401,7 @@ class AddressBook:
         known = self.find(*key)
         if known is None or known.ip is None:
             return False
-        if claimant in self.macs() and (key[0], claimant) not in self._elsewhere:
+        if claimant in self.macs() and not self._is_elsewhere(key[0], claimant):
             return False
         self._own.pop(key, None)
         self._others.pop(key, None)
@@ -413,6 +411,14 @@ class AddressBook:
         if not any((one.mac, one.tags) == (known.mac, known.tags) for one in rest):
             self._put(Entry(known.mac, known.tags, None, *_times(known), known.source))
         return True
+
+    def _is_elsewhere(self, tags: Tags, mac: bytes) -> bool:
+        """Return whether the network used a MAC address of the guest's later than the guest did."""
+        at = self._elsewhere.get((tags, mac))
+        if at is None:
+            return False
+        used = self.last_use(mac, tags)
+        return used is None or used < at
 
     def _fix(self, now: float) -> None:
         """Build the addresses of configuration and filter anew, and keep what frames have shown."""

@@ -109,7 +109,8 @@ class HostAnnouncement:
 
     def ask_ahead(self) -> None:
         """Ask for the addresses the host would announce if the guest does not."""
-        self._questions.ask_for(self._uplink.entries())
+        if self._uplink.port.not_ready_reason is None:
+            self._questions.ask_for(self._uplink.entries())
 
     def introduce_again(self) -> None:
         """Ask gateways once more from all addresses that were announced."""

@@ -127,6 +127,8 @@ class Monitors:
             self._log(f"{name}: {error}")
 
     def _reopen(self, uplink: Uplink) -> None:
+        if uplink.nic.rx_backlog.lost:
+            return  # another's interface may have the name now: its frames are not the guest's
         name = uplink.nic.id
         watch, network = self._watches.get(name), self._network.get(name)
         try:
@@ -180,8 +182,8 @@ class Monitors:
         return lambda: self.on_ready(name)
 
     def _anew(self, uplink: Uplink) -> Callable[[], None]:
-        def report() -> None:
+        def anew() -> None:
             if uplink.nic.rx_backlog.lost:
                 self.on_anew(uplink.nic.id)
 
-        return report
+        return anew

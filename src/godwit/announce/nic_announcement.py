@@ -146,6 +146,7 @@ class NicAnnouncement:
         self._held = False
         self._record.held = None
         self._record.ready_at = self._clock.now()
+        self._questions.forget_silence()
         held_call, self._held_call = self._held_call, None
         held_round, self._held_round = self._held_round, False
         if held_round:

@@ -2,8 +2,8 @@
 
 There are three, each of ARP or neighbour discovery (RFC 826, 5227, 4861):
 
-- To a known peer of each network, from nobody: is the peer there? The answer proves a network
-  passing the guest's frames, both ways, since the round began. Nobody learns anything.
+- To a known peer of each network, from an announced address or else from nobody: is the peer
+  there? The answer proves a network passing the guest's frames, both ways, since the round began.
 - For an address the host is to announce: does another have the address? Who answers claims the
   address, which leaves the address book.
 - To known gateways, from each announced address: a gateway that ignores announcements of hosts
@@ -25,7 +25,8 @@ from .entries import Address, Entry, Key, Peer, Tags
 from .record import NicRecord
 from .uplink import Uplink
 
-#: Peers asked in each network or family at once.
+#: Peers asked in each network or family at once, those met most often first, a gateway likely
+#: among them.
 PEERS_ASKED = 2
 #: Networks whose peers are asked in an announcement, at most.
 MAX_NETWORKS = 64
@@ -205,6 +206,10 @@ class Questions:
             else:
                 self._send(frames.solicitation(entry.mac, None, entry.ip, entry.tags))
         self._report_error()
+
+    def forget_silence(self) -> None:
+        """Forget the questions for addresses: silence proves nothing where nothing was passed."""
+        self._asked_for.clear()
 
     # --- do the gateways know the guest? ----------------------------------------------------------
     def introduce(self, entries: Iterable[Entry]) -> None:

@@ -21,11 +21,8 @@ from . import frames
 from .dissect import Kind, Malformed, Sighting, dissect
 from .entries import Key, Peer, Tags
 from .frames import Tag
-from .questions import in_vlans, question
+from .questions import PEERS_ASKED, in_vlans, question
 from .uplink import Uplink
-
-#: Peers asked in each VLAN and family, those met most often first, a gateway likely among them.
-PEERS_ASKED = 2
 
 
 class Verification:
@@ -63,7 +60,10 @@ class Verification:
             sighting = dissect(data, outer, own=False)
         except Malformed:
             return
-        if sighting is None or sighting.ip is None or sighting.kind not in (Kind.ARP, Kind.NA):
+        # Another frame of a peer's (a question of its own) answers nothing.
+        if sighting is None or sighting.ip is None:
+            return
+        if not (sighting.answers or sighting.kind is Kind.NA):
             return
         key = (sighting.tags, sighting.ip)
         if self._asked.get(key) is False:
