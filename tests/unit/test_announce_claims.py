@@ -201,12 +201,12 @@ def test_the_router_flag_is_as_the_guest_last_said() -> None:
     book.learn(seen(IP6), 2.0)  # a solicitation says neither
     there = AddressBook(MAC)
     there.load(arrived(book.save(3.0)), 10.0)
-    assert list(announcements(there.entries(), None, there.is_router)) == [
+    assert list(announcements(there.entries(), None, there.routers())) == [
         rarp(MAC),
         unsolicited_na(MAC, IP6, router=True),
     ]
     there.learn(seen(IP6, router=False), 11.0)
-    assert unsolicited_na(MAC, IP6) in list(announcements(there.entries(), None, there.is_router))
+    assert unsolicited_na(MAC, IP6) in list(announcements(there.entries(), None, there.routers()))
 
 
 def test_a_router_is_one_at_all_addresses_of_the_interface() -> None:
@@ -216,9 +216,10 @@ def test_a_router_is_one_at_all_addresses_of_the_interface() -> None:
     book.learn(seen(IP6), 1.0)
     book.learn(seen(IP6, tags=VLAN), 1.0)
     book.learn(seen(IP4), 1.0)
-    routers = {entry.address for entry in book.entries() if book.is_router(entry) and entry.ip}
-    assert routers >= {(MAC, (), link_local), (MAC, (), IP6)}
-    assert (MAC, VLAN, IP6) not in routers
+    sent = list(announcements(book.entries(), None, book.routers()))
+    assert unsolicited_na(MAC, link_local, router=True) in sent
+    assert unsolicited_na(MAC, IP6, router=True) in sent
+    assert unsolicited_na(MAC, IP6, VLAN) in sent
 
 
 def test_a_peer_that_says_that_it_is_a_router_is_asked_first() -> None:

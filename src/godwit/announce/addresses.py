@@ -276,16 +276,6 @@ class AddressBook:
         entries = (*self._own.values(), *self._others.values())
         return {(entry.mac, entry.tags) for entry in entries if entry.router is True}
 
-    def is_router(self, entry: Entry) -> bool:
-        """Return whether the guest is a router at an entry's address, by its last word there.
-
-        Without a word there, another address of the same interface counts: a host forwards or does
-        not on an interface as a whole.
-        """
-        if entry.router is not None:
-            return entry.router
-        return (entry.mac, entry.tags) in self.routers()
-
     def peers(self) -> list[Peer]:
         """Return the peers: routers first, then the ones met most often, then the latest first.
 

@@ -6,7 +6,7 @@ An address is a MAC address alone, or a MAC address with an IP address, within a
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import msgspec
 
@@ -134,12 +134,15 @@ class SeenAnnouncements:
 def announcements(
     entries: Iterable[Entry],
     policy: Policy | None = None,
-    is_router: Callable[[Entry], bool] = lambda entry: entry.router is True,
+    routers: Collection[tuple[bytes, Tags]] = (),
 ) -> Iterator[bytes]:
     """Yield the frames in which the host announces ``entries`` in the guest's name.
 
     First comes a RARP for each MAC address in each VLAN: then every switch knows the way. After
-    that come gratuitous ARPs and unsolicited neighbour advertisements, for the peers' tables.
+    that come gratuitous ARPs and unsolicited neighbour advertisements, for the peers' tables. An
+    address has the router flag the guest has last said there. Without a word there, the interface
+    counts, by MAC address and VLAN tags among ``routers``: a host forwards or does not on an
+    interface as a whole.
     """
     policy = policy or Policy()
     allowed = [entry for entry in entries if policy.permits(entry.mac)]
@@ -152,4 +155,5 @@ def announcements(
         if len(ip) == 4:
             yield frames.gratuitous_arp(entry.mac, ip, entry.tags)
         else:
-            yield frames.unsolicited_na(entry.mac, ip, entry.tags, router=is_router(entry))
+            router = (entry.mac, entry.tags) in routers if entry.router is None else entry.router
+            yield frames.unsolicited_na(entry.mac, ip, entry.tags, router=router)

@@ -180,7 +180,7 @@ class Uplink:
         entries = list(entries)
         with self.observer.book(self._clock.now()) as book:
             routers = book.routers()
-        wanted = list(announcements(entries, self.policy, lambda one: _is_router(one, routers)))
+        wanted = list(announcements(entries, self.policy, routers))
         if not base:
             left_out = frames.rarp(self.nic.mac)
             wanted = [frame for frame in wanted if frame != left_out]
@@ -322,7 +322,3 @@ def _is_later(book: AddressBook, entry: Entry) -> bool:
         entry.strength,
         entry.last_seen,
     )
-
-
-def _is_router(entry: Entry, routers: set[tuple[bytes, Tags]]) -> bool:
-    return (entry.mac, entry.tags) in routers if entry.router is None else entry.router
