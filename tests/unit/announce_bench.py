@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from godwit.announce import frames
 from godwit.announce.announcer import Announcer, no_verifier
-from godwit.announce.frames import gratuitous_arp
+from godwit.announce.frames import arp_request, gratuitous_arp
 from godwit.announce.nic_announcement import Verifier
 from godwit.announce.uplink import Uplink
 from godwit.host.net.ethernet import TPID_8021Q
@@ -27,6 +28,9 @@ ACK_S = 0.005
 IP4, GATEWAY = bytes([192, 0, 2, 7]), bytes([192, 0, 2, 1])
 IP6 = bytes.fromhex("20010db8" + "00" * 11 + "07")
 VLAN = ((TPID_8021Q, 100),)
+PEER, STRANGER = bytes.fromhex("5254000000bb"), bytes.fromhex("525400000099")
+GATEWAY6 = bytes.fromhex("20010db8" + "00" * 11 + "01")
+Tags = tuple[tuple[int, int], ...]
 
 
 #: Neither RARP beside the guest, nor questions to gateways, nor rounds beyond the schedule.
@@ -221,3 +225,43 @@ def hung(**accepts: bool) -> Bench:
         nic.acks_after = None
     bench.go(S.RUNNING)
     return bench
+
+
+def reply(ip: bytes, mac: bytes = PEER, tags: Tags = (), to: bytes = bytes(4)) -> bytes:
+    """Return an ARP reply of ``ip``, by default to a probe."""
+    payload = frames._arp(2, mac, ip, bytes(6), to)
+    return frames.ethernet(b"\x52\x54\0\0\0\x30", mac, tags, 0x0806, payload)
+
+
+def bench_of(accepts: bool = True, **options: object) -> Bench:
+    """Return a VM whose frames and whose network's frames come by, before its guest runs."""
+    bench = Bench(nic0=accepts)
+    bench.parameters = wanted(**options)
+    bench.watched()
+    bench.listens()
+    return bench
+
+
+def shows(bench: Bench, *sent: bytes) -> None:
+    """Have the guest announce these at each request."""
+
+    def during() -> None:
+        for frame in sent:
+            bench.guest_sends(frame)
+
+    bench.nics[0].during = during
+
+
+def waiting() -> tuple[Bench, Nic]:
+    """Return a running VM whose guest has asked its gateway, and announces itself when asked."""
+    bench = bench_of(ask_gateways=True, patience=60_000)
+    nic = bench.nics[0]
+    bench.guest_sends(arp_request(nic.mac, IP4, GATEWAY))
+    shows(bench, gratuitous_arp(nic.mac, IP4))
+    bench.go(S.RUNNING)
+    return bench, nic
+
+
+def proof(bench: Bench) -> tuple[object, object, object]:
+    info = bench.announcer.info()[0]
+    return info["proof"], info["proved-ms"], info["unproved"]
