@@ -16,6 +16,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+#: Queued calls that are made between two looks at the descriptors.
+_CALLS = 64
+
 
 class Timer(Protocol):
     """A call that is due later."""
@@ -42,6 +45,25 @@ class _Timer:
 
     def cancel(self) -> None:
         self.callback = None
+
+
+class SoonCall:
+    """A call in a loop's thread, made once for all requests that came before, from any thread."""
+
+    def __init__(self, loop: Loop, callback: Callable[[], None]) -> None:
+        self._loop = loop
+        self._callback = callback
+        self._due = False
+
+    def request(self) -> None:
+        """Have the call made soon."""
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self._make)
+
+    def _make(self) -> None:
+        self._due = False  # first: a request from now on asks for another call
+        self._callback()
 
 
 class Loop:
@@ -134,11 +156,13 @@ class Loop:
                 self._call(readable)
             if writable and events & ~select.EPOLLIN and fd in self._watched:
                 self._call(writable)
-        for _ in range(len(self._soon)):
+        # A bound: a guest may cause calls as quickly as they are made, and the others wait.
+        for _ in range(min(len(self._soon), _CALLS)):
             self._call(self._soon.popleft())
+        now = self.now()  # what a timer sets anew is for the next turn, however soon
         while True:
             with self._lock:
-                if not self._timers or self._timers[0][0] > self.now():
+                if not self._timers or self._timers[0][0] > now:
                     break
                 timer = heapq.heappop(self._timers)[2]
             callback, timer.callback = timer.callback, None

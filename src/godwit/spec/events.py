@@ -57,8 +57,9 @@ class Event(StrEnum):
     )
     GUEST_ERROR = (
         "GUEST_ERROR",
-        "the guest broke a device's rules: the device stopped, and needs a reset by its driver",
-        *("device", "message"),
+        "the guest broke a device's rules: the device stopped, and needs a reset by its driver; "
+        "so many more were not reported since the last",
+        *("device", "message", "suppressed"),
     )
     ANNOUNCE_STARTED = (
         "ANNOUNCE_STARTED",

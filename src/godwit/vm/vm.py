@@ -28,6 +28,7 @@ from godwit.spec.events import Event
 from godwit.spec.parameters import AnnounceParameters, MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
 
+from .guest_errors import GuestErrors
 from .migrations import Migrations
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class Vmm:
         self._server: Server | None = None
         self._monitors: Monitors | None = None
         self._filter_reported: set[str] = set()
-        self.machine = Machine(board, loop, console, self._vcpu_exited, self._guest_error)
+        self._guest_errors = GuestErrors(loop.now, self._guest_error)
+        self.machine = Machine(board, loop, console, self._vcpu_exited, self._guest_errors.add)
         self.uplinks = [Uplink(nic, loop) for nic in self.machine.nics]
         self.migrations = Migrations(
             self.machine,
@@ -280,11 +282,13 @@ class Vmm:
             "migrate the guest to a process that is"
         )
 
-    def _guest_error(self, device: str, message: str) -> None:
+    def _guest_error(self, device: str, message: str, suppressed: int) -> None:
         """Report that a guest broke a device's rules: the device stops, the VM lives."""
-        self._emit(*Event.GUEST_ERROR.of(device=device, message=message))
+        self._emit(*Event.GUEST_ERROR.of(device=device, message=message, suppressed=suppressed))
+        more = f"; {suppressed} more since the last report" if suppressed else ""
         self._log(
-            f"{device}: the guest broke the device's rules ({message}); its driver must reset it"
+            f"{device}: the guest broke the device's rules ({message}){more}; "
+            "its driver must reset it"
         )
 
     def _migration_status(self, outgoing: Outgoing, status: str) -> None:

@@ -40,8 +40,8 @@ class RxBacklog:
         self._frames: deque[bytes] = deque()
         self._bytes = 0
         self._held = False
-        #: Group-addressed frames among those injected: the tap may have them too.
-        self._groups: Counter[bytes] = Counter()
+        #: Fingerprints of group-addressed frames among those injected: the tap may have them too.
+        self._groups: Counter[int] = Counter()
         self.lost = False
         self.on_change: Callable[[], None] = lambda: None
         self.on_lost: Callable[[], None] = lambda: None
@@ -75,8 +75,8 @@ class RxBacklog:
                     refused += 1
                     continue
                 self._append(frame)
-                if self._held and frame[HEADER] & 1:
-                    self._groups[frame[HEADER:]] += 1
+                if self._held and frame[HEADER] & 1 and len(self._groups) < MAX_FRAMES:
+                    self._groups[_fingerprint(frame)] += 1
             self.on_change()
         return refused
 
@@ -93,8 +93,8 @@ class RxBacklog:
                 frame = self._read()
                 if frame is None:
                     break
-                if self._groups.get(frame[HEADER:], 0) > 0:
-                    self._groups[frame[HEADER:]] -= 1
+                if self._groups.get(_fingerprint(frame), 0) > 0:
+                    self._groups[_fingerprint(frame)] -= 1
                     dropped += 1
                 else:
                     self._append(frame)
@@ -173,3 +173,11 @@ class RxBacklog:
             if error.errno == GONE:
                 self._lose()
             return None  # the tap is empty, or down: the same to a guest
+
+
+def _fingerprint(frame: bytes) -> int:
+    """Return a number for a frame without its header: Python's keyed hash, of 64 bits.
+
+    The guest may have taken the frame meanwhile: a copy of each would have no bound.
+    """
+    return hash(frame[HEADER:])

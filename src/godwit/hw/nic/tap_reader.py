@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from godwit.host.loop import Loop
+from godwit.host.loop import Loop, SoonCall
 from godwit.host.net.tap import HEADER, Tap
 
 from .rx_backlog import RxBacklog
 
-#: Frames delivered before other work of the loop gets a turn.
-BUDGET = 64
+#: Frames, and bytes of frames, delivered before other work of the loop gets a turn.
+BUDGET, BUDGET_BYTES = 64, 512 << 10
 
 #: Returns whether a frame (without the tap's header) is for the guest.
 Accepts = Callable[[memoryview], bool]
@@ -38,6 +38,7 @@ class TapReader:
         self._deliver = deliver
         self._readable: Callable[[], None] | None = None
         self._watching = False
+        self._soon = SoonCall(loop, self._turn_again)
         backlog.on_change = self._changed
 
     @property
@@ -48,7 +49,7 @@ class TapReader:
     def start(self, readable: Callable[[], None]) -> None:
         """Have ``readable``, which calls :meth:`turn`, called while there are frames."""
         self._readable = readable
-        self._update()
+        self._changed()
 
     def stop(self) -> None:
         """Watch the tap no more.
@@ -64,10 +65,13 @@ class TapReader:
         Raises as ``deliver`` does.
         """
         delivered = False
-        for _ in range(BUDGET):
+        frames = size = 0
+        while frames < BUDGET and size < BUDGET_BYTES:
             frame = self._backlog.next()
             if frame is None:
                 break
+            frames += 1
+            size += len(frame)
             if not self._accepts(memoryview(frame)[HEADER:]):
                 continue
             if not self._deliver(frame):
@@ -85,7 +89,11 @@ class TapReader:
 
     def _go_on(self) -> None:
         if self._readable is not None and self.waiting:
-            self._loop.call_soon(self._readable)
+            self._soon.request()  # its readiness is no event of the tap's
+
+    def _turn_again(self) -> None:
+        if self._readable is not None:
+            self._readable()
 
     def _update(self) -> None:
         # A tap that is gone is readable for ever, and has nothing to read.

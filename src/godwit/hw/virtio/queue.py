@@ -57,6 +57,11 @@ class Chain(NamedTuple):
                 break
         return bytes(out)
 
+    @property
+    def pieces(self) -> int:
+        """The number of its parts."""
+        return len(self.readable) + len(self.writable)
+
     def readable_size(self) -> int:
         """Return the number of bytes the device may read."""
         return sum(len(part) for part in self.readable)

@@ -18,6 +18,7 @@ from godwit.hw.device import Counts, Slot
 from godwit.hw.memory import GuestMemory
 from godwit.spec.config import DeviceConfig, RngConfig
 
+from .budget import Budget
 from .device import VirtioDevice
 from .pci import VirtioPci
 from .queue import Chain, Virtqueue
@@ -93,13 +94,15 @@ class VirtioRng(VirtioDevice, Counts):
 
     def _serve(self) -> None:
         queue = self.queues[0]
-        for _ in range(_BUDGET):
+        budget = Budget(_BUDGET)
+        while budget.left:
             if self._left == 0:
                 self._begin_period()  # a pause may have ended the one that was under way
                 break
             chain = queue.pop()
             if chain is None:
                 break
+            budget.spend(chain)
             queue.push(chain, self._fill(chain))
         else:
             os.eventfd_write(self.transport.kick_fd(0), 1)  # more waits; others first

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from godwit.errors import ConfigError
+from godwit.host.loop import SoonCall
 from godwit.host.net.tap import Tap
 from godwit.hw.device import Counts, Device, Slot, guarded
 from godwit.hw.nic.nic import Nic, RxFilterInfo
@@ -61,11 +62,10 @@ class E1000(Device, Nic, Counts):
         self.on_ack: Callable[[], None] = lambda: None
         #: Called once for all changes of the filter that come before the loop's turn.
         self.on_filter: Callable[[], None] = lambda: None
-        self._filter_changed = False
-        self._loop = slot.loop
+        self._filter_soon = SoonCall(slot.loop, lambda: self.on_filter())
+        self._transmit_soon = SoonCall(slot.loop, self._transmit_more)
         self._lock = threading.RLock()
         self._paused = True
-        self._transmit_due = False
         self._sent = self._received = 0
         self._tap = tap
         self.tap, self.tap_fd = tap.name, tap.fd
@@ -76,7 +76,7 @@ class E1000(Device, Nic, Counts):
             receive=self._receive_changed,
             transmit=self._transmit,
             guest_error=lambda message: slot.on_guest_error(id, message),
-            filter=self._report_filter,
+            filter=self._filter_soon.request,
         )
         self._mac = Mac(slot.memory, mac, wires)
         self.function = E1000Pci(
@@ -116,15 +116,6 @@ class E1000(Device, Nic, Counts):
         """Return what the receive filter takes."""
         with self._lock:
             return self._mac.view_filter()
-
-    def _report_filter(self) -> None:
-        def report() -> None:
-            self._filter_changed = False
-            self.on_filter()
-
-        if not self._filter_changed:
-            self._filter_changed = True
-            self._loop.call_soon(report)
 
     # --- Device -----------------------------------------------------------------------------------
     def pause(self) -> None:
@@ -195,8 +186,6 @@ class E1000(Device, Nic, Counts):
             self._reader.stop()
             return
         self._reader.start(self._receive)
-        if self._reader.waiting:
-            self._loop.call_soon(self._receive)  # its readiness is no event of the tap's
 
     def _receive(self) -> None:
         with self._lock:
@@ -212,13 +201,11 @@ class E1000(Device, Nic, Counts):
         return delivered
 
     def _transmit(self) -> None:
-        if self._works() and self._mac.transmit() and not self._transmit_due:
-            self._transmit_due = True
-            self._loop.call_soon(self._transmit_more)
+        if self._works() and self._mac.transmit():
+            self._transmit_soon.request()
 
     def _transmit_more(self) -> None:
         with self._lock:
-            self._transmit_due = False
             self._transmit()
 
     def _send(self, frame: bytes) -> None:

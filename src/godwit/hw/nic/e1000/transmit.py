@@ -18,8 +18,9 @@ from .offload import Context, Offload
 from .ring import DONE, Ring
 from .statistics import Statistics
 
-#: Descriptors that are worked off before others get a turn.
-BUDGET = 256
+#: Descriptors, and bytes of frames, that are worked off before others get a turn: checksums of a
+#: frame of 64 KB cost a millisecond.
+BUDGET, BUDGET_BYTES = 256, 256 << 10
 #: Descriptors of one frame; Linux never needs more than some 60.
 _MAX_DESCRIPTORS = 256
 _MIN_FRAME = 60
@@ -49,6 +50,7 @@ class Transmitter:
         self._ring = Ring("transmit", memory, registers, regs.TDBAL)
         self._statistics = statistics
         self._send = send
+        self._bytes = 0  # of frames in this turn
         self.reset()
 
     def reset(self) -> None:
@@ -64,7 +66,8 @@ class Transmitter:
         """
         left = self._ring.owned()
         causes = spent = 0
-        while left and spent < BUDGET:
+        self._bytes = 0
+        while left and spent < BUDGET and self._bytes < BUDGET_BYTES:
             used, wants_report = self._next(left)
             if not used:
                 return causes, False  # the end of this frame is still to come
@@ -97,6 +100,7 @@ class Transmitter:
             if left >= _MAX_DESCRIPTORS:
                 raise GuestError(f"a frame of more than {_MAX_DESCRIPTORS} descriptors")
             return 0, False
+        self._bytes += len(frame)
         self._transmit(frame, uppers[0], uppers[-1])
         reports = [self._report(index, upper) for index, upper in enumerate(uppers)]
         return len(uppers), any(reports)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from godwit.errors import GuestError
+from godwit.hw.virtio.budget import Budget
 from godwit.hw.virtio.queue import Virtqueue
 
 from .rxfilter import RxFilter
@@ -15,6 +16,9 @@ _RX, _MAC, _VLAN, _ANNOUNCE = range(4)  # classes
 _MAC_TABLE_SET, _MAC_ADDR_SET = 0, 1
 _ANNOUNCE_ACK = 0
 _LONGEST = 1 << 16  # bytes of a request
+#: The requests of one turn, by number, bytes and pieces. Linux sends one and waits for its answer;
+#: its longest has some hundred addresses, in four pieces.
+_REQUESTS, _BYTES, _PIECES = 64, 64 << 10, 1024
 _RX_SWITCHES = (
     "promiscuous",
     "all_multicast",
@@ -54,15 +58,18 @@ class Control:
     def serve(self, queue: Virtqueue, negotiated: int) -> bool:
         """Execute the queue's requests, and return whether more wait.
 
-        A driver waits for each answer, so more than a ring's worth in one go is not honest work.
+        A driver waits for each answer, so more than a ring's worth in one go is not honest work,
+        and a turn has a budget.
 
         Raises:
             GuestError: a request without space for its command or its answer.
         """
-        for _ in range(queue.size):
+        budget = Budget(min(queue.size, _REQUESTS), _BYTES, _PIECES)
+        while budget.left:
             chain = queue.pop()
             if chain is None:
                 return False
+            budget.spend(chain)
             if chain.readable_size() < 2 or not chain.writable_size():
                 raise GuestError("a request needs a class, a command and a byte for the answer")
             self.requests += 1
@@ -104,7 +111,7 @@ class Control:
             return self._set_tables(data)
         if command != _MAC_ADDR_SET or not negotiated & F_CTRL_MAC_ADDR:
             return False
-        if len(data) != 6 or data[0] & 1:
+        if len(data) != 6 or data[0] & 1 or not any(data):
             return False
         self.mac = bytes(data)
         return True

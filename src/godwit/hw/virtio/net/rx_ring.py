@@ -9,24 +9,32 @@ from godwit.hw.virtio.queue import Chain, Virtqueue
 
 from .backend import Ring
 
+#: The pieces that one frame may take, as writev's. Linux gives a frame of 64 KB some forty.
+_MAX_PIECES = 1024
+
 
 def place(queue: Virtqueue, frame: bytes, merge: bool) -> bool:
     """Put one frame, header included, into the buffers, or return False if there are too few.
 
     ``merge``: VIRTIO_NET_F_MRG_RXBUF was negotiated. A frame that never fits is dropped: longer
-    than a buffer, if buffers are not merged, or than all that the ring can hold at once.
+    than a buffer, if buffers are not merged, or than all that the ring can hold at once, or than
+    1,024 pieces of buffers.
 
     Raises:
         GuestError: a buffer without space, or another broken rule.
     """
     chains: list[tuple[Chain, int]] = []
     left = memoryview(frame)
+    pieces = 0
     while left or not chains:
-        chain = queue.pop()
-        if chain is None or (chains and not merge):
-            for _ in range(len(chains) + (chain is not None)):
+        # The driver may add buffers meanwhile: what is used for one frame is counted here.
+        never = bool(chains) and (not merge or len(chains) == queue.size or pieces > _MAX_PIECES)
+        chain = None if never else queue.pop()
+        if chain is None:
+            for _ in chains:
                 queue.unpop()
-            return chain is not None or len(chains) == queue.size
+            return never
+        pieces += chain.pieces
         taken = 0
         for part in chain.writable:
             size = min(len(part), len(left))

@@ -15,7 +15,8 @@ from godwit.host.loop import Loop
 from godwit.host.net.tap import MAX_FRAME, Tap
 from godwit.hw.device import guarded
 from godwit.hw.nic.rx_backlog import RxBacklog
-from godwit.hw.nic.tap_reader import BUDGET, Accepts, TapReader
+from godwit.hw.nic.tap_reader import Accepts, TapReader
+from godwit.hw.virtio.budget import Budget
 from godwit.hw.virtio.queue import Chain
 
 from . import offloads
@@ -64,8 +65,6 @@ class UserspaceBackend:
         self._loop.watch(rx.kick, self._rx_kicked)
         self._loop.watch(tx.kick, self._tx_kicked)
         self._reader.start(self._receive)
-        if self._reader.waiting:
-            self._loop.call_soon(self._receive)
 
     def stop(self) -> None:
         """Watch rings and tap no more.
@@ -101,10 +100,12 @@ class UserspaceBackend:
                 self._transmit(ring)
 
     def _transmit(self, ring: Ring) -> None:
-        for _ in range(BUDGET):
+        budget = Budget()
+        while budget.left:
             chain = ring.queue.pop()
             if chain is None:
                 break
+            budget.spend(chain)
             self._send_chain(chain)
             ring.queue.push(chain, 0)
         else:

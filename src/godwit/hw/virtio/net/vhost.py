@@ -14,12 +14,14 @@ from collections.abc import Callable
 from godwit.errors import GuestError, HostError
 from godwit.host.eventfd import drain
 from godwit.host.ioctl import address_of
-from godwit.host.loop import Loop
+from godwit.host.loop import Loop, SoonCall
 from godwit.host.net.tap import Tap
 from godwit.host.vhost import DEVICE, F_LOG_ALL, LOG_PAGE, Vhost
 from godwit.hw.device import LogsDirtyPages, guarded
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.rx_backlog import RxBacklog
+from godwit.hw.nic.tap_reader import BUDGET, BUDGET_BYTES
+from godwit.hw.virtio.budget import Budget
 from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
 
 from . import offloads
@@ -27,8 +29,6 @@ from .backend import F_MRG_RXBUF, Ring
 from .rx_ring import notify, place
 
 _VERSION_1 = 1 << 32
-#: Frames for nobody that are returned before other work of the loop gets a turn.
-_DROPPED = 64
 _RING_FEATURES = F_EVENT_IDX | F_INDIRECT_DESC | F_MRG_RXBUF | _VERSION_1
 
 
@@ -59,6 +59,7 @@ class VhostBackend(LogsDirtyPages):
         self._on_guest_error = on_guest_error
         self._backlog = backlog
         backlog.on_change = self._serve
+        self._serve_soon = SoonCall(loop, self._serve_again)
         self._receiving = False  # vhost has the receive ring
         self._starved = False  # the guest is to notify when the receive ring has space
         self._dropping = False  # the transmit ring is served here, for want of a tap
@@ -194,12 +195,25 @@ class VhostBackend(LogsDirtyPages):
 
     def _place(self, ring: Ring) -> None:
         merge = bool(self._negotiated & F_MRG_RXBUF)
-        while self._backlog:
+        frames = size = 0
+        while self._backlog and frames < BUDGET and size < BUDGET_BYTES:
             frame = self._backlog.next()
-            if frame is not None and not place(ring.queue, frame, merge):
+            if frame is None:
+                break
+            frames += 1
+            size += len(frame)
+            if not place(ring.queue, frame, merge):
                 self._backlog.requeue(frame)
                 break
+        else:
+            if self._backlog:
+                self._serve_soon.request()  # others first
         notify(ring)
+
+    def _serve_again(self) -> None:
+        with self._lock:
+            if self._rings:
+                self._serve()
 
     def _more_space(self) -> None:
         """Serve the ring again: the guest put buffers into a ring that had too few."""
@@ -245,10 +259,12 @@ class VhostBackend(LogsDirtyPages):
             ring = self._rings[1]
             drain(ring.kick)
             with guarded(self._on_guest_error):
-                for _ in range(_DROPPED):
+                budget = Budget()
+                while budget.left:
                     chain = ring.queue.pop()
                     if chain is None:
                         break
+                    budget.spend(chain)
                     ring.queue.push(chain, 0)
                 else:
                     os.eventfd_write(ring.kick, 1)  # more waits; others first
