@@ -13,8 +13,9 @@ import msgspec
 
 from godwit.errors import GodwitError
 from godwit.migration.wire import messages
+from godwit.migration.wire.address import Address
 from godwit.migration.wire.messages import Kind
-from godwit.migration.wire.sockets import Address, SocketConnection
+from godwit.migration.wire.sockets import SocketConnection
 from godwit.spec import saved
 
 

@@ -91,7 +91,7 @@ def test_other_members_are_refused() -> None:
         Event.MIGRATION.of(state="setup")
     with pytest.raises(TypeError, match="STOP"):
         Event.STOP.of(why="so")
-    with pytest.raises(TypeError, match="GUEST_ERROR has device, message; not device"):
+    with pytest.raises(TypeError, match="GUEST_ERROR has device, message, suppressed; not device"):
         Event.GUEST_ERROR.of(device="nic0")
 
 

@@ -13,8 +13,9 @@ import pytest
 from godwit.errors import ConfigError, LinkLost, PeerRefused, StreamError
 from godwit.migration.times import Times
 from godwit.migration.wire import messages
+from godwit.migration.wire.address import Address
 from godwit.migration.wire.messages import Kind, Reason
-from godwit.migration.wire.sockets import Address, SocketConnection
+from godwit.migration.wire.sockets import SocketConnection
 from godwit.spec import saved
 
 

@@ -106,7 +106,7 @@ class Wire(Connection):
     def begin(self, length: int | None = None) -> None:
         pass
 
-    def stop_receiving(self) -> None:
+    def give_up(self) -> None:
         pass
 
     def close(self) -> None:

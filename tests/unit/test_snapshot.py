@@ -71,7 +71,7 @@ def test_a_line_that_is_stopped_reads_no_further(tmp_path: Path) -> None:
     path.write_bytes(bytes(100))
     line = _open(path, os.O_RDONLY)
     assert line.read(50) == bytes(50)
-    line.stop_receiving()
+    line.give_up()
     with pytest.raises(LinkLost, match="no further"):
         line.read(50)
     line.close()

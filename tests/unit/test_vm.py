@@ -358,8 +358,10 @@ def test_quit_and_signals_end_the_loop(place: Place) -> None:
 
 
 def test_a_guest_error_is_an_event_and_a_line(place: Place) -> None:
-    place.vm._guest_error("nic0", "a bad ring")
-    assert place.named("GUEST_ERROR") == [{"device": "nic0", "message": "a bad ring"}]
+    place.vm._guest_errors.add("nic0", "a bad ring")
+    assert place.named("GUEST_ERROR") == [
+        {"device": "nic0", "message": "a bad ring", "suppressed": 0}
+    ]
     assert "nic0: the guest broke the device's rules (a bad ring)" in place.text[-1]
 
 

@@ -11,7 +11,8 @@ from vm_bench import ONE_BACKEND, Bench, Guest, Watched
 from godwit.client.qmp import CommandRefused
 from godwit.errors import PeerRefused
 from godwit.migration.wire import messages
-from godwit.migration.wire.sockets import Address, SocketConnection
+from godwit.migration.wire.address import Address
+from godwit.migration.wire.sockets import SocketConnection
 from lab.scenario import MAC
 
 pytestmark = ONE_BACKEND

@@ -7,6 +7,7 @@ all the rest, imports included.
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import os
 import signal
@@ -93,7 +94,8 @@ def _run(board: Board, arguments: argparse.Namespace) -> int:
             log=log,
         )
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: vmm.end_by_signal())
+            # In the loop: the signal may have come while this very thread holds a lock.
+            signal.signal(number, lambda *_: loop.call_soon(vmm.end_by_signal))
         try:
             with _input(loop, vmm, interactive, log):
                 # What is here by now stays, and need not be looked through ever again.
@@ -122,14 +124,29 @@ def _console(spec: str) -> Iterator[tuple[Console, bool]]:
         path = os.devnull
     elif kind != "file" or not path:
         raise ConfigError(f"--console {spec}: give stdio, file:PATH or none")
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise ConfigError(f"--console {spec}: {error.strerror}") from error
+    fd = _open_log(path, spec)
     try:
         yield Console(fd), False
     finally:
         os.close(fd)
+
+
+def _open_log(path: str, spec: str) -> int:
+    """Open a file for a guest's output: for its owner alone, and the file itself, not a link's.
+
+    Raises:
+        ConfigError: the file cannot be written, or is a link, or a pipe that nobody reads.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags, 0o600)
+        os.set_blocking(fd, True)
+    except (OSError, ValueError) as error:
+        reasons = {errno.ELOOP: "it is a symbolic link", errno.ENXIO: "nobody reads that pipe"}
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = reasons.get(getattr(error, "errno", None) or 0, reason or "")
+        raise ConfigError(f"--console {spec!r}: {reason}; name a file of your own") from error
+    return fd
 
 
 @contextmanager

@@ -7,8 +7,6 @@ token.
 
 from __future__ import annotations
 
-import select
-import socket
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -20,9 +18,10 @@ from .incoming import Incoming, TakeOver
 from .packets.destination import PacketDestination
 from .times import TIMES, Times
 from .wire import messages
+from .wire.acceptor import Acceptor
+from .wire.address import Address
 from .wire.compatibility import check
 from .wire.messages import Kind
-from .wire.sockets import Address, SocketConnection
 from .wire.stream import WaitingConnection
 
 
@@ -46,7 +45,7 @@ class Destination(Incoming):
     ) -> None:
         super().__init__(guest, take_over, on_failed, times)
         self._hands_over = hands_over
-        self._listener = address.listen()
+        self._acceptor = Acceptor(address, times, _turn_away)
         self._connection: WaitingConnection | None = None
         #: Where the source awaits STARTED.
         self._answer_on: PacketDestination | WaitingConnection | None = None
@@ -57,7 +56,7 @@ class Destination(Incoming):
     def close(self) -> None:
         """Wait for the guest no more."""
         super().close()
-        self._listener.close()
+        self._acceptor.close()
 
     def started(self, states: list[str]) -> None:
         """Send STARTED, and keep the message for a source that queries."""
@@ -70,40 +69,24 @@ class Destination(Incoming):
     def _interrupt(self) -> None:
         if self._connection is not None:
             self._connection.interrupt()
-        try:
-            self._listener.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # closed already
+        self._acceptor.interrupt()
 
     def _finish(self) -> None:
         # Nobody is awaited any more: whoever connects shall be refused, not left waiting.
-        self._listener.close()
+        self._acceptor.close()
 
     # --- the conversation -------------------------------------------------------------------------
     def _run(self) -> None:
         while not self._closing.is_set():
-            connection = self._accept(None)
-            if connection is None or self._serve(connection):
+            introduced = self._acceptor.next(None)
+            if introduced is None or self._serve(*introduced):
                 return
 
-    def _accept(self, timeout: float | None) -> WaitingConnection | None:
-        """Return the next connection, or None after ``timeout`` seconds, or at the close."""
-        until = None if timeout is None else self._times.now() + timeout
-        poll = select.poll()
-        poll.register(self._listener, select.POLLIN)
-        while not self._closing.is_set():
-            left = None if until is None else max(0.0, until - self._times.now()) * 1000
-            if not poll.poll(left):
-                return None
-            try:
-                return SocketConnection(self._listener.accept()[0], self._times)
-            except OSError:
-                # A peer that gave up already, or no descriptors left: others may come.
-                self._closing.wait(0.1)
-        return None
+    def _serve(self, connection: WaitingConnection, kind: Kind, payload: bytes) -> bool:
+        """Serve one source by its first message, which names its role.
 
-    def _serve(self, connection: WaitingConnection) -> bool:
-        """Serve one source, or return False if the source was refused and another may come.
+        Returns False if the source was refused, or was gone before anything changed here: another
+        may come.
 
         Raises:
             MigrationError: the migration failed after RAM began to come.
@@ -111,22 +94,25 @@ class Destination(Incoming):
         self._connection = connection
         try:
             try:
-                hello = self._hello(connection)
+                hello = self._hello(kind, payload)
             except GodwitError as error:
                 _refuse(connection, Kind.REFUSED, str(error))
                 return False
-            # From now on the machine changes: what fails, fails for good.
             hands_over = bool(hello.cookie) and self._hands_over()
-            connection.send(Kind.WELCOME, connection.describe(hands_over))
             try:
+                connection.send(Kind.WELCOME, connection.describe(hands_over))
                 if hands_over:
                     self.packets = PacketDestination(
                         self._guest, connection, hello.cookie, self._times
                     )
                 hints = {device.id: device.hints for device in hello.devices}
                 self._guest.machine.prepare({id: hint for id, hint in hints.items() if hint})
+                # From its first message on the machine changes: what fails, fails for good.
                 self._receiver.receive(connection)
             except LinkLost:
+                if not self._receiver.begun:
+                    self.packets = None
+                    return False
                 raise
             except GodwitError as error:
                 _refuse(connection, Kind.FAILED, str(error))
@@ -136,13 +122,12 @@ class Destination(Incoming):
         finally:
             connection.close()
 
-    def _hello(self, connection: WaitingConnection) -> messages.Hello:
-        """Receive a connection's first message, which names its role: only HELLO has one now.
+    def _hello(self, kind: Kind, payload: bytes) -> messages.Hello:
+        """Return what a connection's first message begins: only HELLO begins something now.
 
         Raises:
             GodwitError: no migration begins here.
         """
-        kind, payload = connection.expect_one(Kind.HELLO, Kind.QUERY)
         if kind is Kind.QUERY:
             raise StreamError("no guest was handed over to here")
         hello = saved.decode(payload, messages.Hello)
@@ -178,7 +163,7 @@ class Destination(Incoming):
                 if packets.acknowledged:
                     return
         except Exception:
-            if self._owned:  # a source that found nobody would run the guest as well
+            if self.owned:  # a source that found nobody would run the guest as well
                 self._answer(connection, hello)
             raise
         self._answer(connection, hello)
@@ -203,18 +188,18 @@ class Destination(Incoming):
         """
         until = self._times.now() + self._times.patience
         while True:
-            connection = self._accept(max(0.0, until - self._times.now()))
-            if connection is None:
+            introduced = self._acceptor.next(max(0.0, until - self._times.now()))
+            if introduced is None:
                 # Never to run here: the listening socket closes before anything else can happen.
-                self._listener.close()
+                self._acceptor.close()
                 raise MigrationError(
                     f"the connection was lost before the commit ({lost}), and the source did not "
                     f"query for its guest in {self._times.patience:g} s: it runs there"
                 )
-            commit = _query(connection, hello.token)
+            commit = _query(*introduced, hello.token)
             if commit is not None:
-                return connection, commit
-            connection.close()
+                return introduced[0], commit
+            introduced[0].close()
 
     def _answer(self, connection: WaitingConnection, hello: messages.Hello) -> None:
         """Have the source receive STARTED, here or by a query, until the ACK.
@@ -226,27 +211,32 @@ class Destination(Incoming):
             try:
                 connection.expect(Kind.ACK)
                 return
-            except GodwitError:
+            except Exception:  # whatever it is, the source may be querying
                 pass
             finally:
                 connection.close()
             again = None
             while again is None:
-                again = self._accept(None)
-                if again is None:
+                introduced = self._acceptor.next(None)
+                if introduced is None:
                     return  # it is time to close: the guest ends here as well
-                if _query(again, hello.token) is None:
+                again = introduced[0]
+                if _query(*introduced, hello.token) is None:
                     again.close()
                     again = None
             connection = again
             with suppress(LinkLost):
-                connection.send(Kind.STARTED, self._started)
+                connection.send(Kind.STARTED, self._started or messages.Started({}, []))
 
 
-def _query(connection: WaitingConnection, token: bytes) -> messages.Commit | None:
+def _query(
+    connection: WaitingConnection, kind: Kind, payload: bytes, token: bytes
+) -> messages.Commit | None:
     """Return what a new connection's QUERY holds, or None if about another migration."""
     try:
-        commit = connection.expect_struct(Kind.QUERY, messages.Commit)
+        if kind is not Kind.QUERY:
+            raise StreamError(f"message {kind.name} where QUERY was due")
+        commit = saved.decode(payload, messages.Commit)
     except GodwitError as error:
         _refuse(connection, Kind.REFUSED, f"a guest is here already ({error})")
         return None
@@ -254,6 +244,11 @@ def _query(connection: WaitingConnection, token: bytes) -> messages.Commit | Non
         _refuse(connection, Kind.REFUSED, "this is another migration")
         return None
     return commit
+
+
+def _turn_away(connection: WaitingConnection, error: GodwitError) -> None:
+    """Send why somebody is not served, who may be anybody: no fact of the machine is in it."""
+    _refuse(connection, Kind.REFUSED, str(error))
 
 
 def _refuse(connection: WaitingConnection, kind: Kind, reason: str) -> None:

@@ -26,6 +26,8 @@ class Incoming(ABC):
 
     Attributes:
         packets: the guest's packet handover, if there is one.
+        owned: the guest is this VM's own: it has run here, and its source knows, or queries until
+            it does.
     """
 
     def __init__(
@@ -44,8 +46,7 @@ class Incoming(ABC):
         self.packets: PacketDestination | None = None
         self._receiver = Receiver(guest, times, kept=kept)
         self._closing = threading.Event()
-        #: The guest is this VM's own, and its source knows, or queries until it does.
-        self._owned = False
+        self.owned = False
         self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)
 
     @property
@@ -72,7 +73,7 @@ class Incoming(ABC):
 
     def started(self, states: list[str]) -> None:
         """Notify the source that its guest is here, with the run states until then."""
-        self._owned = True
+        self.owned = True
 
     @abstractmethod
     def _run(self) -> None:
@@ -96,7 +97,7 @@ class Incoming(ABC):
         except Exception as error:
             if isinstance(error, GodwitError) and self._closing.is_set():
                 return
-            if self._owned:
+            if self.owned:
                 raise  # reported by threading.excepthook: the guest runs on
             self._on_failed(as_godwit_error(error))
         finally:

@@ -52,8 +52,14 @@ class Outgoing(ABC):
         self._on_status = on_status
         self._before = states.current
         self._cancelled = threading.Event()
+        #: Why the migration was given up from outside, and whether a person wanted it so.
+        self._given_up = "cancelled"
+        self._by_person = True
+        #: The guest is at its destination, or in its file, whatever else goes wrong.
+        self._gone = False
         self._abandoned = threading.Event()
         self._over = threading.Event()
+        self._when_over: list[Callable[[], None]] = []
         self._decision = threading.Lock()  # between a cancel and the commit
         self._committed = False
         self._token = os.urandom(16)
@@ -79,15 +85,37 @@ class Outgoing(ABC):
 
     def cancel(self) -> bool:
         """Give the migration up, or return False when the guest was handed over already."""
+        return self.give_up("cancelled", by_person=True)
+
+    def give_up(self, why: str, by_person: bool = False) -> bool:
+        """Have the migration end as failed, or as cancelled if a person wants it so.
+
+        Returns False when the guest was handed over already.
+        """
         with self._decision:
             if self._committed:
                 return False
+            if not self._cancelled.is_set():
+                self._given_up, self._by_person = why, by_person
             self._cancelled.set()
         self._unthrottle()  # at once: the thread may be waiting for the connection
         if self._connection is not None:
-            # Only what waits for an answer is woken: the destination shall still receive why.
-            self._connection.stop_receiving()
+            # The destination shall still receive why, if it takes what is being sent.
+            self._connection.give_up()
         return True
+
+    def when_over(self, call: Callable[[], None]) -> None:
+        """Make a call once the migration is over: in its thread, or here if it is."""
+        with self._decision:
+            if not self._over.is_set():
+                self._when_over.append(call)
+                return
+        call()
+
+    def _check_given_up(self) -> None:
+        """Raise MigrationError if the migration was given up from outside."""
+        if self._cancelled.is_set():
+            raise MigrationError(self._given_up)
 
     @property
     def completion(self) -> str:
@@ -116,8 +144,8 @@ class Outgoing(ABC):
     def _main(self) -> None:
         try:
             for phase in self._phases():
-                if self._cancelled.is_set() and not self._committed:
-                    raise MigrationError("cancelled")
+                if not self._committed:
+                    self._check_given_up()
                 phase()
             self._finish("completed")
         except Exception as error:
@@ -125,10 +153,13 @@ class Outgoing(ABC):
         else:
             self._post_completion()
         finally:
-            self._over.set()  # whatever went wrong, another migration may be tried
+            with self._decision:
+                self._over.set()  # whatever went wrong, another migration may be tried
             if self._connection is not None:
                 self._connection.close()
             self._end_log()  # unless ended; what goes wrong with that harms nobody any more
+            for call in self._when_over:
+                call()
 
     def _post_completion(self) -> None:
         """Do what is left to do for a guest that is gone, and whose operator was notified."""
@@ -236,13 +267,18 @@ class Outgoing(ABC):
         with self._machine.lock:
             self._before = self._states.current  # the operator may have paused it meanwhile
             self._states.set(RunState.FINISH_MIGRATE)
-            self.report.stopped = (
-                self._times.now()
-            )  # until now the guest ran, and others were notified
+            # Until now the guest ran, and others were notified.
+            self.report.stopped = self._times.now()
+            self._peer.deadline = self.report.stopped + self._longest_stop()
             self._machine.pause(self.report.phase)
         self._unthrottle()
         if self._machine.exited is not None:
             raise StateError(f"the guest died before it could migrate: {self._machine.exited[1]}")
+
+    def _longest_stop(self) -> float:
+        """Return for how many seconds the guest may be stopped, whatever the peer does."""
+        allowed = max(self._parameters().downtime_limit, self.report.expected_ms or 0.0)
+        return self._times.stop + 10 * allowed / 1000
 
     def _final(self) -> None:
         """Send everything else and the last dirty pages."""
@@ -290,18 +326,24 @@ class Outgoing(ABC):
         The guest comes first: a peer that takes its time for the rest must not hold it.
         """
         self._unthrottle()
+        if self._gone:  # nothing that goes wrong afterwards brings the guest back
+            self._finish("completed", f"{type(error).__name__}: {error}")
+            return
         try:
             self._return()
         except Exception as problem:
             error = MigrationError(f"{error}; on the guest's way back: {problem}")
+        if self._connection is not None:
+            self._connection.deadline = None
         error = self._reason(error)
+        if self._cancelled.is_set() and not self._committed:
+            error = MigrationError(self._given_up)
         if not isinstance(error, PeerRefused):
             try:
-                reason = "cancelled" if self._cancelled.is_set() else str(error)
-                self._peer.send(Kind.FAILED, messages.Reason(reason[:4000]))
+                self._peer.send(Kind.FAILED, messages.Reason(str(error)[:1000]))
             except GodwitError:
                 pass
-        if self._cancelled.is_set():
+        if self._cancelled.is_set() and self._by_person:
             self._finish("cancelled")
         else:
             self._finish("failed", str(error) or type(error).__name__)
@@ -314,7 +356,11 @@ class Outgoing(ABC):
     def _return(self) -> None:
         with self._machine.lock:
             stopped = self._states.current is RunState.FINISH_MIGRATE and not self._committed
-            if not stopped or self._machine.exited is not None:
+            if not stopped:
+                return
+            if self._machine.exited is not None:
+                if self._before is RunState.PAUSED:  # its reboot shall not undo the stop
+                    self._states.set(self._before)
                 return
             try:
                 self._before_return()
@@ -345,8 +391,7 @@ class Outgoing(ABC):
         # A slow connection gets small messages: the peer takes long silence for a lost one.
         most = max(1, min(messages.MAX_PAGES, limit // 4 // PAGE)) if limit else messages.MAX_PAGES
         for chunk in chunks(runs, most, messages.MAX_RUNS):
-            if self._cancelled.is_set():
-                raise MigrationError("cancelled")
+            self._check_given_up()
             table = messages.encode_runs(chunk)
             size = len(table) + pages_in(chunk) * PAGE
             parts: list[bytes | memoryview] = [messages.header(Kind.RAM, size) + table]

@@ -29,6 +29,7 @@ class Receiver:
     Attributes:
         phases: name of a phase -> ms since the state came, at the phase's end.
         realtime: the realtime section of the receiving thread.
+        begun: a message has come by which the machine changes.
     """
 
     def __init__(self, guest: Guest, times: Times = TIMES, *, kept: bool = False) -> None:
@@ -40,6 +41,7 @@ class Receiver:
         self._prefaulted_pages = 0
         self._received_at = times.now()
         self.phases: dict[str, float] = {}
+        self.begun = False
         self.realtime = RealtimeSection(times)
         guest.prepare()
 
@@ -67,11 +69,13 @@ class Receiver:
         loaded = False
         while True:
             kind, length = connection.receive()
+            self.begun = True
             self.realtime.expire()
             if kind is Kind.RAM:
                 self._receive_ram(connection, length)
             elif kind is Kind.STATE:
                 self.realtime.begin()
+                connection.on_wait = self.realtime.expire  # the message may trickle in
                 payload = connection.read(length)
                 self._received_at = self._times.now()
                 if loaded:

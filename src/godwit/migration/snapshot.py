@@ -89,7 +89,7 @@ class FileConnection(Connection):
     def begin(self, length: int | None = None) -> None:
         """Do nothing, as a file is never silent."""
 
-    def stop_receiving(self) -> None:
+    def give_up(self) -> None:
         """Read no further, so that the reading thread gives up."""
         self._stopped = True
 
@@ -131,13 +131,17 @@ class Saver(Outgoing):
         """The message with the guest's file, and the way back."""
         return f"the guest is in '{self._path}'; --incoming file:{self._path} brings it back"
 
-    def cancel(self) -> bool:
+    def give_up(self, why: str, by_person: bool = False) -> bool:
         """Give the save up, or return False when too late, as the file has its name."""
-        given_up = super().cancel()
+        given_up = super().give_up(why, by_person)
         if given_up:
             # Here, and not only in the thread, which may be in a long call of an exiting process.
             self._discard()
         return given_up
+
+    def _longest_stop(self) -> float:
+        # A disk is no peer, and how long it takes depends on nobody.
+        return float("inf")
 
     @property
     def _convergence(self) -> ConvergenceParameters:
@@ -182,14 +186,15 @@ class Saver(Outgoing):
         self._file.send(Kind.COMMIT, messages.Commit(self._token, running))
         self._file.sync()
         with self._decision:
-            if self._cancelled.is_set() or self._partial is None:
-                raise MigrationError("cancelled")
+            self._check_given_up()
+            if self._partial is None:
+                raise MigrationError("the partial file is gone")
             try:
                 os.replace(self._partial, self._path)
             except OSError as error:
                 raise MigrationError(f"cannot write '{self._path}': {error.strerror}") from error
             self._partial = None
-            self._committed = True
+            self._committed = self._gone = True
         _sync_directory(self._path.parent)
         self.report.phase("saved")
         self._states.set(RunState.POSTMIGRATE)
@@ -258,7 +263,7 @@ class Restorer(Incoming):
         self._take_over(self, commit.running)
 
     def _interrupt(self) -> None:
-        self._file.stop_receiving()
+        self._file.give_up()
 
     def _finish(self) -> None:
         self._file.close()

@@ -11,7 +11,14 @@ import errno
 import os
 from collections.abc import Callable
 
-from godwit.errors import GodwitError, LinkLost, MigrationError, PeerRefused, as_godwit_error
+from godwit.errors import (
+    GodwitError,
+    LinkLost,
+    MigrationError,
+    PeerRefused,
+    StreamError,
+    as_godwit_error,
+)
 from godwit.spec import saved
 from godwit.spec.runstate import RunState, RunStates
 
@@ -21,8 +28,8 @@ from .packets.source import PacketSource
 from .realtime import LONGEST_S, RealtimeSection
 from .times import TIMES, Times
 from .wire import messages
+from .wire.address import Address
 from .wire.messages import Kind
-from .wire.sockets import Address
 from .wire.stream import WaitingConnection
 
 # The decoders of the destination's answers, before their time counts.
@@ -124,9 +131,9 @@ class Source(Outgoing):
     def _commit(self) -> None:
         """Hand the guest over, which from here on may not run here until we know."""
         with self._decision:
-            if self._cancelled.is_set():
-                raise MigrationError("cancelled")
+            self._check_given_up()
             self._committed = self._exposed = True
+        self._live.deadline = None
         commit = messages.Commit(self._token, self._before is RunState.RUNNING)
         try:
             self._peer.send(Kind.COMMIT, commit)
@@ -135,6 +142,7 @@ class Source(Outgoing):
         except Exception as error:  # whatever it is, the guest may run there now
             self._realtime.end()
             started = self._resolve(as_godwit_error(error), commit)
+        self._gone = True
         self.report.phase("started")
         self._started(started)
         try:
@@ -153,7 +161,7 @@ class Source(Outgoing):
                     return answer
             else:
                 self._check_silence(until)
-        return self._peer.expect_struct(Kind.STARTED, messages.Started)
+        return _decode_started(self._peer.expect_one(Kind.STARTED)[1])
 
     def _check_silence(self, until: float) -> None:
         if self._times.now() >= until:
@@ -163,7 +171,7 @@ class Source(Outgoing):
         """Handle the destination's next message."""
         kind, payload = self._peer.expect_one(Kind.STARTED, Kind.SWITCHED)
         if kind is Kind.STARTED:
-            return saved.decode(payload, messages.Started)
+            return _decode_started(payload)
         packets.switched(saved.decode(payload, messages.Switched).markers)
         return None
 
@@ -196,15 +204,17 @@ class Source(Outgoing):
         self._realtime.end()
         first = self._first
         if isinstance(error, LinkLost) and first is not None and not self._cancelled.is_set():
-            until = self._times.now() + self._times.last_messages
+            first.deadline = self._times.now() + self._times.last_messages
             try:
                 first.set_silence(self._times.last_message)
-                while self._times.now() < until:
+                while True:
                     first.expect_one(*Kind)
             except PeerRefused as refusal:
                 return refusal
             except GodwitError:
                 pass  # it sent nothing
+            finally:
+                first.deadline = None
         return error
 
     def _before_return(self) -> None:
@@ -257,9 +267,13 @@ class Source(Outgoing):
                 if self._abandoned.wait(self._times.query_again):
                     raise
                 continue
+            except GodwitError:  # whoever listens there now is not the destination
+                if self._abandoned.wait(self._times.query_again):
+                    raise
+                continue
             try:
                 connection.send(Kind.QUERY, commit)
-                started = connection.expect_struct(Kind.STARTED, messages.Started)
+                started = _decode_started(connection.expect_one(Kind.STARTED)[1])
             except PeerRefused as refusal:
                 self._committed = False
                 raise MigrationError(f"the destination gave the guest up: {refusal}") from cause
@@ -272,3 +286,11 @@ class Source(Outgoing):
                 self.report.error = None
                 return started
             connection.close()
+
+
+def _decode_started(payload: bytearray) -> messages.Started:
+    """Return what STARTED holds. With nonsense, the guest is there all the same."""
+    try:
+        return saved.decode(payload, messages.Started)
+    except StreamError:
+        return messages.Started({}, [])

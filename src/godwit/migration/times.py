@@ -20,8 +20,15 @@ class Times(NamedTuple):
     silence: float = 10.0
     #: The least bytes per second at which a long message has to come.
     rate: float = 65536.0
+    #: A connection is closed unless its first message is whole within so long.
+    introduction: float = 5.0
 
     # --- the source -------------------------------------------------------------------------------
+    #: How long the guest may be stopped for a migration in all before it goes on at the source,
+    #: beside ten times what the stop was expected or allowed to take.
+    stop: float = 10.0
+    #: For the message that is being sent when a migration is given up.
+    hurry: float = 0.5
     #: Between two queries for what became of the guest.
     query_again: float = 0.5
     #: For a connection to be made while querying.

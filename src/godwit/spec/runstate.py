@@ -124,8 +124,15 @@ class RunStates:
             self._state = new
             self.history.append(new)
             del self.history[:-256]
+            # Each of them is notified, whatever becomes of another: the state has changed.
+            problems: list[Exception] = []
             for listener in self._listeners:
-                listener(old, new)
+                try:
+                    listener(old, new)
+                except Exception as error:
+                    problems.append(error)
+            if problems:
+                raise problems[0]
 
     def require(self, *allowed: RunState) -> None:
         """Check that the run state is one of ``allowed``.

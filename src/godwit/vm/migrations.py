@@ -101,7 +101,7 @@ class Migrations:
             outgoing = Saver(*common, path, lambda: self.parameters, report, times)
         else:
             from godwit.migration.source import Source
-            from godwit.migration.wire.sockets import Address
+            from godwit.migration.wire.address import Address
 
             address = Address(uri, insecure, times)
             packets = self._incoming.packets if self._incoming is not None else None
@@ -125,14 +125,17 @@ class Migrations:
         if outgoing is not None and outgoing.active and not outgoing.cancel():
             raise StateError("too late to cancel: the guest was handed over")
 
-    def cancel_for_exit(self) -> None:
-        """End a migration of a guest that exited, without the machine's lock.
+    def fail_for_exit(self, why: str, then: Callable[[], None]) -> bool:
+        """Have a migration of a guest that exited fail, and ``then`` called once it is over.
 
-        The migration needs that lock.
+        Returns False if there is none.
         """
-        if self._outgoing is not None and self._outgoing.active:
-            self._outgoing.cancel()
-            self._outgoing.join(10)
+        outgoing = self._outgoing
+        if outgoing is None or not outgoing.active:
+            return False
+        outgoing.give_up(f"{why} during its migration")
+        outgoing.when_over(then)
+        return True
 
     # --- in ---------------------------------------------------------------------------------------
     def await_guest(self, uri: str, insecure: bool) -> None:
@@ -152,7 +155,7 @@ class Migrations:
             self._incoming = Restorer(self._guest(), path_of(uri), *ends, times)
         else:
             from godwit.migration.destination import Destination
-            from godwit.migration.wire.sockets import Address
+            from godwit.migration.wire.address import Address
 
             self._incoming = Destination(
                 self._guest(),
@@ -195,11 +198,13 @@ class Migrations:
                     machine.drain_taps()
                 try:
                     machine.resume(incoming.phase)
-                    if packets is not None and packets.settle():
-                        incoming.phase("packets-handed-over")
                 except BaseException:
                     machine.pause()  # nothing of the guest runs once its source is refused
                     raise
+                # It runs: nothing but its own end may end it here from now on.
+                incoming.owned = True
+                if packets is not None and packets.settle():
+                    incoming.phase("packets-handed-over")
                 # The source first: it waits, and listeners of the state take their time.
                 incoming.started([*map(str, self._states.history), str(_S.RUNNING)])
                 self._states.set(_S.RUNNING)

@@ -317,8 +317,9 @@ class Vmm:
         self._loop.call_soon(lambda: self._guest_exited(reason, detail))
 
     def _guest_exited(self, reason: StopReason, detail: str) -> None:
-        # A guest that exited cannot migrate.
-        self.migrations.cancel_for_exit()
+        # A guest that exited cannot migrate. Nothing waits here for the migration's end.
+        if self.migrations.fail_for_exit(detail, lambda: self._vcpu_exited(reason, detail)):
+            return
         with self.machine.lock:
             # An exit that was under way behind another: the guest is gone, or rebooted already.
             if self.states.current in _FINAL or self.machine.exited is None:

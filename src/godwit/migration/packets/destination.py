@@ -10,6 +10,7 @@ follows is the same as ever.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Any
 
 from godwit.announce.uplink import Uplink
@@ -179,7 +180,8 @@ class PacketDestination:
         """End the holds, as no more will come from the source."""
         self._connection = None
         for index in tuple(self._held):
-            self._release(index)
+            with suppress(Exception):  # the others' taps, too, are to be released
+                self._release(index)
 
     def send(self, kind: Kind, value: Any) -> None:
         """Send a message to the source, from any thread.
@@ -219,12 +221,11 @@ class PacketDestination:
                 self._received += connection.read_some(_SOME)
                 while self._handle():
                     pass
-        except (GodwitError, OSError, ValueError):
+            if self._hold.over:
+                for index in tuple(self._held):
+                    self._release(index)
+        except Exception:  # whatever it is: the guest may run, and goes on without the packets
             self.abandon()
-            return
-        if self._hold.over:
-            for index in tuple(self._held):
-                self._release(index)
 
     def _handle(self) -> bool:
         """Handle the next whole message, and return whether there was one."""

@@ -39,6 +39,9 @@ _MAX_TABLE = 1 << 20
 
 Run = tuple[int, int]  # guest address, pages
 _Index = Annotated[int, msgspec.Meta(ge=0, lt=64)]
+_Word = Annotated[str, msgspec.Meta(max_length=64)]
+#: Neither NaN nor infinity, which JSON does not have: a year at the most.
+_Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=3.2e10)]
 _Token = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 
 
@@ -62,6 +65,8 @@ class Kind(IntEnum):
     SWITCHED = 15  # d, after COMMIT: the traffic was switched over
     PACKETS = 16  # s: packets that still came for the guest
     PATH_DRAINED = 17  # s: no more packets will come for this NIC, but stragglers
+    CHALLENGE = 18  # d, before all else, if a secret is shared: a nonce
+    AUTH = 19  # s, d: the proof that the secret is known
 
 
 _LIMITS = {
@@ -119,6 +124,19 @@ class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     packets: bool = False
 
 
+class Challenge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The destination's nonce: CHALLENGE."""
+
+    nonce: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+
+
+class Auth(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A proof that its sender knows the shared secret, and the source's nonce: AUTH."""
+
+    proof: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+    nonce: Annotated[bytes, msgspec.Meta(max_length=32)]
+
+
 class Reason(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The reason of a REFUSED or FAILED."""
 
@@ -136,8 +154,8 @@ class Commit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Started(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The destination's share of the report: STARTED. Times in ms."""
 
-    phases: dict[str, float]
-    runstates: list[str]
+    phases: Annotated[dict[_Word, _Milliseconds], msgspec.Meta(max_length=64)]
+    runstates: Annotated[list[_Word], msgspec.Meta(max_length=256)]
 
 
 class Switched(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

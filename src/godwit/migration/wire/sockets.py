@@ -1,4 +1,4 @@
-"""Connections on sockets: addresses, deadlines, and each end's view of the other."""
+"""Connections on sockets: deadlines, and each end's view of the other."""
 
 from __future__ import annotations
 
@@ -6,98 +6,21 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from godwit.errors import ConfigError, LinkLost
-from godwit.host import unixsocket
+from godwit.errors import LinkLost
 from godwit.migration.times import TIMES, Times
 
 from . import messages
-from .stream import Parts, WaitingConnection, advance, send_pieces
+from .stream import Parts, WaitingConnection, advance
 
 _BUFFER = 1 << 20
 _SO_SNDBUFFORCE = 32  # beyond wmem_max, for root (asm-generic/socket.h)
-#: A socket's time-out is set anew when it is off by more than this, seconds.
-_EXACT_S = 0.25
+#: The kernel waits for so long in one call, seconds: deadlines are looked at in between.
+_SLICE_S = 0.25
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
-
-class Address:
-    """An address of a migration, ``unix:PATH`` or ``tcp:HOST:PORT``.
-
-    Raises:
-        ConfigError: neither; or ``tcp:`` beyond this host without ``insecure``, because the stream
-            is neither encrypted nor authenticated.
-    """
-
-    def __init__(self, uri: str, insecure: bool, times: Times = TIMES) -> None:
-        self.uri = uri
-        self._times = times
-        scheme, _, rest = uri.partition(":")
-        self.path: str | None = None
-        self.host, self.port = "", 0
-        if scheme == "unix" and rest:
-            self.path = rest
-            return
-        host, _, port = rest.rpartition(":")
-        if scheme != "tcp" or not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ConfigError(
-                f"migration address '{uri}'; give unix:PATH, tcp:HOST:PORT or file:PATH"
-            )
-        self.host, self.port = host.strip("[]"), int(port)
-        if not insecure and not _loopback(self.host):
-            raise ConfigError(
-                f"'{uri}' leaves this host, and the stream is neither encrypted nor "
-                "authenticated: whoever reads it has the guest's memory. Give --insecure on a "
-                "network that you trust"
-            )
-
-    def listen(self) -> socket.socket:
-        """Return a socket that listens there.
-
-        Raises:
-            ConfigError, HostError: the address cannot be had.
-        """
-        if self.path is not None:
-            return unixsocket.listen(self.path, "migration")
-        try:
-            family = socket.getaddrinfo(self.host, self.port)[0][0]
-            return socket.create_server((self.host, self.port), family=family)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on '{self.uri}': {error}") from error
-
-    def connect(self, timeout: float | None = None) -> SocketConnection:
-        """Return a connection to the listener there.
-
-        Raises:
-            LinkLost: nobody listens (its cause is the OSError).
-        """
-        timeout = self._times.silence if timeout is None else timeout
-        try:
-            if self.path is None:
-                sock = socket.create_connection((self.host, self.port), timeout)
-            else:
-                sock = socket.socket(socket.AF_UNIX)
-                try:
-                    sock.settimeout(timeout)
-                    sock.connect(self.path)
-                except OSError:
-                    sock.close()
-                    raise
-        except OSError as error:
-            raise LinkLost(f"cannot reach '{self.uri}': {error}") from error
-        return SocketConnection(sock, self._times)
-
-
-def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    import ipaddress  # here: it is slow to import, and most addresses never come this far
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+_Some = Callable[[list[bytes | memoryview], float], int]
 
 
 class SocketConnection(WaitingConnection):
@@ -111,21 +34,39 @@ class SocketConnection(WaitingConnection):
         self._receive_until = 0.0
         #: A message was sent in part, and what follows would be taken for the rest.
         self._cut = False
-        #: The last call had the rest of the message's time, and no whole silence.
-        self._due_soon = False
+        #: Since when messages have to be sent soon, or not at all; the migration's clock.
+        self._hurried_at: float | None = None
         self._set = {socket.SO_RCVTIMEO: -1.0, socket.SO_SNDTIMEO: -1.0}
+        self._set_up(sock)
+        self.begin()
+
+    def _set_up(self, sock: socket.socket) -> None:
         # Blocking, with the kernel's own time-outs: a whole message is then one call each way,
         # where Python's would poll before each piece.
         sock.setblocking(True)
-        self.begin()
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        else:
-            # TCP tunes its buffers itself; a Unix socket's default holds fifty pages.
-            try:
-                sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
-            except PermissionError:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+            return
+        # TCP tunes its buffers itself; a Unix socket's default holds fifty pages.
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
+        except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+
+    def handshake(self) -> None:
+        """Do what comes before the first message: nothing here.
+
+        Raises:
+            LinkLost: the peer is not whom it should be, or is gone.
+        """
+
+    def ready(self) -> bool:
+        """Go on with the handshake without waiting, and return whether it is over.
+
+        Raises:
+            LinkLost: as :meth:`handshake`.
+        """
+        return True
 
     # --- bytes ------------------------------------------------------------------------------------
     def begin(self, length: int | None = None) -> None:
@@ -138,19 +79,21 @@ class SocketConnection(WaitingConnection):
         Raises:
             LinkLost: the connection broke, or the peer did not take the message in time.
         """
+        began = self._times.now()
         until = self._due(sum(map(len, parts)))
-
-        def send(left: list[bytes | memoryview]) -> int:
-            self._limit(socket.SO_SNDTIMEO, until)
-            return self._sock.sendmsg(left)
-
         if self._cut:
             raise LinkLost("the connection ends in the middle of a message")
         self._cut = True
-        try:
-            self.sent += send_pieces(parts, send)
-        except OSError as error:
-            raise self._lost(error) from error
+        left: list[bytes | memoryview] = list(parts)
+        quiet_at = began + self._silence
+        while left:
+            limit = min(until, quiet_at)
+            if self._hurried_at is not None:
+                limit = min(limit, max(began, self._hurried_at) + self._times.hurry)
+            done = self._call(self._send_some, left, limit, quiet_at)
+            if done:
+                self.sent += advance(left, done)
+                quiet_at = self._times.now() + self._silence
         self._cut = False
 
     def read_into(self, views: Sequence[memoryview]) -> None:
@@ -159,16 +102,15 @@ class SocketConnection(WaitingConnection):
         Raises:
             LinkLost: the connection broke, or the message was not whole in time.
         """
-        left = [view for view in views if len(view)]
-        try:
-            while left:
-                self._limit(socket.SO_RCVTIMEO, self._receive_until)
-                got = self._sock.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
-                if not got:
-                    raise LinkLost("the peer closed the connection")
-                advance(left, got)
-        except OSError as error:
-            raise self._lost(error) from error
+        left: list[bytes | memoryview] = [view for view in views if len(view)]
+        quiet_at = self._times.now() + self._silence
+        while left:
+            limit = min(self._receive_until, quiet_at)
+            done = self._call(self._receive_some, left, limit, quiet_at)
+            self.on_wait()
+            if done:
+                advance(left, done)
+                quiet_at = self._times.now() + self._silence
 
     def read_some(self, most: int) -> bytes:
         """Return the bytes that are here, without waiting.
@@ -181,7 +123,7 @@ class SocketConnection(WaitingConnection):
         except BlockingIOError:
             return b""
         except OSError as error:
-            raise self._lost(error) from error
+            raise _broke(error) from error
         if not data:
             raise LinkLost("the peer closed the connection")
         return data
@@ -196,28 +138,86 @@ class SocketConnection(WaitingConnection):
         ready = {fd for fd, _ in poll.poll(max(0.0, timeout) * 1000)}
         return own in ready or own < 0, ready - {own}
 
+    def _send_some(self, left: list[bytes | memoryview], timeout: float) -> int:
+        """Send some bytes, and return how many.
+
+        Raises:
+            BlockingIOError: the peer took none within ``timeout`` seconds.
+            OSError: the connection broke.
+        """
+        self._limit(socket.SO_SNDTIMEO, timeout)
+        return self._sock.sendmsg(left)
+
+    def _receive_some(self, left: list[bytes | memoryview], timeout: float) -> int:
+        """Receive bytes into the buffers, and return how many.
+
+        Raises:
+            BlockingIOError: none came within ``timeout`` seconds.
+            OSError: the connection broke.
+            LinkLost: the peer closed the connection.
+        """
+        self._limit(socket.SO_RCVTIMEO, timeout)
+        done = self._sock.recvmsg_into(left, 0, socket.MSG_WAITALL)[0]
+        if not done:
+            raise LinkLost("the peer closed the connection")
+        return done
+
+    def _call(
+        self,
+        some: _Some,
+        left: list[bytes | memoryview],
+        limit: float,
+        quiet_at: float,
+    ) -> int:
+        """Have ``some`` move bytes until ``limit`` at the most, and return how many it moved."""
+        now = self._times.now()
+        if self.deadline is not None and now >= self.deadline:
+            raise LinkLost("the time for the whole of the stop is over")
+        if now >= limit:
+            if quiet_at - limit < self._silence / 2:
+                raise LinkLost(f"the peer was silent for {self._silence:g} s")
+            raise LinkLost("the peer took too long for a message")
+        if self.deadline is not None:
+            limit = min(limit, self.deadline)
+        try:
+            return some(left, min(limit - now, _SLICE_S))
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise _broke(error) from error
+
     def _due(self, length: int) -> float:
         return self._times.now() + self._silence + length / self._times.rate
 
-    def _limit(self, option: int, until: float) -> None:
-        """Have the next call give up after a silence, or at ``until`` if that is sooner.
-
-        The kernel counts the whole call, which returns what there was by then.
-        """
-        left = until - self._times.now()
-        if left <= 0:
-            raise TimeoutError
-        self._due_soon = left < self._silence / 2
-        left = min(left, self._silence)
-        if abs(self._set[option] - left) > _EXACT_S or left < _EXACT_S:
-            self._set[option] = left
-            limit = struct.pack("ll", int(left), int(left % 1 * 1e6) or 1)
+    def _limit(self, option: int, seconds: float) -> None:
+        """Have the next call give up after some time: the kernel counts the whole call."""
+        if self._set[option] != seconds:
+            self._set[option] = seconds
+            limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6) or 1)
             self._sock.setsockopt(socket.SOL_SOCKET, option, limit)
 
     # --- the peer ---------------------------------------------------------------------------------
     def set_silence(self, seconds: float) -> None:
         """Set for how many seconds a silent peer is waited for."""
         self._silence = seconds
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, to be polled; -1 once closed."""
+        return self._sock.fileno()
+
+    def peer_uid(self) -> int | None:
+        """Return the user of the process at the other end, or None if that is not known.
+
+        A process of another host, or of another network namespace, has no known user.
+        """
+        if self._sock.family == socket.AF_UNIX:
+            return self._credentials()[1]
+        from godwit.host.net.sockets import owner_of_peer
+
+        try:
+            return owner_of_peer(self._sock)
+        except OSError:
+            return None
 
     def describe(self, packets: bool) -> messages.Welcome:
         """Return the connection as this end sees it."""
@@ -227,10 +227,13 @@ class SocketConnection(WaitingConnection):
     def is_direct(self, seen: messages.Welcome) -> bool:
         """Return whether nothing stands between the two ends."""
         if self._sock.family == socket.AF_UNIX:
-            raw = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            pid, _, _ = _CREDENTIALS.unpack(raw)
-            return bool(pid == seen.pid)
+            return self._credentials()[0] == seen.pid
         return self._ends() == (seen.far, seen.near)
+
+    def _credentials(self) -> tuple[int, int, int]:
+        raw = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, uid, gid = _CREDENTIALS.unpack(raw)
+        return pid, uid, gid
 
     def _ends(self) -> tuple[str, str]:
         if self._sock.family == socket.AF_UNIX:
@@ -238,20 +241,14 @@ class SocketConnection(WaitingConnection):
         near, far = self._sock.getsockname(), self._sock.getpeername()
         return f"{near[0]} {near[1]}", f"{far[0]} {far[1]}"
 
-    def _lost(self, error: OSError) -> LinkLost:
-        if isinstance(error, BlockingIOError) and not self._due_soon:
-            return LinkLost(f"the peer was silent for {self._silence:g} s")
-        if isinstance(error, (BlockingIOError, TimeoutError)):
-            return LinkLost("the peer took too long for a message")
-        return LinkLost(f"the connection broke: {error.strerror or error}")
-
     # --- ends -------------------------------------------------------------------------------------
     def interrupt(self) -> None:
         """Make all threads that wait on the connection give up."""
         self._shut_down(socket.SHUT_RDWR)
 
-    def stop_receiving(self) -> None:
-        """Make the receiving thread give up, while sending goes on."""
+    def give_up(self) -> None:
+        """Make the receiving thread give up, and the sending one soon."""
+        self._hurried_at = self._times.now()
         self._shut_down(socket.SHUT_RD)
 
     def _shut_down(self, how: int) -> None:
@@ -263,3 +260,7 @@ class SocketConnection(WaitingConnection):
     def close(self) -> None:
         """Give back the connection's socket."""
         self._sock.close()
+
+
+def _broke(error: OSError) -> LinkLost:
+    return LinkLost(f"the connection broke: {error.strerror or error}")

@@ -31,6 +31,11 @@ class Connection(ABC):
     def __init__(self) -> None:
         #: Bytes sent.
         self.sent = 0
+        #: When everything has to be over, by the migration's clock; None: each message has its own
+        #: time.
+        self.deadline: float | None = None
+        #: Called now and then while bytes are awaited.
+        self.on_wait: Callable[[], None] = lambda: None
 
     # --- bytes ------------------------------------------------------------------------------------
     @abstractmethod
@@ -54,8 +59,11 @@ class Connection(ABC):
         """Start the time of the next message, or of its payload of ``length`` bytes."""
 
     @abstractmethod
-    def stop_receiving(self) -> None:
-        """Make the receiving thread give up, from any thread, while sending goes on."""
+    def give_up(self) -> None:
+        """Make the receiving thread give up, and the sending one soon, from any thread.
+
+        A message that is nearly sent is still sent, and what follows if the peer takes it at once.
+        """
 
     @abstractmethod
     def close(self) -> None:

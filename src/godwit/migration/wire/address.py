@@ -1,0 +1,192 @@
+"""Addresses of migrations: how they are written, listened on and connected to."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING, NamedTuple
+
+from godwit.errors import ConfigError, HostError, LinkLost
+from godwit.host import unixsocket
+from godwit.migration.times import TIMES, Times
+
+from .sockets import SocketConnection
+
+if TYPE_CHECKING:
+    from .tls import Tls
+
+#: Bytes of the longest address: a path has 107 at the most, a host's name 253.
+_LONGEST = 512
+
+
+class Credentials(NamedTuple):
+    """The proofs by which the two ends of a migration know each other, beside a socket's owner."""
+
+    tls: Tls | None = None
+    #: What both ends were given: see :mod:`.secret`.
+    secret: bytes | None = None
+
+
+NONE = Credentials()
+
+
+class Address:
+    """An address of a migration, ``unix:PATH``, ``tls:HOST:PORT`` or ``tcp:HOST:PORT``.
+
+    Raises:
+        ConfigError: none of them; ``tls:`` without certificates; or ``tcp:`` beyond this host
+            without ``insecure``, because the stream is not encrypted.
+    """
+
+    def __init__(
+        self, uri: str, insecure: bool, times: Times = TIMES, credentials: Credentials = NONE
+    ) -> None:
+        self.uri = uri if len(uri) <= _LONGEST else uri[:80] + "…"
+        self._times = times
+        self._insecure = insecure
+        self._secret = credentials.secret
+        self._tls: Tls | None = None
+        scheme, _, rest = uri.partition(":")
+        self.path: str | None = None
+        self.host, self.port = "", 0
+        if scheme == "unix" and rest and len(uri) <= _LONGEST:
+            self.path = rest
+            if "\0" in rest or not _encodable(rest):
+                raise ConfigError(f"migration address {uri!r}: no socket can have that path")
+            return
+        host, _, port = rest.rpartition(":")
+        if not (
+            len(uri) <= _LONGEST
+            and scheme in ("tcp", "tls")
+            and host
+            and port.isascii()
+            and port.isdecimal()
+            and 0 < int(port) < 65536
+        ):
+            raise ConfigError(
+                f"migration address {self.uri!r}; give unix:PATH, tls:HOST:PORT, tcp:HOST:PORT or "
+                "file:PATH"
+            )
+        self.host, self.port = host.strip("[]"), int(port)
+        try:
+            self.host.encode("idna")
+        except UnicodeError as error:
+            raise ConfigError(
+                f"migration address {uri!r}: no host has that name ({error})"
+            ) from error
+        if "\0" in self.host:
+            raise ConfigError(f"migration address {uri!r}: no host has that name")
+        if scheme == "tls":
+            if credentials.tls is None:
+                raise ConfigError(
+                    f"'{uri}' needs certificates: start both VMs with --tls DIR "
+                    "('godwit pki' makes some)"
+                )
+            self._tls = credentials.tls
+        elif not insecure and not _loopback(self.host):
+            raise ConfigError(
+                f"'{uri}' leaves this host, and the stream is neither encrypted nor "
+                "authenticated: whoever reads it has the guest's memory. Use tls:, or give "
+                "--insecure on a network that you trust"
+            )
+
+    @property
+    def secret(self) -> bytes | None:
+        """The shared secret that the other end has to know, or None."""
+        return self._secret
+
+    def listen(self) -> socket.socket:
+        """Return a socket that listens there.
+
+        Raises:
+            ConfigError, HostError: the address cannot be had.
+        """
+        if self.path is not None:
+            return unixsocket.listen(self.path, "migration")
+        try:
+            family = socket.getaddrinfo(self.host, self.port)[0][0]
+            return socket.create_server((self.host, self.port), family=family)
+        except (OSError, UnicodeError) as error:
+            raise ConfigError(f"cannot listen on '{self.uri}': {error}") from error
+
+    def connect(self, timeout: float | None = None) -> SocketConnection:
+        """Return a connection to the listener there, each end of which knows the other.
+
+        Raises:
+            LinkLost: nobody listens (its cause is the OSError).
+            PeerRefused, StreamError: the listener is not the one that was meant, or knows another
+                secret.
+        """
+        timeout = self._times.silence if timeout is None else timeout
+        try:
+            if self.path is None:
+                sock = socket.create_connection((self.host, self.port), timeout)
+            else:
+                sock = socket.socket(socket.AF_UNIX)
+                try:
+                    sock.settimeout(timeout)
+                    sock.connect(self.path)
+                except OSError:
+                    sock.close()
+                    raise
+        except (OSError, UnicodeError) as error:
+            raise LinkLost(f"cannot reach '{self.uri}': {error}") from error
+        connection = self._connection(sock, server=False)
+        try:
+            self.check_peer(connection)
+            connection.handshake()
+            if self._secret is not None:
+                from . import secret
+
+                secret.prove(connection, self._secret)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def accepted(self, sock: socket.socket) -> SocketConnection:
+        """Return the connection on a socket that the listener accepted."""
+        return self._connection(sock, server=True)
+
+    def _connection(self, sock: socket.socket, server: bool) -> SocketConnection:
+        if self._tls is None:
+            return SocketConnection(sock, self._times)
+        return self._tls.connection(sock, self._times, None if server else self.host)
+
+    def check_peer(self, connection: SocketConnection) -> None:
+        """Refuse a process of another user: at a Unix socket, and at a port of this host.
+
+        A certificate or secret says more, and so does the operator's word that the network can be
+        trusted.
+
+        Raises:
+            HostError: the process at the other end runs as another user.
+        """
+        if self._tls is not None or (self.path is None and (self._insecure or self._secret)):
+            return
+        uid = connection.peer_uid()
+        if uid not in (0, os.geteuid()):
+            who = "an unknown user" if uid is None else f"user {uid}"
+            raise HostError(
+                f"the process at the other end of '{self.uri}' runs as {who}, this one as user "
+                f"{os.geteuid()}; run both as one user, or give both a --migration-secret"
+            )
+
+
+def _encodable(path: str) -> bool:
+    try:
+        os.fsencode(path)
+    except UnicodeError:
+        return False
+    return True
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    import ipaddress  # here: it is slow to import, and most addresses never come this far
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
