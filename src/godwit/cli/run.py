@@ -26,6 +26,8 @@ from godwit.machine.vcpu import install_kick_handler
 from godwit.spec.config import VmConfig, parse_devices, parse_memory
 from godwit.spec.machine_types import DEFAULT, machine_type
 
+from .printable import printable
+
 if TYPE_CHECKING:
     from godwit.vm.vm import Vmm
 
@@ -79,8 +81,9 @@ def _run(board: Board, arguments: argparse.Namespace) -> int:
     messages = Console(sys.stderr.fileno())
 
     def log(text: str) -> None:
-        # The terminal may be raw: a bare line feed would leave the cursor where it is.
-        messages.write(f"godwit: {text}\r\n".encode())
+        # The terminal may be raw: a bare line feed would leave the cursor where it is. And text
+        # may be a peer's or a guest's: no part of it may move the cursor.
+        messages.write(f"godwit: {printable(text)}\r\n".encode(errors="replace"))
 
     loop = Loop(lambda error: log(f"internal error: {type(error).__name__}: {error}"))
     with _console(arguments.console) as (console, interactive):

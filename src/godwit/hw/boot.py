@@ -41,7 +41,7 @@ def load(memory: GuestMemory, kernel: str, initrd: str | None, command_line: str
     Raises:
         ConfigError: a file cannot be read, is no 64-bit bzImage, or does not fit.
     """
-    with _File(kernel, "kernel") as file:
+    with _File(kernel, "kernel", memory.regions[0].size) as file:
         return _load(memory, kernel, file, initrd, command_line)
 
 
@@ -65,7 +65,7 @@ def _load(
     init_size = unpack_from("<I", image, 0x260)[0]
     # The kernel moves up to its preferred address and unpacks itself there (head_64.S).
     init_end = max(_KERNEL, unpack_from("<Q", image, 0x258)[0]) + init_size
-    line = command_line.encode()
+    line = os.fsencode(command_line)
     if len(line) > max_line:
         raise ConfigError(f"command line has {len(line)} bytes; this kernel takes {max_line}")
 
@@ -79,7 +79,7 @@ def _load(
     end = 0x202 + image[0x201]
     zero[_HEADER_AT:end] = image[_HEADER_AT:end]
     if initrd is not None:
-        with _File(initrd, "initrd") as disk:
+        with _File(initrd, "initrd", low) as disk:
             at = (min(low, initrd_max + 1) - disk.size) // PAGE * PAGE
             if at < max(init_end, _KERNEL + body):
                 raise ConfigError(
@@ -126,10 +126,10 @@ class _File:
     """A file that goes into RAM, without a copy on the way if the file is a regular one.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or has no end within ``most`` bytes.
     """
 
-    def __init__(self, path: str, what: str) -> None:
+    def __init__(self, path: str, what: str, most: int) -> None:
         self._name = f"{what} {path}"
         self._whole: bytes | None = None
         try:
@@ -137,14 +137,26 @@ class _File:
             try:
                 found = os.fstat(self._file.fileno())
                 if not stat.S_ISREG(found.st_mode):
-                    self._whole = self._file.read()
+                    self._whole = self._read_all(most)
             except BaseException:
                 self._file.close()
                 raise
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise self._unreadable(error) from error
         #: Bytes.
         self.size = found.st_size if self._whole is None else len(self._whole)
+
+    def _read_all(self, most: int) -> bytes:
+        """Return what a pipe or a device gives until its end."""
+        data = bytearray()
+        while more := self._file.read(min(1 << 20, most + 1 - len(data))):
+            data += more
+            if len(data) > most:
+                raise ConfigError(
+                    f"{self._name}: more than {most >> 20} MiB, all of the guest's low memory; "
+                    "give another file, or --memory more"
+                )
+        return bytes(data)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return up to ``length`` bytes from ``offset`` on.
@@ -175,8 +187,9 @@ class _File:
         except OSError as error:
             raise self._unreadable(error) from error
 
-    def _unreadable(self, error: OSError) -> ConfigError:
-        return ConfigError(f"{self._name}: {error.strerror}")
+    def _unreadable(self, error: OSError | ValueError) -> ConfigError:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return ConfigError(f"{self._name}: {reason}")
 
     def __enter__(self) -> Self:
         return self

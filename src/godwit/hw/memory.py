@@ -74,7 +74,7 @@ class GuestMemory:
                 self.fd = memory.sealed_memfd("godwit-guest-ram", size)
             for slot, (start, length) in enumerate(layout(size)):
                 self.regions.append(self._allocate(slot, start, length))
-        except OSError as error:
+        except (OSError, OverflowError, ValueError) as error:
             self.close()
             raise ConfigError(
                 f"the host does not give {size >> 20} MiB for the guest: {error}; "

@@ -197,9 +197,10 @@ class _Values:
         value = self._values.get(key)
         if value is None:
             return None
-        if not value.isdecimal() or not low <= int(value) <= high:
+        decimal = value.isascii() and value.isdecimal() and len(value) <= len(str(high))
+        if not decimal or not low <= int(value) <= high:
             raise ConfigError(
-                f"{self._option}: {key}={value}; choose a number from {low} to {high}"
+                f"{self._option}: {key}={value[:40]}; choose a number from {low} to {high}"
             )
         return int(value)
 
@@ -232,8 +233,13 @@ def parse_nic(text: str, index: int) -> NicConfig:
     )
     values = _Values("--nic", text, known)
     tap = values.get("tap") or ""
-    if not re.fullmatch(r"[^\s/:]{1,15}", tap) or len(tap.encode()) > 15:
-        raise ConfigError(f"--nic '{text}': tap= needs an interface name of 1 to 15 bytes")
+    # dev_valid_name (net/core/dev.c). The kernel would make another name of one with a '%'.
+    known_name = re.fullmatch(r"[^\s/:%\ud800-\udfff]{1,15}", tap) and tap not in (".", "..")
+    if not known_name or len(tap.encode()) > 15:
+        raise ConfigError(
+            f"--nic {text!r}: tap= needs an interface name of 1 to 15 bytes, in UTF-8 and without "
+            "'/', ':', '%' and blanks"
+        )
     size = values.number("queue-size", 16, 1024)
     if size is not None and size & size - 1:
         raise ConfigError(f"--nic: queue-size={size}; choose a power of two")

@@ -14,14 +14,14 @@ BURST, REFILL_S = 5, 10.0
 
 
 class GuestErrors:
-    """A limit for each device of what ``report(device, message, suppressed)`` gets, thread-safe.
+    """A limit for each device of what ``on_error(device, message, suppressed)`` gets, thread-safe.
 
     ``suppressed`` is the number of errors that were not reported since the last that was.
     """
 
-    def __init__(self, now: Callable[[], float], report: Callable[[str, str, int], None]) -> None:
+    def __init__(self, now: Callable[[], float], on_error: Callable[[str, str, int], None]) -> None:
         self._now = now
-        self._report = report
+        self._on_error = on_error
         self._lock = threading.Lock()
         #: Device -> when its bucket is full again, and the errors that were not reported.
         self._buckets: dict[str, tuple[float, int]] = {}
@@ -36,4 +36,4 @@ class GuestErrors:
                 self._buckets[device] = full_at - REFILL_S, suppressed + 1
                 return
             self._buckets[device] = full_at, 0
-        self._report(device, message, suppressed)
+        self._on_error(device, message, suppressed)

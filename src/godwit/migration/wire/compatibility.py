@@ -48,7 +48,7 @@ def check(hello: Hello, machine: Machine) -> None:
         for name, theirs, ours in (
             ("machine type", hello.machine, own.machine),
             ("vCPUs", hello.cpus, own.cpus),
-            ("RAM", _megabytes(hello.ram), _megabytes(own.ram)),
+            ("RAM", _regions(hello.ram), _regions(own.ram)),
             ("version of the machine's state", hello.version, own.version),
         )
         if theirs != ours
@@ -104,5 +104,9 @@ def _offered(machine: Machine, device: Device) -> int:
     return part.offered if part is not None else 0
 
 
-def _megabytes(ram: list[tuple[int, int]]) -> str:
-    return " + ".join(f"{size >> 20} MiB at {start:#x}" for start, size in ram)
+def _regions(ram: list[tuple[int, int]]) -> str:
+    return " + ".join(f"{_size(size)} at {start:#x}" for start, size in ram)
+
+
+def _size(size: int) -> str:
+    return f"{size} bytes" if size % (1 << 20) else f"{size >> 20} MiB"
