@@ -159,10 +159,9 @@ class Loop:
         # A bound: a guest may cause calls as quickly as they are made, and the others wait.
         for _ in range(min(len(self._soon), _CALLS)):
             self._call(self._soon.popleft())
-        now = self.now()  # what a timer sets anew is for the next turn, however soon
-        while True:
+        for _ in range(len(self._timers)):  # what a timer sets anew is for the next turn
             with self._lock:
-                if not self._timers or self._timers[0][0] > now:
+                if not self._timers or self._timers[0][0] > self.now():
                     break
                 timer = heapq.heappop(self._timers)[2]
             callback, timer.callback = timer.callback, None

@@ -109,10 +109,9 @@ class Acceptor:
         until = None if timeout is None else self._times.now() + timeout
         while not self._closing.is_set():
             for fd in self._wait(until):
-                newcomer = self._newcomers.get(fd)
-                if newcomer is None:
-                    self._accept()
-                elif (message := self._step(fd, newcomer)) is not None:
+                newcomer = self._newcomers.get(fd) or self._accept()
+                # A new one, too: with a secret it is sent something first.
+                if newcomer is not None and (message := self._step(newcomer)) is not None:
                     return newcomer.connection, *message
             self._shed()
             if until is not None and self._times.now() >= until:
@@ -145,22 +144,24 @@ class Acceptor:
         wait = max(0.0, min(dues) - self._times.now()) * 1000 if dues else None
         return sorted((fd for fd, _ in poll.poll(wait)), key=lambda fd: fd not in self._newcomers)
 
-    def _accept(self) -> None:
+    def _accept(self) -> _Newcomer | None:
         try:
             sock = self._listener.accept()[0]
+            due = self._times.now() + self._times.introduction
+            newcomer = _Newcomer(self._address, sock, due)
         except BlockingIOError:
-            return
-        except OSError:
+            return None
+        except (GodwitError, OSError):
             # A peer that gave up already, or no descriptors left: others may come.
             self._closing.wait(0.1)
-            return
-        newcomer = _Newcomer(self._address, sock, self._times.now() + self._times.introduction)
-        fd = newcomer.connection.fileno()
-        self._newcomers[fd] = newcomer
+            return None
+        self._newcomers[newcomer.connection.fileno()] = newcomer
         if len(self._newcomers) > MAX_NEWCOMERS:
             self._newcomers.popitem(last=False)[1].connection.close()
+        return newcomer
 
-    def _step(self, fd: int, newcomer: _Newcomer) -> tuple[Kind, bytes] | None:
+    def _step(self, newcomer: _Newcomer) -> tuple[Kind, bytes] | None:
+        fd = newcomer.connection.fileno()
         try:
             message = newcomer.step()
         except (GodwitError, OSError, ValueError) as error:

@@ -1,0 +1,447 @@
+"""Peers that are slow on purpose, strangers at the door, and errors that nobody foresaw."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from godwit.errors import GodwitError, LinkLost
+from godwit.migration import outgoing
+from godwit.migration.packets.destination import PacketDestination
+from godwit.migration.ram import dirty_log
+from godwit.migration.source import Source
+from godwit.migration.times import Times
+from godwit.migration.wire import address, messages
+from godwit.migration.wire.acceptor import MAX_NEWCOMERS, Acceptor
+from godwit.migration.wire.address import Address
+from godwit.migration.wire.messages import Kind
+from godwit.migration.wire.sockets import SocketConnection
+from godwit.spec import saved
+from godwit.spec.parameters import ConvergenceParameters, MigrationParameters
+from migration_bench import IMPATIENT, Migration, S
+from tests.fakes.connection_cutter import ConnectionCutter
+
+#: The stop ends soon; a message may take long.
+STOP = Times(stop=0.2, silence=5.0, last_message=0.02, last_messages=0.05, hurry=0.05)
+
+
+class Peer:
+    """A destination of ours, honest until the guest has stopped: then ``misbehave`` is called."""
+
+    def __init__(self, path: Path, misbehave: Callable[[SocketConnection, threading.Event], None]):
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._misbehave = misbehave
+        self.stopped, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._main, daemon=True)
+
+    def __enter__(self) -> Peer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._listener.close()
+        self._thread.join(10)
+
+    def _main(self) -> None:
+        connection = SocketConnection(self._listener.accept()[0])
+        with suppress(GodwitError, OSError):
+            connection.expect_struct(Kind.HELLO, messages.Hello)
+            connection.send(Kind.WELCOME, connection.describe(False))
+            while True:
+                kind, length = connection.receive()
+                if kind is Kind.STATE:
+                    break
+                connection.read(length)
+            self.stopped.set()
+            self._misbehave(connection, self._over)
+        connection.close()
+
+
+def _reads_slowly(connection: SocketConnection, over: threading.Event) -> None:
+    while not over.wait(0.05):
+        connection._sock.recv(4096)
+
+
+def _trickles_ready(connection: SocketConnection, over: threading.Event) -> None:
+    threading.Thread(target=_swallow, args=(connection,), daemon=True).start()
+    connection._sock.send(messages.header(Kind.READY, 60_000))
+    while not over.wait(0.02):
+        connection._sock.send(b"x")
+
+
+def _swallow(connection: SocketConnection) -> None:
+    with suppress(OSError):
+        while connection._sock.recv(1 << 20):
+            pass
+
+
+def _trickles_last_messages(connection: SocketConnection, over: threading.Event) -> None:
+    connection._sock.send(messages.header(Kind.RAM, 8_000_000))
+    while not over.wait(0.02):
+        connection._sock.send(b"x")
+
+
+@pytest.fixture
+def much_dirty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More is left for the stop than the connection's buffers hold."""
+    monkeypatch.setattr(dirty_log.DirtyLog, "take", lambda log: [(8 << 20, 4096)])
+
+
+def _hold(
+    tmp_path: Path,
+    misbehave: Callable[[SocketConnection, threading.Event], None],
+    act: Callable[[Migration], None],
+    times: Times = STOP,
+) -> Migration:
+    migration = Migration(tmp_path, times=times)
+    migration.here.migrations.parameters = MigrationParameters(
+        downtime_limit=1000,
+        handover=False,
+        convergence=ConvergenceParameters(on_no_convergence="stop-and-copy"),
+    )
+    memory = migration.here.machine.memory
+    memory.view(8 << 20, 16 << 20)[::4096] = b"\1" * 4096
+    with Peer(migration.far, misbehave) as peer:
+        migration.here.migrations.migrate(f"unix:{migration.far}", False)
+        assert peer.stopped.wait(30)
+        act(migration)
+        migration.source.join(30)
+        assert not migration.source.active
+    assert migration.here.machine.running
+    assert migration.here.states.current is S.RUNNING
+    return migration
+
+
+@pytest.mark.parametrize("misbehave", [_reads_slowly, _trickles_ready, _trickles_last_messages])
+@pytest.mark.usefixtures("much_dirty")
+def test_a_slow_peer_gives_the_guest_back_when_the_stop_is_over(
+    tmp_path: Path,
+    misbehave: Callable[[SocketConnection, threading.Event], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outgoing.Outgoing, "_longest_stop", lambda migration: 0.3)
+    migration = _hold(tmp_path, misbehave, lambda _: None)
+    assert migration.here.statuses[-1] == "failed"
+    assert "the whole of the stop" in str(migration.source.report.error)
+    migration.close()
+
+
+@pytest.mark.parametrize("misbehave", [_reads_slowly, _trickles_ready])
+@pytest.mark.usefixtures("much_dirty")
+def test_a_cancel_ends_what_a_slow_peer_holds_up(
+    tmp_path: Path, misbehave: Callable[[SocketConnection, threading.Event], None]
+) -> None:
+    patient = STOP._replace(stop=3600.0, silence=3600.0)
+
+    def cancel(migration: Migration) -> None:
+        assert migration.source.cancel()
+
+    migration = _hold(tmp_path, misbehave, cancel, patient)
+    assert migration.here.statuses[-1] == "cancelled"
+    migration.close()
+
+
+def test_the_stop_has_a_budget_by_what_it_was_allowed_or_expected_to_take(tmp_path: Path) -> None:
+    migration = Migration(tmp_path)
+    migration.run()
+    source = migration.source
+    source._parameters = lambda: MigrationParameters(downtime_limit=300)
+    source._times = Times()
+    source.report.expected_ms = 20.0
+    assert source._longest_stop() == 13.0
+    source.report.expected_ms = 60_000.0  # on-no-convergence=stop-and-copy
+    assert source._longest_stop() == 610.0
+    migration.close()
+
+
+# --- after the start ------------------------------------------------------------------------------
+@pytest.mark.parametrize("error", [OverflowError, KeyError, MemoryError, GodwitError])
+def test_an_error_after_the_start_does_not_end_the_guest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Both sides ran: the destination's thread ended, and the source found nobody."""
+
+    def step(handover: PacketDestination) -> None:
+        raise error("int too big to convert")
+
+    monkeypatch.setattr(PacketDestination, "_handle", step)
+    migration = Migration(tmp_path)
+    nic = migration.here.machine.nics[0]
+    resume = migration.there.machine.resume
+
+    def resumed(*given: object) -> None:
+        resume(*given)  # type: ignore[arg-type]
+        migration.here.host.taps["tap0"].put(nic.mac + bytes(60))
+
+    migration.there.machine.resume = resumed  # type: ignore[method-assign]
+    migration.run()
+    assert migration.running == (False, True)
+    assert migration.here.statuses[-1] == "completed"
+    assert not migration.there.failures
+    migration.close()
+
+
+def test_an_error_while_the_guest_starts_leaves_it_to_the_source(tmp_path: Path) -> None:
+    migration = Migration(tmp_path)
+
+    def resume(*_: object) -> None:
+        raise KeyError("unforeseen")
+
+    migration.there.machine.resume = resume  # type: ignore[method-assign]
+    migration.run()
+    assert migration.running == (True, False)
+    migration.close()
+
+
+@pytest.mark.parametrize("message", [Kind.STARTED, Kind.ACK])
+def test_an_unforeseen_error_behind_the_commit_is_asked_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: Kind
+) -> None:
+    names = {Kind.STARTED: "_await_started", Kind.ACK: "_started"}
+
+    def fail(*_: object) -> None:
+        raise IndexError("of no bytes")
+
+    monkeypatch.setattr(Source, names[message], fail)
+    migration = Migration(tmp_path)
+    migration.run()
+    assert migration.running == (False, True)
+    assert migration.here.statuses[-1] == "completed"
+    migration.close()
+
+
+def test_nonsense_in_started_is_an_arrival_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = saved.encode
+
+    def lies(value: object) -> bytes:
+        if isinstance(value, messages.Started):
+            return encode({"phases": {"loaded": float("nan")}, "runstates": ["x" * 9999]})
+        return encode(value)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(saved, "encode", lies)
+    migration = Migration(tmp_path)
+    migration.run()
+    assert migration.running == (False, True)
+    assert migration.here.statuses[-1] == "completed"
+    assert migration.source.report.destination_phases == {}
+    migration.close()
+
+
+# --- strangers ------------------------------------------------------------------------------------
+def _stranger(path: Path, data: bytes) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(path))
+    sock.sendall(data)
+    return sock
+
+
+HALF = messages.header(Kind.HELLO, 65_536) + b"half a message"
+
+
+def test_half_a_hello_does_not_keep_the_source_out(tmp_path: Path) -> None:
+    migration = Migration(tmp_path, times=IMPATIENT._replace(introduction=3600.0))
+    migration.there.migrations.await_guest(f"unix:{migration.far}", False)
+    strangers = [_stranger(migration.far, HALF) for _ in range(3)]
+    migration.here.migrations.migrate(f"unix:{migration.far}", False)
+    migration.finish()
+    assert migration.running == (False, True)
+    for sock in strangers:
+        sock.close()
+    migration.close()
+
+
+def test_half_a_query_does_not_keep_the_source_from_its_answer(tmp_path: Path) -> None:
+    """Nobody ran: a stranger was waited for while the source asked what became of its guest."""
+    near = tmp_path / "near"
+    migration = Migration(tmp_path, near, IMPATIENT._replace(introduction=3600.0))
+    strangers: list[socket.socket] = []
+
+    def act(status: str) -> None:
+        if status == "active":
+            data = messages.header(Kind.QUERY, 40) + b"\0"
+            strangers.extend(_stranger(migration.far, data) for _ in range(3))
+
+    migration.here.on_status = act
+    with ConnectionCutter(near, migration.far, Kind.COMMIT, False):
+        migration.run()
+    assert migration.running == (False, True)
+    assert migration.here.statuses[-1] == "completed"
+    for sock in strangers:
+        sock.close()
+    migration.close()
+
+
+def test_a_hello_and_no_more_leaves_the_destination_waiting(tmp_path: Path) -> None:
+    """REFUSED has all that a HELLO needs, and the second connection ended the VM."""
+    migration = Migration(tmp_path)
+    migration.there.migrations.await_guest(f"unix:{migration.far}", False)
+    from godwit.migration.wire.compatibility import describe
+
+    connection = Address(f"unix:{migration.far}", False).connect()
+    connection.send(Kind.HELLO, describe(migration.there.machine, bytes(16)))
+    connection.expect_struct(Kind.WELCOME, messages.Welcome)
+    connection.close()
+    migration.here.migrations.migrate(f"unix:{migration.far}", False)
+    migration.finish()
+    assert migration.running == (False, True)
+    assert not migration.there.failures
+    migration.close()
+
+
+@pytest.fixture
+def acceptor(tmp_path: Path) -> Iterator[Acceptor]:
+    times = Times(introduction=0.05)
+    refused: list[GodwitError] = []
+    acceptor = Acceptor(
+        Address(f"unix:{tmp_path / 'far'}", False), times, lambda _, error: refused.append(error)
+    )
+    acceptor.refused = refused  # type: ignore[attr-defined]
+    yield acceptor
+    acceptor.close()
+
+
+def test_newcomers_that_take_too_long_are_closed(tmp_path: Path, acceptor: Acceptor) -> None:
+    with _stranger(tmp_path / "far", HALF) as stranger:
+        stranger.settimeout(30)
+        assert acceptor.next(0.01) is None
+        assert acceptor.next(0.1) is None
+        assert stranger.recv(100) == b""
+
+
+def test_of_too_many_newcomers_the_oldest_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "far"
+    times = Times(introduction=3600.0)
+    acceptor = Acceptor(Address(f"unix:{path}", False), times, lambda connection, error: None)
+    strangers = []
+    for _ in range(MAX_NEWCOMERS + 1):
+        strangers.append(_stranger(path, HALF))
+        assert acceptor.next(0.01) is None
+    strangers[0].settimeout(30)
+    assert strangers[0].recv(1) == b""
+    strangers[1].setblocking(False)
+    with pytest.raises(BlockingIOError):
+        strangers[1].recv(1)
+    connection = Address(f"unix:{path}", False).connect()
+    connection.send(Kind.QUERY, messages.Commit(bytes(16), True))
+    introduced = acceptor.next(30)
+    assert introduced is not None
+    assert introduced[1] is Kind.QUERY
+    introduced[0].close()
+    connection.close()
+    acceptor.close()
+    for sock in strangers:
+        sock.close()
+
+
+@pytest.mark.parametrize(
+    "data", [b"GET / HTTP/1.1\r\n\r\n", bytes(8), messages.message(Kind.RAM), b"\xff" * 100]
+)
+def test_strangers_with_something_else_are_turned_away(
+    tmp_path: Path, acceptor: Acceptor, data: bytes
+) -> None:
+    with _stranger(tmp_path / "far", data) as stranger:
+        stranger.settimeout(30)
+        assert acceptor.next(0.2) is None
+        with suppress(ConnectionResetError):  # what is not read of theirs
+            assert stranger.recv(4096) == b""
+    assert len(acceptor.refused) == 1
+
+
+@pytest.mark.parametrize("uri", ["unix:{}/far", "tcp:127.0.0.1:{port}"])
+def test_processes_of_other_users_are_turned_away(
+    tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    there = Address(uri.format(tmp_path, port=port), False)
+    listener = there.listen()
+    monkeypatch.setattr(address.os, "geteuid", lambda: 4242)
+    monkeypatch.setattr(SocketConnection, "peer_uid", lambda connection: 1000)
+    with pytest.raises(GodwitError, match="runs as user 1000, this one as user 4242"):
+        there.connect()
+    listener.close()
+
+
+def test_the_user_of_a_local_tcp_peer_is_known() -> None:
+    import os
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = SocketConnection(socket.create_connection(listener.getsockname()))
+        far = SocketConnection(listener.accept()[0])
+        assert near.peer_uid() == far.peer_uid() == os.geteuid()
+        far.close()
+        near.close()
+
+
+# --- secrets --------------------------------------------------------------------------------------
+SECRET = b"0123456789abcdef" * 2
+
+
+def _pair(
+    tmp_path: Path, here: bytes | None, there: bytes | None
+) -> tuple[Acceptor, Callable[[], SocketConnection]]:
+    uri = f"unix:{tmp_path / 'far'}"
+    times = Times(silence=2.0, introduction=0.2)
+    acceptor = Acceptor(
+        Address(uri, False, times, address.Credentials(secret=there)), times, lambda *_: None
+    )
+    return acceptor, Address(uri, False, times, address.Credentials(secret=here)).connect
+
+
+def _talk(tmp_path: Path, here: bytes | None, there: bytes | None) -> Kind | None:
+    acceptor, connect = _pair(tmp_path, here, there)
+    errors: list[GodwitError] = []
+
+    def source() -> None:
+        try:
+            connection = connect()
+            connection.send(Kind.QUERY, messages.Commit(bytes(16), True))
+            connection.expect(Kind.ACK)
+        except GodwitError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=source)
+    thread.start()
+    introduced = acceptor.next(1.0)
+    if introduced is not None:
+        introduced[0].close()
+    thread.join()
+    acceptor.close()
+    assert errors
+    return introduced[1] if introduced is not None else None
+
+
+def test_ends_with_one_secret_talk(tmp_path: Path) -> None:
+    assert _talk(tmp_path, SECRET, SECRET) is Kind.QUERY
+
+
+@pytest.mark.parametrize("here", [None, b"another secret, quite another"])
+def test_a_source_without_the_secret_is_turned_away(tmp_path: Path, here: bytes | None) -> None:
+    assert _talk(tmp_path, here, SECRET) is None
+
+
+def test_a_destination_without_the_secret_gets_nothing(tmp_path: Path) -> None:
+    assert _talk(tmp_path, SECRET, None) is None
+
+
+def test_a_query_answered_by_a_stranger_proves_nothing(tmp_path: Path) -> None:
+    """Whoever listens there now does not know the secret: the source goes on asking."""
+    acceptor, connect = _pair(tmp_path, SECRET, b"another secret, quite another")
+    thread = threading.Thread(target=lambda: acceptor.next(1.0))
+    thread.start()
+    with pytest.raises(GodwitError) as caught:
+        connect()
+    assert not isinstance(caught.value.__cause__, ConnectionRefusedError)
+    thread.join()
+    acceptor.close()
+    assert isinstance(caught.value, LinkLost | GodwitError)
