@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -335,6 +336,78 @@ def test_the_first_end_is_the_one_that_counts(place: Place) -> None:
     place.vm._guest_exited(StopReason.POWER_OFF, "")
     place.vm._guest_exited(StopReason.RESET, "the guest reset the machine")
     assert (place.vm.exit_code, place.vm.states.current) == (EXIT_TRIPLE_FAULT, S.GUEST_PANICKED)
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[str]:
+    """A destination that accepts, and answers nothing."""
+    path = tmp_path / "silent"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        yield f"unix:{path}"
+
+
+@pytest.mark.parametrize(
+    ("port", "value", "why"),
+    [
+        (layout.PM1_CONTROL + 1, 0x34, "the guest powered off during its migration"),
+        (layout.RESET_PORT, 6, "the guest reset the machine during its migration"),
+    ],
+)
+def test_a_guest_that_exits_during_its_migration_fails_it_and_says_why(
+    rebooting: Place, silent: str, port: int, value: int, why: str
+) -> None:
+    place = rebooting
+    place.vm.migrate(silent, False)
+    place.vcpu.out(port, value)
+    assert _wait_exited(place)
+    if port == layout.RESET_PORT:
+        place.run_until(lambda: _reboots(place) == 1)
+        assert place.vm.states.current is S.RUNNING
+        assert place.vm.machine.running
+    else:
+        place.loop.run()
+        assert (place.vm.exit_code, place.vm.states.current) == (0, S.SHUTDOWN)
+    statuses = [data["status"] for data in place.named("MIGRATION")]
+    assert statuses[-1] == "failed"
+    assert "cancelled" not in statuses
+    info = place.vm.migration_info()
+    assert (info["status"], info["error-desc"]) == ("failed", why)
+
+
+def test_the_loop_does_not_wait_for_the_migration_of_a_guest_that_exited(
+    rebooting: Place, silent: str
+) -> None:
+    place = rebooting
+    place.vm.migrate(silent, False)
+    outgoing = place.vm.migrations._outgoing
+    assert outgoing is not None
+    over: list[Callable[[], None]] = []
+    outgoing.when_over = over.append  # type: ignore[method-assign]
+    place.vcpu.out(layout.RESET_PORT, 6)
+    place.run_until(lambda: bool(over))  # the loop's turn is over, and the migration may be not
+    assert _reboots(place) == 0
+    place.finish_migration()
+    over[0]()
+    place.run_until(lambda: _reboots(place) == 1)
+
+
+def test_a_paused_guest_that_reset_before_its_migration_failed_stays_paused(
+    rebooting: Place, silent: str
+) -> None:
+    place = rebooting
+    place.vm.stop()
+    place.vm.migrate(silent, False)
+    outgoing = place.vm.migrations._outgoing
+    assert outgoing is not None
+    outgoing._before = S.PAUSED
+    place.vm.states.set(S.FINISH_MIGRATE)
+    place.vm.machine.vcpus[0].exited = (StopReason.RESET, "the guest reset the machine")
+    place.vm._guest_exited(StopReason.RESET, "the guest reset the machine")
+    place.run_until(lambda: _reboots(place) == 1)
+    assert place.vm.states.current is S.PAUSED
+    assert not place.vm.machine.running
 
 
 def _wait_exited(place: Place) -> bool:

@@ -26,8 +26,6 @@ from godwit.machine.vcpu import install_kick_handler
 from godwit.spec.config import VmConfig, parse_devices, parse_memory
 from godwit.spec.machine_types import DEFAULT, machine_type
 
-from .printable import printable
-
 if TYPE_CHECKING:
     from godwit.vm.vm import Vmm
 
@@ -76,6 +74,8 @@ def _run(board: Board, arguments: argparse.Namespace) -> int:
 
     del lean
     from godwit.vm.vm import Vmm
+
+    from .printable import printable
 
     # A writer of its own: a terminal that somebody stopped must not hold a vCPU that complains.
     messages = Console(sys.stderr.fileno())

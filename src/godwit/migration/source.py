@@ -289,7 +289,7 @@ class Source(Outgoing):
 
 
 def _decode_started(payload: bytearray) -> messages.Started:
-    """Return what STARTED holds. With nonsense, the guest is there all the same."""
+    """Return the content of a STARTED: with nonsense, too, the guest is there."""
     try:
         return saved.decode(payload, messages.Started)
     except StreamError:

@@ -125,7 +125,7 @@ class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 
 class Challenge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The destination's nonce: CHALLENGE."""
+    """The destination's nonce, with which every proof differs: CHALLENGE."""
 
     nonce: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 

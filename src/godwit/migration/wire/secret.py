@@ -70,7 +70,7 @@ def challenge(connection: WaitingConnection, secret: bytes) -> Callable[[Kind, b
 
 
 def prove(connection: WaitingConnection, secret: bytes) -> None:
-    """Prove to a destination that the secret is known here, and have the same proved in turn.
+    """Show a destination that the secret is known here, and have the same shown in turn.
 
     Raises:
         LinkLost: the destination closed the connection, or asks for no secret and stayed silent.

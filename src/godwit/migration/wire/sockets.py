@@ -202,7 +202,7 @@ class SocketConnection(WaitingConnection):
         self._silence = seconds
 
     def fileno(self) -> int:
-        """Return the socket's descriptor, to be polled; -1 once closed."""
+        """Return the socket's descriptor, to be polled, or -1 once closed."""
         return self._sock.fileno()
 
     def peer_uid(self) -> int | None:

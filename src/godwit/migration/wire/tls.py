@@ -99,7 +99,7 @@ class TlsConnection(SocketConnection):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def handshake(self) -> None:
-        """Agree on keys with the peer, and check the peer's certificate.
+        """Make keys with the peer, and check the peer's certificate.
 
         Raises:
             LinkLost: the peer is another than it should be, or does not take this end's
