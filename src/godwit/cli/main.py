@@ -83,11 +83,31 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--incoming",
         metavar="URI",
-        help="wait for a guest: unix:PATH, tcp:HOST:PORT, or defer (until migrate-incoming); "
+        help="wait for a guest: unix:PATH, tls:HOST:PORT, tcp:HOST:PORT, or defer (until "
+        "migrate-incoming); "
         "or take it from a snapshot: file:PATH",
     )
     run.add_argument(
         "--insecure", action="store_true", help="allow tcp: beyond this host, unencrypted"
+    )
+    run.add_argument(
+        "--tls",
+        metavar="DIR",
+        help="certificates for migrations by tls:HOST:PORT: ca.pem, cert.pem and key.pem "
+        "(see 'godwit pki')",
+    )
+    run.add_argument(
+        "--tls-peer",
+        action="append",
+        default=[],
+        metavar="NAME|sha256:HEX",
+        help="what the other host's certificate is to be for; may be given several times "
+        "(default: the HOST of the address, or any of the authority's for a host that connects)",
+    )
+    run.add_argument(
+        "--migration-secret",
+        metavar="FILE",
+        help="a secret that the other end of each migration has to know too",
     )
     run.add_argument(
         "--no-autostart", action="store_true", help="load, and wait for QMP's cont to run"
@@ -110,6 +130,11 @@ def _parser() -> argparse.ArgumentParser:
         "uri", help="the address at which a 'godwit run --incoming' waits, or file:PATH"
     )
     migrate.set_defaults(action=_migrate)
+
+    pki = sub.add_parser("pki", help="make certificates for migrations by tls:")
+    pki.add_argument("folder", metavar="DIR", help="where they go: DIR/ca, and DIR/HOST for each")
+    pki.add_argument("hosts", metavar="HOST", nargs="+", help="a host's name or address")
+    pki.set_defaults(action=_pki)
     return parser
 
 
@@ -127,6 +152,12 @@ def _migrate(arguments: argparse.Namespace) -> int:
     from .migrate import migrate
 
     return migrate(arguments.qmp, arguments.uri, arguments.insecure)
+
+
+def _pki(arguments: argparse.Namespace) -> int:
+    from .pki import pki
+
+    return pki(arguments.folder, arguments.hosts)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from godwit.spec.config import VmConfig, parse_devices, parse_memory
 from godwit.spec.machine_types import DEFAULT, machine_type
 
 if TYPE_CHECKING:
+    from godwit.migration.wire.address import Credentials
     from godwit.vm.vm import Vmm
 
 _ESCAPE = 0x1D  # ctrl-]
@@ -95,6 +96,7 @@ def _run(board: Board, arguments: argparse.Namespace) -> int:
             autostart=not arguments.no_autostart,
             reboot=not arguments.no_reboot,
             log=log,
+            credentials=_credentials(arguments),
         )
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # In the loop: the signal may have come while this very thread holds a lock.
@@ -115,6 +117,28 @@ def _run(board: Board, arguments: argparse.Namespace) -> int:
             console.close()
             messages.close()
     return vmm.exit_code
+
+
+def _credentials(arguments: argparse.Namespace) -> Credentials | None:
+    """Return what the VM shows its migrations' other ends, or None for nothing.
+
+    Raises:
+        ConfigError: a file is not as it has to be.
+    """
+    if arguments.tls_peer and arguments.tls is None:
+        raise ConfigError("--tls-peer has no effect without --tls; give both")
+    if arguments.tls is None and arguments.migration_secret is None:
+        return None
+    from godwit.migration.wire import secret
+    from godwit.migration.wire.address import Credentials
+
+    tls = None
+    if arguments.tls is not None:
+        from godwit.migration.wire.tls import Tls
+
+        tls = Tls(arguments.tls, arguments.tls_peer)
+    path = arguments.migration_secret
+    return Credentials(tls, None if path is None else secret.read(path))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from godwit.migration.incoming import Incoming
     from godwit.migration.outgoing import Outgoing
     from godwit.migration.times import Times
+    from godwit.migration.wire.address import Address, Credentials
 
 _S = RunState
 
@@ -27,7 +28,8 @@ _S = RunState
 class Migrations:
     """The present or last migration out of a VM, and the one by which its guest came.
 
-    ``now`` is the clock of the uplinks; ``times`` are a migration's, by default the usual ones.
+    ``now`` is the clock of the uplinks; ``times`` are a migration's, by default the usual ones;
+    ``credentials`` are what both ends of a migration are shown.
     What only a migration needs is imported by the first one, not by a guest that boots.
 
     The callbacks are called in the migrations' threads: ``on_status(outgoing, status)`` for each
@@ -49,6 +51,7 @@ class Migrations:
         *,
         autostart: bool = True,
         times: Times | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self._machine = machine
         self._uplinks = uplinks
@@ -57,6 +60,7 @@ class Migrations:
         self._on_status = on_status
         self._on_incoming_failed = on_incoming_failed
         self._times = times
+        self._credentials = credentials
         self.parameters = MigrationParameters()
         self.autostart = autostart
         self._closing = False
@@ -101,9 +105,8 @@ class Migrations:
             outgoing = Saver(*common, path, lambda: self.parameters, report, times)
         else:
             from godwit.migration.source import Source
-            from godwit.migration.wire.address import Address
 
-            address = Address(uri, insecure, times)
+            address = self._address(uri, insecure)
             packets = self._incoming.packets if self._incoming is not None else None
             outgoing = Source(
                 *common,
@@ -155,11 +158,10 @@ class Migrations:
             self._incoming = Restorer(self._guest(), path_of(uri), *ends, times)
         else:
             from godwit.migration.destination import Destination
-            from godwit.migration.wire.address import Address
 
             self._incoming = Destination(
                 self._guest(),
-                Address(uri, insecure, times),
+                self._address(uri, insecure),
                 *ends,
                 lambda: self.parameters.handover,
                 times,
@@ -170,6 +172,11 @@ class Migrations:
         from godwit.migration.guest import Guest
 
         return Guest(self._machine, self._uplinks, self._now)
+
+    def _address(self, uri: str, insecure: bool) -> Address:
+        from godwit.migration.wire.address import NONE, Address
+
+        return Address(uri, insecure, self._known_times(), self._credentials or NONE)
 
     def _known_times(self) -> Times:
         if self._times is None:

@@ -34,6 +34,7 @@ from .migrations import Migrations
 if TYPE_CHECKING:
     from godwit.migration.outgoing import Outgoing
     from godwit.migration.times import Times
+    from godwit.migration.wire.address import Credentials
     from godwit.qmp.server import Server
 
 _S = RunState
@@ -67,6 +68,7 @@ class Vmm:
         reboot: bool = True,
         log: Callable[[str], None] = lambda text: None,
         times: Times | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self._loop = loop
         self._autostart = autostart
@@ -89,6 +91,7 @@ class Vmm:
             self._incoming_failed,
             autostart=autostart,
             times=times,
+            credentials=credentials,
         )
         try:
             self._set_policies(board)
