@@ -67,11 +67,12 @@ def test_a_guest_is_on_its_way_before_its_devices_are_imported() -> None:
     found = {name for name in loaded("godwit.cli.main", "godwit.cli.run") if "godwit" in name}
     modules = {name.removeprefix("godwit.") for name in found if name.count(".") > 1}
     assert {name for name in modules if not name.startswith(("host.", "spec."))} == {
-        *("cli.main", "cli.run", "machine.board", "machine.vcpu"),
+        *("cli.main", "cli.run", "cli.sandbox", "machine.board", "machine.vcpu"),
         *("hw.acpi", "hw.aml", "hw.boot", "hw.bus", "hw.console", "hw.layout", "hw.memory"),
     }
     assert {name for name in modules if name.startswith(("host.", "spec."))} == {
         *("host.ioctl", "host.kvm", "host.loop", "host.memory"),
+        *("host.sandbox", "host.sandbox.landlock", "host.sandbox.privileges"),
         *("spec.config", "spec.machine_types"),
         *("host.kvm.abi", "host.kvm.cpuid", "host.kvm.handles", "host.kvm.probe"),
     }

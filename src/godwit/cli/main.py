@@ -91,6 +91,30 @@ def _parser() -> argparse.ArgumentParser:
         "--insecure", action="store_true", help="allow tcp: beyond this host, unencrypted"
     )
     run.add_argument(
+        "--user",
+        metavar="NAME",
+        help="the user as whom a VM that root starts goes on once all is open (default: nobody)",
+    )
+    run.add_argument(
+        "--allow-path",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder where the running VM may make and read files and sockets: snapshots, "
+        "migrate-incoming; may be given several times",
+    )
+    run.add_argument(
+        "--no-sandbox",
+        dest="sandbox",
+        action="store_const",
+        const="off",
+        default="on",
+        help="keep root's power, all files and all system calls",
+    )
+    run.add_argument(  # for python -m lab.syscalls: what is not allowed is logged by the kernel
+        "--log-syscalls", dest="sandbox", action="store_const", const="log", help=argparse.SUPPRESS
+    )
+    run.add_argument(
         "--tls",
         metavar="DIR",
         help="certificates for migrations by tls:HOST:PORT: ca.pem, cert.pem and key.pem "

@@ -25,10 +25,10 @@ subjectAltName={kind}:{name}
 
 
 def pki(folder: str, hosts: list[str]) -> int:
-    """Make ``folder``/ca unless it is there, and ``folder``/HOST for each host, and return 0.
+    """Make ``folder``/ca unless present, and ``folder``/HOST for each host, and return 0.
 
     Raises:
-        ConfigError: a host's name makes no sense, or a host has its files already.
+        ConfigError: a host's name makes no sense, or a host has files already.
         HostError: openssl is missing or fails.
     """
     kinds = {host: _kind(host) for host in hosts}
@@ -64,7 +64,7 @@ def _kind(host: str) -> str:
 
 
 def _authority(folder: Path) -> Path:
-    """Return the folder of the authority, made if it was not there."""
+    """Return the folder of the authority, made if absent."""
     if not (folder / "ca-key.pem").exists():
         folder.mkdir(parents=True, exist_ok=True)
         _openssl(

@@ -26,6 +26,8 @@ from godwit.machine.vcpu import install_kick_handler
 from godwit.spec.config import VmConfig, parse_devices, parse_memory
 from godwit.spec.machine_types import DEFAULT, machine_type
 
+from .sandbox import Sandbox
+
 if TYPE_CHECKING:
     from godwit.migration.wire.address import Credentials
     from godwit.vm.vm import Vmm
@@ -54,6 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "nothing to run; give --kernel to boot, or --incoming to wait for a guest"
         )
+    sandbox = Sandbox(arguments)
+    # Opened before the sandbox is entered, which has no right to make files.
+    console = _open_console(arguments.console)
+    sandbox.enter()
     install_kick_handler()
     # A vCPU's exit waits for the interpreter at most this long behind another Python thread.
     sys.setswitchinterval(0.0002)
@@ -64,12 +70,12 @@ def run(arguments: argparse.Namespace) -> int:
                 board.boot()
                 if not arguments.no_autostart:
                     board.start_early()
-            return _run(board, arguments)
+            return _run(board, arguments, sandbox, console)
     finally:
         gc.enable()
 
 
-def _run(board: Board, arguments: argparse.Namespace) -> int:
+def _run(board: Board, arguments: argparse.Namespace, sandbox: Sandbox, console_fd: int) -> int:
     """Make the rest of the VM, for a guest that may run already, and run the loop."""
     from . import fast_import as lean  # before all that needs msgspec
 
@@ -87,7 +93,7 @@ def _run(board: Board, arguments: argparse.Namespace) -> int:
         messages.write(f"godwit: {printable(text)}\r\n".encode(errors="replace"))
 
     loop = Loop(lambda error: log(f"internal error: {type(error).__name__}: {error}"))
-    with _console(arguments.console) as (console, interactive):
+    with _console(console_fd) as (console, interactive):
         vmm = Vmm(
             board,
             loop,
@@ -106,11 +112,17 @@ def _run(board: Board, arguments: argparse.Namespace) -> int:
                 # What is here by now stays, and need not be looked through ever again.
                 gc.freeze()
                 gc.enable()
+
+                # All is open then, and nothing of a guest's or of a peer's was looked at yet.
+                def opened() -> None:
+                    sandbox.close_door(log)
+
                 if arguments.incoming is None:
+                    opened()
                     vmm.start()
                 else:
-                    defer = arguments.incoming == "defer"
-                    vmm.await_guest(None if defer else arguments.incoming, arguments.insecure)
+                    uri = None if arguments.incoming == "defer" else arguments.incoming
+                    vmm.await_guest(uri, arguments.insecure, opened)
                 loop.run()
         finally:
             vmm.close()
@@ -123,7 +135,7 @@ def _credentials(arguments: argparse.Namespace) -> Credentials | None:
     """Return what the VM shows its migrations' other ends, or None for nothing.
 
     Raises:
-        ConfigError: a file is not as it has to be.
+        ConfigError: a file is missing or wrong.
     """
     if arguments.tls_peer and arguments.tls is None:
         raise ConfigError("--tls-peer has no effect without --tls; give both")
@@ -141,28 +153,37 @@ def _credentials(arguments: argparse.Namespace) -> Credentials | None:
     return Credentials(tls, None if path is None else secret.read(path))
 
 
-@contextmanager
-def _console(spec: str) -> Iterator[tuple[Console, bool]]:
+def _open_console(spec: str) -> int:
+    """Return the descriptor for the guest's output: standard output for ``stdio``.
+
+    Raises:
+        ConfigError: there is no such console.
+    """
     kind, _, path = spec.partition(":")
     if spec == "stdio":
-        yield Console(sys.stdout.fileno()), True
-        return
+        return sys.stdout.fileno()
     if spec == "none":
         path = os.devnull
     elif kind != "file" or not path:
-        raise ConfigError(f"--console {spec}: give stdio, file:PATH or none")
-    fd = _open_log(path, spec)
+        raise ConfigError(f"--console {spec!r}: give stdio, file:PATH or none")
+    return _open_log(path, spec)
+
+
+@contextmanager
+def _console(fd: int) -> Iterator[tuple[Console, bool]]:
+    interactive = fd == sys.stdout.fileno()
     try:
-        yield Console(fd), False
+        yield Console(fd), interactive
     finally:
-        os.close(fd)
+        if not interactive:
+            os.close(fd)
 
 
 def _open_log(path: str, spec: str) -> int:
-    """Open a file for a guest's output: for its owner alone, and the file itself, not a link's.
+    """Open a file for a guest's output: for the owner alone, and no link.
 
     Raises:
-        ConfigError: the file cannot be written, or is a link, or a pipe that nobody reads.
+        ConfigError: the file cannot be written, or is a link, or a pipe without a reader.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:

@@ -48,7 +48,7 @@ class _Timer:
 
 
 class SoonCall:
-    """A call in a loop's thread, made once for all requests that came before, from any thread."""
+    """A call in a loop's thread, made once for all earlier requests, from any thread."""
 
     def __init__(self, loop: Loop, callback: Callable[[], None]) -> None:
         self._loop = loop

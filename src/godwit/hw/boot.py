@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from struct import Struct, pack, pack_into, unpack_from
 from typing import NamedTuple, Self
 
@@ -28,6 +29,10 @@ _E820 = Struct("<QQI")
 _E820_RAM, _E820_RESERVED = 1, 2
 
 
+#: Opens a path with flags, as os.open does.
+Opener = Callable[[str, int], int]
+
+
 class Boot(NamedTuple):
     """The entry point of the first vCPU, and the address of its zero page."""
 
@@ -35,18 +40,58 @@ class Boot(NamedTuple):
     zero_page: int
 
 
-def load(memory: GuestMemory, kernel: str, initrd: str | None, command_line: str) -> Boot:
+class BootFiles:
+    """The kernel's and the initrd's files, which stay open: a guest may boot again.
+
+    By then the process may have lost the right to open them.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, int] = {}
+
+    def open(self, path: str, flags: int) -> int:
+        """Return a descriptor for a path, of the file found there at the first boot.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        if path in self._kept:
+            return os.dup(self._kept[path])
+        fd = os.open(path, flags | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(fd).st_mode):  # a pipe has an end
+            self._kept[path] = os.dup(fd)
+        return fd
+
+    def close(self) -> None:
+        """Close the descriptors of both files."""
+        while self._kept:
+            os.close(self._kept.popitem()[1])
+
+
+def load(
+    memory: GuestMemory,
+    kernel: str,
+    initrd: str | None,
+    command_line: str,
+    files: BootFiles | None = None,
+) -> Boot:
     """Put kernel, initrd, command line, page tables and the zero page into RAM.
 
     Raises:
         ConfigError: a file cannot be read, is no 64-bit bzImage, or does not fit.
     """
-    with _File(kernel, "kernel", memory.regions[0].size) as file:
-        return _load(memory, kernel, file, initrd, command_line)
+    opener = files.open if files is not None else None
+    with _File(kernel, "kernel", memory.regions[0].size, opener) as file:
+        return _load(memory, kernel, file, initrd, command_line, opener)
 
 
 def _load(
-    memory: GuestMemory, kernel: str, file: _File, initrd: str | None, command_line: str
+    memory: GuestMemory,
+    kernel: str,
+    file: _File,
+    initrd: str | None,
+    command_line: str,
+    opener: Opener | None,
 ) -> Boot:
     image = file.read(0, PAGE)
     if len(image) < 0x270 or image[0x202:0x206] != b"HdrS":
@@ -79,7 +124,7 @@ def _load(
     end = 0x202 + image[0x201]
     zero[_HEADER_AT:end] = image[_HEADER_AT:end]
     if initrd is not None:
-        with _File(initrd, "initrd", low) as disk:
+        with _File(initrd, "initrd", low, opener) as disk:
             at = (min(low, initrd_max + 1) - disk.size) // PAGE * PAGE
             if at < max(init_end, _KERNEL + body):
                 raise ConfigError(
@@ -129,11 +174,11 @@ class _File:
         ConfigError: the file cannot be read, or has no end within ``most`` bytes.
     """
 
-    def __init__(self, path: str, what: str, most: int) -> None:
+    def __init__(self, path: str, what: str, most: int, opener: Opener | None) -> None:
         self._name = f"{what} {path}"
         self._whole: bytes | None = None
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+            self._file = open(path, "rb", buffering=0, opener=opener)  # noqa: SIM115 (by __exit__)
             try:
                 found = os.fstat(self._file.fileno())
                 if not stat.S_ISREG(found.st_mode):

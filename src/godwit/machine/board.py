@@ -54,6 +54,8 @@ class Board:
             for thread in self.vcpus:
                 thread.start()
                 undo.callback(thread.stop)
+            self._files = linuxboot.BootFiles()
+            undo.callback(self._files.close)
             self._undo = undo.pop_all()
 
     def make_vcpus(self, vm: Vm, undo: ExitStack) -> list[Vcpu]:
@@ -84,7 +86,9 @@ class Board:
         if config.kernel is None:
             raise ConfigError("there is nothing to boot; give --kernel, or --incoming")
         acpi.write_tables(self.memory, config.cpus)
-        boot = linuxboot.load(self.memory, config.kernel, config.initrd, config.command_line)
+        boot = linuxboot.load(
+            self.memory, config.kernel, config.initrd, config.command_line, self._files
+        )
         linuxboot.start_vcpu(self.vcpus[0].vcpu, boot)
 
     def start_early(self) -> None:

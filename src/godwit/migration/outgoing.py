@@ -88,7 +88,7 @@ class Outgoing(ABC):
         return self.give_up("cancelled", by_person=True)
 
     def give_up(self, why: str, by_person: bool = False) -> bool:
-        """Have the migration end as failed, or as cancelled if a person wants it so.
+        """Have the migration end as failed, or as cancelled if a person wants so.
 
         Returns False when the guest was handed over already.
         """
@@ -105,7 +105,7 @@ class Outgoing(ABC):
         return True
 
     def when_over(self, call: Callable[[], None]) -> None:
-        """Make a call once the migration is over: in its thread, or here if it is."""
+        """Make a call once the migration is over: in the migration's thread, or here."""
         with self._decision:
             if not self._over.is_set():
                 self._when_over.append(call)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -159,7 +158,10 @@ class Saver(Outgoing):
             if path.is_symlink() or (path.exists() and not path.is_file()):
                 raise MigrationError(f"'{path}' exists and is no regular file; name another")
             # For its owner alone: it holds the guest's memory.
-            fd, self._partial = tempfile.mkstemp(".partial", f".{path.name}.", path.parent)
+            partial = str(path.parent / f".{path.name}.{os.urandom(8).hex()}.partial")
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(partial, flags, 0o600)
+            self._partial = partial
         except OSError as error:
             raise MigrationError(f"cannot write beside '{path}': {error.strerror}") from error
         self._connection = self._file = FileConnection(fd, str(self._path))

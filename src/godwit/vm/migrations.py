@@ -141,8 +141,12 @@ class Migrations:
         return True
 
     # --- in ---------------------------------------------------------------------------------------
-    def await_guest(self, uri: str, insecure: bool) -> None:
+    def await_guest(
+        self, uri: str, insecure: bool, opened: Callable[[], None] = lambda: None
+    ) -> None:
         """Wait for a guest at ``uri``, or load one from a file.
+
+        ``opened`` is called once the address or file is open, before any source is served.
 
         Raises:
             ConfigError: the URI is wrong, or is open to others without ``insecure``.
@@ -166,6 +170,7 @@ class Migrations:
                 lambda: self.parameters.handover,
                 times,
             )
+        opened()
         self._incoming.start()
 
     def _guest(self) -> Guest:

@@ -138,11 +138,18 @@ class Vmm:
         # The guest is on its way; what only its operator's commands need is imported meanwhile.
         self._loop.call_soon(_import_commands)
 
-    def await_guest(self, uri: str | None, insecure: bool) -> None:
-        """Become a destination, with ``uri`` None for a migrate-incoming to come."""
+    def await_guest(
+        self, uri: str | None, insecure: bool, opened: Callable[[], None] = lambda: None
+    ) -> None:
+        """Become a destination, with ``uri`` None for a migrate-incoming to come.
+
+        ``opened`` is called once the address or file is open, before any source is served.
+        """
         self.states.set(_S.INMIGRATE)
-        if uri is not None:
-            self.migrate_incoming(uri, insecure)
+        if uri is None:
+            opened()
+        else:
+            self.migrations.await_guest(uri, insecure, opened)
 
     def close(self) -> None:
         """End everything and give everything back."""

@@ -1,7 +1,7 @@
-"""Classic socket filters: a small assembler, and the filters for where addresses are.
+"""Classic socket filters for where addresses are.
 
-Documentation/networking/filter.rst has the machine: an accumulator A, an index register X, and a
-verdict, which is how many bytes of the frame to keep. A load past a frame's end drops the frame.
+The verdict of such a filter is how many bytes of the frame to keep, and a load past a frame's end
+drops the frame (Documentation/networking/filter.rst).
 """
 
 from __future__ import annotations
@@ -11,72 +11,37 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from godwit.host.bpf import (
+    AND,
+    JA,
+    JEQ,
+    JSET,
+    LD_B_ABS,
+    LD_B_IND,
+    LD_H_ABS,
+    LD_H_IND,
+    LD_IMM,
+    LD_MEM,
+    LD_W_ABS,
+    LDX_IMM,
+    RET,
+    RSH,
+    RSH_X,
+    ST,
+    TAX,
+    Instruction,
+    Op,
+    assemble,
+)
+
 from . import packet
 from .ethernet import ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, ETH_P_RARP, TPID_8021AD, TPID_8021Q
-
-# include/uapi/linux/bpf_common.h: classes, sizes, modes and sources, put together.
-LD_W_ABS, LD_H_ABS, LD_B_ABS = 0x20, 0x28, 0x30  # A = frame[k]
-LD_H_IND, LD_B_IND = 0x48, 0x50  # A = frame[X + k]
-LD_IMM, LDX_IMM, LD_MEM = 0x00, 0x01, 0x60  # A = k, X = k, A = M[k]
-ST, TAX = 0x02, 0x07  # M[k] = A, X = A
-AND, RSH, RSH_X = 0x54, 0x74, 0x7C  # A &= k, A >>= k, A >>= X
-JA, JEQ, JSET = 0x05, 0x15, 0x45  # JSET: A & k
-RET = 0x06
 
 #: include/uapi/linux/filter.h: SKF_AD_OFF + SKF_AD_PKTTYPE, where a load gives sll_pkttype.
 PKTTYPE = 0xFFFFF000 + 4
 
 #: How much of a frame is kept, bytes. Reports of many memberships are the longest.
 SNAP = 2048
-
-
-class Op(NamedTuple):
-    """An instruction, of which a jump names two labels (None: the next instruction)."""
-
-    code: int
-    k: int = 0
-    yes: str | None = None
-    no: str | None = None
-
-
-class Instruction(NamedTuple):
-    """An instruction of the machine, of which a jump counts the instructions to skip."""
-
-    code: int
-    yes: int
-    no: int
-    k: int
-
-
-def assemble(lines: Sequence[Op | str]) -> list[Instruction]:
-    """Assemble instructions from operations and the labels before operations.
-
-    Raises:
-        ValueError: a jump goes backwards, to no label, or too far.
-    """
-    labels: dict[str, int] = {}
-    ops: list[Op] = []
-    for line in lines:
-        if isinstance(line, str):
-            labels[line] = len(ops)
-        else:
-            ops.append(line)
-
-    def distance(at: int, label: str | None) -> int:
-        if label is None:
-            return 0
-        found = labels.get(label, -1) - at - 1
-        if not 0 <= found <= 255:
-            raise ValueError(f"instruction {at} cannot jump to '{label}'")
-        return found
-
-    program = []
-    for at, op in enumerate(ops):
-        if op.code == JA:
-            program.append(Instruction(JA, 0, 0, distance(at, op.yes)))
-        else:
-            program.append(Instruction(op.code, distance(at, op.yes), distance(at, op.no), op.k))
-    return program
 
 
 def guest_filter() -> list[Instruction]:

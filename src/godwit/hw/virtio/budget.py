@@ -1,4 +1,4 @@
-"""The work that one turn of the event loop does for a queue, whatever its driver puts there."""
+"""The work that one turn of the event loop does for a queue, whatever the driver puts there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CHAINS, BYTES, PIECES = 64, 512 << 10, 2048
 
 
 class Budget:
-    """The buffers that may still be served in this turn, by number, bytes and pieces.
+    """The buffers still to be served in this turn, by number, bytes and pieces.
 
     The last buffer may overdraw the budget: one of the longest is served in a turn of its own.
     """

@@ -1,7 +1,7 @@
-"""A listener that receives the first messages of several connections at once.
+"""A listener for the first messages of several connections at once.
 
 Whoever can connect may send half a message, or one byte now and then, or nothing. None of these
-keeps the one out whose message is whole: each connection has a deadline for its introduction, and
+keeps the one out whose message is whole: each connection has a deadline for the introduction, and
 when too many wait the oldest is closed.
 """
 
@@ -41,7 +41,7 @@ class _Newcomer:
         self._challenge: Callable[[Kind, bytes], None] | None = None
 
     def step(self) -> tuple[Kind, bytes] | None:
-        """Receive what is here, and return the first message once it is whole.
+        """Receive what is here, and return the first message once whole.
 
         Raises:
             GodwitError: this is nobody to talk to.
@@ -102,7 +102,7 @@ class Acceptor:
         self._closing = threading.Event()
 
     def next(self, timeout: float | None) -> Introduced | None:
-        """Return the next connection that has introduced itself.
+        """Return the next introduced connection.
 
         Returns None after ``timeout`` seconds, or once closing. Called by one thread.
         """
@@ -134,7 +134,7 @@ class Acceptor:
             self._newcomers.popitem()[1].connection.close()
 
     def _wait(self, until: float | None) -> list[int]:
-        """Return the descriptors that are ready, the newcomers' first, by ``until``."""
+        """Return the ready descriptors, the newcomers' first, by ``until``."""
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         for fd in self._newcomers:
@@ -175,7 +175,7 @@ class Acceptor:
         return message
 
     def _shed(self) -> None:
-        """Close the connections that took too long."""
+        """Close the connections which took too long."""
         now = self._times.now()
         for fd, newcomer in tuple(self._newcomers.items()):
             if now >= newcomer.due:

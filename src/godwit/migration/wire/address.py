@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from godwit.errors import ConfigError, HostError, LinkLost
 from godwit.host import unixsocket
@@ -68,13 +68,8 @@ class Address:
                 "file:PATH"
             )
         self.host, self.port = host.strip("[]"), int(port)
-        try:
-            self.host.encode("idna")
-        except UnicodeError as error:
-            raise ConfigError(
-                f"migration address {uri!r}: no host has that name ({error})"
-            ) from error
-        if "\0" in self.host:
+        # A name in another script is written in its ASCII form (xn--...), as the resolver has it.
+        if not self.host.isascii() or not self.host.isprintable():
             raise ConfigError(f"migration address {uri!r}: no host has that name")
         if scheme == "tls":
             if credentials.tls is None:
@@ -92,11 +87,11 @@ class Address:
 
     @property
     def secret(self) -> bytes | None:
-        """The shared secret that the other end has to know, or None."""
+        """The secret shared with the other end, or None."""
         return self._secret
 
     def listen(self) -> socket.socket:
-        """Return a socket that listens there.
+        """Return a listening socket.
 
         Raises:
             ConfigError, HostError: the address cannot be had.
@@ -104,8 +99,9 @@ class Address:
         if self.path is not None:
             return unixsocket.listen(self.path, "migration")
         try:
-            family = socket.getaddrinfo(self.host, self.port)[0][0]
-            return socket.create_server((self.host, self.port), family=family)
+            # As bytes: for text Python loads its tables of international names.
+            family, *_, end = socket.getaddrinfo(self.host.encode(), self.port)[0]
+            return socket.create_server(end[:2], family=family)
         except (OSError, UnicodeError) as error:
             raise ConfigError(f"cannot listen on '{self.uri}': {error}") from error
 
@@ -114,13 +110,14 @@ class Address:
 
         Raises:
             LinkLost: nobody listens (its cause is the OSError).
-            PeerRefused, StreamError: the listener is not the one that was meant, or knows another
+            PeerRefused, StreamError: the listener is another than was meant, or knows another
                 secret.
         """
         timeout = self._times.silence if timeout is None else timeout
         try:
             if self.path is None:
-                sock = socket.create_connection((self.host, self.port), timeout)
+                end: Any = (self.host.encode(), self.port)
+                sock = socket.create_connection(end, timeout)
             else:
                 sock = socket.socket(socket.AF_UNIX)
                 try:
@@ -145,7 +142,7 @@ class Address:
         return connection
 
     def accepted(self, sock: socket.socket) -> SocketConnection:
-        """Return the connection on a socket that the listener accepted."""
+        """Return the connection on an accepted socket."""
         return self._connection(sock, server=True)
 
     def _connection(self, sock: socket.socket, server: bool) -> SocketConnection:
@@ -184,9 +181,11 @@ def _encodable(path: str) -> bool:
 def _loopback(host: str) -> bool:
     if host == "localhost":
         return True
-    import ipaddress  # here: it is slow to import, and most addresses never come this far
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    for family, most in ((socket.AF_INET, 8), (socket.AF_INET6, 128)):
+        try:
+            raw = socket.inet_pton(family, host)
+        except (OSError, ValueError):
+            continue
+        own = b"\x7f\0\0\1" if family == socket.AF_INET else bytes(15) + b"\1"
+        return raw[: most // 8] == own[: most // 8]
+    return False

@@ -131,7 +131,7 @@ class Challenge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Auth(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A proof that its sender knows the shared secret, and the source's nonce: AUTH."""
+    """A proof of knowing the shared secret, and the source's nonce: AUTH."""
 
     proof: Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
     nonce: Annotated[bytes, msgspec.Meta(max_length=32)]

@@ -8,6 +8,7 @@ that follows: on a network where others can change packets, use TLS, with or wit
 
 from __future__ import annotations
 
+import hmac  # it brings OpenSSL along: this module is for VMs that were given a secret
 import os
 import stat
 from collections.abc import Callable
@@ -85,12 +86,8 @@ def prove(connection: WaitingConnection, secret: bytes) -> None:
 
 
 def _proof(secret: bytes, role: bytes, destinations: bytes, sources: bytes) -> bytes:
-    import hmac  # here: it brings OpenSSL along
-
     return hmac.digest(secret, b"godwit " + role + b"\0" + destinations + sources, "sha256")
 
 
 def _same(one: bytes, other: bytes) -> bool:
-    import hmac
-
     return hmac.compare_digest(one, other)

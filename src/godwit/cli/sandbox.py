@@ -1,0 +1,180 @@
+"""The sandbox of ``godwit run``: what of the host is left to the process once a guest runs.
+
+In two steps. Before the first thread, the files: nothing but what the configuration names
+(Landlock). Once everything is open, and before the guest's first exit is served: another user
+instead of root, no descriptors but the VM's own, few system calls (seccomp). docs/security.md has
+the reasons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from godwit.errors import ConfigError, HostError
+from godwit.host.sandbox import landlock, privileges
+from godwit.host.sandbox.landlock import DEVICE, READ, SOCKETS, WORK, Rule
+
+#: Read by the C library: names, time zone, what a program loads.
+_ETC = (
+    *("hosts", "resolv.conf", "nsswitch.conf", "host.conf", "gai.conf", "services", "localtime"),
+    *("ld.so.cache", "ssl/openssl.cnf"),
+)
+_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+
+
+class Sandbox:
+    """A sandbox as described by the command line, off with ``--no-sandbox``.
+
+    Raises:
+        ConfigError: a user or path of the command line is none.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._on = arguments.sandbox != "off"
+        self._warnings: list[str] = []
+        self._user: tuple[int, int] | None = None
+        self._inherited: dict[int, tuple[int, int]] = {}
+        for path in arguments.allow_path:
+            if not os.path.isdir(path):
+                raise ConfigError(f"--allow-path {path!r}: there is no such folder; make it first")
+        if not self._on:
+            self._warnings.append(
+                "the sandbox is off (--no-sandbox): a guest that breaks out of the VM has "
+                + ("all of root's power over this host" if os.geteuid() == 0 else "your rights")
+            )
+        elif os.geteuid() == 0:
+            self._user = privileges.find_user(arguments.user or "nobody")
+        elif arguments.user is not None:
+            raise ConfigError("--user needs root; without it the VM runs as you in each case")
+
+    def enter(self) -> None:
+        """Leave the process few files, before its first thread.
+
+        Raises:
+            HostError: the kernel refuses.
+        """
+        if not self._on:
+            return
+        self._inherited = privileges.inherited()
+        privileges.no_new_privileges()
+        if not landlock.version():
+            self._warnings.append(
+                "this kernel has no Landlock: the VM can open what its user can "
+                "(boot with lsm=landlock,... to have it)"
+            )
+            return
+        try:
+            landlock.restrict(self._rules())
+        except OSError as error:
+            raise HostError(
+                f"Landlock: {error.strerror}; --no-sandbox runs without any sandbox"
+            ) from error
+
+    def close_door(self, log: Callable[[str], None]) -> None:
+        """Give up user, descriptors and system calls, with everything open.
+
+        Raises:
+            HostError: the kernel refuses.
+        """
+        for text in self._warnings:
+            log(text)
+        if not self._on:
+            return
+        _load_what_comes_later()
+        privileges.close_inherited(self._inherited, self._named_descriptors())
+        if self._user is not None:
+            self._give_sockets(*self._user)
+            privileges.become(*self._user)
+        from godwit.host.sandbox import seccomp
+
+        logs = self._arguments.sandbox == "log"
+        try:
+            seccomp.install(
+                seccomp.program(os.getpid(), seccomp.LOG if logs else seccomp.KILL), log=logs
+            )
+        except OSError as error:
+            raise HostError(
+                f"seccomp: {error.strerror}; --no-sandbox runs without any sandbox"
+            ) from error
+
+    # --- inside -----------------------------------------------------------------------------------
+    def _rules(self) -> Iterator[Rule]:
+        """Yield what the configuration names, and what Python and the C library read."""
+        given = self._arguments
+        for path in (*_LIBRARIES, *_python(), *(f"/etc/{name}" for name in _ETC), "/proc"):
+            yield Rule(path, READ)
+        for device in ("/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/null"):
+            yield Rule(device, DEVICE)
+        for path in (given.kernel, given.initrd, given.tls, given.migration_secret):
+            if path is not None:
+                yield Rule(path, READ)
+        kind, _, path = (given.incoming or "").partition(":")
+        if kind == "file":
+            yield Rule(path, READ)
+        for socket in (given.qmp, path if kind == "unix" else None):
+            if socket is not None:
+                yield Rule(os.path.dirname(os.path.abspath(socket)), SOCKETS)
+        for folder in given.allow_path:
+            yield Rule(folder, WORK)
+
+    def _give_sockets(self, uid: int, gid: int) -> None:
+        """Give the user the socket where a guest is awaited: sources run as that user, too."""
+        kind, _, path = (self._arguments.incoming or "").partition(":")
+        if kind == "unix":
+            with suppress(OSError):
+                os.chown(path, uid, gid, follow_symlinks=False)
+
+    def _named_descriptors(self) -> list[int]:
+        """Return the descriptors that the command line names, as /dev/fd/63."""
+        named = (self._arguments.kernel, self._arguments.initrd)
+        ends = (os.path.split(path) for path in named if path is not None)
+        return [
+            int(name)
+            for folder, name in ends
+            if folder in ("/dev/fd", "/proc/self/fd") and name.isdecimal()
+        ]
+
+
+def _python() -> set[str]:
+    """Return the folders from which Python loads modules, but not the one where it was started."""
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    sites = {path for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
+    return {os.path.dirname(os.__file__), package, *sites, *_editable(sites)}
+
+
+def _editable(sites: set[str]) -> Iterator[str]:
+    """Yield where the site's folders point at: sys.path has it, from their .pth files."""
+    here = os.getcwd()
+    for path in sys.path:
+        if path and path not in sites and os.path.isdir(path) and path != here:
+            yield path
+
+
+def _load_what_comes_later() -> None:
+    """Import what is otherwise imported when it is needed: the user may not read these files."""
+    import traceback
+
+    from godwit.announce import verify
+    from godwit.host import pagemap
+    from godwit.host.net import sockets
+    from godwit.migration import destination, guest, snapshot, source
+    from godwit.migration.wire import acceptor
+    from godwit.qmp import commands
+
+    del (
+        acceptor,
+        commands,
+        destination,
+        guest,
+        pagemap,
+        snapshot,
+        sockets,
+        source,
+        traceback,
+        verify,
+    )
