@@ -16,13 +16,12 @@ import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 
 from godwit.client.kvm import why_unusable
 from lab import guest, host, kernels
 from lab.agent import Agent
 from lab.network import Network
-from lab.vm import LabVm
+from lab.vm import LabVm, vm_folder
 
 _HUGE = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 #: (name, suffix of --memory, shmem_enabled)
@@ -36,8 +35,7 @@ _MAC = "52:54:00:67:77:01"
 
 def measure(kernel: str, initrd: str, suffix: str, memory: int, filled: int) -> dict[str, float]:
     """Boot, fill and migrate one guest; return seconds, milliseconds and megabytes by name."""
-    with TemporaryDirectory(prefix="godwit-") as name, Network() as net:
-        folder = Path(name)
+    with vm_folder() as folder, Network() as net:
         shape = ["--memory", f"{memory}M{suffix}", "--cpus", "2"]
         uri = f"unix:{folder / 'migration'}"
         target = LabVm(

@@ -16,14 +16,13 @@ import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from godwit.client.errors import ClientError
 from lab import qemu
 from lab.errors import LabError
 from lab.network import Host, Network
-from lab.vm import LabVm
+from lab.vm import LabVm, vm_folder
 
 from . import machines, parts, plan
 from .machines import Image
@@ -55,7 +54,7 @@ def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
     """
     with ExitStack() as stack:
         # Not in the shared folder, which is slow in the lab.
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="godwit-")))
+        folder = stack.enter_context(vm_folder())
         guest: parts.Measured | None = None
         for part in job.parts:
             row = {"guest": job.guest, "vmm": job.vmm, "repetition": job.repetition, "part": part}
@@ -113,7 +112,7 @@ def warm_up(image: Image, vmms: Sequence[str]) -> None:
     """
     for path in (image.kernel, image.initrd):
         Path(path).read_bytes()
-    with TemporaryDirectory(prefix="godwit-") as name, Network() as net, ExitStack() as stack:
+    with vm_folder() as folder, Network() as net, ExitStack() as stack:
         hosts: dict[Host, LabVm] = {}
         for number, vmm in enumerate(vmms):
             host = (net.a, net.b)[number % 2]
@@ -121,7 +120,7 @@ def warm_up(image: Image, vmms: Sequence[str]) -> None:
             if before is not None:  # this VM has the tap
                 before.qmp.execute("query-status", deadline=60)
                 before.close()
-            vm = machines.boot(vmm, vmm, Path(name), host, 128, image)
+            vm = machines.boot(vmm, vmm, folder, host, 128, image)
             hosts[host] = stack.enter_context(vm)
         for vm in hosts.values():
             vm.qmp.execute("query-status", deadline=60)

@@ -12,7 +12,6 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from godwit.client.errors import ClientError
@@ -22,7 +21,7 @@ from lab.errors import LabError
 from lab.network import Host, Network
 from lab.scenario import wait_for
 from lab.traffic import FLOWS, Flow, Sender, Stream
-from lab.vm import LabVm
+from lab.vm import LabVm, vm_folder
 
 from .inside import Rows, log
 from .machines import MAC, migrate
@@ -172,7 +171,7 @@ def main() -> None:
     given = json.loads(Path(sys.argv[1]).read_text())
     rows = Rows(Path(given["rows"]))
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="godwit-")))
+        folder = stack.enter_context(vm_folder())
         net = stack.enter_context(Network())
         rows.add(state="boots", vmm=given["vmm"], cpus=given["cpus"])
         soak = Soak(given, net, folder, stack)

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from . import guest
 from .agent import Agent, Flow
 from .network import Host, Network
 from .traffic import ANNOUNCING, FLOWS, Capture, Ping, Sender, Stream
-from .vm import LabVm
+from .vm import LabVm, vm_folder
 
 MAC = "52:54:00:67:77:01"
 MEMORY = "128M"
@@ -51,7 +50,7 @@ class Scenario:
         """Run the scenario from boot to end, and write ``scenario.json``."""
         with ExitStack() as stack:
             # Programs write here, not into the shared folder, which is slow in the lab.
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="godwit-")))
+            folder = stack.enter_context(vm_folder())
             net = stack.enter_context(Network())
             client = net.client.netns
             self.log("hosts A and B, a VLAN-filtering switch and a client are there")

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 from vm_bench import MORE_TAPS, TAPS, Bench, Guest
@@ -18,6 +17,7 @@ from vm_bench import MORE_TAPS, TAPS, Bench, Guest
 from godwit.client.kvm import why_unusable
 from lab.emulator import MARKER
 from lab.network import Network
+from lab.vm import vm_folder
 
 _TESTS = Path(__file__).parents[1]
 _HOMES = (_TESTS / "vm", _TESTS / "networks")
@@ -100,10 +100,10 @@ def bench() -> Iterator[Bench]:
     if why is not None:
         pytest.exit(f"the VM tests need KVM ({why}): 'make test' runs them in the lab", 1)
     # /run, in memory: the lab's other files come over a slow line.
-    with TemporaryDirectory(prefix="godwit-", dir="/run") as folder, Network() as net:
+    with vm_folder("/run", writable=True) as folder, Network() as net:
         for host in (net.a, net.b):
             net.add_taps(host, (*TAPS[2:], *MORE_TAPS))
-        _bench = Bench(net, Path(folder))
+        _bench = Bench(net, folder)
         try:
             yield _bench
         finally:

@@ -59,7 +59,7 @@ class Chain(NamedTuple):
 
     @property
     def pieces(self) -> int:
-        """The number of parts."""
+        """The number of parts, readable and writable."""
         return len(self.readable) + len(self.writable)
 
     def readable_size(self) -> int:

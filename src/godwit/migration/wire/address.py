@@ -91,7 +91,7 @@ class Address:
         return self._secret
 
     def listen(self) -> socket.socket:
-        """Return a listening socket.
+        """Return a socket listening at this address.
 
         Raises:
             ConfigError, HostError: the address cannot be had.
