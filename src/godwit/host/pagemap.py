@@ -8,6 +8,7 @@ only the file knows all: SEEK_DATA and SEEK_HOLE (lseek(2)).
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import struct
 from collections.abc import Iterator
@@ -42,11 +43,25 @@ def populated(start: int, size: int) -> list[Pages]:
     Raises:
         HostError, OSError: the kernel does not answer.
     """
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        try:
-            return list(_scan(pagemap.fileno(), start, size))
-        except OSError:  # an older kernel, ENOTTY; or a sandbox that knows its ioctls
-            return list(_read(pagemap.fileno(), start, size))
+    fd = _fd()
+    try:
+        return list(_scan(fd, start, size))
+    except OSError:  # an older kernel, ENOTTY; or a sandbox that knows its ioctls
+        return list(_read(fd, start, size))
+
+
+@functools.cache
+def _fd() -> int:
+    """Return the descriptor of the process's page map, for good.
+
+    A process that became another user cannot open its own any more.
+    """
+    return os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def keep_open() -> None:
+    """Open the process's page map, while the process may."""
+    _fd()
 
 
 def populated_file(fd: int, start: int, size: int) -> list[Pages]:
