@@ -156,7 +156,7 @@ def _editable(sites: set[str]) -> Iterator[str]:
 
 
 def _load_what_comes_later() -> None:
-    """Import what is otherwise imported when it is needed: the user may not read these files."""
+    """Import and open what is otherwise opened when needed: the user may not read these files."""
     import traceback
 
     from godwit.announce import verify
@@ -166,15 +166,5 @@ def _load_what_comes_later() -> None:
     from godwit.migration.wire import acceptor
     from godwit.qmp import commands
 
-    del (
-        acceptor,
-        commands,
-        destination,
-        guest,
-        pagemap,
-        snapshot,
-        sockets,
-        source,
-        traceback,
-        verify,
-    )
+    pagemap.keep_open()
+    del acceptor, commands, destination, guest, snapshot, sockets, source, traceback, verify

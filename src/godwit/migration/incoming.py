@@ -26,8 +26,8 @@ class Incoming(ABC):
 
     Attributes:
         packets: the guest's packet handover, if there is one.
-        owned: the guest is this VM's own: the guest has run here, and the source knows, or queries until
-            answered.
+        owned: the guest is this VM's own: the guest has run here, and the source knows, or queries
+            until answered.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ import ctypes
 import os
 import resource
 from collections.abc import Collection
+from contextlib import suppress
 
 from godwit.errors import ConfigError, HostError
 
@@ -49,7 +50,8 @@ def become(uid: int, gid: int, realtime: int = 1) -> None:
         HostError: the kernel refuses.
     """
     try:
-        resource.setrlimit(resource.RLIMIT_RTPRIO, (realtime, realtime))
+        with suppress(OSError, ValueError):  # root of a container may not: without realtime, then
+            resource.setrlimit(resource.RLIMIT_RTPRIO, (realtime, realtime))
         os.setgroups([])
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
