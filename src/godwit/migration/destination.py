@@ -20,7 +20,7 @@ from .incoming import Incoming, TakeOver
 from .packets.destination import PacketDestination
 from .times import TIMES, Times
 from .wire import messages
-from .wire.compatibility import check
+from .wire.compatibility import adopt, check
 from .wire.messages import Kind
 from .wire.sockets import Address, SocketConnection
 from .wire.stream import WaitingConnection
@@ -123,6 +123,7 @@ class Destination(Incoming):
                     self.packets = PacketDestination(
                         self._guest, connection, hello.cookie, self._times
                     )
+                adopt(hello, self._guest.machine)
                 hints = {device.id: device.hints for device in hello.devices}
                 self._guest.machine.prepare({id: hint for id, hint in hints.items() if hint})
                 self._receiver.receive(connection)

@@ -244,6 +244,14 @@ class Vcpu(_Handle):
         """Return the frequency of the guest's TSC in kilohertz."""
         return self.ioctl(abi.GET_TSC_KHZ)
 
+    def set_tsc_khz(self, khz: int) -> None:
+        """Set the frequency of the guest's TSC in kilohertz.
+
+        Where KVM lacks CAP_TSC_CONTROL, it takes a higher one and does not give it
+        (arch/x86/kvm/x86.c, set_tsc_khz).
+        """
+        self.ioctl(abi.SET_TSC_KHZ, khz)
+
     def get_msrs(self, indices: list[int]) -> list[tuple[int, int]]:
         """Return (index, value) of the MSRs before the first KVM cannot read."""
         buffer = bytearray(msr_query(tuple(indices)))

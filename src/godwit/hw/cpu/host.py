@@ -1,0 +1,35 @@
+"""A host's CPU, described without a guest."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from godwit.errors import KvmError
+from godwit.host.kvm import abi
+from godwit.host.kvm.cpuid import guest_cpuid
+from godwit.host.kvm.handles import System
+
+from .description import Cpu
+from .msrs import told_of
+
+
+def describe(system: System) -> Cpu:
+    """Return the most that this host can tell a guest, as a guest with one vCPU would have it.
+
+    Raises:
+        KvmError: KVM does not show what a vCPU is like.
+    """
+    deadline = bool(system.check(abi.CAP_TSC_DEADLINE_TIMER))
+    entries = guest_cpuid(system.supported_cpuid(), 0, 1, deadline)
+    try:
+        with ExitStack() as undo:
+            vcpu = undo.enter_context(undo.enter_context(system.create_vm()).create_vcpu(0))
+            vcpu.set_cpuid(entries)
+            return Cpu(
+                cpuid=entries,
+                tsc_khz=vcpu.tsc_khz(),
+                tsc_scaling=bool(system.check(abi.CAP_TSC_CONTROL)),
+                msrs=told_of(vcpu.readable_msrs(system.msr_indices()), entries),
+            )
+    except OSError as error:
+        raise KvmError(f"KVM does not show what a vCPU is like: {error}") from error
