@@ -49,8 +49,8 @@ def run(
     Standard output and error both arrive at once on this process's standard output. Standard
     input is empty. ``rw`` names directories (made if missing) shared for writing. The emulated
     host gives the command PATH, HOME, TERM, GODWIT_CACHE and ``env``, and the machine itself its
-    whole environment and ``env``. ``cpu`` is the model of an emulated host's CPUs. An emulated host that dies before the command starts is booted
-    again.
+    whole environment and ``env``. ``cpu`` is the model of an emulated host's CPUs. An emulated
+    host that dies before the command starts is booted again.
 
     Raises:
         LabCrashed: the emulated host died without a result.
