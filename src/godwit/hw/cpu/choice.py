@@ -47,7 +47,10 @@ def _names(config: CpuConfig) -> set[str]:
 def _of_file(path: str, offered: list[Entry], count: int, off: set[str]) -> list[Entry]:
     from .files import read
 
-    asked = read(path).cpuid
+    try:
+        asked = read(path).cpuid
+    except ConfigError as error:
+        raise ConfigError(f"{error}; --cpu takes host, {', '.join(LEVELS)} or a file") from error
     deadline = has(features(asked), "tsc-deadline")
     entries = without(guest_cpuid(asked, 0, count, deadline), off)
     lacking = lacks(entries, offered, f"--cpu {path} asks for")

@@ -45,9 +45,10 @@ def read(path: str) -> Cpu:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"cannot read the CPU description '{path}': {reason}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ConfigError(f"cannot read the CPU description '{path}': it is no regular file")
     with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ConfigError(f"cannot read the CPU description '{path}': it is no regular file")
         text = file.read(_LONGEST + 1)
     if len(text) > _LONGEST:
         raise ConfigError(f"'{path}' is no CPU description: it has more than {_LONGEST} bytes")

@@ -19,6 +19,7 @@ def describe(system: System) -> Cpu:
     Raises:
         KvmError: KVM does not show what a vCPU is like.
     """
+    listed = [index for index in system.msr_indices() if index != abi.MSR_TSC]  # a clock
     deadline = bool(system.check(abi.CAP_TSC_DEADLINE_TIMER))
     entries = guest_cpuid(system.supported_cpuid(), 0, 1, deadline)
     try:
@@ -29,7 +30,7 @@ def describe(system: System) -> Cpu:
                 cpuid=entries,
                 tsc_khz=vcpu.tsc_khz(),
                 tsc_scaling=bool(system.check(abi.CAP_TSC_CONTROL)),
-                msrs=told_of(vcpu.readable_msrs(system.msr_indices()), entries),
+                msrs=told_of(vcpu.readable_msrs(listed), entries),
             )
     except OSError as error:
         raise KvmError(f"KVM does not show what a vCPU is like: {error}") from error
