@@ -39,6 +39,7 @@ class FakeCpu(NamedTuple):
     tsc_scaling: bool = True
     #: MSRs that KVM lists and has.
     msrs: tuple[int, ...] = MSRS
+    arch_capabilities: int = 0
     #: True if KVM refuses another CPUID than that of a host's own guests.
     stubborn: bool = False
 
@@ -303,6 +304,10 @@ class FakeSystem(System):
     def supported_cpuid(self) -> list[Entry]:
         """Return the host's CPUID."""
         return list(self.cpu.cpuid)
+
+    def feature_msr(self, index: int) -> int:
+        """Return the host's ARCH_CAPABILITIES, and 0 for other MSRs."""
+        return self.cpu.arch_capabilities if index == abi.MSR_ARCH_CAPABILITIES else 0
 
     def msr_indices(self) -> list[int]:
         """Return the MSRs of the fake vCPUs, the TSC, and one that no vCPU has."""

@@ -6,7 +6,7 @@ import pytest
 
 from godwit.host.kvm.cpuid import Entry
 from godwit.hw.cpu import msrs
-from godwit.hw.cpu.compare import lacks, lacks_msrs, same_rate
+from godwit.hw.cpu.compare import lacks, lacks_capabilities, lacks_msrs, same_rate
 from godwit.hw.cpu.features import NAMES, PLACES, spelled
 from tests.fakes.cpus import _V3, EPYC, HASWELL, SKYLAKE, entries
 
@@ -130,6 +130,14 @@ def test_msrs_of_what_a_guest_was_not_told_are_none_of_its_state() -> None:
     ]
     bare = entries("fpu")
     assert msrs.told_of(listed, bare) == [0x277, 0x4B564D00]
+
+
+def test_what_a_guest_would_not_mitigate_is_named() -> None:
+    assert lacks_capabilities(0b1, 0b1) == lacks_capabilities(0, 0b1) == []
+    assert lacks_capabilities(0b100, 0) == []  # RSBA is a vice
+    (sentence,) = lacks_capabilities(1 | 1 << 5 | 1 << 60, 1 << 19)
+    assert "told 0x1000000000000021 in the MSR ARCH_CAPABILITIES" in sentence
+    assert "differs in RDCL_NO, MDS_NO, RRSBA and bit 60" in sentence
 
 
 @pytest.mark.parametrize(

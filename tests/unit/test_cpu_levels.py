@@ -212,6 +212,17 @@ def test_a_baseline_promises_a_rate_only_if_all_keep_it(
     assert both.msrs == [0x277]
 
 
+def test_a_baseline_of_hosts_with_other_holes_has_no_list_of_them() -> None:
+    cpuid = entries(f"{_V3} arch_capabilities")
+    one, other = (Cpu(cpuid, 1_000_000, True, [], value) for value in (8, 9))
+    both = baseline([one, other])
+    assert not has(features(both.cpuid), "arch_capabilities")
+    assert both.arch_capabilities == 0
+    alike = baseline([one, one])
+    assert has(features(alike.cpuid), "arch_capabilities")
+    assert alike.arch_capabilities == 8
+
+
 # --- vCPUs ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_the_first_vcpus_cpuid_makes_the_others(count: int) -> None:

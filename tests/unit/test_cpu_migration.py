@@ -118,6 +118,24 @@ def test_a_host_that_lacks_something_refuses_by_name() -> None:
         assert part in why
 
 
+def test_a_host_with_holes_that_the_guest_does_not_mitigate_refuses() -> None:
+    one, other = (
+        FakeCpu(entries(f"{_V3} arch_capabilities"), arch_capabilities=value) for value in (9, 8)
+    )
+    assert "ARCH_CAPABILITIES, this CPU has 0x8, which differs in RDCL_NO" in refusal(
+        hello_of(one), other
+    )
+    assert refusal(hello_of(other), one) == ""
+    # Told nothing of it, a guest mitigates all.
+    assert refusal(hello_of(one, cpu=LEVEL), other) == ""
+    # What a guest was told goes with it to the next host.
+    with host(one) as made:
+        arrived(hello_of(other), made)
+        described = compatibility.describe(made.machine, TOKEN).cpu
+    assert described is not None
+    assert described.arch_capabilities == 8
+
+
 def test_a_host_that_has_more_takes_the_guest() -> None:
     assert refusal(hello_of(HASWELL), SKYLAKE) == ""
 

@@ -58,6 +58,8 @@ class Board:
             self.readable_msrs = vcpus[0].readable_msrs(self._listed)
             self._msrs: list[int] | None = None
             self.xsave_components: int | None = None
+            #: The MSR of that name as a guest from elsewhere was told.
+            self.arch_capabilities: int | None = None
             # Once the guest runs, its vCPUs answer nobody else.
             self.host_tsc_khz = self.tsc_khz = vcpus[0].tsc_khz()
             self.vcpus = [

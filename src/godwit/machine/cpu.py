@@ -9,11 +9,13 @@ from godwit.errors import StreamError
 from godwit.host.kvm import abi
 from godwit.host.kvm.cpuid import Entry
 from godwit.hw.cpu import xsave
-from godwit.hw.cpu.compare import TSC_PPM, lacks, lacks_msrs, same_rate
+from godwit.hw.cpu.compare import TSC_PPM, lacks, lacks_capabilities, lacks_msrs, same_rate
 from godwit.hw.cpu.description import Cpu, check_entries
 from godwit.hw.cpu.features import features, has
 
 from .board import Board
+
+_ARCH_CAPABILITIES = "arch_capabilities"
 
 
 def describe(board: Board) -> Cpu:
@@ -23,6 +25,7 @@ def describe(board: Board) -> Cpu:
         tsc_khz=board.tsc_khz,
         tsc_scaling=_scales(board),
         msrs=board.msrs,
+        arch_capabilities=_arch_capabilities(board),
     )
 
 
@@ -34,6 +37,9 @@ def problems(board: Board, cpu: Cpu) -> list[str]:
     """
     check_entries(cpu.cpuid)
     found = lacks(cpu.cpuid, board.offered_cpuid())
+    if has(features(cpu.cpuid), _ARCH_CAPABILITIES):
+        here = board.system.feature_msr(abi.MSR_ARCH_CAPABILITIES)
+        found += lacks_capabilities(cpu.arch_capabilities, here)
     found += lacks_msrs(cpu.msrs, board.readable_msrs)
     rate = _rate_problem(board, cpu)
     return [*found, rate] if rate else found
@@ -45,6 +51,7 @@ def adopt(board: Board, cpu: Cpu) -> None:
     Raises:
         StreamError: KVM does not take the CPUID, or the rate of the TSC.
     """
+    board.arch_capabilities = cpu.arch_capabilities
     board.xsave_components = xsave.layout(cpu.cpuid).user
     try:
         board.adopt_cpu(cpu.cpuid, cpu.tsc_khz)
@@ -66,6 +73,14 @@ def _scale(board: Board, khz: int) -> None:
             ) from error
         if not same_rate(khz, got):
             raise StreamError(f"vCPU {vcpu.index}: KVM made the TSC {got} kHz instead of {khz}")
+
+
+def _arch_capabilities(board: Board) -> int:
+    if board.arch_capabilities is not None:
+        return board.arch_capabilities
+    if not has(features(board.cpuid), _ARCH_CAPABILITIES):
+        return 0
+    return board.system.feature_msr(abi.MSR_ARCH_CAPABILITIES)
 
 
 def _scales(board: Board) -> bool:

@@ -123,6 +123,15 @@ class System(_Handle):
             abi.CPUID_ENTRY.unpack_from(raw, start + i * abi.CPUID_ENTRY.size) for i in range(used)
         ]
 
+    def feature_msr(self, index: int) -> int:
+        """Return the value of an MSR with features as KVM shows it to a guest, 0 without one."""
+        buffer = bytearray(msr_query((index,)))
+        try:
+            got = ioctl_out(self.fd, abi.GET_MSRS, buffer)
+        except OSError:  # before Linux 4.17
+            return 0
+        return int.from_bytes(buffer[-8:], "little") if got == 1 else 0
+
     def msr_indices(self) -> list[int]:
         """Return the indices of the MSRs that make up a vCPU's state."""
         count = 1024

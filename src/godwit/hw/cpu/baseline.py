@@ -26,7 +26,7 @@ def baseline(cpus: Sequence[Cpu]) -> Cpu:
     """Return what all CPUs can give a guest.
 
     A guest is not told to rely on the rate of the TSC if that is not the same everywhere, and not
-    made so by KVM.
+    made so by KVM; nor of ARCH_CAPABILITIES if that differs.
 
     Raises:
         ConfigError: the CPUs are of several vendors, or lay out XSAVE's area differently.
@@ -36,11 +36,15 @@ def baseline(cpus: Sequence[Cpu]) -> Cpu:
     scaling = all(cpu.tsc_scaling for cpu in cpus)
     if not scaling and not same_rate(min(rates), max(rates)):
         entries = without(entries, ("invtsc", "tsc-deadline"))
+    capabilities = {cpu.arch_capabilities for cpu in cpus}
+    if len(capabilities) > 1:
+        entries = without(entries, ("arch_capabilities",))
     return Cpu(
         cpuid=entries,
         tsc_khz=min(rates),
         tsc_scaling=scaling,
         msrs=sorted(set[int].intersection(*(set(cpu.msrs) for cpu in cpus))),
+        arch_capabilities=min(capabilities) if len(capabilities) == 1 else 0,
     )
 
 

@@ -30,6 +30,20 @@ SIZES: tuple[tuple[_Register, int, int, str], ...] = (
     ((0xA, 0, EDX), 5, 8, "bits in a fixed performance counter"),
     ((0x80000022, 0, EBX), 0, 4, "core performance counters"),
 )
+#: Bits of the MSR ARCH_CAPABILITIES (Intel SDM volume 4, table 2-2).
+_CAPABILITIES = {
+    **dict(enumerate(["RDCL_NO", "IBRS_ALL", "RSBA", "SKIP_L1DFL_VMENTRY", "SSB_NO", "MDS_NO"])),
+    **dict(enumerate(["IF_PSCHANGE_MC_NO", "TSX_CTRL", "TAA_NO"], 6)),
+    **dict(enumerate(["SBDR_SSDP_NO", "FBSDP_NO", "PSDP_NO"], 13)),
+    **dict(enumerate(["GDS_CTRL", "GDS_NO", "RFDS_NO", "RFDS_CLEAR"], 25)),
+    17: "FB_CLEAR",
+    19: "RRSBA",
+    20: "BHI_NO",
+    24: "PBRSB_NO",
+    62: "ITS_NO",
+}
+#: Of those, RSBA and RRSBA: to have them is worse.
+_WORSE = 1 << 2 | 1 << 19
 #: Leaves that describe a thing which a guest uses as described, or not at all.
 EXACT = {
     0x12: "SGX",
@@ -65,6 +79,18 @@ def lacks(
     found += _smaller(told, offered, who, whose)
     found += _other_leaves(told, offered, who, whose)
     return found
+
+
+def lacks_capabilities(told: int, here: int) -> list[str]:
+    """Return a sentence about what a guest does not mitigate and a CPU here needs, if it does."""
+    missing = told & ~here & ~_WORSE | here & ~told & _WORSE
+    if not missing:
+        return []
+    names = [_CAPABILITIES.get(bit, f"bit {bit}") for bit in range(64) if missing >> bit & 1]
+    return [
+        f"the guest was told {told:#x} in the MSR ARCH_CAPABILITIES, this CPU has {here:#x}, which "
+        f"differs in {listed(names)}: the guest would not mitigate what this CPU needs"
+    ]
 
 
 def lacks_msrs(told: Iterable[int], settable: Iterable[int]) -> list[str]:

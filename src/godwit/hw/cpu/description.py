@@ -8,7 +8,7 @@ import msgspec
 
 from godwit.errors import StreamError
 from godwit.host.kvm.cpuid import Entry
-from godwit.spec.saved import U32
+from godwit.spec.saved import U32, U64
 
 #: KVM takes so many CPUID entries (arch/x86/include/asm/kvm_host.h, KVM_MAX_CPUID_ENTRIES).
 MAX_ENTRIES = 256
@@ -26,6 +26,7 @@ class Cpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tsc_khz: the rate of the TSC.
         tsc_scaling: True if KVM can give a guest another rate there.
         msrs: indices of the MSRs that make up a vCPU's state.
+        arch_capabilities: the MSR of that name, which has what a guest need not mitigate.
     """
 
     cpuid: Annotated[
@@ -35,6 +36,7 @@ class Cpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tsc_khz: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
     tsc_scaling: bool
     msrs: Annotated[list[U32], msgspec.Meta(max_length=1024)]
+    arch_capabilities: U64 = 0
 
 
 def check_entries(entries: list[Entry]) -> None:

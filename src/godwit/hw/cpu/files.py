@@ -27,7 +27,9 @@ def to_text(cpu: Cpu) -> str:
     """Return a CPU as JSON, with a line for each CPUID entry."""
     encode = msgspec.json.encode
     entries = ",\n  ".join(encode(entry).decode() for entry in cpu.cpuid)
-    rest = encode({"tsc_khz": cpu.tsc_khz, "tsc_scaling": cpu.tsc_scaling, "msrs": cpu.msrs})
+    rest = encode(
+        {name: value for name, value in msgspec.structs.asdict(cpu).items() if name != "cpuid"}
+    )
     return (
         '{"godwit-cpu": 1, "cpu": {"cpuid": [\n  ' + entries + "\n ],\n " + rest.decode()[1:-1]
     ) + "}}"

@@ -31,6 +31,7 @@ def describe(system: System) -> Cpu:
                 tsc_khz=vcpu.tsc_khz(),
                 tsc_scaling=bool(system.check(abi.CAP_TSC_CONTROL)),
                 msrs=told_of(vcpu.readable_msrs(listed), entries),
+                arch_capabilities=system.feature_msr(abi.MSR_ARCH_CAPABILITIES),
             )
     except OSError as error:
         raise KvmError(f"KVM does not show what a vCPU is like: {error}") from error
