@@ -6,11 +6,13 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from godwit.cli import main
 from godwit.cli.cpu import baseline, describe
 from godwit.errors import ConfigError, GodwitError, HostError
 from godwit.hw.cpu import files
@@ -60,6 +62,19 @@ def test_a_baseline_is_for_all_its_hosts_and_for_no_other(
     assert told["skylake"] == told["haswell"]
     with pytest.raises(HostError, match=r"both.json asks for.*GenuineIntel, this CPU is of Auth"):
         chosen(CpuConfig(str(both)), files.read(str(described["epyc"])).cpuid, 2)
+
+
+def test_the_command_line_has_both(
+    described: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(described[name]) for name in ("skylake", "haswell")]
+    assert main.main(["cpu", "baseline", *paths]) == 0
+    assert json.loads(capsys.readouterr().out)["godwit-cpu"] == 1
+    assert main.main(["cpu", "baseline", str(described["epyc"]), paths[0]]) == 1
+    assert "godwit: CPUs of AuthenticAMD and GenuineIntel" in capsys.readouterr().err
+    with mock.patch("godwit.cli.cpu.describe", return_value=0) as called:
+        assert main.main(["cpu", "describe"]) == 0
+    called.assert_called_once_with()
 
 
 def test_a_host_that_lacks_what_a_file_asks_for_is_refused_by_name(
