@@ -39,6 +39,8 @@ class FakeCpu(NamedTuple):
     tsc_scaling: bool = True
     #: MSRs that KVM lists and has.
     msrs: tuple[int, ...] = MSRS
+    #: MSRs that KVM has and does not list.
+    unlisted_msrs: tuple[int, ...] = ()
     arch_capabilities: int = 0
     #: True if KVM refuses another CPUID than that of a host's own guests.
     stubborn: bool = False
@@ -169,7 +171,7 @@ class FakeVcpu(Vcpu):
         self.xsave_size = abi.XSAVE_SIZE
         self.exits: deque[Callable[[], None]] = deque()
         self.structs: dict[int, bytes] = {}
-        self.msrs: dict[int, int] = dict.fromkeys(self._cpu.msrs, 0)
+        self.msrs: dict[int, int] = dict.fromkeys((*self._cpu.msrs, *self._cpu.unlisted_msrs), 0)
         self._offset = 0
         self._kicked = threading.Condition()
 

@@ -136,6 +136,15 @@ def test_a_host_with_holes_that_the_guest_does_not_mitigate_refuses() -> None:
     assert described.arch_capabilities == 8
 
 
+def test_an_msr_that_kvm_has_and_does_not_list_is_no_lack() -> None:
+    # As K7_HWCR, which KVM took long before it was in the list.
+    hello = hello_of(HASWELL._replace(msrs=(*HASWELL.msrs, 0xC0010015)))
+    assert "MSR 0xc0010015 (K7_HWCR), this host's KVM has none" in refusal(hello, HASWELL)
+    with host(HASWELL._replace(unlisted_msrs=(0xC0010015,))) as made:
+        arrived(hello, made)
+        assert 0xC0010015 not in made.machine.board.msrs
+
+
 def test_a_host_that_has_more_takes_the_guest() -> None:
     assert refusal(hello_of(HASWELL), SKYLAKE) == ""
 
@@ -331,6 +340,23 @@ def test_a_guest_takes_its_cpu_along(tmp_path: Path) -> None:
     try:
         migration.run()
         assert migration.here.statuses[-1] == "completed", migration.source.report
+        here, there = (side.host.vcpus[0].cpuid for side in (migration.here, migration.there))
+        assert there == here
+    finally:
+        migration.close()
+
+
+def test_a_guest_in_a_file_keeps_its_cpu(tmp_path: Path) -> None:
+    migration = Migration(tmp_path, cpus=(HASWELL, SKYLAKE))
+    uri = f"file:{tmp_path}/guest"
+    try:
+        migration.here.migrations.migrate(uri, False)
+        migration.finish()
+        migration.there.migrations.await_guest(uri, False)
+        incoming = migration.there.migrations._incoming
+        assert incoming is not None
+        incoming._thread.join(30)
+        assert migration.there.failures == []
         here, there = (side.host.vcpus[0].cpuid for side in (migration.here, migration.there))
         assert there == here
     finally:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from vm_bench import Bench, Guest
 
 from lab.agent import Agent
@@ -24,16 +25,20 @@ def test_a_guest_that_was_told_more_is_refused_by_name(bench: Bench, between: Pa
     assert "this CPU has none" in vm.console
 
 
-def test_a_guest_of_a_level_goes_on_and_sees_the_same_cpu(bench: Bench, between: Path) -> None:
-    vm = bench.run(bench.net.b, "--incoming", f"file:{between}/level")
+@pytest.mark.parametrize("level", ["x86-64-v2", "x86-64-v3"])
+def test_a_guest_of_a_level_goes_on_and_sees_the_same_cpu(
+    bench: Bench, between: Path, level: str
+) -> None:
+    bench.drop_guest()
+    vm = bench.run(bench.net.b, "--incoming", f"file:{between}/{level}")
     vm.qmp.execute("query-status")
     vm.event("RESUME")
     agent = Agent("10.0.0.2", bench.net.client.netns)
     agent.ping(60)
     guest = bench.guest = Guest(vm, agent, 0.0)
-    told = (between / "level.cpuid").read_text()
+    told = (between / f"{level}.cpuid").read_text()
     assert agent.cpuid() == told
-    assert agent.sh("grep -m1 'model name' /proc/cpuinfo").count("Godwit x86-64-v2") == 1
+    assert agent.sh("grep -m1 'model name' /proc/cpuinfo").count(f"Godwit {level}") == 1
     # A host that got the CPU itself hands it on.
     target = bench.run(bench.net.a, "--incoming", "defer")
     target.qmp.execute("query-status")

@@ -40,7 +40,7 @@ def problems(board: Board, cpu: Cpu) -> list[str]:
     if has(features(cpu.cpuid), _ARCH_CAPABILITIES):
         here = board.system.feature_msr(abi.MSR_ARCH_CAPABILITIES)
         found += lacks_capabilities(cpu.arch_capabilities, here)
-    found += lacks_msrs(cpu.msrs, board.readable_msrs)
+    found += lacks_msrs(cpu.msrs, _settable_msrs(board, cpu.msrs))
     rate = _rate_problem(board, cpu)
     return [*found, rate] if rate else found
 
@@ -59,6 +59,12 @@ def adopt(board: Board, cpu: Cpu) -> None:
         raise StreamError(f"KVM refused the CPUID that the guest was told: {error}") from error
     if _scales(board) and not same_rate(cpu.tsc_khz, board.host_tsc_khz):
         _scale(board, cpu.tsc_khz)
+
+
+def _settable_msrs(board: Board, asked: list[int]) -> list[int]:
+    """Return the MSRs that KVM has here, and those asked for that KVM has without listing them."""
+    unlisted = [index for index in asked if index not in board.readable_msrs]
+    return [*board.readable_msrs, *board.vcpus[0].vcpu.readable_msrs(unlisted)]
 
 
 def _scale(board: Board, khz: int) -> None:
