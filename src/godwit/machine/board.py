@@ -29,11 +29,11 @@ class Board:
     """A machine without devices, whose vCPUs' threads wait.
 
     Attributes:
-        cpuid: the CPUID that the guest's first vCPU has.
-        readable_msrs: indices of the MSRs that make up a vCPU's state here, but for the TSC.
-        host_tsc_khz: the rate that a TSC has here without being asked to change.
-        tsc_khz: the rate that the guest was told, which is another if it came from another host.
-        xsave_components: the XSAVE components that a guest from elsewhere was told of; a bit each.
+        cpuid: the CPUID of the guest's first vCPU.
+        readable_msrs: indices of the MSRs of a vCPU's state here, but for the TSC.
+        host_tsc_khz: the rate of a TSC here, unless scaled.
+        tsc_khz: the rate the guest was told, perhaps on another host.
+        xsave_components: the XSAVE components a guest from elsewhere was told of; a bit each.
 
     Raises:
         HostError: KVM is missing, or the host lacks what the guest's CPU has.
@@ -71,7 +71,7 @@ class Board:
             self._undo = undo.pop_all()
 
     def offered_cpuid(self) -> list[Entry]:
-        """Return the CPUID of the first vCPU with all that this host offers."""
+        """Return the CPUID of the first vCPU with all this host offers."""
         deadline = bool(self.system.check(abi.CAP_TSC_DEADLINE_TIMER))
         return guest_cpuid(self.system.supported_cpuid(), 0, self.config.cpus, deadline)
 
@@ -85,7 +85,7 @@ class Board:
 
     @property
     def msrs(self) -> list[int]:
-        """Indices of the MSRs, but for the TSC, that make up a vCPU's state for this guest."""
+        """Indices of the MSRs of a vCPU's state for this guest, but for the TSC."""
         if self._msrs is None:
             from godwit.hw.cpu.msrs import told_of  # for a migration alone
 
@@ -93,7 +93,7 @@ class Board:
         return self._msrs
 
     def adopt_cpu(self, cpuid: list[Entry], tsc_khz: int) -> None:
-        """Give the vCPUs, none of which has run, the CPUID that a guest was told elsewhere.
+        """Give the vCPUs, none of which has run, the CPUID a guest was told elsewhere.
 
         Raises:
             OSError: KVM refuses the CPUID.

@@ -1,4 +1,4 @@
-"""The guest's CPU on its way to another host: described, compared, and adopted.
+"""The guest's CPU on the way to another host: described, compared, and adopted.
 
 Nothing of this is imported before a migration needs it.
 """
@@ -46,7 +46,7 @@ def problems(board: Board, cpu: Cpu) -> list[str]:
 
 
 def adopt(board: Board, cpu: Cpu) -> None:
-    """Give the vCPUs the CPU that the guest was told, before any of its state is loaded.
+    """Give the vCPUs the CPU the guest was told, before any of its state is loaded.
 
     Raises:
         StreamError: KVM does not take the CPUID, or the rate of the TSC.
@@ -62,7 +62,7 @@ def adopt(board: Board, cpu: Cpu) -> None:
 
 
 def _settable_msrs(board: Board, asked: list[int]) -> list[int]:
-    """Return the MSRs that KVM has here, and those asked for that KVM has without listing them."""
+    """Return the MSRs KVM lists here, and of the others asked for the ones KVM has as well."""
     unlisted = [index for index in asked if index not in board.readable_msrs]
     return [*board.readable_msrs, *board.vcpus[0].vcpu.readable_msrs(unlisted)]
 

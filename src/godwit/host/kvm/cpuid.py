@@ -37,7 +37,7 @@ def _topology(function: int, index: int, count: int, width: int) -> list[Entry]:
 
 
 def for_vcpu(first: list[Entry], index: int) -> list[Entry]:
-    """Return the CPUID of vCPU ``index``, from the first vCPU's: the same but for its APIC id."""
+    """Return the CPUID of vCPU ``index``, from the first vCPU's: the same but for the APIC id."""
     entries = []
     for function, sub, flags, eax, ebx, ecx, edx in first:
         if function == 1:

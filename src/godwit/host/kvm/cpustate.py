@@ -118,8 +118,8 @@ def load_vcpu(
     ``reset``: MSRs that are so already are left alone. Most are (machine check banks, MTRRs,
     counters), and setting them takes several times as long as the others.
 
-    ``components``: the XSAVE components that the guest was told of. KVM of old saves all that its
-    host has, PKRU in any case (before Linux 6.6), and no KVM takes what its own host lacks.
+    ``components``: the XSAVE components the guest was told of. KVM of old saves all of the host's,
+    PKRU in any case (before Linux 6.6), and no KVM takes what the own host lacks.
 
     Raises:
         StreamError: KVM does not take a part; the message names it.

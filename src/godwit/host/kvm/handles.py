@@ -256,7 +256,7 @@ class Vcpu(_Handle):
     def set_tsc_khz(self, khz: int) -> None:
         """Set the frequency of the guest's TSC in kilohertz.
 
-        Where KVM lacks CAP_TSC_CONTROL, it takes a higher one and does not give it
+        Where KVM lacks CAP_TSC_CONTROL, a higher one is taken and not given
         (arch/x86/kvm/x86.c, set_tsc_khz).
         """
         self.ioctl(abi.SET_TSC_KHZ, khz)

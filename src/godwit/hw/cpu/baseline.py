@@ -1,4 +1,4 @@
-"""The CPU that all of some hosts can give: what ``godwit cpu baseline`` makes of descriptions."""
+"""The CPU all of some hosts can give: what ``godwit cpu baseline`` makes of descriptions."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _Registers = tuple[int, int, int, int]
 def baseline(cpus: Sequence[Cpu]) -> Cpu:
     """Return what all CPUs can give a guest.
 
-    A guest is not told to rely on the rate of the TSC if that is not the same everywhere, and not
-    made so by KVM; nor of ARCH_CAPABILITIES if that differs.
+    A guest is not told to rely on the rate of the TSC if the rates differ and not all KVMs can
+    scale, nor of ARCH_CAPABILITIES if the values differ.
 
     Raises:
         ConfigError: the CPUs are of several vendors, or lay out XSAVE's area differently.
@@ -49,10 +49,10 @@ def baseline(cpus: Sequence[Cpu]) -> Cpu:
 
 
 def intersection(one: list[Entry], other: list[Entry]) -> list[Entry]:
-    """Return the CPUID that both CPUs can give, in which order they are given.
+    """Return the CPUID both CPUs can give, in whichever order the two are named.
 
-    Feature bits are those of both, and numbers the smaller ones. Of what is no more and no less on
-    one of them (caches, family and model), the CPU with the smaller values is followed.
+    Feature bits are the common ones, and numbers the smaller ones. In what is neither more nor less
+    (caches, family and model), the CPU with the smaller values is followed.
 
     Raises:
         ConfigError: the vendors, or the layout of XSAVE's area, differ.

@@ -16,7 +16,7 @@ def chosen(config: CpuConfig, offered: list[Entry], count: int) -> list[Entry]:
     """Return the CPUID of the first of ``count`` vCPUs.
 
     Raises:
-        ConfigError: the configuration names a feature or a file that is none.
+        ConfigError: the configuration names no feature, or no file of a CPU.
         HostError: the host lacks what the configuration asks for.
     """
     off = _names(config)

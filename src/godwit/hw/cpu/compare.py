@@ -57,7 +57,7 @@ EXACT = {
 def lacks(
     told: list[Entry], offered: list[Entry], who: str = "the guest was told", whose: str = "this"
 ) -> list[str]:
-    """Return a sentence for each kind of thing in ``told`` that is not in ``offered``.
+    """Return a sentence for each kind of thing in ``told`` and not in ``offered``.
 
     Both are the CPUID of a first vCPU. ``who`` begins a sentence, ``whose`` CPU lacks the thing.
     """
@@ -82,7 +82,7 @@ def lacks(
 
 
 def lacks_capabilities(told: int, here: int) -> list[str]:
-    """Return a sentence about what a guest does not mitigate and a CPU here needs, if it does."""
+    """Return a sentence about what a guest does not mitigate and the CPU here needs, if any."""
     missing = told & ~here & ~_WORSE | here & ~told & _WORSE
     if not missing:
         return []
@@ -94,7 +94,7 @@ def lacks_capabilities(told: int, here: int) -> list[str]:
 
 
 def lacks_msrs(told: Iterable[int], settable: Iterable[int]) -> list[str]:
-    """Return a sentence about the MSRs of a guest's state that cannot be set here, if there are."""
+    """Return a sentence about the MSRs of a guest's state KVM lacks here, if there are some."""
     missing = sorted(set(told) - set(settable))
     if not missing:
         return []

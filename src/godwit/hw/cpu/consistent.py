@@ -1,4 +1,4 @@
-"""CPUID without some features, and without what is nothing without those."""
+"""CPUID without some features, and without what needs them."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _by_register(function: int, index: int, registers: list[int]) -> Iterator[tu
 
 
 def _kept(value: int, bits: int | None, register: Register) -> int:
-    """Return a register with these feature bits, and its bits that follow from other things."""
+    """Return a register with these feature bits, and with bits derived from other things."""
     if bits is None:
         return value
     return value & (bits | DERIVED.get(register, 0))

@@ -1,4 +1,4 @@
-"""A CPU as HELLO, and the files of ``godwit cpu``, describe it."""
+"""A CPU as HELLO, and the files of ``godwit cpu``, describe one."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _Flags = Annotated[int, msgspec.Meta(ge=0, le=_SIGNIFICANT_INDEX)]
 
 
 class Cpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A guest's CPU, as the guest was told, or the most that a host can tell a guest.
+    """A guest's CPU, as the guest was told, or the most a host can tell a guest.
 
     Attributes:
         cpuid: the first vCPU's CPUID: function, index, flags, EAX, EBX, ECX, EDX. The layout of the
             XSAVE area is leaf 0xD.
         tsc_khz: the rate of the TSC.
         tsc_scaling: True if KVM can give a guest another rate there.
-        msrs: indices of the MSRs that make up a vCPU's state.
-        arch_capabilities: the MSR of that name, which has what a guest need not mitigate.
+        msrs: indices of the MSRs of a vCPU's state.
+        arch_capabilities: the MSR ARCH_CAPABILITIES: what a guest need not mitigate.
     """
 
     cpuid: Annotated[
@@ -40,7 +40,7 @@ class Cpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def check_entries(entries: list[Entry]) -> None:
-    """Refuse CPUID entries of which it is not certain which one KVM would show a guest.
+    """Refuse CPUID entries unless each leaf and index has exactly one.
 
     Raises:
         StreamError: a leaf is there twice, or with and without indices.

@@ -1,6 +1,6 @@
 """The feature bits of CPUID, each with its name.
 
-Names are QEMU's and Linux's, which are those of Intel's SDM (volume 2A, 'CPUID') and AMD's APM
+Names are QEMU's and Linux's, taken from Intel's SDM (volume 2A, 'CPUID') and AMD's APM
 (volume 3, appendix E) in small letters: target/i386/cpu.c, feature_word_info;
 arch/x86/include/asm/cpufeatures.h. KVM's own: Documentation/virt/kvm/x86/cpuid.rst.
 """
@@ -168,7 +168,7 @@ def _place(register: Register, bit: int) -> str:
 
 
 def features(entries: list[Entry]) -> dict[Register, int]:
-    """Return the feature bits that CPUID entries have, but for those that follow from others."""
+    """Return the feature bits of CPUID entries, without the derived ones."""
     found = {}
     for function, index, _, *registers in entries:
         for which, value in enumerate(registers):

@@ -1,4 +1,4 @@
-"""Descriptions and baselines of CPUs as JSON files, which are checked as they are read."""
+"""Descriptions and baselines of CPUs as JSON files, checked in the reading."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def to_text(cpu: Cpu) -> str:
 
 
 def read(path: str) -> Cpu:
-    """Return the CPU that a file describes.
+    """Return the CPU described in a file.
 
     Raises:
         ConfigError: the file cannot be read, or is no description; the message has the field.

@@ -14,7 +14,7 @@ from .msrs import told_of
 
 
 def describe(system: System) -> Cpu:
-    """Return the most that this host can tell a guest, as a guest with one vCPU would have it.
+    """Return the most this host can tell a guest, as for a guest with one vCPU.
 
     Raises:
         KvmError: KVM does not show what a vCPU is like.

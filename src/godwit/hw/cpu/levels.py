@@ -1,4 +1,4 @@
-"""The named baselines x86-64-v2 and x86-64-v3: the same CPU on every host that has the level.
+"""The named baselines x86-64-v2 and x86-64-v3: the same CPU on every host of the level.
 
 The levels are the psABI's (x86-64 psABI supplement, 3.1.1 'Processor Architecture'). What a stock
 kernel needs beside is what QEMU's qemu64 and kvm64 have (target/i386/cpu.c): paging, APIC, machine
@@ -57,7 +57,7 @@ _LINEAR_BITS = 48
 def level(entries: list[Entry], name: str, off: Collection[str] = ()) -> list[Entry]:
     """Return the first vCPU's CPUID, masked to a level and with the level's own identity.
 
-    ``off``: features of the level that are not asked for.
+    ``off``: features of the level to do without.
 
     Raises:
         HostError: the host lacks what the level asks for.

@@ -58,7 +58,7 @@ class Layout(NamedTuple):
 
 
 def layout(entries: list[Entry]) -> Layout:
-    """Return the layout that CPUID entries have."""
+    """Return the layout in CPUID leaf 0xD."""
     leaves = {entry[1]: entry[3:] for entry in entries if entry[0] == LEAF}
     main, more = leaves.get(0, (0, 0, 0, 0)), leaves.get(1, (0, 0, 0, 0))
     user, supervisor = main[3] << 32 | main[0], more[3] << 32 | more[2]
@@ -79,7 +79,7 @@ def name(number: int) -> str:
 
 
 def restricted(entries: list[Entry], user: int, supervisor: int) -> list[Entry]:
-    """Return CPUID entries with no more than these XSAVE components, and the sizes that follow."""
+    """Return CPUID entries with these XSAVE components alone, and the sizes of those."""
     old = layout(entries)
     user, supervisor = user & old.user, supervisor & old.supervisor
     kept = {n: c for n, c in old.components.items() if (user | supervisor) >> n & 1}
