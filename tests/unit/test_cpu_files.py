@@ -155,7 +155,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 @given(data=st.binary(max_size=200))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_whatever_a_file_holds_is_a_config_error(
     tmp_path_factory: pytest.TempPathFactory, data: bytes
 ) -> None:

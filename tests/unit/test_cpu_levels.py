@@ -93,7 +93,7 @@ def test_a_host_that_lacks_a_level_is_refused_by_name() -> None:
 
 @each
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_a_level_is_a_part_of_the_host_and_itself_again(name: str, data: st.DataObject) -> None:
     host = data.draw(cpus(LEVELS[name]))
     masked = level(host, name)
@@ -112,8 +112,30 @@ def test_what_is_off_takes_along_what_needs_it() -> None:
     assert xsave.layout(without(SKYLAKE.cpuid, ("xsave",))).user == 0
 
 
+def test_the_description_of_what_is_off_goes_as_well() -> None:
+    host = [*entries(f"{_V3} amx_tile"), (0x1D, 1, 1, 7, 0, 0, 0)]
+    assert leaf(without(host, ("avx",)), 0x1D, 1)[0] == 7
+    assert leaf(without(host, ("amx_tile",)), 0x1D, 1) == (0, 0, 0, 0)
+
+
+def test_the_compacted_area_has_its_size_anew() -> None:
+    # AVX, opmasks that may stand anywhere, and tiles that want 64 bytes' alignment (flag 2).
+    host: list[Entry] = [
+        (0xD, 0, 1, 7 | 1 << 5 | 1 << 18, 11008, 11008, 0),
+        (0xD, 1, 1, 0x1F, 1, 0, 0),
+        (0xD, 2, 1, 256, 576, 0, 0),
+        (0xD, 5, 1, 8, 1088, 0, 0),
+        (0xD, 18, 1, 8192, 2816, 2, 0),
+    ]
+    everything = (1 << 64) - 1
+    assert leaf(xsave.restricted(host, everything, 0), 0xD, 1)[1] == 576 + 256 + 64 + 8192
+    fewer = xsave.restricted(host, 7, 0)
+    assert leaf(fewer, 0xD, 1)[1] == leaf(fewer, 0xD)[1] == 576 + 256
+    assert leaf(fewer, 0xD, 18) == (0, 0, 0, 0)
+
+
 @given(host=cpus(), names=st.lists(st.sampled_from(sorted(PLACES)), max_size=5))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_what_is_off_is_gone_and_nothing_came(host: list[Entry], names: list[str]) -> None:
     masked = without(host, names)
     assert lacks(masked, host) == []
@@ -146,7 +168,7 @@ def test_no_such_feature_is_an_error() -> None:
 
 # --- what several hosts have in common ------------------------------------------------------------
 @given(one=cpus(), other=cpus())
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_an_intersection_is_a_part_of_both_and_commutes(
     one: list[Entry], other: list[Entry]
 ) -> None:
@@ -166,6 +188,14 @@ def test_an_intersection_keeps_what_both_have() -> None:
     assert leaf(both, 0xD)[1:3] == (832, 832)
     assert leaf(both, 0x80000008)[0] & 0xFF == 39
     assert intersection(SKYLAKE.cpuid, SKYLAKE.cpuid)[0] == SKYLAKE.cpuid[0]
+
+
+def test_events_that_one_host_lacks_are_lacking_in_both() -> None:
+    def events(missing: int) -> list[Entry]:
+        cpuid = entries(_V3, counters=4)
+        return [(f, i, g, a, missing if f == 0xA else b, c, d) for f, i, g, a, b, c, d in cpuid]
+
+    assert leaf(intersection(events(0b011), events(0b100)), 0xA)[1] == 0b111
 
 
 def test_hosts_of_two_vendors_or_layouts_have_no_baseline() -> None:
