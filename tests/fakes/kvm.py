@@ -236,6 +236,8 @@ class FakeVcpu(Vcpu):
             entry = abi.MSR_ENTRY.pack(abi.MSR_TSC, 0, self.tsc())
             _store(argument, abi.MSRS_HEADER.pack(1, 0) + entry)
             return 1
+        if request == abi.GET_TSC_KHZ and not self.tsc_hertz:
+            raise OSError(5, "Input/output error")
         if request == abi.GET_TSC_KHZ:
             return self.tsc_hertz // 1000
         return 0

@@ -115,7 +115,7 @@ def _whole() -> dict[str, Any]:
             {"cpu": {"cpuid": [[7, 0, 0, 0, 0, 0, 0], [7, 1, 1, 0, 0, 0, 0]]}},
             "leaf 0x7, index 1, is there twice",
         ),
-        ({"cpu": {"tsc_khz": 0}}, "tsc_khz"),
+        ({"cpu": {"tsc_khz": -1}}, "tsc_khz"),
         ({"cpu": {"tsc_khz": "fast"}}, "tsc_khz"),
         ({"cpu": {"msrs": [0] * 1025}}, "msrs"),
     ],

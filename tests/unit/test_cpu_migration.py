@@ -318,6 +318,15 @@ def test_a_rate_that_kvm_refuses_is_an_error() -> None:
             arrived(hello, made)
 
 
+def test_a_rate_that_nobody_knows_is_not_compared() -> None:
+    # KVM gives none where the host's TSC is unstable.
+    known, unknown = _at(2_000_000, False), _at(0, False)
+    assert refusal(hello_of(unknown), known) == refusal(hello_of(known), unknown) == ""
+    with host(_at(3_000_000, True)) as made:
+        arrived(hello_of(unknown), made)
+        assert made.vcpus[0].tsc_khz() == 3_000_000
+
+
 # --- whole migrations -----------------------------------------------------------------------------
 def test_a_guest_that_would_miss_something_stays(tmp_path: Path) -> None:
     migration = Migration(tmp_path, cpus=(SKYLAKE, HASWELL))

@@ -31,7 +31,7 @@ class Board:
     Attributes:
         cpuid: the CPUID of the guest's first vCPU.
         readable_msrs: indices of the MSRs of a vCPU's state here, but for the TSC.
-        host_tsc_khz: the rate of a TSC here, unless scaled.
+        host_tsc_khz: the rate of a TSC here, unless scaled; 0: not known.
         tsc_khz: the rate the guest was told, perhaps on another host.
         xsave_components: the XSAVE components a guest from elsewhere was told of; a bit each.
 
@@ -61,7 +61,7 @@ class Board:
             #: The MSR of that name as a guest from elsewhere was told.
             self.arch_capabilities: int | None = None
             # Once the guest runs, its vCPUs answer nobody else.
-            self.host_tsc_khz = self.tsc_khz = vcpus[0].tsc_khz()
+            self.host_tsc_khz = self.tsc_khz = _tsc_khz(vcpus[0])
             self.vcpus = [
                 VcpuThread(vcpu, self.ports, self.mmio, self._vcpu_exited) for vcpu in vcpus
             ]
@@ -163,3 +163,10 @@ class Board:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _tsc_khz(vcpu: Vcpu) -> int:
+    try:
+        return vcpu.tsc_khz()
+    except OSError:
+        return 0  # the host's TSC is unstable (Documentation/virt/kvm/api.rst, 4.56)

@@ -57,7 +57,7 @@ def adopt(board: Board, cpu: Cpu) -> None:
         board.adopt_cpu(cpu.cpuid, cpu.tsc_khz)
     except OSError as error:
         raise StreamError(f"KVM refused the CPUID that the guest was told: {error}") from error
-    if _scales(board) and not same_rate(cpu.tsc_khz, board.host_tsc_khz):
+    if cpu.tsc_khz and _scales(board) and not same_rate(cpu.tsc_khz, board.host_tsc_khz):
         _scale(board, cpu.tsc_khz)
 
 
@@ -94,7 +94,8 @@ def _scales(board: Board) -> bool:
 
 
 def _rate_problem(board: Board, cpu: Cpu) -> str | None:
-    if same_rate(cpu.tsc_khz, board.host_tsc_khz) or _scales(board):
+    known = cpu.tsc_khz and board.host_tsc_khz
+    if not known or same_rate(cpu.tsc_khz, board.host_tsc_khz) or _scales(board):
         return None
     relied_on = _relied_on(cpu.cpuid)
     if not relied_on:

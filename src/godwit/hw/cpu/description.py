@@ -23,7 +23,7 @@ class Cpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         cpuid: the first vCPU's CPUID: function, index, flags, EAX, EBX, ECX, EDX. The layout of the
             XSAVE area is leaf 0xD.
-        tsc_khz: the rate of the TSC.
+        tsc_khz: the rate of the TSC; 0: not known.
         tsc_scaling: True if KVM can give a guest another rate there.
         msrs: indices of the MSRs of a vCPU's state.
         arch_capabilities: the MSR ARCH_CAPABILITIES: what a guest need not mitigate.
@@ -33,7 +33,7 @@ class Cpu(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         list[tuple[U32, U32, _Flags, U32, U32, U32, U32]],
         msgspec.Meta(min_length=1, max_length=MAX_ENTRIES),
     ]
-    tsc_khz: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+    tsc_khz: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
     tsc_scaling: bool
     msrs: Annotated[list[U32], msgspec.Meta(max_length=1024)]
     arch_capabilities: U64 = 0
