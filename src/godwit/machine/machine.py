@@ -182,6 +182,7 @@ class Machine:
                 thread.revive()
             cpustate.load_platform(self.vm, initial.platform)
             self._load_clocks(initial.vcpus, initial.platform, time.monotonic())
+            self._board.arch_capabilities = None  # a new vCPU has this host's
             self._board.boot()
 
     def resume(self, on_phase: OnPhase = _ignore) -> None:
