@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a command in it: run -- COMMAND")
     run.add_argument("--timeout", type=float, default=600.0, help="seconds (default 600)")
     run.add_argument("--cpus", type=int, default=2, help="of the host (default %(default)s)")
+    run.add_argument("--cpu", help="QEMU's model of its CPUs, an AMD one (default EPYC)")
     run.add_argument("--rw", action="append", default=[], type=Path, help="a writable folder")
     run.add_argument("command", nargs=argparse.REMAINDER)
     run.set_defaults(action=_run, parser=run)
@@ -61,6 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
         command,
         timeout_s=arguments.timeout,
         cpus=arguments.cpus,
+        cpu=arguments.cpu,
         rw=arguments.rw,
         log=lambda text: print(text, file=sys.stderr, flush=True),
     )

@@ -109,6 +109,10 @@ class Agent:
     def cpus(self) -> int:
         return int(self.ask("cpus"))
 
+    def cpuid(self) -> str:
+        """Return what the guest's first CPU answers to CPUID now, a line a leaf."""
+        return self.ask("cpuid")
+
     def clock(self) -> tuple[int, int]:
         """Return the guest's clocks (realtime, monotonic), nanoseconds."""
         real, mono = self.ask("clock").split()

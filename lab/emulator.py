@@ -17,6 +17,8 @@ from . import initramfs, kernels
 from .errors import LabError
 
 KERNEL = "full-6.12"
+#: The CPU of the emulated host, one of QEMU's models of AMD CPUs.
+CPU = "EPYC"
 #: Modules loaded in three streams side by side. (The cloud kernel lacks 9p.)
 MODULES = {
     "root": ("9pnet_virtio", "9p", "overlay"),
@@ -66,8 +68,12 @@ def job(
         yield directory
 
 
-def qemu_argv(directory: Path, rw: Sequence[Path], cpus: int, memory_mb: int) -> list[str]:
+def qemu_argv(
+    directory: Path, rw: Sequence[Path], cpus: int, memory_mb: int, cpu: str = CPU
+) -> list[str]:
     """Return QEMU's command line for a job, but for the device of its input and output.
+
+    ``cpu``: the model of the emulated CPUs, and more of QEMU's features for them.
 
     Raises:
         LabError: QEMU is missing.
@@ -81,7 +87,7 @@ def qemu_argv(directory: Path, rw: Sequence[Path], cpus: int, memory_mb: int) ->
     # Without CMPXCHG16B: before QEMU 8.0, TCG leaves stale flags behind it (its helper reads a
     # condition-code state that was not written back), so that bits of a pointer could become TF, NT
     # or VM in the flags that an exit saves. Every slab allocation runs through it: guests crashed.
-    command += ["-cpu", "EPYC,+svm,+npt,-monitor,-cx16"]
+    command += ["-cpu", f"{cpu},+svm,+npt,-monitor,-cx16"]
     # One CPU more than asked for, the first, which runs no guest: whenever any CPU restores its
     # FPU, TCG clears a bit of the first one's flags, and may undo a change of its global interrupt
     # flag meanwhile (docs/decisions/0010-the-labs-faults.md).

@@ -22,7 +22,7 @@ from pathlib import Path
 from godwit.client.kvm import why_unusable
 
 from . import emulator, guest, kernels
-from .errors import LabCrashed, LabTimeout
+from .errors import LabCrashed, LabError, LabTimeout
 
 Log = Callable[[str], None]
 #: Boots of the emulated host that may fail before the command starts.
@@ -38,6 +38,7 @@ def run(
     timeout_s: float,
     cpus: int = 2,
     memory_mb: int = 4096,
+    cpu: str | None = None,
     rw: Sequence[Path] = (),
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
@@ -48,24 +49,28 @@ def run(
     Standard output and error both arrive at once on this process's standard output. Standard
     input is empty. ``rw`` names directories (made if missing) shared for writing. The emulated
     host gives the command PATH, HOME, TERM, GODWIT_CACHE and ``env``, and the machine itself its
-    whole environment and ``env``. An emulated host that dies before the command starts is booted
-    again.
+    whole environment and ``env``. ``cpu`` is the model of an emulated host's CPUs. An emulated
+    host that dies before the command starts is booted again.
 
     Raises:
         LabCrashed: the emulated host died without a result.
         LabTimeout: the command did not exit within ``timeout_s`` seconds.
-        LabError: a tool or kernel is missing.
+        LabError: a tool or kernel is missing, or a CPU is asked for that is not emulated.
     """
     where = (cwd or Path.cwd()).absolute()
     for path in rw:
         path.mkdir(parents=True, exist_ok=True)
     if why_unusable() is None:
+        if cpu is not None:
+            raise LabError(f"--cpu {cpu}: this machine has KVM, and emulates no other CPU")
         return _run_here(argv, timeout_s, where, env or {})
     _build_guests()
     deadline = time.monotonic() + timeout_s
     for boot in range(1, _BOOTS + 1):
         with emulator.job(argv, where, env or {}, rw) as job:
-            in_time = _emulate(emulator.qemu_argv(job, rw, cpus, memory_mb), job, deadline)
+            in_time = _emulate(
+                emulator.qemu_argv(job, rw, cpus, memory_mb, cpu or emulator.CPU), job, deadline
+            )
             try:
                 return _result(job, in_time)
             except LabCrashed as error:

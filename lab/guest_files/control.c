@@ -2,10 +2,12 @@
  * an ID that was answered before gets the same answer again, so that a client may repeat a
  * request whose answer was lost without having it done twice. */
 #define _GNU_SOURCE
+#include <cpuid.h>
 #include <errno.h>
 #include <linux/input.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -71,6 +73,30 @@ static void shell(struct reply *reply, const char *command)
 	say(reply, "exit %d", WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
 }
 
+/* cpuid: what the first CPU answers now, a line a leaf: function, index, EAX, EBX, ECX, EDX. The
+ * kernel's own list of features is of the boot. */
+static void report_cpuid(struct reply *reply)
+{
+	static const struct {
+		unsigned int first, last;
+	} ranges[] = { { 0, 0xd }, { 0x40000000, 0x40000001 }, { 0x80000000, 0x80000008 } };
+	cpu_set_t before, one;
+
+	sched_getaffinity(0, sizeof before, &before);
+	CPU_ZERO(&one);
+	CPU_SET(0, &one);
+	sched_setaffinity(0, sizeof one, &one);
+	for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
+		for (unsigned int leaf = ranges[i].first; leaf <= ranges[i].last; leaf++)
+			for (unsigned int index = 0; index < 4; index++) {
+				unsigned int a, b, c, d;
+
+				__cpuid_count(leaf, index, a, b, c, d);
+				say(reply, "%x %x %x %x %x %x\n", leaf, index, a, b, c, d);
+			}
+	sched_setaffinity(0, sizeof before, &before);
+}
+
 static void (*answer(struct reply *reply, const char *request))(void)
 {
 	static const struct {
@@ -102,6 +128,8 @@ static void (*answer(struct reply *reply, const char *request))(void)
 		udp_stop(reply);
 	} else if (!strcmp(request, "cpus")) {
 		say(reply, "%ld", sysconf(_SC_NPROCESSORS_ONLN));
+	} else if (!strcmp(request, "cpuid")) {
+		report_cpuid(reply);
 	} else if (!strcmp(request, "clock")) {
 		struct timespec real, mono;
 

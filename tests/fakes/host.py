@@ -15,7 +15,7 @@ from godwit.machine.machine import Machine
 from godwit.machine.vcpu import StopReason
 from godwit.spec.config import VmConfig, parse_devices
 
-from .kvm import FakeSystem, FakeVcpu, FakeVm
+from .kvm import FakeCpu, FakeSystem, FakeVcpu, FakeVm
 from .tap import FakeTap
 
 #: The offloads of a tap on a present kernel.
@@ -70,11 +70,15 @@ class Host:
     """
 
     def __init__(
-        self, made_of: VmConfig, loop: Loop | None = None, offloads: int = ALL_OFFLOADS
+        self,
+        made_of: VmConfig,
+        loop: Loop | None = None,
+        offloads: int = ALL_OFFLOADS,
+        cpu: FakeCpu | None = None,
     ) -> None:
         self.console = Silent()
         self.loop = loop or Loop()
-        self.system = FakeSystem()
+        self.system = FakeSystem(cpu)
         self.exits: list[tuple[StopReason, str]] = []
         self.errors: list[tuple[str, str]] = []
         board = Board(made_of, lambda: self.system)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from godwit.host.kvm import abi
+from godwit.host.kvm.cpuid import Entry
 from godwit.host.kvm.handles import System, Vcpu, Vm
 
 _RUN_SIZE = 3 * 4096
@@ -29,6 +30,22 @@ class Call(NamedTuple):
     arguments: tuple[object, ...]
 
 
+class FakeCpu(NamedTuple):
+    """The CPU of a host, as KVM shows it."""
+
+    cpuid: list[Entry] = [(1, 0, 0, 0, 0, 0, 0)]  # noqa: RUF012
+    tsc_khz: int = 1_000_000
+    #: True if KVM gives a TSC the rate that it is asked for.
+    tsc_scaling: bool = True
+    #: MSRs that KVM lists and has.
+    msrs: tuple[int, ...] = MSRS
+    #: MSRs that KVM has and does not list.
+    unlisted_msrs: tuple[int, ...] = ()
+    arch_capabilities: int = 0
+    #: True if KVM refuses another CPUID than that of a host's own guests.
+    stubborn: bool = False
+
+
 class FakeVm(Vm):
     """A :class:`godwit.host.kvm.handles.Vm` without a kernel, with all calls in :attr:`calls`.
 
@@ -36,8 +53,9 @@ class FakeVm(Vm):
     that is not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cpu: FakeCpu | None = None) -> None:
         self.fd = -1
+        self._cpu = cpu
         self._structs: dict[int, bytes] = {}
         self._clock_at = time.monotonic_ns()
         self.calls: list[Call] = []
@@ -54,7 +72,7 @@ class FakeVm(Vm):
 
     def create_vcpu(self, index: int) -> FakeVcpu:
         """Return a new fake vCPU."""
-        return FakeVcpu(index)
+        return FakeVcpu(index, self._cpu)
 
     def get(self, request: int, size: int, first: bytes = b"") -> bytes:
         """Return the struct that was set, or zeros (interrupt controllers by their number)."""
@@ -138,18 +156,22 @@ class FakeVcpu(Vcpu):
         exits: the guest's next actions, each a call in the vCPU's thread.
         structs: request -> the struct that was set.
         tsc_hertz: of the guest's TSC, which follows the host's time.
+        cpuid: the entries that were set last.
     """
 
     tsc_hertz = 1_000_000_000
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, cpu: FakeCpu | None = None) -> None:
         self.fd = -1
+        self._cpu = cpu or FakeCpu()
+        self.tsc_hertz = self._cpu.tsc_khz * 1000
+        self.cpuid: list[Entry] = []
         self.index = index
         self.run_page = mmap.mmap(-1, _RUN_SIZE)
         self.xsave_size = abi.XSAVE_SIZE
         self.exits: deque[Callable[[], None]] = deque()
         self.structs: dict[int, bytes] = {}
-        self.msrs: dict[int, int] = dict.fromkeys(MSRS, 0)
+        self.msrs: dict[int, int] = dict.fromkeys((*self._cpu.msrs, *self._cpu.unlisted_msrs), 0)
         self._offset = 0
         self._kicked = threading.Condition()
 
@@ -197,8 +219,16 @@ class FakeVcpu(Vcpu):
         self.structs[request] = data
         return 0
 
-    def set_cpuid(self, entries: Iterable[tuple[int, int, int, int, int, int, int]]) -> None:
-        """Take a guest's CPUID entries."""
+    def set_cpuid(self, entries: Iterable[Entry]) -> None:
+        """Keep a guest's CPUID entries."""
+        if self.cpuid and self._cpu.stubborn:
+            raise OSError(22, "Invalid argument")
+        self.cpuid = list(entries)
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """Set the TSC's rate, or, as KVM where it cannot scale one, only take it."""
+        if self._cpu.tsc_scaling:
+            self.tsc_hertz = khz * 1000
 
     def ioctl(self, request: int, argument: int = 0) -> int:
         """Answer KVM_GET_MSRS of the TSC, whose struct is at an address."""
@@ -206,6 +236,8 @@ class FakeVcpu(Vcpu):
             entry = abi.MSR_ENTRY.pack(abi.MSR_TSC, 0, self.tsc())
             _store(argument, abi.MSRS_HEADER.pack(1, 0) + entry)
             return 1
+        if request == abi.GET_TSC_KHZ and not self.tsc_hertz:
+            raise OSError(5, "Input/output error")
         if request == abi.GET_TSC_KHZ:
             return self.tsc_hertz // 1000
         return 0
@@ -256,27 +288,34 @@ _SET_OF = {
 class FakeSystem(System):
     """A :class:`godwit.host.kvm.handles.System` without a kernel, with its VMs in :attr:`vms`."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpu: FakeCpu | None = None) -> None:
         self.fd = -1
+        self.cpu = cpu or FakeCpu()
         self.vcpu_mmap_size = _RUN_SIZE
         self.vms: list[FakeVm] = []
 
     def check(self, capability: int) -> int:
-        """Return 1 for every capability but the larger XSAVE."""
+        """Return 1 for every capability but the larger XSAVE, and TSC scaling as the CPU has it."""
+        if capability == abi.CAP_TSC_CONTROL:
+            return int(self.cpu.tsc_scaling)
         return 0 if capability == abi.CAP_XSAVE2 else 1
 
     def create_vm(self) -> FakeVm:
         """Return a new fake VM."""
-        self.vms.append(FakeVm())
+        self.vms.append(FakeVm(self.cpu))
         return self.vms[-1]
 
-    def supported_cpuid(self) -> list[tuple[int, int, int, int, int, int, int]]:
-        """Return one leaf of CPUID."""
-        return [(1, 0, 0, 0, 0, 0, 0)]
+    def supported_cpuid(self) -> list[Entry]:
+        """Return the host's CPUID."""
+        return list(self.cpu.cpuid)
+
+    def feature_msr(self, index: int) -> int:
+        """Return the host's ARCH_CAPABILITIES, and 0 for other MSRs."""
+        return self.cpu.arch_capabilities if index == abi.MSR_ARCH_CAPABILITIES else 0
 
     def msr_indices(self) -> list[int]:
         """Return the MSRs of the fake vCPUs, the TSC, and one that no vCPU has."""
-        return [*MSRS, abi.MSR_TSC, 0xDEAD]
+        return [*self.cpu.msrs, abi.MSR_TSC, 0xDEAD]
 
 
 def _store(address: int, data: bytes) -> None:

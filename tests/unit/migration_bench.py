@@ -18,6 +18,7 @@ from godwit.migration.times import Times
 from godwit.spec.runstate import RunState, RunStates
 from godwit.vm.migrations import Migrations
 from tests.fakes.host import NIC, Host, config
+from tests.fakes.kvm import FakeCpu
 
 S = RunState
 #: What is waited for in vain is given up soon; what comes, comes sooner.
@@ -34,8 +35,8 @@ class Side:
         failures: why no guest came.
     """
 
-    def __init__(self, state: RunState, times: Times) -> None:
-        self.host = Host(config(NIC))
+    def __init__(self, state: RunState, times: Times, cpu: FakeCpu | None = None) -> None:
+        self.host = Host(config(NIC), cpu=cpu)
         self.machine = self.host.machine
         self.states = RunStates(state)
         self.uplinks = [Uplink(nic, self.host.loop) for nic in self.machine.nics]
@@ -88,10 +89,16 @@ class Side:
 class Migration:
     """A guest that runs at its source, and a destination that waits for it."""
 
-    def __init__(self, folder: Path, through: Path | None = None, times: Times = IMPATIENT) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        through: Path | None = None,
+        times: Times = IMPATIENT,
+        cpus: tuple[FakeCpu | None, FakeCpu | None] = (None, None),
+    ) -> None:
         self.far = folder / "far"
         self._through = through or self.far
-        self.here, self.there = Side(S.RUNNING, times), Side(S.INMIGRATE, times)
+        self.here, self.there = Side(S.RUNNING, times, cpus[0]), Side(S.INMIGRATE, times, cpus[1])
         self.here.machine.memory.view(0, 64 * PAGE)[:] = bytes(range(1, 251)) * 1048 + bytes(144)
         self.here.machine.resume()
         #: The destination's process was ended from outside: what it does counts no more.

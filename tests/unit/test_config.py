@@ -5,10 +5,12 @@ import pytest
 from godwit.announce.policy import parse_policy
 from godwit.errors import ConfigError
 from godwit.spec.config import (
+    CpuConfig,
     NicConfig,
     VmConfig,
     default_mac,
     format_mac,
+    parse_cpu,
     parse_mac,
     parse_nic,
     parse_size,
@@ -31,6 +33,24 @@ def test_sizes_that_are_not_understood(text: str) -> None:
     with pytest.raises(ConfigError, match="256M") as caught:
         parse_size(text)
     assert f"'{text}'" in str(caught.value)
+
+
+def test_cpus() -> None:
+    assert VmConfig().cpu == parse_cpu("host") == CpuConfig()
+    assert parse_cpu("x86-64-v2,cx16=off,invtsc=off") == CpuConfig("x86-64-v2", ("cx16", "invtsc"))
+    assert parse_cpu("/etc/cpu.json").model == "/etc/cpu.json"
+
+
+@pytest.mark.parametrize("text", ["host,avx", "host,avx=on", "host,=off", "host,,"])
+def test_cpus_that_are_not_understood(text: str) -> None:
+    with pytest.raises(ConfigError, match="write FEATURE=off") as caught:
+        parse_cpu(text)
+    assert f"'{text}'" in str(caught.value)
+
+
+def test_a_cpu_needs_a_model() -> None:
+    with pytest.raises(ConfigError, match="begin with host, x86-64-v2, x86-64-v3 or a file"):
+        parse_cpu(",avx=off")
 
 
 def test_mac_addresses() -> None:

@@ -29,9 +29,9 @@ Add Announce Answer Append Ask Assemble Back Become Begin Build Call Cancel Carr
 Clear Close Collect Connect Copy Count Deliver Disable Do Drop End Enter Execute Fill Find Flush
 Forget Free Give Go Hand Handle Have Ignore Import Install Interrupt Introduce Judge Keep Learn
 Leave Lend Let Listen Load Log Look Lose Make Map Migrate Move Note Notify Open Park Pass Pause
-Place Plug Populate Prepare Press Put Query Raise React Read Reboot Receive Refuse Remember Remove
-Repeat Replace Report Requeue Reserve Reset Rest Restore Resume Return Run Scan Send Serve Set
-Show Signal Stand Start Stop Store Switch Sync Take Throw Undo Wait Watch Write Yield
+Place Plug Populate Prepare Press Print Put Query Raise React Read Reboot Receive Refuse Remember
+Remove Repeat Replace Report Requeue Reserve Reset Rest Restore Resume Return Run Scan Send Serve
+Set Show Signal Stand Start Stop Store Switch Sync Take Throw Undo Wait Watch Write Yield
 """
 VERBS = frozenset(_VERBS.split())
 

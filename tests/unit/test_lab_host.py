@@ -10,7 +10,7 @@ import pytest
 
 from godwit.client.kvm import why_unusable
 from lab import emulator, host, kernels
-from lab.errors import LabCrashed, LabTimeout
+from lab.errors import LabCrashed, LabError, LabTimeout
 
 
 @pytest.fixture
@@ -76,6 +76,12 @@ def test_with_kvm_the_command_runs_here(tmp_path: Path, capfd: pytest.CaptureFix
     assert host.run(argv, timeout_s=10, cwd=tmp_path, env={"X": "y"}, rw=[rw]) == 5
     assert capfd.readouterr().out == f"y\n{tmp_path}\n"
     assert rw.is_dir()
+
+
+@pytest.mark.usefixtures("has_kvm")
+def test_with_kvm_there_is_no_other_cpu(tmp_path: Path) -> None:
+    with pytest.raises(LabError, match="EPYC-Rome: this machine has KVM"):
+        host.run(["true"], timeout_s=10, cwd=tmp_path, cpu="EPYC-Rome")
 
 
 @pytest.mark.usefixtures("has_kvm")

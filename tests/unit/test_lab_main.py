@@ -20,7 +20,7 @@ def test_a_command_is_run_with_what_was_asked_for(monkeypatch: pytest.MonkeyPatc
     asked: list[Any] = []
 
     def run(argv: list[str], **given: Any) -> int:
-        asked.append((argv, given["timeout_s"], given["cpus"], given["rw"]))
+        asked.append((argv, given["timeout_s"], given["cpus"], given["rw"], given["cpu"]))
         return 17
 
     monkeypatch.setattr(host, "run", run)
@@ -34,6 +34,8 @@ def test_a_command_is_run_with_what_was_asked_for(monkeypatch: pytest.MonkeyPatc
         "out",
         "--rw",
         "more",
+        "--cpu",
+        "EPYC-Rome",
         "--",
         "ls",
         "--",
@@ -42,8 +44,8 @@ def test_a_command_is_run_with_what_was_asked_for(monkeypatch: pytest.MonkeyPatc
     assert module.main(argv) == 17
     assert module.main(["run", "true"]) == 17
     assert asked == [
-        (["ls", "--", "-l"], 5.0, 3, [Path("out"), Path("more")]),
-        (["true"], 600.0, 2, []),
+        (["ls", "--", "-l"], 5.0, 3, [Path("out"), Path("more")], "EPYC-Rome"),
+        (["true"], 600.0, 2, [], None),
     ]
 
 

@@ -101,8 +101,14 @@ def test_a_machine_loads_the_stream_and_has_the_same_state(
             state = structs.replace(state, vcpus=machine.save().vcpus)
         machine.load(state, time.monotonic())
         own = machine.save(state.sections)
+        # The streams are of a time when a state had all MSRs that KVM lists, Hyper-V's too.
+        told = {abi.MSR_TSC, *machine.board.msrs}
+        then_told = [
+            structs.replace(vcpu, msrs=[pair for pair in vcpu.msrs if pair[0] in told])
+            for vcpu in state.vcpus
+        ]
         assert saved.decode(saved.encode(own), MachineState) == own
-        for index, (now, then) in enumerate(zip(own.vcpus, state.vcpus, strict=True)):
+        for index, (now, then) in enumerate(zip(own.vcpus, then_told, strict=True)):
             before, after = _still(then), _still(now)
             changed = {k: (v, after[k]) for k, v in before.items() if after[k] != v}
             assert not changed, f"vCPU {index}"

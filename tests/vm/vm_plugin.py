@@ -20,7 +20,7 @@ from lab.network import Network
 from lab.vm import vm_folder
 
 _TESTS = Path(__file__).parents[1]
-_HOMES = (_TESTS / "vm", _TESTS / "networks")
+_HOMES = (_TESTS / "vm", _TESTS / "networks", _TESTS / "unlike")
 #: What neither Godwit nor a healthy guest prints.
 _BROKEN = re.compile(r"Traceback|internal error|Call Trace|Kernel panic|Oops:|BUG:")
 _bench: Bench | None = None

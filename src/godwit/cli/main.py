@@ -68,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
         help="RAM: 256M, 2G (default %(default)s); shared=on: a memfd that others can map",
     )
     run.add_argument("--cpus", type=int, default=1, help="vCPUs (default %(default)s)")
+    run.add_argument(
+        "--cpu",
+        default="host",
+        metavar="MODEL[,FEATURE=off...]",
+        help="the guest's CPU: host (default), x86-64-v2, x86-64-v3, or a file that "
+        "'godwit cpu baseline' made; an incoming guest keeps the one that it has",
+    )
     for option, device in DEVICE_OPTIONS.items():
         run.add_argument(
             option,
@@ -159,6 +166,13 @@ def _parser() -> argparse.ArgumentParser:
     pki.add_argument("folder", metavar="DIR", help="where they go: DIR/ca, and DIR/HOST for each")
     pki.add_argument("hosts", metavar="HOST", nargs="+", help="a host's name or address")
     pki.set_defaults(action=_pki)
+    cpu = sub.add_parser("cpu", help="describe this host's CPU, or find what several can give")
+    commands = cpu.add_subparsers(required=True, metavar="COMMAND")
+    describe = commands.add_parser("describe", help="print a description of this host's CPU")
+    describe.set_defaults(action=_describe_cpu)
+    baseline = commands.add_parser("baseline", help="print the CPU that all of these can give")
+    baseline.add_argument("files", nargs="+", metavar="FILE", help="a host's description")
+    baseline.set_defaults(action=_cpu_baseline)
     return parser
 
 
@@ -182,6 +196,18 @@ def _pki(arguments: argparse.Namespace) -> int:
     from .pki import pki
 
     return pki(arguments.folder, arguments.hosts)
+
+
+def _describe_cpu(arguments: argparse.Namespace) -> int:
+    from .cpu import describe
+
+    return describe()
+
+
+def _cpu_baseline(arguments: argparse.Namespace) -> int:
+    from .cpu import baseline
+
+    return baseline(arguments.files)
 
 
 if __name__ == "__main__":

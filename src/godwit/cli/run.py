@@ -23,7 +23,7 @@ from godwit.host.loop import Loop
 from godwit.hw.console import Console
 from godwit.machine.board import Board
 from godwit.machine.vcpu import install_kick_handler
-from godwit.spec.config import VmConfig, parse_devices, parse_memory
+from godwit.spec.config import VmConfig, parse_cpu, parse_devices, parse_memory
 from godwit.spec.machine_types import DEFAULT, machine_type
 
 from .sandbox import Sandbox
@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         memory=memory,
         shared_memory=shared,
         cpus=arguments.cpus,
+        cpu=parse_cpu(arguments.cpu),
         kernel=arguments.kernel,
         initrd=arguments.initrd,
         command_line=arguments.append,

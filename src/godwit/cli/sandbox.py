@@ -110,8 +110,9 @@ class Sandbox:
             yield Rule(path, READ)
         for device in ("/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/null"):
             yield Rule(device, DEVICE)
-        for path in (given.kernel, given.initrd, given.tls, given.migration_secret):
-            if path is not None:
+        cpu = (given.cpu or "").partition(",")[0]  # a file, or a name, which is none
+        for path in (given.kernel, given.initrd, given.tls, given.migration_secret, cpu):
+            if path:
                 yield Rule(path, READ)
         kind, _, path = (given.incoming or "").partition(":")
         if kind == "file":
@@ -162,9 +163,10 @@ def _load_what_comes_later() -> None:
     from godwit.announce import verify
     from godwit.host import pagemap
     from godwit.host.net import sockets
+    from godwit.hw.cpu import msrs
     from godwit.migration import destination, guest, snapshot, source
     from godwit.migration.wire import acceptor
     from godwit.qmp import commands
 
     pagemap.keep_open()
-    del acceptor, commands, destination, guest, snapshot, sockets, source, traceback, verify
+    del acceptor, commands, destination, guest, msrs, snapshot, sockets, source, traceback, verify

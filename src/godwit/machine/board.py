@@ -14,13 +14,13 @@ from typing import Self
 
 from godwit.errors import ConfigError, KvmError
 from godwit.host.kvm import abi
-from godwit.host.kvm.cpuid import guest_cpuid
+from godwit.host.kvm.cpuid import Entry, for_vcpu, guest_cpuid
 from godwit.host.kvm.handles import System, Vcpu, Vm
 from godwit.hw import acpi
 from godwit.hw import boot as linuxboot
 from godwit.hw.bus import MmioBus, PortBus
 from godwit.hw.memory import GuestMemory
-from godwit.spec.config import VmConfig
+from godwit.spec.config import HOST_CPU, VmConfig
 
 from .vcpu import StopReason, VcpuThread
 
@@ -28,9 +28,16 @@ from .vcpu import StopReason, VcpuThread
 class Board:
     """A machine without devices, whose vCPUs' threads wait.
 
+    Attributes:
+        cpuid: the CPUID of the guest's first vCPU.
+        readable_msrs: indices of the MSRs of a vCPU's state here, but for the TSC.
+        host_tsc_khz: the rate of a TSC here, unless scaled; 0: not known.
+        tsc_khz: the rate the guest was told, perhaps on another host.
+        xsave_components: the XSAVE components a guest from elsewhere was told of; a bit each.
+
     Raises:
-        HostError: KVM is missing.
-        ConfigError: the host does not give the memory.
+        HostError: KVM is missing, or the host lacks what the guest's CPU has.
+        ConfigError: the host does not give the memory, or the guest's CPU is not understood.
     """
 
     def __init__(self, config: VmConfig, open_kvm: Callable[[], System] = System) -> None:
@@ -44,10 +51,17 @@ class Board:
             self.vm = undo.enter_context(self.system.create_vm())
             self.set_dirty_log(False)
             self.ports, self.mmio = PortBus(), MmioBus()
+            self.cpuid = self._chosen_cpuid()
             vcpus = self.make_vcpus(self.vm, undo)
-            #: Indices of the MSRs that make up a vCPU's state here; the TSC is a clock.
-            listed = [index for index in self.system.msr_indices() if index != abi.MSR_TSC]
-            self.msrs = vcpus[0].readable_msrs(listed)
+            #: The TSC is a clock.
+            self._listed = [index for index in self.system.msr_indices() if index != abi.MSR_TSC]
+            self.readable_msrs = vcpus[0].readable_msrs(self._listed)
+            self._msrs: list[int] | None = None
+            self.xsave_components: int | None = None
+            #: The MSR of that name as a guest from elsewhere was told.
+            self.arch_capabilities: int | None = None
+            # Once the guest runs, its vCPUs answer nobody else.
+            self.host_tsc_khz = self.tsc_khz = _tsc_khz(vcpus[0])
             self.vcpus = [
                 VcpuThread(vcpu, self.ports, self.mmio, self._vcpu_exited) for vcpu in vcpus
             ]
@@ -58,19 +72,52 @@ class Board:
             undo.callback(self._files.close)
             self._undo = undo.pop_all()
 
+    def offered_cpuid(self) -> list[Entry]:
+        """Return the CPUID of the first vCPU with all this host offers."""
+        deadline = bool(self.system.check(abi.CAP_TSC_DEADLINE_TIMER))
+        return guest_cpuid(self.system.supported_cpuid(), 0, self.config.cpus, deadline)
+
+    def _chosen_cpuid(self) -> list[Entry]:
+        offered, cpu = self.offered_cpuid(), self.config.cpu
+        if cpu.model == HOST_CPU and not cpu.off:
+            return offered
+        from godwit.hw.cpu.choice import chosen  # its tables only if they are asked for
+
+        return chosen(cpu, offered, self.config.cpus)
+
+    @property
+    def msrs(self) -> list[int]:
+        """Indices of the MSRs of a vCPU's state for this guest, but for the TSC."""
+        if self._msrs is None:
+            from godwit.hw.cpu.msrs import told_of  # for a migration alone
+
+            self._msrs = told_of(self.readable_msrs, self.cpuid)
+        return self._msrs
+
+    def adopt_cpu(self, cpuid: list[Entry], tsc_khz: int) -> None:
+        """Give the vCPUs, none of which has run, the CPUID a guest was told elsewhere.
+
+        Raises:
+            OSError: KVM refuses the CPUID.
+        """
+        self.cpuid, self.tsc_khz = cpuid, tsc_khz
+        for index, thread in enumerate(self.vcpus):
+            thread.vcpu.set_cpuid(for_vcpu(cpuid, index))
+        # Some MSRs are there by what the guest was told.
+        self.readable_msrs = self.vcpus[0].vcpu.readable_msrs(self._listed)
+        self._msrs = None
+
     def make_vcpus(self, vm: Vm, undo: ExitStack) -> list[Vcpu]:
         """Make the vCPUs of this configuration for ``vm``, to be closed by ``undo``.
 
         Raises:
             KvmError: the host does not give the vCPUs.
         """
-        supported = self.system.supported_cpuid()
-        deadline = bool(self.system.check(abi.CAP_TSC_DEADLINE_TIMER))
         vcpus = []
         try:
             for index in range(self.config.cpus):
                 vcpu = undo.enter_context(vm.create_vcpu(index))
-                vcpu.set_cpuid(guest_cpuid(supported, index, self.config.cpus, deadline))
+                vcpu.set_cpuid(for_vcpu(self.cpuid, index))
                 vcpus.append(vcpu)
         except OSError as error:
             raise KvmError(f"KVM could not make vCPU {len(vcpus)}: {error}") from error
@@ -120,3 +167,10 @@ class Board:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _tsc_khz(vcpu: Vcpu) -> int:
+    try:
+        return vcpu.tsc_khz()
+    except OSError:
+        return 0  # the host's TSC is unstable (Documentation/virt/kvm/api.rst, 4.56)

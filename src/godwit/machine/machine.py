@@ -87,6 +87,11 @@ class Machine:
         self._reset_msrs: list[cpustate.ResetMsrs] = []
 
     @property
+    def board(self) -> Board:
+        """The board, which has the guest's CPU."""
+        return self._board
+
+    @property
     def nics(self) -> list[Nic]:
         """The NICs, in the order of the configuration."""
         return self.devices.having(Nic)
@@ -177,6 +182,7 @@ class Machine:
                 thread.revive()
             cpustate.load_platform(self.vm, initial.platform)
             self._load_clocks(initial.vcpus, initial.platform, time.monotonic())
+            self._board.arch_capabilities = None  # a new vCPU has this host's
             self._board.boot()
 
     def resume(self, on_phase: OnPhase = _ignore) -> None:
@@ -321,8 +327,10 @@ class Machine:
         on_phase("devices-decoded")
         clock_at = clock_read_at(state.platform, received)
         reset, self._reset_msrs = self._reset_msrs or [cpustate.NO_RESET_MSRS] * len(self.vcpus), []
+        told = self._board.xsave_components
+        components = cpustate.ALL_COMPONENTS if told is None else told
         for vcpu, vcpu_state, msrs in zip(self._vcpus, state.vcpus, reset, strict=True):
-            cpustate.load_vcpu(vcpu, vcpu_state, msrs)
+            cpustate.load_vcpu(vcpu, vcpu_state, msrs, components)
         on_phase("vcpus")
         cpustate.load_platform(self.vm, state.platform)
         on_phase("platform")

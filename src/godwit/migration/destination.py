@@ -20,7 +20,7 @@ from .times import TIMES, Times
 from .wire import messages
 from .wire.acceptor import Acceptor
 from .wire.address import Address
-from .wire.compatibility import check
+from .wire.compatibility import adopt, check
 from .wire.messages import Kind
 from .wire.stream import WaitingConnection
 
@@ -105,6 +105,7 @@ class Destination(Incoming):
                     self.packets = PacketDestination(
                         self._guest, connection, hello.cookie, self._times
                     )
+                adopt(hello, self._guest.machine)
                 hints = {device.id: device.hints for device in hello.devices}
                 self._guest.machine.prepare({id: hint for id, hint in hints.items() if hint})
                 # From its first message on the machine changes: what fails, fails for good.

@@ -24,7 +24,7 @@ from .outgoing import Outgoing, Parameters
 from .ram.page_runs import union
 from .times import TIMES, Times
 from .wire import messages
-from .wire.compatibility import check
+from .wire.compatibility import adopt, check
 from .wire.messages import Kind
 from .wire.stream import Connection, advance, send_pieces
 
@@ -257,6 +257,7 @@ class Restorer(Incoming):
     def _run(self) -> None:
         hello = self._file.expect_struct(Kind.HELLO, messages.Hello)
         check(hello, self._guest.machine)
+        adopt(hello, self._guest.machine)
         self._receiver.receive(self._file)
         commit = self._file.expect_struct(Kind.COMMIT, messages.Commit)
         if commit.token != hello.token:

@@ -61,6 +61,19 @@ class RngConfig(NamedTuple):
     kind: str = "virtio-rng"
 
 
+#: ``--cpu``: all that the host's CPU has and KVM offers.
+HOST_CPU = "host"
+
+
+class CpuConfig(NamedTuple):
+    """The guest's CPU as its operator describes it."""
+
+    #: :data:`HOST_CPU`, a named baseline, or the path of a file that has one.
+    model: str = HOST_CPU
+    #: Features that the guest is not told of, as typed.
+    off: tuple[str, ...] = ()
+
+
 class VmConfig:
     """One VM, with ``memory`` in bytes and ``kernel`` and ``initrd`` as paths.
 
@@ -79,6 +92,7 @@ class VmConfig:
         devices: tuple[DeviceConfig, ...] = (),
         shared_memory: bool = False,
         machine: MachineType | None = None,
+        cpu: CpuConfig | None = None,
     ) -> None:
         self.memory = memory
         self.cpus = cpus
@@ -91,6 +105,7 @@ class VmConfig:
         #: RAM is a memfd that other processes can map.
         self.shared_memory = shared_memory
         self.machine = machine or machine_type(DEFAULT)
+        self.cpu = cpu or CpuConfig()
         if not 1 <= cpus <= MAX_CPUS:
             raise ConfigError(f"{cpus} vCPUs; 1 to {MAX_CPUS} are supported")
         if len(nics) > MAX_NICS:
@@ -216,6 +231,24 @@ def parse_memory(text: str) -> tuple[int, bool]:
         return parse_size(size), False
     values = _Values("--memory", rest, ("shared",))
     return parse_size(size), values.switch("shared", False) is True
+
+
+def parse_cpu(text: str) -> CpuConfig:
+    """Return the CPU that ``--cpu`` describes, like ``host`` or ``x86-64-v2,rdrand=off``.
+
+    Raises:
+        ConfigError: the value is not understood.
+    """
+    model, *parts = text.split(",")
+    off = []
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if not name or not equals or value != "off":
+            raise ConfigError(f"--cpu: '{part}' in '{text}'; write FEATURE=off, or leave it out")
+        off.append(name)
+    if not model:
+        raise ConfigError(f"--cpu '{text}': begin with host, x86-64-v2, x86-64-v3 or a file")
+    return CpuConfig(model, tuple(off))
 
 
 def parse_nic(text: str, index: int) -> NicConfig:

@@ -16,13 +16,15 @@ class MachineType(NamedTuple):
     name: str
     #: True if virtio-net offers VIRTIO_NET_F_GUEST_ANNOUNCE where a NIC's property is not given.
     guest_announce: bool
+    #: True if HELLO describes the guest's CPU.
+    describes_cpu: bool
 
 
 _TYPES = {
     kind.name: kind
     for kind in (
-        MachineType("godwit-0.1", guest_announce=False),
-        MachineType("godwit-0.2", guest_announce=True),
+        MachineType("godwit-0.1", guest_announce=False, describes_cpu=False),
+        MachineType("godwit-0.2", guest_announce=True, describes_cpu=True),
     )
 }
 

@@ -36,6 +36,20 @@ def _topology(function: int, index: int, count: int, width: int) -> list[Entry]:
     ]
 
 
+def for_vcpu(first: list[Entry], index: int) -> list[Entry]:
+    """Return the CPUID of vCPU ``index``, from the first vCPU's: the same but for the APIC id."""
+    entries = []
+    for function, sub, flags, eax, ebx, ecx, edx in first:
+        if function == 1:
+            ebx = index << 24 | ebx & 0xFFFFFF
+        elif function in _TOPOLOGY:
+            edx = index
+        elif function == 0x8000001E:
+            eax, ebx = index, ebx & ~0xFF | index & 0xFF
+        entries.append((function, sub, flags, eax, ebx, ecx, edx))
+    return entries
+
+
 def guest_cpuid(supported: list[Entry], index: int, count: int, deadline: bool) -> list[Entry]:
     """Return the CPUID of vCPU ``index`` of ``count``: one socket, one thread a core.
 

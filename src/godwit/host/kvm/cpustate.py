@@ -57,6 +57,11 @@ class PlatformState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 #: MSRs that are so already in a vCPU that never ran: (index, value).
 ResetMsrs = frozenset[tuple[int, int]]
+#: All XSAVE components, the first two of which (x87 and SSE) every area has.
+ALL_COMPONENTS = (1 << 64) - 1
+_ALWAYS = 3
+#: XSTATE_BV, in the header of an XSAVE area (Intel SDM volume 1, 13.4.2).
+_XSTATE_BV = slice(512, 520)
 NO_RESET_MSRS: ResetMsrs = frozenset()
 
 
@@ -100,13 +105,21 @@ def tsc_of(state: VcpuState) -> int:
     raise StreamError("vcpus: msrs: the TSC is not among them")
 
 
-def load_vcpu(vcpu: Vcpu, state: VcpuState, reset: ResetMsrs = NO_RESET_MSRS) -> None:
+def load_vcpu(
+    vcpu: Vcpu,
+    state: VcpuState,
+    reset: ResetMsrs = NO_RESET_MSRS,
+    components: int = ALL_COMPONENTS,
+) -> None:
     """Set a stopped vCPU's state, except the TSC and the timer's deadline.
 
     :func:`.clocks.restore` sets the TSC, and :func:`load_deadline` the deadline after that.
 
     ``reset``: MSRs that are so already are left alone. Most are (machine check banks, MTRRs,
     counters), and setting them takes several times as long as the others.
+
+    ``components``: the XSAVE components the guest was told of. KVM of old saves all of the host's,
+    PKRU in any case (before Linux 6.6), and no KVM takes what the own host lacks.
 
     Raises:
         StreamError: KVM does not take a part; the message names it.
@@ -119,13 +132,22 @@ def load_vcpu(vcpu: Vcpu, state: VcpuState, reset: ResetMsrs = NO_RESET_MSRS) ->
     differing = [pair for pair in state.msrs if pair not in reset]
     _put(vcpu, "sregs", abi.SET_SREGS, state.sregs)
     _put(vcpu, "regs", abi.SET_REGS, state.regs)
-    _put(vcpu, "xsave", abi.SET_XSAVE, state.xsave.ljust(vcpu.xsave_size, b"\0"))
+    xsave = _with_components(state.xsave, components)
+    _put(vcpu, "xsave", abi.SET_XSAVE, xsave.ljust(vcpu.xsave_size, b"\0"))
     _put(vcpu, "xcrs", abi.SET_XCRS, state.xcrs)
     _put_msrs(vcpu, [(i, v) for i, v in differing if i not in _OF_TIME])
     _put(vcpu, "events", abi.SET_VCPU_EVENTS, state.events)
     _put(vcpu, "debugregs", abi.SET_DEBUGREGS, state.debugregs)
     _put(vcpu, "lapic", abi.SET_LAPIC, state.lapic)
     _put(vcpu, "mp_state", abi.SET_MP_STATE, abi.MP_STATE.pack(state.mp_state))
+
+
+def _with_components(area: bytes, components: int) -> bytes:
+    present = int.from_bytes(area[_XSTATE_BV], "little")
+    kept = present & (components | _ALWAYS)
+    if kept == present:
+        return area
+    return area[: _XSTATE_BV.start] + kept.to_bytes(8, "little") + area[_XSTATE_BV.stop :]
 
 
 def load_deadline(vcpu: Vcpu, state: VcpuState) -> None:

@@ -123,6 +123,15 @@ class System(_Handle):
             abi.CPUID_ENTRY.unpack_from(raw, start + i * abi.CPUID_ENTRY.size) for i in range(used)
         ]
 
+    def feature_msr(self, index: int) -> int:
+        """Return the value of an MSR with features as KVM shows it to a guest, 0 without one."""
+        buffer = bytearray(msr_query((index,)))
+        try:
+            got = ioctl_out(self.fd, abi.GET_MSRS, buffer)
+        except OSError:  # before Linux 4.17
+            return 0
+        return int.from_bytes(buffer[-8:], "little") if got == 1 else 0
+
     def msr_indices(self) -> list[int]:
         """Return the indices of the MSRs that make up a vCPU's state."""
         count = 1024
@@ -243,6 +252,14 @@ class Vcpu(_Handle):
     def tsc_khz(self) -> int:
         """Return the frequency of the guest's TSC in kilohertz."""
         return self.ioctl(abi.GET_TSC_KHZ)
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """Set the frequency of the guest's TSC in kilohertz.
+
+        Where KVM lacks CAP_TSC_CONTROL, a higher one is taken and not given
+        (arch/x86/kvm/x86.c, set_tsc_khz).
+        """
+        self.ioctl(abi.SET_TSC_KHZ, khz)
 
     def get_msrs(self, indices: list[int]) -> list[tuple[int, int]]:
         """Return (index, value) of the MSRs before the first KVM cannot read."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from godwit.errors import StreamError
 from godwit.hw.device import Device, Negotiates
+from godwit.machine import cpu
 from godwit.machine.machine import Machine
 from godwit.machine.state import VERSION
 
@@ -33,6 +34,7 @@ def describe(machine: Machine, token: bytes, cookie: bytes = b"") -> Hello:
         ],
         version=VERSION,
         cookie=cookie,
+        cpu=cpu.describe(machine.board) if machine.config.machine.describes_cpu else None,
     )
 
 
@@ -56,9 +58,20 @@ def check(hello: Hello, machine: Machine) -> None:
     differences += _device_differences(hello, own, machine)
     if differences:
         raise StreamError("the machines differ: " + "; ".join(differences))
-    problems = [f"{nic.id}: {problem}" for nic in machine.nics for problem in nic.problems()]
+    problems = [] if hello.cpu is None else cpu.problems(machine.board, hello.cpu)
+    problems += [f"{nic.id}: {problem}" for nic in machine.nics for problem in nic.problems()]
     if problems:
         raise StreamError("this host cannot take the guest: " + "; ".join(problems))
+
+
+def adopt(hello: Hello, machine: Machine) -> None:
+    """Become what :func:`check` let pass and a new machine is not: one with the guest's CPU.
+
+    Raises:
+        StreamError: KVM refuses.
+    """
+    if hello.cpu is not None:
+        cpu.adopt(machine.board, hello.cpu)
 
 
 def _device_differences(hello: Hello, own: Hello, machine: Machine) -> Iterator[str]:

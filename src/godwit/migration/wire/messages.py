@@ -18,6 +18,7 @@ from typing import Annotated
 import msgspec
 
 from godwit.errors import StreamError
+from godwit.hw.cpu.description import Cpu
 from godwit.hw.device import Name, SetupHints
 from godwit.hw.memory import PAGE
 from godwit.spec.saved import U64
@@ -108,6 +109,8 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     version: int
     #: The secret in the migration's marker frames; empty: no packet handover is wanted.
     cookie: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+    #: The guest's CPU, unless the machine type is of a time when HELLO did not describe it.
+    cpu: Cpu | None = None
 
 
 class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
