@@ -3,7 +3,7 @@
 ::
 
     mkdir out/traces
-    GODWIT_TRACES=$PWD/out/traces python -m lab run -- .venv/bin/pytest tests/vm/test_snapshots.py ...
+    GODWIT_TRACES=$PWD/out/traces python -m lab run -- .venv/bin/pytest tests/vm/...
     python -m lab.syscalls out/traces
 
 The lab's VMs then run under strace, and log what they would be killed for. Prints what was called

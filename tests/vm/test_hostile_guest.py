@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import time
+from itertools import pairwise
 
 import pytest
 from vm_bench import Bench, Watched, resident
@@ -70,7 +71,7 @@ def test_a_hostile_guest_harms_itself_alone(
         ping.wait_answer(time.time(), 10)
         ping.stop()
         times = [at for at, _ in ping.answers().times]
-        gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in pairwise(times)]
         assert max(gaps) < GAP_S, ping.flow
     assert resident(vm.pid) - before < GROWTH
     other.agent.ping(10)
