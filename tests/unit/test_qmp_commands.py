@@ -12,7 +12,7 @@ from godwit.qmp import commands
 from godwit.qmp.commands import COMMANDS, announce, devices, migration, network, vm
 from godwit.qmp.controller import Controller
 from godwit.qmp.protocol import CommandNotFound
-from godwit.spec import events
+from godwit.spec import events, machine_types
 from godwit.spec.parameters import (
     AnnounceOptions,
     AnnounceParameters,
@@ -175,6 +175,51 @@ def test_migrate_and_its_arguments() -> None:
     vm = Vm(S.INMIGRATE)
     run(vm, "migrate-incoming", uri="tcp:0:4444", insecure=True)
     assert vm.calls == [("migrate_incoming", "tcp:0:4444", True)]
+
+
+def test_migrate_takes_qemus_arguments_as_far_as_they_ask_for_nothing() -> None:
+    vm = Vm()
+    off = {"blk": False, "inc": False, "resume": False}
+    run(vm, "migrate", uri="unix:x", detach=True, **off)
+    run(vm, "migrate", uri="unix:x", detach=False)
+    assert vm.calls == [("migrate", "unix:x", False)] * 2
+    for name, why in (("blk", "no disks"), ("inc", "no disks"), ("resume", "no postcopy")):
+        with pytest.raises(ConfigError, match=f"'{name}' is true, but .*{why}.*: leave it out"):
+            run(vm, "migrate", uri="unix:x", **{name: True})
+    assert len(vm.calls) == 2
+
+
+def test_parameters_of_qemus_may_be_off() -> None:
+    vm = Vm()
+    off: dict[str, object] = {"tls-creds": "", "tls-hostname": None, "block-incremental": False}
+    off |= {"multifd-compression": "none", "max-postcopy-bandwidth": 0, "block-bitmap-mapping": []}
+    run(vm, "migrate-set-parameters", **off, **{"max-bandwidth": 7})
+    assert run(vm, "query-migrate-parameters")["max-bandwidth"] == 7
+    for name, value in (("tls-creds", "tls0"), ("block-incremental", 0), ("compress-level", 1)):
+        with pytest.raises(ConfigError, match=f"Parameter '{name}' is QEMU's, not Godwit's: "):
+            run(vm, "migrate-set-parameters", **{name: value, "max-bandwidth": 8})
+    assert run(vm, "query-migrate-parameters")["max-bandwidth"] == 7, "all or none"
+
+
+def test_the_human_monitor_is_refused_with_the_way_to_go() -> None:
+    with pytest.raises(ConfigError, match="'query-commands' lists") as caught:
+        run(Vm(), "human-monitor-command", command_line="info status")
+    assert not isinstance(caught.value, CommandNotFound)
+    assert "human-monitor-command" not in str(run(Vm(), "query-commands"))
+
+
+def test_facts_about_the_vm_as_qemu_has_them() -> None:
+    vm = Vm()
+    assert run(vm, "query-name") == {}
+    assert run(vm, "query-uuid") == {"UUID": "00000000-0000-0000-0000-000000000000"}
+    assert run(vm, "query-target") == {"arch": "x86_64"}
+    assert run(vm, "query-block") == []
+    assert run(vm, "query-memory-size-summary") == {"base-memory": 256 << 20}
+    cpus = run(vm, "query-cpus-fast")
+    assert [(cpu["cpu-index"], cpu["thread-id"]) for cpu in cpus] == [(0, 71), (1, 72)]
+    machines = run(vm, "query-machines")
+    assert [one["name"] for one in machines if one.get("is-default")] == [machine_types.DEFAULT]
+    assert len(machines) >= 2
 
 
 def test_what_the_vm_refuses_is_the_error() -> None:

@@ -26,7 +26,7 @@ MAX_NESTING = 100
 _QUOTE, _SINGLE, _ESCAPE = ord('"'), ord("'"), ord("\\")
 # Control characters and 0xff, which is not UTF-8, are in no JSON text, outside or inside of a
 # string: found here, a forgotten quote is an error at the line's end, not a wait without one.
-_OUTSIDE = re.compile(rb"""[{}\[\]"'\x00-\x08\x0b\x0c\x0e-\x1f\xff]""")
+_OUTSIDE = re.compile(rb"""[{}\[\]"'\\\x00-\x08\x0b\x0c\x0e-\x1f\xff]""")
 #: What ends a piece of a string, by the quote that the string began with.
 _INSIDE = {
     _QUOTE: re.compile(rb'["\\\x00-\x1f\xff]'),

@@ -151,10 +151,15 @@ _NO_DISKS = "a VM has no disks"
 #: The parameters of QEMU 7.2 (qapi/migration.json, MigrateSetParameters) that Godwit has not.
 _ABSENT_PARAMETERS = {
     **dict.fromkeys(
-        ("compress-level", "compress-threads", "decompress-threads", "xbzrle-cache-size"),
+        (
+            "compress-level",
+            "compress-threads",
+            "compress-wait-thread",
+            "decompress-threads",
+            "xbzrle-cache-size",
+        ),
         Absent((), _NO_COMPRESSION),
     ),
-    "compress-wait-thread": Absent((False, True), _NO_COMPRESSION),
     **dict.fromkeys(
         ("multifd-channels", "multifd-zlib-level", "multifd-zstd-level"), Absent((), _NO_MULTIFD)
     ),
