@@ -137,6 +137,19 @@ def test_large_answers_to_pipelined_requests_all_arrive(vm: _Busy) -> None:
             assert len(client.read()["return"]) == 800_000
 
 
+def test_a_client_that_left_many_events_unread_is_still_served(vm: _Busy) -> None:
+    with Raw(vm.path) as client:
+        outbox = next(iter(vm.server._clients.values())).out
+        while len(outbox) < 4 * module.PAUSE_AT:
+            vm.call(lambda: vm.server.emit("NOISE", {"text": "x" * 10_000}))
+        client.send({"execute": "stop"})
+        while "stop" not in vm.done:
+            vm.call(lambda: None)
+        while "event" in (message := client.read()):
+            pass
+        assert message == {"return": {"did": "stop"}}
+
+
 def test_requests_before_the_end_of_the_connection_are_executed(vm: _Busy) -> None:
     with Raw(vm.path) as client:
         client.sock.sendall(b'{"execute":"work"}' * 100)

@@ -201,7 +201,7 @@ def test_however_the_stream_is_cut_the_commands_are_the_same(
     ]
 
 
-noise = st.binary(max_size=60) | st.text('{}[]":,\\ \n\r\t\x01truefalse019.-e', max_size=60).map(
+noise = st.binary(max_size=60) | st.text("{}[]'\":,\\ \n\r\t\x01truefalse019.-e", max_size=60).map(
     str.encode
 )
 

@@ -21,14 +21,20 @@ RESERVED = 32 << 10
 
 
 class Outbox:
-    """The messages for one client, in order, until they are sent. It has no lock."""
+    """The messages for one client, in order, until they are sent. It has no lock.
+
+    Attributes:
+        replies: the unsent bytes of replies, by which the caller bounds their number.
+    """
 
     def __init__(self) -> None:
+        self.replies = 0
         self._data = bytearray()
         self._sent = 0
         self._pushed = 0
-        # (where its end is in all that was ever pushed, kind, bytes) of each event that waits
-        self._events: deque[tuple[int, str, int]] = deque()
+        # (where its end is in all that was ever pushed, kind of event, bytes) of each message;
+        # a reply is of no kind
+        self._messages: deque[tuple[int, str, int]] = deque()
         self._waiting: dict[str, int] = {}
         self._all_waiting = 0
         self._lost: dict[str, int] = {}
@@ -43,9 +49,9 @@ class Outbox:
         return self._data
 
     def reply(self, message: bytes) -> None:
-        """Add a message which has to arrive, and whose number the caller bounds."""
-        self._data += message
-        self._pushed += len(message)
+        """Add a reply, whatever waits already."""
+        self.replies += len(message)
+        self._push("", message)
 
     def event(self, kind: str, message: bytes) -> None:
         """Add an event, or count one more loss where too many wait already."""
@@ -58,20 +64,28 @@ class Outbox:
             return
         self._all_waiting += len(message)
         self._waiting[kind] = waiting + len(message)
-        self.reply(message)
-        self._events.append((self._pushed, kind, len(message)))
+        self._push(kind, message)
 
     def sent(self, count: int) -> None:
         """Drop sent bytes, and add the count of losses of each kind with space again."""
         del self._data[:count]
         self._sent += count
-        while self._events and self._events[0][0] <= self._sent:
-            _, kind, size = self._events.popleft()
-            self._waiting[kind] -= size
-            self._all_waiting -= size
-            if not self._waiting[kind] and kind in self._lost:
-                self._report_lost(kind, self._lost.pop(kind))
+        while self._messages and self._messages[0][0] <= self._sent:
+            _, kind, size = self._messages.popleft()
+            if kind:
+                self._waiting[kind] -= size
+                self._all_waiting -= size
+                if not self._waiting[kind] and kind in self._lost:
+                    self._report_lost(kind, self._lost.pop(kind))
+            else:
+                self.replies -= size
 
     def _report_lost(self, kind: str, count: int) -> None:
+        """Add the event of a loss, of which there is one at most for each kind of event."""
         name, data = Event.EVENTS_LOST.of(event=kind, count=count)
-        self.reply(protocol.event(name, data))
+        self.event(name, protocol.event(name, data))
+
+    def _push(self, kind: str, message: bytes) -> None:
+        self._data += message
+        self._pushed += len(message)
+        self._messages.append((self._pushed, kind, len(message)))

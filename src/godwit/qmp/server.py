@@ -21,7 +21,8 @@ from .outbox import Outbox
 MAX_CLIENTS = 32
 #: The time for a client to finish the negotiation, seconds: enough for one who types.
 NEGOTIATION_S = 60.0
-#: With this much unsent, bytes, a client's requests wait until it has taken some of it.
+#: With so many bytes of replies unsent, a client's requests wait until it has taken some of them.
+#: Events do not count: a guest that floods a client with events keeps it from no command.
 PAUSE_AT = 64 << 10
 #: The most that one client's requests do before others have their turn: requests, and seconds.
 MAX_REQUESTS = 16
@@ -187,9 +188,9 @@ class Server:
         """Execute some of a client's requests, and leave the others for its next turn."""
         end = self._loop.now() + MAX_WORK_S
         for _ in range(MAX_REQUESTS):
-            if len(client.out) >= PAUSE_AT:
+            if client.out.replies >= PAUSE_AT:
                 self._flush(client)
-            if not self._has(client) or len(client.out) >= PAUSE_AT:
+            if not self._has(client) or client.out.replies >= PAUSE_AT:
                 break
             reply = client.session.step()
             if reply is None:
@@ -226,11 +227,10 @@ class Server:
                 pass
             except OSError:
                 client.broken = True
-            unsent = len(client.out)
+            unsent, space = len(client.out), client.out.replies < PAUSE_AT
         if client.broken or (client.ended and not client.busy and not unsent):
             self._drop(client)
             return
-        space = unsent < PAUSE_AT
         if client.busy and space and not client.scheduled:
             client.scheduled = True
             self._loop.call_soon(lambda: self._serve_on(client))
