@@ -16,6 +16,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from qemu.qmp import ExecuteError
+from qemu.qmp.legacy import QEMUMonitorProtocol
 
 import qmp_bench
 import test_qmp_commands
@@ -121,6 +123,31 @@ def test_qmp_shell(vm: Served, tmp_path: Path) -> None:
     assert "The command fly has not been found" in printed
     assert [call[0] for call in vm.controller.calls] == ["migrate", "quit"]
     assert vm.controller.parameters.convergence.auto_converge
+
+
+# --- qemu.qmp -------------------------------------------------------------------------------------
+def test_qemu_qmp_as_qemus_own_tests_use_it(vm: Served) -> None:
+    monitor = QEMUMonitorProtocol(str(vm.path))
+    monitor.connect()
+    try:
+        schema = monitor.cmd("query-qmp-schema")
+        assert {one["name"] for one in monitor.cmd("query-commands")} == {
+            entry["name"] for entry in schema if entry["meta-type"] == "command"
+        }
+        monitor.cmd("stop")
+        assert monitor.cmd("query-status")["status"] == "paused"
+        event = monitor.pull_event(wait=qmp_bench.DEADLINE)
+        assert event is not None
+        assert event["event"] == "RUN_STATE"
+        assert [one["event"] for one in monitor.get_events()] == ["STOP"]
+        reply = monitor.cmd_raw("human-monitor-command", {"command-line": "info mice"})
+        assert reply["error"]["class"] == "GenericError"
+        with pytest.raises(ExecuteError, match="'blk' is true, but a VM has no disks"):
+            monitor.cmd("migrate", uri="unix:/there", blk=True)
+        monitor.cmd("migrate", uri="unix:/there", blk=False, detach=True)
+        assert monitor.cmd("query-migrate")["ram"]["total"] == 1 << 28
+    finally:
+        monitor.close()
 
 
 # --- those that make test-judges installs ---------------------------------------------------------
