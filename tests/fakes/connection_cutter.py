@@ -50,6 +50,7 @@ class ConnectionCutter:
         self._on_message = on_message
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(near))
+        near.chmod(0o666)  # a VM that root started goes on as another user
         self._listener.listen()
         self._connections: list[SocketConnection] = []
         self._threads: list[threading.Thread] = []

@@ -156,3 +156,19 @@ def test_nothing_pending_raises_nothing(bench: Bench) -> None:
 def test_frames_of_the_host_go_out_of_the_tap(bench: Bench) -> None:
     bench.net.send_from_host(b"frame")
     assert bench.tap.get() == bytes(12) + b"frame"
+
+
+def test_a_driver_that_was_ready_without_features_migrates_with_its_broken_device(
+    memory: GuestMemory,
+) -> None:
+    """A guest must not be able to make itself unmigratable."""
+    one, two = Bench(memory), Bench(memory, resume=False)
+    one.guest.write(0x14, 1, 4)
+    assert one.errors
+    state = one.save()
+    two.load(state)
+    two.pci.resume()
+    assert two.guest.read(0x14, 1) & 64
+    assert two.save() == state
+    one.close()
+    two.close()

@@ -214,7 +214,16 @@ class Vmm:
 
     def powerdown(self) -> None:
         """Press the guest's power button."""
+        self._emit(*Event.POWERDOWN.of())
         self.machine.pm1.press()
+
+    def vcpu_threads(self) -> list[int]:
+        """Return the thread's id of each vCPU."""
+        return [thread.thread_id for thread in self.machine.vcpus]
+
+    def ram_size(self) -> int:
+        """Return the size of the guest's RAM in bytes."""
+        return self.machine.memory.size
 
     def quit(self) -> None:
         """End the VM soon, with the exit code 0."""
