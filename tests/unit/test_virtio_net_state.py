@@ -163,6 +163,7 @@ def test_a_driver_that_was_ready_without_features_migrates_with_its_broken_devic
 ) -> None:
     """A guest must not be able to make itself unmigratable."""
     one, two = Bench(memory), Bench(memory, resume=False)
+    one.guest.write_config(4, 2, 6)
     one.guest.write(0x14, 1, 4)
     assert one.errors
     state = one.save()
