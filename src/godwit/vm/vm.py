@@ -28,7 +28,7 @@ from godwit.spec.events import Event
 from godwit.spec.parameters import AnnounceParameters, MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
 
-from .guest_errors import GuestErrors
+from .limited_reports import LimitedReports
 from .migrations import Migrations
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Vmm:
         self._server: Server | None = None
         self._monitors: Monitors | None = None
         self._filter_reported: set[str] = set()
-        self._guest_errors = GuestErrors(loop.now, self._guest_error)
+        self._guest_errors = LimitedReports(loop.now, self._guest_error)
         self.machine = Machine(board, loop, console, self._vcpu_exited, self._guest_errors.add)
         self.uplinks = [Uplink(nic, loop) for nic in self.machine.nics]
         self.migrations = Migrations(
