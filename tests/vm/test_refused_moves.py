@@ -84,7 +84,7 @@ def test_commands_out_of_season_say_so(bench: Bench, guest: Guest) -> None:
     vm = guest.vm
     refusals = (
         ("migrate", {"uri": "tcp:192.0.2.9:4444"}, "--insecure"),
-        ("migrate", {"uri": "ftp:x"}, "unix:PATH, tcp:HOST:PORT or file:PATH"),
+        ("migrate", {"uri": "ftp:x"}, "tls:HOST:PORT, tcp:HOST:PORT or file:PATH"),
         ("migrate-incoming", {"uri": "unix:/run/x"}, "not allowed in state 'running'"),
     )
     for command, arguments, words in refusals:

@@ -22,8 +22,6 @@ from lab.network import Host
 from lab.scenario import MAC
 from lab.vm import vm_folder
 
-pytestmark = ONE_BACKEND
-
 #: What a running VM may have open.
 _ITS_OWN = re.compile(
     r"/dev/(null|kvm|net/tun|vhost-net)|/proc/\d+/pagemap|(anon_inode|socket|pipe):.*"
@@ -48,6 +46,7 @@ def _is_confined(pid: int, uid: int) -> None:
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
 
 
+@ONE_BACKEND
 def test_a_vm_that_root_started_has_no_power_left(bench: Bench, guest: Guest) -> None:
     pid = guest.vm.pid
     nobody = pwd.getpwnam("nobody")
@@ -60,6 +59,7 @@ def test_a_vm_that_root_started_has_no_power_left(bench: Bench, guest: Guest) ->
     guest.agent.ping()
 
 
+@ONE_BACKEND
 @pytest.mark.parametrize(
     "uri", ["file:/var/tmp/godwit-outside", "unix:/root/godwit-outside"], ids=["file", "unix"]
 )
