@@ -28,6 +28,7 @@ lab: setup
 test: setup
 	$(BIN)/pytest tests/unit
 	@scripts/vm-tests
+	@scripts/unlike-hosts
 
 test-networks: setup
 	@$(BIN)/python -m lab.networks.testpmd
@@ -35,6 +36,7 @@ test-networks: setup
 
 test-hosts: setup
 	@scripts/unlike-hosts
+
 test-judges: setup
 	@scripts/qmp-judges
 
