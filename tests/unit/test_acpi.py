@@ -1,6 +1,9 @@
 """ACPI tables: found the way a kernel finds them, and each field where the specification has it."""
 
+import shutil
 import struct
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -11,10 +14,10 @@ from godwit.hw.memory import GuestMemory
 class Tables:
     """The tables of a machine with ``cpus`` vCPUs, from the RSDP on."""
 
-    def __init__(self, memory: GuestMemory, cpus: int) -> None:
+    def __init__(self, memory: GuestMemory, cpus: int, informs: bool = False) -> None:
         self._memory = memory
         memory.write(0xE0000, bytes(0x20000))
-        acpi.write_tables(memory, cpus)
+        acpi.write_tables(memory, cpus, informs)
         self.rsdp = memory.read(0xE0000, 36)
         self.xsdt = self.table(struct.unpack_from("<Q", self.rsdp, 24)[0])
         entries = [at for (at,) in struct.iter_unpack("<Q", self.xsdt[36:])]
@@ -194,3 +197,40 @@ def test_resources_end_with_their_tag_and_count_themselves() -> None:
     assert aml.resources(aml.irq(4)) == b"\x11\x08\x0a\x05\x22\x10\x00\x79\x00"
     for large in (aml.bus_range(0, 255), aml.io_range(0, 1), aml.memory_range(0, 1)):
         assert struct.unpack_from("<H", large, 1)[0] == len(large) - 3
+
+
+# --- what the newest machine type adds ------------------------------------------------------------
+def test_general_purpose_events_are_described_where_they_are(memory: GuestMemory) -> None:
+    fadt = Tables(memory, 1, informs=True).fadt
+    assert struct.unpack_from("<I", fadt, 80)[0] == layout.GPE0
+    assert fadt[92] == 4
+    assert struct.unpack_from("<BBBBQ", fadt, 220) == (1, 32, 0, 0, layout.GPE0)
+    old = Tables(memory, 1).fadt
+    assert (struct.unpack_from("<I", old, 80)[0], old[92]) == (0, 0)
+
+
+def test_a_generation_is_a_random_number_of_each_boot(memory: GuestMemory) -> None:
+    seen = set()
+    for _ in range(3):
+        Tables(memory, 1, informs=True)
+        seen.add(bytes(memory.read(acpi.GENERATION, 16)))
+    assert len(seen) == 3
+    assert bytes(16) not in seen
+
+
+@pytest.mark.skipif(shutil.which("iasl") is None, reason="needs iasl (acpica-tools)")
+@pytest.mark.parametrize("informs", [False, True])
+def test_iasl_finds_no_fault(memory: GuestMemory, tmp_path: Path, informs: bool) -> None:
+    tables = Tables(memory, 2, informs)
+    names = {"dsdt": tables.dsdt, "facp": tables.fadt, "apic": tables.madt, "xsdt": tables.xsdt}
+    for name, table in names.items():
+        (tmp_path / f"{name}.aml").write_bytes(table)
+        taken_apart = subprocess.run(
+            ["iasl", "-d", f"{name}.aml"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert taken_apart.returncode == 0, taken_apart.stderr
+        done = subprocess.run(
+            ["iasl", "-we", f"{name}.dsl"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "0 Errors, 0 Warnings" in done.stdout, done.stdout

@@ -100,3 +100,38 @@ def test_the_reset_ports() -> None:
     register.write(0, 1, 6)
     keyboard.write(0, 1, 0xFE)
     assert resets == [RESET_PORT, KEYBOARD_COMMAND]
+
+
+def test_an_event_interrupts_until_it_is_acknowledged(board: Board) -> None:
+    pm1 = board.pm1
+    pm1.raise_event(5)
+    assert board.edges == []
+    pm1.write(10, 2, 1 << 5)
+    assert board.edges == [True]
+    assert pm1.read(8, 2) == 1 << 5
+    pm1.write(8, 1, 0xDF)
+    assert board.edges == [True]
+    pm1.write(8, 1, 0x20)
+    assert board.edges == [True, False]
+
+
+def test_the_button_and_an_event_share_a_line(board: Board) -> None:
+    pm1 = board.pm1
+    pm1.write(ENABLE, 2, BUTTON)
+    pm1.write(10, 2, 1 << 5)
+    pm1.press()
+    pm1.raise_event(5)
+    pm1.write(STATUS, 2, BUTTON)
+    assert board.edges == [True]
+    pm1.write(8, 2, 1 << 5)
+    assert board.edges == [True, False]
+
+
+def test_an_event_travels(board: Board) -> None:
+    board.pm1.write(10, 2, 1 << 5)
+    board.pm1.raise_event(5)
+    other = Board()
+    other.pm1.load(board.pm1.save())
+    assert other.edges == []  # the level is in the interrupt controllers' state
+    other.pm1.write(8, 2, 1 << 5)
+    assert other.edges == [False]

@@ -14,7 +14,7 @@ import pytest
 
 from godwit.errors import ConfigError, HostError, StateError
 from godwit.host.loop import Loop
-from godwit.hw import layout
+from godwit.hw import acpi, layout
 from godwit.hw.console import Console
 from godwit.machine.board import Board
 from godwit.machine.vcpu import StopReason
@@ -464,6 +464,46 @@ def test_a_guest_error_is_an_event_and_a_line(place: Place) -> None:
         {"device": "nic0", "message": "a bad ring", "suppressed": 0}
     ]
     assert "nic0: the guest broke the device's rules (a bad ring)" in place.text[-1]
+
+
+@pytest.mark.parametrize(
+    ("action", "state", "code"),
+    [
+        ("exit", S.GUEST_PANICKED, EXIT_TRIPLE_FAULT),
+        ("pause", S.GUEST_PANICKED, None),
+        ("run", S.RUNNING, None),
+    ],
+)
+def test_a_panic_is_an_event_and_what_the_operator_chose(
+    action: str, state: RunState, code: int | None
+) -> None:
+    place = Place(on_panic=action)
+    place.vm.start()
+    place.vcpu.out(acpi.PANIC_PORT, 1)
+    place.run_until(lambda: bool(place.named("GUEST_PANICKED")))
+    assert place.named("GUEST_PANICKED") == [{"action": action}]
+    place.run_until(lambda: place.vm.states.current is state)
+    assert place.vm.machine.running is (action == "run")
+    if code is not None:
+        place.loop.run()
+        assert place.vm.exit_code == code
+        assert place.named("SHUTDOWN") == [{"guest": True, "reason": "guest-panic"}]
+    place.close()
+
+
+def test_a_panic_of_a_guest_that_saves_a_dump_changes_nothing(place: Place) -> None:
+    place.vm.start()
+    place.vcpu.out(acpi.PANIC_PORT, 2)
+    place.run_until(lambda: bool(place.named("GUEST_CRASHLOADED")))
+    assert place.named("GUEST_CRASHLOADED") == [{"action": "run"}]
+    assert place.vm.machine.running
+
+
+def test_a_panic_reboots(rebooting: Place) -> None:
+    rebooting.vm._on_panic = "reboot"
+    rebooting.vcpu.out(acpi.PANIC_PORT, 1)
+    rebooting.run_until(lambda: _reboots(rebooting) == 1)
+    assert rebooting.vm.states.current is S.RUNNING
 
 
 def test_counters_and_filters_are_by_device() -> None:

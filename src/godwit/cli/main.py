@@ -144,6 +144,24 @@ def _parser() -> argparse.ArgumentParser:
         "--no-autostart", action="store_true", help="load, and wait for QMP's cont to run"
     )
     run.add_argument(
+        "--on-panic",
+        choices=("exit", "pause", "reboot", "run"),
+        default="exit",
+        help="what is done when the guest reports a panic by pvpanic (default %(default)s, code 4)",
+    )
+    run.add_argument(
+        "--smbios",
+        metavar="KEY=VALUE,...",
+        help="the machine in words: manufacturer, product, serial, uuid",
+    )
+    run.add_argument(
+        "--oem-string",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="an SMBIOS OEM string, as io.systemd.credential:NAME=VALUE; once for each",
+    )
+    run.add_argument(
         "--no-reboot", action="store_true", help="end with code 3 when the guest reboots"
     )
     run.add_argument(

@@ -24,7 +24,7 @@ from godwit.host.loop import Loop
 from godwit.hw.console import Console
 from godwit.machine.board import Board
 from godwit.machine.vcpu import install_kick_handler
-from godwit.spec.config import VmConfig, parse_cpu, parse_devices, parse_memory
+from godwit.spec.config import VmConfig, parse_cpu, parse_devices, parse_memory, parse_smbios
 from godwit.spec.machine_types import DEFAULT, machine_type
 
 from .sandbox import Sandbox
@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         command_line=arguments.append,
         devices=parse_devices(arguments.devices),
         machine=machine_type(arguments.machine or DEFAULT),
+        system=parse_smbios(arguments.smbios, arguments.oem_string),
     )
     if arguments.kernel is None and arguments.incoming is None:
         raise ConfigError(
@@ -109,6 +110,7 @@ def _run(board: Board, arguments: argparse.Namespace, sandbox: Sandbox, console_
             qmp=arguments.qmp,
             autostart=not arguments.no_autostart,
             reboot=not arguments.no_reboot,
+            on_panic=arguments.on_panic,
             log=log,
             credentials=_credentials(arguments),
         )

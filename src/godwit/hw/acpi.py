@@ -6,6 +6,7 @@ no MSI, and virtio-pci fails to probe.
 
 from __future__ import annotations
 
+import os
 from struct import pack
 
 from . import aml, layout
@@ -13,6 +14,9 @@ from .memory import HOLE_START, GuestMemory
 
 RSDP_ADDRESS = 0xE0000
 _TABLES_ADDRESS = 0xE0040
+#: The generation's number and event (:mod:`.generation`) and pvpanic's port (:mod:`.pvpanic`),
+#: which this module does not import: a guest's first instructions wait for it.
+GENERATION, GENERATION_EVENT, PANIC_PORT = 0xEF000, 5, 0x505
 _LOCAL_APIC = 0xFEE00000
 _IO_APIC = 0xFEC00000
 #: Addresses for PCI devices: below the I/O APIC, above RAM.
@@ -26,8 +30,11 @@ _FADT_FLAGS = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 10
 _BOOT_FLAGS = 1 << 0 | 1 << 2 | 1 << 5
 
 
-def write_tables(memory: GuestMemory, cpus: int) -> None:
-    """Put the tables into the BIOS area, the RSDP at :data:`RSDP_ADDRESS`."""
+def write_tables(memory: GuestMemory, cpus: int, informs: bool = False) -> None:
+    """Put the tables into the BIOS area, the RSDP at :data:`RSDP_ADDRESS`.
+
+    With ``informs`` the DSDT has pvpanic and the generation, whose number is written, too.
+    """
     address = _TABLES_ADDRESS
     placed: dict[bytes, int] = {}
 
@@ -41,11 +48,13 @@ def write_tables(memory: GuestMemory, cpus: int) -> None:
         return at
 
     facs = place(pack("<4sIIIIIQB31x", b"FACS", 64, 0, 0, 0, 0, 0, 2), align=64)
-    dsdt = place(_table(b"DSDT", 2, _dsdt()))
-    fadt = place(_table(b"FACP", 6, _fadt(facs, dsdt)))
+    dsdt = place(_table(b"DSDT", 2, _dsdt(informs)))
+    fadt = place(_table(b"FACP", 6, _fadt(facs, dsdt, informs)))
     madt = place(_table(b"APIC", 5, _madt(cpus)))
     xsdt = place(_table(b"XSDT", 1, pack("<QQ", fadt, madt)))
     memory.write(RSDP_ADDRESS, _rsdp(xsdt))
+    if informs:
+        memory.write(GENERATION, os.urandom(16))
 
 
 def _sum(data: bytes) -> int:
@@ -72,18 +81,20 @@ def _register(port: int, bits: int) -> bytes:
     return pack("<BBBBQ", 1, bits, 0, 0, port) if port else bytes(12)
 
 
-def _fadt(facs: int, dsdt: int) -> bytes:
+def _fadt(facs: int, dsdt: int, informs: bool) -> bytes:
     event, control = layout.PM1_EVENT, layout.PM1_CONTROL
+    events, length = (layout.GPE0, 4) if informs else (0, 0)
     body = pack("<IIBBHIBBBB", facs, dsdt, 0, 0, layout.SCI_GSI, 0, 0, 0, 0, 0)
     # PM1a/b event, PM1a/b control, PM2 control, PM timer, GPE0/1, and their lengths.
-    body += pack("<IIIIIIII", event, 0, control, 0, 0, 0, 0, 0)
-    body += pack("<BBBBBBBB", 4, 2, 0, 0, 0, 0, 0, 0)
+    body += pack("<IIIIIIII", event, 0, control, 0, 0, 0, events, 0)
+    body += pack("<BBBBBBBB", 4, 2, 0, 0, length, 0, 0, 0)
     # C2/C3 latency beyond the limit (absent), flush, duty, RTC alarms.
     body += pack("<HHHHBBBBBHBI", 101, 1001, 0, 0, 0, 0, 0, 0, 0, _BOOT_FLAGS, 0, _FADT_FLAGS)
     body += _register(layout.RESET_PORT, 8) + pack("<BHB", 6, 0, 5)
     body += pack("<QQ", 0, dsdt)
     body += _register(event, 32) + _register(0, 0) + _register(control, 16) + _register(0, 0)
-    body += _register(0, 0) * 6  # PM2, PM timer, GPE0, GPE1, sleep control, sleep status
+    body += _register(0, 0) * 2 + _register(events, 8 * length)  # PM2, PM timer, GPE0
+    body += _register(0, 0) * 3  # GPE1, sleep control, sleep status
     return body + pack("<8s", b"GODWIT")
 
 
@@ -103,7 +114,26 @@ def _interrupt_route(slot: int) -> bytes:
     return aml.package(function, pin, source, aml.integer(layout.intx_gsi(slot)))
 
 
-def _dsdt() -> bytes:
+def _informers() -> tuple[bytes, bytes]:
+    """Return the devices below the system bus, and the method of the generation's event."""
+    panic = aml.device(
+        "PEVT",
+        aml.name("_HID", aml.text("QEMU0001")),
+        aml.name("_STA", aml.integer(0xF)),
+        aml.name("_CRS", aml.resources(aml.io_port(PANIC_PORT, 1))),
+    )
+    generation = aml.device(
+        "VGEN",
+        aml.name("_HID", aml.text("GDWT0001")),
+        aml.name("_CID", aml.text("VM_Gen_Counter")),
+        aml.name("_DDN", aml.text("VM_Gen_Counter")),
+        aml.name("ADDR", aml.package(aml.integer(GENERATION), aml.integer(0))),
+    )
+    event = aml.method(f"_E{GENERATION_EVENT:02X}", aml.notify("\\_SB.VGEN", 0x80))
+    return panic + generation, aml.scope("\\_GPE", event)
+
+
+def _dsdt(informs: bool) -> bytes:
     first, last = PCI_RANGE
     host_bridge = aml.device(
         "PCI0",
@@ -129,4 +159,5 @@ def _dsdt() -> bytes:
     )
     sleep = aml.integer(layout.SLEEP_TYPE_S5)
     s5 = aml.name("\\_S5", aml.package(sleep, sleep, aml.integer(0), aml.integer(0)))
-    return aml.scope("\\_SB", host_bridge, uart) + s5
+    devices, events = _informers() if informs else (b"", b"")
+    return aml.scope("\\_SB", host_bridge, uart, devices) + events + s5

@@ -32,6 +32,21 @@ def device(path: str, *terms: bytes) -> bytes:
     return b"\x5b\x82" + pkg_length(_name_string(path) + b"".join(terms))
 
 
+def method(path: str, *terms: bytes) -> bytes:
+    """Return the encoding of ``Method (path) {...}``, without arguments."""
+    return b"\x14" + pkg_length(_name_string(path) + b"\0" + b"".join(terms))
+
+
+def notify(path: str, value: int) -> bytes:
+    """Return the encoding of ``Notify (path, value)``."""
+    return b"\x86" + _path(path) + integer(value)
+
+
+def text(value: str) -> bytes:
+    """Return the encoding of a string constant."""
+    return b"\x0d" + value.encode("ascii") + b"\0"
+
+
 def package(*elements: bytes) -> bytes:
     """Return the encoding of ``Package () {...}``."""
     return b"\x12" + pkg_length(bytes((len(elements),)) + b"".join(elements))
@@ -83,6 +98,16 @@ def io_range(first: int, last: int) -> bytes:
 def memory_range(first: int, last: int) -> bytes:
     """Return a ``DWordMemory`` descriptor, read-write, not cacheable, produced by the bridge."""
     return b"\x87" + pack("<HBBBIIIII", 23, 0, 0x0C, 1, 0, first, last, 0, last - first + 1)
+
+
+def _path(path: str) -> bytes:
+    """Return a path of several names, from the root (20.2.2)."""
+    segments = path.lstrip("\\").split(".")
+    names = b"".join(segment.ljust(4, "_").encode() for segment in segments)
+    if len(segments) == 1:
+        return b"\\" + names
+    prefix = b"\x2e" if len(segments) == 2 else bytes((0x2F, len(segments)))
+    return b"\\" + prefix + names
 
 
 def _name_string(path: str) -> bytes:

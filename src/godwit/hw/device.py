@@ -196,6 +196,14 @@ class HasSetupHints(ABC):
         """
 
 
+class Renews(ABC):
+    """A part by which a guest learns that it is a copy: it was restored from a file."""
+
+    @abstractmethod
+    def renew(self) -> None:
+        """Notify the guest, while paused, after :meth:`Device.load`."""
+
+
 class Counts(ABC):
     """A part that counts what it does."""
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 PM1_EVENT = 0x600
 PM1_CONTROL = 0x604
+#: General purpose events, block 0: status and enable (ACPI 6.5, 4.8.4.1).
+GPE0 = 0x608
 RESET_PORT = 0xCF9
 KEYBOARD_COMMAND = 0x64
 SCI_GSI = 9

@@ -1,4 +1,4 @@
-"""Power off, power button and reset: ACPI's fixed registers, the reset port, the keyboard's.
+"""Power off, power button and general purpose events by ACPI's registers, and the reset ports.
 
 The addresses of the registers, and the sources of all that is here, are in layout.py.
 """
@@ -20,16 +20,18 @@ _CNT_SCI_EN = 1
 _CNT_SLP_EN = 1 << 13
 
 
-class PowerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The saved registers of PM1."""
+class PowerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The saved registers of PM1 and GPE0, of which older machines have no second."""
 
     status: U16
     enable: U16
     control: U16
+    events: U16 = 0
+    events_enabled: U16 = 0
 
 
 class Pm1(Device):
-    """PM1a event and control blocks, eight ports from :data:`.layout.PM1_EVENT`."""
+    """PM1a event and control blocks and GPE0, twelve ports from :data:`.layout.PM1_EVENT`."""
 
     kind = "power"
     State = PowerState
@@ -43,7 +45,7 @@ class Pm1(Device):
 
     def reset(self) -> None:
         """Set the registers as after power-on, in ACPI mode (there is no SMI to ask for it)."""
-        self._status = self._enable = 0
+        self._status = self._enable = self._events = self._events_enabled = 0
         self._control = _CNT_SCI_EN
         self._level = False
 
@@ -53,10 +55,17 @@ class Pm1(Device):
             self._status |= _STS_PWRBTN
             self._update()
 
+    def raise_event(self, number: int) -> None:
+        """Report a general purpose event of that number, up to 15."""
+        with self._lock:
+            self._events |= 1 << number
+            self._update()
+
     def read(self, offset: int, size: int) -> int:
         """Read any width, as the registers lie side by side."""
         with self._lock:
             whole = self._status | self._enable << 16 | self._control << 32
+            whole |= self._events << 64 | self._events_enabled << 80
         return whole >> 8 * offset & (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -73,6 +82,10 @@ class Pm1(Device):
                     self._enable = self._enable & ~(0xFF << shift) | byte << shift
                 elif at < 6:
                     self._control = self._control & ~(0xFF << shift) | byte << shift
+                elif 8 <= at < 10:
+                    self._events &= ~(byte << shift)
+                elif 10 <= at < 12:
+                    self._events_enabled = self._events_enabled & ~(0xFF << shift) | byte << shift
             self._control |= _CNT_SCI_EN
             if self._control & _CNT_SLP_EN:
                 off = self._control >> 10 & 7 == SLEEP_TYPE_S5
@@ -83,16 +96,24 @@ class Pm1(Device):
 
     def save(self) -> PowerState:
         """Return the state of a stopped VM's registers."""
-        return PowerState(self._status, self._enable, self._control)
+        return PowerState(
+            self._status, self._enable, self._control, self._events, self._events_enabled
+        )
 
     def load(self, state: PowerState) -> None:
         """Take over a saved state."""
         self._status, self._enable = state.status, state.enable
         self._control = state.control
-        self._level = bool(self._status & self._enable & _STS_PWRBTN)
+        self._events, self._events_enabled = state.events, state.events_enabled
+        self._level = self._asserted()
+
+    def _asserted(self) -> bool:
+        """Return whether the SCI is to be raised."""
+        fixed = self._status & self._enable & _STS_PWRBTN
+        return bool(fixed or self._events & self._events_enabled)
 
     def _update(self) -> None:
-        level = bool(self._status & self._enable & _STS_PWRBTN)
+        level = self._asserted()
         if level != self._level:
             self._level = level
             self._set_sci(level)

@@ -16,7 +16,7 @@ from godwit.errors import ConfigError, KvmError
 from godwit.host.kvm import abi
 from godwit.host.kvm.cpuid import Entry, for_vcpu, guest_cpuid
 from godwit.host.kvm.handles import System, Vcpu, Vm
-from godwit.hw import acpi
+from godwit.hw import acpi, smbios
 from godwit.hw import boot as linuxboot
 from godwit.hw.bus import MmioBus, PortBus
 from godwit.hw.memory import GuestMemory
@@ -132,7 +132,9 @@ class Board:
         config = self.config
         if config.kernel is None:
             raise ConfigError("there is nothing to boot; give --kernel, or --incoming")
-        acpi.write_tables(self.memory, config.cpus)
+        acpi.write_tables(self.memory, config.cpus, config.machine.informs)
+        if config.machine.informs:
+            smbios.write_tables(self.memory, config.system, config.machine.name)
         boot = linuxboot.load(
             self.memory, config.kernel, config.initrd, config.command_line, self._files
         )

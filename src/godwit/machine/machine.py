@@ -15,12 +15,14 @@ from godwit.errors import ConfigError, KvmError, StreamError
 from godwit.host.kvm import abi, clocks, cpustate
 from godwit.host.kvm.handles import Vcpu
 from godwit.host.loop import Loop
-from godwit.hw import layout, power, registry, serial
+from godwit.hw import acpi, layout, power, registry, serial
 from godwit.hw.console import Console
 from godwit.hw.device import Device, Devices, HasSetupHints, OnGuestError, SetupHints, Slot
+from godwit.hw.generation import Generation
 from godwit.hw.irq import IntxLines, Routes
 from godwit.hw.nic.nic import Nic
 from godwit.hw.pci import CONFIG_ADDRESS, PciBus
+from godwit.hw.pvpanic import Pvpanic
 from godwit.spec import saved
 
 from .board import Board
@@ -73,6 +75,8 @@ class Machine:
         self.lock = threading.RLock()
         self.running = False
         self.devices = Devices()
+        #: Called in a vCPU's thread when the guest reports a panic, and whether it saves a dump.
+        self.on_panic: Callable[[bool], None] = lambda crash_loaded: None
         self._routes = Routes(self.vm)
         self._intx = IntxLines(self.vm)
         with ExitStack() as undo:
@@ -112,8 +116,13 @@ class Machine:
         self.pci = PciBus(self._board.mmio, ports)
         for device in (self.serial, self.pm1, self.pci):
             self.devices.add(device)
+        if self.config.machine.informs:
+            panic = Pvpanic(lambda crash_loaded: self.on_panic(crash_loaded))
+            self.devices.add(panic)
+            self.devices.add(Generation(self.memory, self.pm1.raise_event))
+            ports.map(acpi.PANIC_PORT, 1, panic)
         ports.map(serial.PORT, 8, self.serial)
-        ports.map(layout.PM1_EVENT, 8, self.pm1)
+        ports.map(layout.PM1_EVENT, 12 if self.config.machine.informs else 8, self.pm1)
         ports.map(CONFIG_ADDRESS, 8, self.pci)
 
         def reset() -> None:

@@ -40,6 +40,8 @@ class Incoming(ABC):
         kept: bool = False,
     ) -> None:
         self._guest = guest
+        #: The guest comes from a file, and may come from there more than once.
+        self.kept = kept
         self._take_over = take_over
         self._on_failed = on_failed
         self._times = times

@@ -74,6 +74,18 @@ class CpuConfig(NamedTuple):
     off: tuple[str, ...] = ()
 
 
+class SystemInfo(NamedTuple):
+    """The machine in words, as the guest reads them in the SMBIOS tables."""
+
+    manufacturer: str = "Godwit"
+    product: str = "KVM Virtual Machine"
+    serial: str = ""
+    #: 16 bytes in the order of the text; None: all zeros, not present.
+    uuid: bytes | None = None
+    #: OEM strings, in order.
+    strings: tuple[str, ...] = ()
+
+
 class VmConfig:
     """One VM, with ``memory`` in bytes and ``kernel`` and ``initrd`` as paths.
 
@@ -93,6 +105,7 @@ class VmConfig:
         shared_memory: bool = False,
         machine: MachineType | None = None,
         cpu: CpuConfig | None = None,
+        system: SystemInfo | None = None,
     ) -> None:
         self.memory = memory
         self.cpus = cpus
@@ -106,6 +119,7 @@ class VmConfig:
         self.shared_memory = shared_memory
         self.machine = machine or machine_type(DEFAULT)
         self.cpu = cpu or CpuConfig()
+        self.system = system or SystemInfo()
         if not 1 <= cpus <= MAX_CPUS:
             raise ConfigError(f"{cpus} vCPUs; 1 to {MAX_CPUS} are supported")
         if len(nics) > MAX_NICS:
@@ -249,6 +263,39 @@ def parse_cpu(text: str) -> CpuConfig:
     if not model:
         raise ConfigError(f"--cpu '{text}': begin with host, x86-64-v2, x86-64-v3 or a file")
     return CpuConfig(model, tuple(off))
+
+
+_UUID = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+_LONGEST_TEXT = 32768
+
+
+def parse_smbios(text: str | None, strings: Sequence[str]) -> SystemInfo:
+    """Return the machine in words, from ``serial=...,uuid=...`` and OEM strings.
+
+    Raises:
+        ConfigError: a key or value is wrong; the message names it, and what may stand there.
+    """
+    known = ("manufacturer", "product", "serial", "uuid")
+    values = _Values("--smbios", text, known) if text else None
+    given = {key: values.get(key) for key in known} if values else {}
+    uuid = given.pop("uuid", None)
+    words = {key: value for key, value in given.items() if value is not None}
+    for option, value in (
+        *((f"--smbios: {key}=", value) for key, value in words.items()),
+        *(("--oem-string ", string) for string in strings),
+    ):
+        if not value.isprintable() or not 0 < len(value.encode(errors="replace")) <= _LONGEST_TEXT:
+            raise ConfigError(
+                f"{option}{value[:40]!r}; give 1 to {_LONGEST_TEXT} bytes of printable text"
+            )
+    if len(strings) > 255:
+        raise ConfigError(f"{len(strings)} times --oem-string; up to 255 are possible")
+    if uuid is not None and not re.fullmatch(_UUID, uuid):
+        raise ConfigError(
+            f"--smbios: uuid={uuid[:40]}; write it like 550e8400-e29b-41d4-a716-446655440000"
+        )
+    raw = None if uuid is None else bytes.fromhex(uuid.replace("-", ""))
+    return SystemInfo(**words, uuid=raw, strings=tuple(strings))
 
 
 def parse_nic(text: str, index: int) -> NicConfig:

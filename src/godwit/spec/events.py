@@ -55,6 +55,16 @@ class Event(StrEnum):
         "an interface has the name of a tap that was lost; the NIC is not attached to it",
         *("nic", "tap"),
     )
+    GUEST_PANICKED = (
+        "GUEST_PANICKED",
+        "the guest reported a panic, and what is done: exit, pause, reboot or run",
+        "action",
+    )
+    GUEST_CRASHLOADED = (
+        "GUEST_CRASHLOADED",
+        "the guest reported a panic, and goes on in a kernel that saves a dump",
+        "action",
+    )
     GUEST_ERROR = (
         "GUEST_ERROR",
         "the guest broke a device's rules: the device stopped, and needs a reset by its driver; "

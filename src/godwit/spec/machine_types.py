@@ -18,17 +18,21 @@ class MachineType(NamedTuple):
     guest_announce: bool
     #: True if HELLO describes the guest's CPU.
     describes_cpu: bool
+    #: True if the guest is told what the machine is (SMBIOS), that it is a copy (VMGenID), and how
+    #: to report a panic (pvpanic).
+    informs: bool
 
 
 _TYPES = {
     kind.name: kind
     for kind in (
-        MachineType("godwit-0.1", guest_announce=False, describes_cpu=False),
-        MachineType("godwit-0.2", guest_announce=True, describes_cpu=True),
+        MachineType("godwit-0.1", guest_announce=False, describes_cpu=False, informs=False),
+        MachineType("godwit-0.2", guest_announce=True, describes_cpu=True, informs=False),
+        MachineType("godwit-0.3", guest_announce=True, describes_cpu=True, informs=True),
     )
 }
 
-DEFAULT = "godwit-0.2"
+DEFAULT = "godwit-0.3"
 
 
 def names() -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from godwit.announce.uplink import Uplink
 from godwit.errors import GodwitError, MigrationError, StateError
+from godwit.hw.device import Renews
 from godwit.machine.machine import Machine
 from godwit.spec.parameters import MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
@@ -205,6 +206,9 @@ class Migrations:
             if self._closing:
                 raise MigrationError("the destination is closing")
             self._states.set(_S.PRELAUNCH_MIGRATE)
+            if incoming.kept:
+                for part in machine.devices.having(Renews):
+                    part.renew()
             if self.autostart and running:
                 if packets is None or not packets.switch_over(incoming.phase):
                     machine.drain_taps()

@@ -66,6 +66,7 @@ class Vmm:
         qmp: str | None = None,
         autostart: bool = True,
         reboot: bool = True,
+        on_panic: str = "exit",
         log: Callable[[str], None] = lambda text: None,
         times: Times | None = None,
         credentials: Credentials | None = None,
@@ -73,6 +74,7 @@ class Vmm:
         self._loop = loop
         self._autostart = autostart
         self._reboot = reboot
+        self._on_panic = on_panic
         self._log = log
         self.states = RunStates()
         self.exit_code = 0
@@ -80,6 +82,7 @@ class Vmm:
         self._monitors: Monitors | None = None
         self._filter_reported: set[str] = set()
         self._guest_errors = LimitedReports(loop.now, self._guest_error)
+        self._panics = LimitedReports(loop.now, self._panic_reported)
         self.machine = Machine(board, loop, console, self._vcpu_exited, self._guest_errors.add)
         self.uplinks = [Uplink(nic, loop) for nic in self.machine.nics]
         self.migrations = Migrations(
@@ -94,6 +97,7 @@ class Vmm:
             credentials=credentials,
         )
         try:
+            self.machine.on_panic = self._panicked
             self._set_policies(board)
             self._monitors = Monitors(self.uplinks, loop, log)
             self.announcer = Announcer(
@@ -334,6 +338,41 @@ class Vmm:
     def _vcpu_exited(self, reason: StopReason, detail: str) -> None:
         """Handle the guest's exit in the loop, in a vCPU's thread."""
         self._loop.call_soon(lambda: self._guest_exited(reason, detail))
+
+    def _panicked(self, crash_loaded: bool) -> None:
+        """Handle the guest's report of a panic in the loop, in a vCPU's thread."""
+        self._panics.add("panic0", "crash loaded" if crash_loaded else "panicked")
+
+    def _panic_reported(self, source: str, message: str, suppressed: int) -> None:
+        self._loop.call_soon(lambda: self._act_on_panic(message == "crash loaded"))
+
+    def _act_on_panic(self, crash_loaded: bool) -> None:
+        action = "run" if crash_loaded else self._on_panic
+        if self.states.current in _FINAL:
+            return
+        if action != "run" and self.migrations.fail_for_exit(
+            "the guest panicked", lambda: self._panicked(crash_loaded)
+        ):
+            return
+        if crash_loaded:
+            self._emit(*Event.GUEST_CRASHLOADED.of(action=action))
+        else:
+            self._emit(*Event.GUEST_PANICKED.of(action=action))
+        self._log(f"the guest reported a panic; what is done: {action}")
+        if action == "run":
+            return
+        with self.machine.lock:
+            self.machine.pause()
+            if action == "reboot":
+                try:
+                    self._restart()
+                    return
+                except GodwitError as error:
+                    self._log(str(error))
+            if action == "pause":
+                self.states.set(_S.GUEST_PANICKED)
+                return
+        self._end(_S.GUEST_PANICKED, events.Reason.GUEST_PANIC, EXIT_TRIPLE_FAULT)
 
     def _guest_exited(self, reason: StopReason, detail: str) -> None:
         # A guest that exited cannot migrate. Nothing waits here for the migration's end.
