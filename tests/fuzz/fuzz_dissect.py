@@ -42,9 +42,7 @@ def run(data: bytes) -> None:
     _check(uplink, clock.now())
 
 
-def _one(
-    uplink: Uplink, frame: bytes, outer: tuple[int, int] | None, now: float, how: int
-) -> None:
+def _one(uplink: Uplink, frame: bytes, outer: tuple[int, int] | None, now: float, how: int) -> None:
     observer = uplink.observer
     for own in (True, False):
         with allowed(Malformed):
@@ -124,6 +122,9 @@ TARGET = Target(
     run,
     ("/godwit/announce/",),
     st.lists(_entries, max_size=30).map(b"".join),
-    (b"\x81\0", b"\x88\xa8", b"\x08\x06", b"\x80\x35", b"\x86\xdd", b"\x08\0", b"\xff" * 6, GUEST)
-    + (bytes.fromhex("3333000000fb"), bytes.fromhex("01005e0000fb"), b"\x3a", b"\x8f", b"\x22"),
+    (
+        *(b"\x81\0", b"\x88\xa8", b"\x08\x06", b"\x80\x35", b"\x86\xdd", b"\x08\0", b"\xff" * 6),
+        *(bytes.fromhex("3333000000fb"), bytes.fromhex("01005e0000fb"), b"\x3a", b"\x8f", b"\x22"),
+        GUEST,
+    ),
 )

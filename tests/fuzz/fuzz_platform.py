@@ -64,9 +64,7 @@ class Platform:
         self.ports.map(layout.PM1_EVENT, 8, self.pm1)
         for port in (layout.RESET_PORT, layout.KEYBOARD_COMMAND):
             self.ports.map(port, 1, ResetPorts(port, self._reset))
-        self.rng = VirtioPci(
-            VirtioRng("rng0", memory, board.loop, None, 1.0), board.slot(1)
-        )
+        self.rng = VirtioPci(VirtioRng("rng0", memory, board.loop, None, 1.0), board.slot(1))
         self.rng.resume()
 
     def _set(self, name: str, level: bool) -> None:

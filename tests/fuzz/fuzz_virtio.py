@@ -46,9 +46,7 @@ class Bench:
         self.ports, self.mmio = board.ports, board.mmio
         self.tap = FakeTap()
         self.vhost = vhost
-        self.net = VirtioNet(
-            "nic0", MAC, self.tap, memory, self.loop, self._backend, mtu=1500
-        )
+        self.net = VirtioNet("nic0", MAC, self.tap, memory, self.loop, self._backend, mtu=1500)
         self.pci = VirtioPci(self.net, board.slot(SLOT))
         self.guest = Guest(self)
         if resume:
@@ -63,9 +61,7 @@ class Bench:
             return VhostBackend(
                 self.tap, net.rx_backlog, self.memory, self.loop, net.lock, report, lambda: device
             )
-        return UserspaceBackend(
-            self.tap, net.rx_backlog, self.loop, net.lock, net.accepts, report
-        )
+        return UserspaceBackend(self.tap, net.rx_backlog, self.loop, net.lock, net.accepts, report)
 
     def serve(self) -> None:
         """Let the event loop do what is due."""
@@ -287,7 +283,14 @@ _OPS = (
     *(_descriptor, _publish, _kick, _buffer, _buffer, _frame, _announce, _pause, _backlog),
     *(_migrate, _log, _probe),
 )
+COUNT = len(_OPS)
 OPS = {operation.__name__.strip("_"): index for index, operation in enumerate(_OPS)}
+
+
+def operation(record: Record) -> str:
+    """Return the name of what a record does."""
+    return _OPS[record.op % COUNT].__name__.strip("_")
+
 
 TARGET = Target(
     "virtio",

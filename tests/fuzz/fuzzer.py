@@ -1,4 +1,4 @@
-"""The fuzzer of one target: its corpus, what its strategy draws, and mutations that coverage guides."""
+"""The fuzzer of one target: its corpus, what a strategy draws, mutations that coverage guides."""
 
 from __future__ import annotations
 

@@ -70,9 +70,7 @@ class CheckedVhost(FakeVhost):
         """Check the parts of a ring against the regions of RAM."""
         super().set_addresses(index, parts, log, used_in_guest)
         size = self._sizes[index]
-        for start, length in zip(
-            parts, (16 * size, 6 + 8 * size, 6 + 2 * size), strict=True
-        ):
+        for start, length in zip(parts, (16 * size, 6 + 8 * size, 6 + 2 * size), strict=True):
             require(
                 any(
                     region.host <= start and start + length <= region.host + region.size

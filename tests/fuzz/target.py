@@ -1,4 +1,4 @@
-"""A fuzzing target: a function of bytes that raises on a finding, and what is known of its input."""
+"""A fuzzing target: a function of bytes that raises on a finding, and the form of its input."""
 
 from __future__ import annotations
 

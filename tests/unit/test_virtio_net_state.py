@@ -8,9 +8,14 @@ from msgspec import structs
 from godwit.errors import StreamError
 from godwit.hw.memory import GuestMemory
 from virtio_bench import (
+    ACK,
     ALL,
+    DRIVER,
+    DRIVER_OK,
     F_ANNOUNCE,
+    FEATURES_OK,
     MAC,
+    NEEDS_RESET,
     Bench,
 )
 
@@ -134,6 +139,25 @@ def test_a_transport_state_that_cannot_be_is_refused(memory: GuestMemory) -> Non
         two = Bench(memory, resume=False)
         with pytest.raises(StreamError, match=text):
             two.load(structs.replace(whole, transport=structs.replace(state, **change)))
+        two.close()
+
+
+def test_a_driver_that_was_ready_without_features_still_migrates(memory: GuestMemory) -> None:
+    """The state of a device that asks for its reset was refused as one that cannot be."""
+    one, two = Bench(memory), Bench(memory, resume=False)
+    try:
+        one.guest.write_config(4, 2, 6)
+        one.guest.status = DRIVER_OK
+        assert one.guest.status == DRIVER_OK | NEEDS_RESET
+        state = one.save()
+        two.load(state)
+        two.pci.resume()
+        two.guest.status = ACK | DRIVER | FEATURES_OK | DRIVER_OK
+        assert not two.net.started
+        two.guest.probe()
+        assert two.net.started
+    finally:
+        one.close()
         two.close()
 
 
