@@ -2,7 +2,7 @@
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo lab test fuzz test-networks test-hosts bench check clean
+.PHONY: help setup demo lab test fuzz test-networks test-hosts test-judges bench check clean
 
 help:
 	@echo 'make demo   move a running guest between two hosts and judge it'
@@ -12,6 +12,7 @@ help:
 	@echo 'make fuzz   all fuzzers, TIME=60 seconds each (TARGET="qmp virtio": these; SEED=1; JOBS=2)'
 	@echo 'make test-networks   other projects'\'' networks and programs, the dear tests too'
 	@echo 'make test-hosts   guests between emulated hosts of unlike CPUs'
+	@echo 'make test-judges   clients made for QEMU, on our QMP server'
 	@echo 'make bench  Godwit and QEMU side by side (QUICK=1: once, under four minutes;'
 	@echo '            QEMU=PATH: another QEMU; BASE=PATH: another checkout of Godwit instead)'
 	@echo 'make check  format, lint, types, import direction, unit tests'
@@ -30,6 +31,7 @@ test: setup
 	$(BIN)/pytest tests/unit tests/fuzz
 	$(BIN)/python -m tests.fuzz.driver --time 20
 	@scripts/vm-tests
+	@scripts/unlike-hosts
 
 # What is found is written to out/fuzz, with the command that replays it.
 fuzz: setup
@@ -42,6 +44,9 @@ test-networks: setup
 
 test-hosts: setup
 	@scripts/unlike-hosts
+
+test-judges: setup
+	@scripts/qmp-judges
 
 # Byte code first, as setup does for src: the lab could not keep it.
 bench: setup

@@ -57,8 +57,8 @@ def measure(kernel: str, initrd: str, suffix: str, memory: int, filled: int) -> 
                     found["fill_s"] = time.monotonic() - began
                     info = source.migrate(uri)
                     agent.ping(30)
-                found["total_ms"] = info["total-time"]
-                found["downtime_ms"] = info["downtime"]
+                found["total_ms"] = info["godwit"]["total-ms"]
+                found["downtime_ms"] = info["godwit"]["downtime-ms"]
                 found["sent_mb"] = info["ram"]["transferred"] / 1e6
     return found
 

@@ -119,8 +119,8 @@ class Soak:
         return {
             "idle": self._given["idle"],
             "flows": [f"{flow.network} {flow.family}" for flow in flows],
-            "total_ms": migrated.info["total-time"],
-            "downtime_ms": migrated.info["downtime"],
+            "total_ms": migrated.info["godwit"]["total-ms"],
+            "downtime_ms": migrated.info["godwit"]["downtime-ms"],
             "sent": sum(sent.values()),
             "lost": self._lost(sent),
             "duplicates": sum(flow.duplicates for flow in counted.values()),

@@ -7,13 +7,16 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import guest, host, kernels
 from .errors import LabError
 from .judge import Announcement, announcements
 from .scenario import MAC
 from .traffic import FLOWS, Flow, sender
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _TIME_LIMIT_S = 240.0
 _KINDS = {"ipv4": "GARP", "ipv6": "NA"}
@@ -70,8 +73,8 @@ def judge(observed: dict[str, Any], frames: list[Announcement]) -> dict[str, Any
         "flows": flows,
         "migrations": [
             {
-                "total_ms": migration["source"]["total-time"],
-                "downtime_ms": migration["source"].get("downtime"),
+                "total_ms": migration["source"]["godwit"]["total-ms"],
+                "downtime_ms": migration["source"]["godwit"].get("downtime-ms"),
                 "bytes": migration["source"]["ram"]["transferred"],
                 "ack_ms": migration["ack_ms"],
                 "runstates": {
@@ -160,7 +163,8 @@ def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=120)
+    # A VM's words are no markup of ours, and move no cursor.
+    console = Console(width=120, markup=False)
     table = Table(
         "network", "family", "outage, ms", "pings lost", "UDP lost", "first announcement", "ms",
         title="what the client saw (two migrations)", title_justify="left",
@@ -177,16 +181,23 @@ def _print(result: dict[str, Any]) -> None:
         )
     console.print(table)
     for number, migration in enumerate(result["migrations"], 1):
-        console.print(
+        _line(
+            console,
             f"migration {number}: ack {migration['ack_ms']:.1f} ms after the resume, downtime "
             f"{migration['downtime_ms']:.1f} ms, total {migration['total_ms']:.0f} ms, "
-            f"{migration['bytes'] / 1e6:.1f} MB"
+            f"{migration['bytes'] / 1e6:.1f} MB",
         )
         for side, states in migration["runstates"].items():
-            console.print(f"  {side}: {' > '.join(states)}")
+            _line(console, f"  {side}: {' > '.join(states)}")
     for fault in result["faults"]:
-        console.print(f"[red]FAULT[/red] {fault}")
-    console.print("[green]passed[/green]" if result["passed"] else "[red]failed[/red]")
+        _line(console, f"FAULT {fault}", style="red")
+    passed = result["passed"]
+    _line(console, "passed" if passed else "failed", style="green" if passed else "red")
+
+
+def _line(console: Console, text: str, style: str | None = None) -> None:
+    """Print one line, with a question mark for each control character."""
+    console.print("".join(one if one.isprintable() else "?" for one in text), style=style)
 
 
 def _draw(observed: dict[str, Any], result: dict[str, Any], path: Path) -> None:

@@ -15,6 +15,11 @@ from godwit.client.vm import Vm
 from .guest import READY
 from .netns import entering
 
+#: The variable with the folder for traces of the VMs' system calls: see lab/syscalls.py.
+TRACES = "GODWIT_TRACES"
+#: Left out of a trace, which would be of little else.
+FREQUENT = ("ioctl", "futex", "read", "write", "poll", "epoll_wait", "clock_gettime", "sendmsg")
+
 
 @contextmanager
 def vm_folder(parent: str | None = None, *, writable: bool = False) -> Iterator[Path]:
@@ -48,6 +53,14 @@ class LabVm(Vm):
         ):  # see vm_folder: what is made there is the VM's
             arguments = [*arguments, "--allow-path", str(folder)]
         super().__init__(name, folder, arguments, env=env, preexec=preexec)
+
+    def _command(self) -> list[str]:
+        folder = os.environ.get(TRACES)
+        if folder is None:
+            return super()._command()
+        strace = ["strace", "-f", "-qq", "-e", "signal=none", "-e", f"trace=!{','.join(FREQUENT)}"]
+        strace += ["-o", f"{folder}/{self.name}-{os.getpid()}.strace"]
+        return [*strace, *super()._command(), "--log-syscalls"]
 
     def wait_ready(self, deadline: float = 60.0) -> float:
         """Wait until the guest's agent listens, and return the seconds since the process' start.

@@ -42,6 +42,9 @@ void hot_command(struct reply *reply, const char *arguments);
 void hang(struct reply *reply, const char *arguments);
 void flood(struct reply *reply, const char *arguments);
 
+/* hostile.c: random values to every port, window and ring. */
+long hostile(const char *arguments);
+
 /* init.c: how the guest ends. */
 void power_off(void);
 void restart(void);

@@ -4,6 +4,7 @@
  * guest that runs on an emulated CPU. Kernel command line:
  *   godwit.net=off   leave eth0 alone
  *   godwit.shell     a shell on ttyS0
+ *   godwit.hostile=SECONDS,SEED   attack the VMM: see hostile.c
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -150,6 +151,7 @@ void triple_fault(void)
 int main(void)
 {
 	char cmdline[4096];
+	const char *attack;
 	int control, power_keys[POWER_KEYS], found;
 
 	mount("dev", "/dev", "devtmpfs", 0, NULL);
@@ -172,6 +174,9 @@ int main(void)
 	dprintf(1, "GODWIT-GUEST-READY cpus=%ld\n", sysconf(_SC_NPROCESSORS_ONLN));
 	if (strstr(cmdline, "godwit.shell"))
 		start_shell();
+	attack = strstr(cmdline, "godwit.hostile=");
+	if (attack)
+		dprintf(1, "GODWIT-GUEST-HOSTILE cpus=%ld\n", hostile(attack + strlen("godwit.hostile=")));
 	load("power");
 	found = find_power_keys(power_keys, POWER_KEYS);
 	serve_control(control, power_keys, found);

@@ -13,7 +13,6 @@ import msgspec
 
 from godwit.errors import GodwitError
 from godwit.migration.wire import messages
-from godwit.migration.wire.address import Address
 from godwit.migration.wire.messages import Kind
 from godwit.migration.wire.sockets import SocketConnection
 from godwit.spec import saved
@@ -50,6 +49,7 @@ class ConnectionCutter:
         self._on_message = on_message
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(near))
+        near.chmod(0o666)  # a VM that root started goes on as another user
         self._listener.listen()
         self._connections: list[SocketConnection] = []
         self._threads: list[threading.Thread] = []
@@ -83,11 +83,14 @@ class ConnectionCutter:
             except OSError:
                 return
             self.lines += 1
+            sock = socket.socket(socket.AF_UNIX)
             try:
-                target = Address(f"unix:{self._far}", False).connect()
-            except GodwitError:
+                sock.connect(str(self._far))  # whatever user it runs as: a relay has no opinion
+            except OSError:
+                sock.close()
                 source.close()  # the destination is dead: as its kernel would refuse
                 continue
+            target = SocketConnection(sock)
             self._connections += [source, target]
             for one, other in ((source, target), (target, source)):
                 one.set_silence(120)

@@ -50,6 +50,24 @@ class TestOnDemand:
         assert bench.nics[0].asked == pytest.approx([0.0, 0.05, 0.15])
         assert [at for at, _ in bench.nics[1].sent] == pytest.approx([0.0, 0.1])
 
+    def test_so_many_may_be_under_way_and_no_more(self, bench: Bench) -> None:
+        slow = AnnounceParameters(initial=100_000, max=100_000, step=10_000, rounds=1000)
+        for number in range(module.MAX_ON_DEMAND):
+            bench.announcer.announce_self(slow, id=f"{number}")
+        with pytest.raises(StateError, match=r"16 announcements on demand are under way: use"):
+            bench.announcer.announce_self(slow, id="more")
+        bench.announcer.announce_self(slow, id="3")  # anew, in its own place
+        bench.announcer.announce_self(AnnounceParameters(rounds=0), id="7")
+        bench.announcer.announce_self(slow, id="more")
+        with pytest.raises(StateError):
+            bench.announcer.announce_self(slow, id="one more")
+
+    def test_those_that_are_over_leave_their_place(self, bench: Bench) -> None:
+        for number in range(5 * module.MAX_ON_DEMAND):
+            bench.announcer.announce_self(AnnounceParameters(rounds=1), id=f"{number}")
+            bench.clock.advance(60)
+        assert len(bench.announcer._current) <= 1
+
     def test_no_rounds_end_what_has_the_id(self, bench: Bench) -> None:
         bench.announcer.announce_self(AnnounceParameters(), id="a")
         bench.announcer.announce_self(AnnounceParameters(rounds=0), id="a")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from announce_bench import Bench, Port, Questions, S, hung, wanted
@@ -123,6 +124,8 @@ def test_what_announcements_report_is_in_the_table() -> None:
         bench.clock.advance(60)
         for name, data in bench.events:
             assert set(data) == set(Event(name).members)
+            for member, value in data.items():
+                msgspec.convert(value, events.type_of(Event(name), member))
             seen.add(name)
     assert seen == {str(event) for event in Event if event.startswith("ANNOUNCE_")}
 

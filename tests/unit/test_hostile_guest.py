@@ -22,7 +22,7 @@ from godwit.hw.nic.tap_reader import BUDGET_BYTES
 from godwit.hw.virtio import budget
 from godwit.hw.virtio.net.rx_ring import place
 from godwit.hw.virtio.queue import F_INDIRECT_DESC, Virtqueue
-from godwit.vm.guest_errors import BURST, REFILL_S, GuestErrors
+from godwit.vm.limited_reports import BURST, REFILL_S, LimitedReports
 from tests.fakes.driver import INDIRECT, NEXT, WRITE, Driver
 from tests.fakes.tap import FakeTap
 
@@ -243,7 +243,7 @@ def test_broadcasts_that_the_guest_took_are_not_kept_while_taps_wait(
 def test_guest_errors_are_reported_at_a_rate_and_the_others_counted() -> None:
     now = 0.0
     seen: list[tuple[str, str, int]] = []
-    errors = GuestErrors(lambda: now, lambda *one: seen.append(one))
+    errors = LimitedReports(lambda: now, lambda *one: seen.append(one))
     for number in range(1000):
         errors.add("nic0", str(number))
     assert [message for _, message, _ in seen] == [str(number) for number in range(BURST)]

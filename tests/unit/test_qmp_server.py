@@ -16,6 +16,7 @@ from godwit.client.qmp import Client
 from godwit.errors import ConfigError, HostError
 from godwit.host.loop import Loop
 from godwit.qmp import server as module
+from godwit.qmp.outbox import MAX_EVENTS
 from godwit.qmp.server import Server
 from qmp_bench import DEADLINE, Raw, Vm
 
@@ -91,22 +92,28 @@ def test_the_reply_to_quit_and_the_last_event_still_leave(path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_client_that_does_not_read_is_dropped_and_the_others_are_served(vm: Vm) -> None:
+def test_a_client_that_does_not_read_loses_events_and_the_others_none(vm: Vm) -> None:
     with Raw(vm.path) as deaf, Client.connect(vm.path, DEADLINE) as client:
         data = {"text": "x" * 60_000}
         sent = 0
-        while len(vm.server._clients) == 2:
+        outbox = vm.server._clients[min(vm.server._clients)].out
+        while not outbox._lost:
             vm.server.emit("NOISE", data)
             client.wait_event("NOISE", DEADLINE)
             sent += 1
             assert sent < 1000
-        assert sent * 60_000 > module.MAX_UNREAD
+        vm.server.emit("RARE")
+        assert sent * 60_000 > MAX_EVENTS
         assert client.execute("still here", deadline=DEADLINE) == {"did": "still here"}
-        heard = 0
-        with contextlib.suppress(json.JSONDecodeError):  # the last message was cut
-            while deaf.read():
-                heard += 1
-        assert 0 < heard < sent
+        deaf.send({"execute": "and I"})
+        heard = [deaf.read() for _ in range(sent + 2)]
+    names = [message.get("event", "reply") for message in heard]
+    assert names.count("NOISE") == sent - 1
+    assert {name: names.count(name) for name in ("RARE", "EVENTS_LOST", "reply")} == dict.fromkeys(
+        ("RARE", "EVENTS_LOST", "reply"), 1
+    )
+    (lost,) = (message["data"] for message in heard if message.get("event") == "EVENTS_LOST")
+    assert lost == {"event": "NOISE", "count": 1}
 
 
 def test_a_client_that_asks_without_reading_is_not_listened_to(vm: Vm) -> None:
@@ -120,7 +127,7 @@ def test_a_client_that_asks_without_reading_is_not_listened_to(vm: Vm) -> None:
         assert client.execute("still here", deadline=DEADLINE) == {"did": "still here"}
         # It is served on, once it reads.
         greedy.sock.settimeout(DEADLINE)
-        assert asked * 10_000 > 2 * module.MAX_UNREAD
+        assert asked * 10_000 > 2 * module.PAUSE_AT
         for _ in range(asked):
             assert len(greedy.read()["return"]) == 10_000
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
+import msgspec
 import pytest
 
 from godwit.errors import ConfigError, HostError, StateError
@@ -18,6 +19,7 @@ from godwit.hw.console import Console
 from godwit.machine.board import Board
 from godwit.machine.vcpu import StopReason
 from godwit.migration.outgoing import Outgoing
+from godwit.qmp.commands.migration import MigrationInfo, OwnInfo
 from godwit.spec.parameters import MigrationParameters
 from godwit.spec.runstate import RunState
 from godwit.vm.vm import EXIT_INTERNAL_ERROR, EXIT_RESET, EXIT_TRIPLE_FAULT, Vmm
@@ -26,6 +28,18 @@ from tests.fakes.host import NIC, Silent, config, taps
 from tests.fakes.kvm import FakeSystem, FakeVcpu
 
 S = RunState
+
+
+class StrictOwn(OwnInfo, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    """OwnInfo, and nothing else."""
+
+
+class Strict(MigrationInfo, frozen=True, forbid_unknown_fields=True, rename="kebab"):
+    """MigrationInfo, and nothing else."""
+
+    godwit: StrictOwn | None = None
+
+
 RNG = ("--rng", "id=dice")
 
 
@@ -110,6 +124,17 @@ def test_a_start_a_stop_and_a_cont(place: Place) -> None:
     assert place.named("ANNOUNCE_STARTED") == [], "no migration: nobody is notified"
 
 
+def test_facts_for_an_operator(place: Place) -> None:
+    vm = place.vm
+    vm.start()
+    assert vm.ram_size() == vm.machine.memory.size
+    threads = vm.vcpu_threads()
+    assert len(threads) == len(vm.machine.vcpus)
+    assert all(Path(f"/proc/self/task/{thread}").exists() for thread in threads)
+    vm.powerdown()
+    assert place.named("POWERDOWN") == [{}]
+
+
 def test_without_autostart_it_waits_for_the_cont() -> None:
     place = Place(autostart=False)
     place.vm.start()
@@ -139,6 +164,9 @@ def test_a_guest_goes_from_one_vm_to_the_other(pair: tuple[Place, Place], tmp_pa
         one.vm.migrate(uri, False)
     one.finish_migration()
     assert running.wait(60), "the source is notified first"
+    for vm in (one.vm, other.vm):  # as query-qmp-schema describes them
+        info = msgspec.to_builtins(vm.migration_info())
+        assert msgspec.convert(info, Strict).godwit is not None
     assert states == [(S.PRELAUNCH_MIGRATE, False), (S.RUNNING, True)], "machine first, then state"
     assert (one.vm.machine.running, other.vm.machine.running) == (False, True)
     assert one.vm.states.current is S.POSTMIGRATE

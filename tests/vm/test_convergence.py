@@ -181,7 +181,9 @@ def test_a_guest_that_resets_is_throttled_no_more(bench: Bench) -> None:
     guest.agent.hot_start(_HOT)
     _throttle(bench, source, target)
     guest.agent.reboot()
-    assert source.wait_migration()["status"] == "cancelled"
+    info = source.wait_migration()
+    assert info["status"] == "failed"
+    assert info["error-desc"] == "the guest reset the machine during its migration"
     assert "cpu-throttle-percentage" not in _progress(source)
     source.event("RESET")
     wait_for(lambda: source.console.count(READY) == 2, 120)

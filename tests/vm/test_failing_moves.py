@@ -96,6 +96,7 @@ def _broken_off(vm: Watched, path: Path, after: int | None) -> None:
     """Move it to a peer that hangs up: at once, or once it has that many bytes of RAM."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
+        path.chmod(0o666)  # the VM is no root's any more
         listener.listen()
         listener.settimeout(60)
         vm.start_migration(f"unix:{path}")

@@ -34,6 +34,9 @@ from .uplink import Uplink
 MIGRATION = "migration"
 #: The id of the announcement at a source whose guest stays after all.
 RETURNED = "returned"
+_ON_DEMAND = "id:"
+#: Announcements on demand that may be under way at once, each with an id of its own.
+MAX_ON_DEMAND = 16
 #: Addresses of a VM that ANNOUNCE_SEEN reports, at most.
 MAX_SEEN_REPORTS = 1024
 
@@ -140,14 +143,17 @@ class Announcer:
 
         Raises:
             ConfigError: there is no NIC of that name.
-            StateError: the VM does not run.
+            StateError: the VM does not run, or too many announcements are under way.
         """
         names = self._chosen(interfaces)
+        # A key of its own, so that no id given from outside ends the resume's announcement.
+        key = f"{_ON_DEMAND}{id or ''}"
         with self._rounds_lock:
             if not self._running:
                 raise StateError("only a running VM announces itself")
-            # A key of its own, so that no id given from outside ends the resume's announcement.
-            self._start(f"id:{id or ''}", names, parameters)
+            if parameters.rounds and key not in self._current:
+                self._check_number()
+            self._start(key, names, parameters)
 
     def acked(self, nic: str) -> None:
         """Take note that the guest acknowledged an attempt.
@@ -210,6 +216,19 @@ class Announcer:
         return [self._info(record) for record in self.records()]
 
     # --- inside -----------------------------------------------------------------------------------
+    def _check_number(self) -> None:
+        """Refuse one more announcement on demand: each ack and each change of a port walks all."""
+        self._forget_over()
+        if sum(key.startswith(_ON_DEMAND) for key in self._current) >= MAX_ON_DEMAND:
+            raise StateError(
+                f"{MAX_ON_DEMAND} announcements on demand are under way: use an 'id' again, which "
+                "starts that one anew, or end one by its 'id' with 'rounds' 0"
+            )
+
+    def _forget_over(self) -> None:
+        for old in [old for old, one in self._current.items() if all(nic.over for nic in one.nics)]:
+            del self._current[old]
+
     def _info(self, record: NicRecord) -> dict[str, object]:
         uplink = self._uplinks[record.nic]
         entries = uplink.entries()
@@ -223,7 +242,7 @@ class Announcer:
         ]
         return {
             "nic": record.nic,
-            "id": record.id.removeprefix("id:"),
+            "id": record.id.removeprefix(_ON_DEMAND),
             "mac": record.mac or uplink.nic.mac.hex(":"),
             "method": record.method,
             "rounds": record.rounds,
@@ -270,8 +289,7 @@ class Announcer:
         parameters, options = schedule or wanted.announce, wanted.announce_options
         if schedule is not None:  # as many rounds as the operator asked for
             options = msgspec.structs.replace(options, patience=0)
-        for old in [old for old, one in self._current.items() if all(nic.over for nic in one.nics)]:
-            del self._current[old]
+        self._forget_over()
         if not parameters.rounds:
             return
         self._current[key] = announcement = _Announcement()
@@ -298,7 +316,7 @@ class Announcer:
             nic.begin()
         self._report(
             *Event.ANNOUNCE_STARTED.of(
-                id=key.removeprefix("id:"), nics=list(names), rounds=parameters.rounds
+                id=key.removeprefix(_ON_DEMAND), nics=list(names), rounds=parameters.rounds
             )
         )
 

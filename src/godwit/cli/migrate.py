@@ -87,9 +87,9 @@ def doing(info: dict[str, Any]) -> str:
 def rows(info: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the report as names and values."""
     own = info["godwit"]
-    found = [("total time", f"{info['total-time']:.0f} ms")]
-    if "downtime" in info:  # a guest in a file is not running yet
-        found.append(("downtime", f"{info['downtime']:.1f} ms"))
+    found = [("total time", f"{own['total-ms']:.0f} ms")]
+    if "downtime-ms" in own:  # a guest in a file is not running yet
+        found.append(("downtime", f"{own['downtime-ms']:.1f} ms"))
     found.append(("sent", f"{info['ram']['transferred'] / 1e6:.1f} MB"))
     found.append(("rounds (pages)", ", ".join(str(number["pages"]) for number in own["rounds"])))
     throttles = [number.get("cpu-throttle-percentage", 0) for number in own["rounds"]]

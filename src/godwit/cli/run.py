@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import termios
+import time
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,6 +82,7 @@ def _run(board: Board, arguments: argparse.Namespace, sandbox: Sandbox, console_
     from . import fast_import as lean  # before all that needs msgspec
 
     del lean
+    from godwit.vm.limited_reports import LimitedReports
     from godwit.vm.vm import Vmm
 
     from .printable import printable
@@ -93,7 +95,12 @@ def _run(board: Board, arguments: argparse.Namespace, sandbox: Sandbox, console_
         # may be a peer's or a guest's: no part of it may move the cursor.
         messages.write(f"godwit: {printable(text)}\r\n".encode(errors="replace"))
 
-    loop = Loop(lambda error: log(f"internal error: {type(error).__name__}: {error}"))
+    def report(source: str, message: str, suppressed: int) -> None:
+        log(f"{source}: {message}" + (f" ({suppressed} more before)" if suppressed else ""))
+
+    # At a rate: whatever it is, a guest might bring it about again and again.
+    internal = LimitedReports(time.monotonic, report)
+    loop = Loop(lambda error: internal.add("internal error", f"{type(error).__name__}: {error}"))
     with _console(console_fd) as (console, interactive):
         vmm = Vmm(
             board,

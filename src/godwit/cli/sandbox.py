@@ -90,8 +90,9 @@ class Sandbox:
         if self._user is not None:
             self._give_sockets(*self._user)
             privileges.become(*self._user)
-        from godwit.host.sandbox import seccomp
+        from godwit.host.sandbox import entered, seccomp
 
+        entered()
         logs = self._arguments.sandbox == "log"
         try:
             seccomp.install(

@@ -9,6 +9,8 @@ import stat
 
 from godwit.errors import ConfigError, HostError
 
+from . import sandbox
+
 
 def listen(path: str, what: str) -> socket.socket:
     """Make a listening socket at ``path``, mode 0600.
@@ -33,7 +35,9 @@ def listen(path: str, what: str) -> socket.socket:
         if error.errno is None:  # Python's own 'AF_UNIX path too long' (sun_path: 108 bytes)
             raise ConfigError(f"{path} is too long for a Unix socket: at most 107 bytes") from error
         reason = os.strerror(error.errno)
-        raise HostError(f"cannot make the {what} socket {path}: {reason}") from error
+        raise HostError(
+            f"cannot make the {what} socket {path}: {reason}{sandbox.hint(error)}"
+        ) from error
     except BaseException:
         sock.close()
         raise

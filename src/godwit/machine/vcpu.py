@@ -88,6 +88,11 @@ class VcpuThread:
         self._go()
 
     @property
+    def thread_id(self) -> int:
+        """The kernel's id of the thread, or 0 before the thread was started."""
+        return self._thread.native_id or 0
+
+    @property
     def early(self) -> bool:
         """True from :meth:`start_early` to :meth:`resume`.
 

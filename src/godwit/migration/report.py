@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
+
+#: The longest text that is shown, characters: an error may quote a peer's or a client's.
+MAX_TEXT = 1000
+#: The most phases and run states of a peer's that are shown, and the longest name, characters.
+_MAX_NAMES, _MAX_NAME = 64, 64
+#: The largest number of milliseconds that is shown, which any client's JSON can hold: RFC 8259, 6.
+_MAX_MS = 2.0**53
 
 
 class Round(msgspec.Struct, frozen=True):
@@ -55,6 +63,8 @@ class Report(msgspec.Struct):
     stopped: float | None = None
     rounds: list[Round] = msgspec.field(default_factory=list)
     bytes_sent: int = 0
+    #: The share of ``bytes_sent`` that was sent while the guest ran, once it stands still.
+    bytes_before_stop: int | None = None
     remaining: int = 0
     #: The vCPUs' throttle now, percent.
     throttle: int = 0
@@ -78,45 +88,105 @@ class Report(msgspec.Struct):
         if self.stopped is None:
             self.setup_phases[phase] = round((self.now() - self.started) * 1000, 3)
         else:
+            if self.bytes_before_stop is None:
+                self.bytes_before_stop = self.bytes_sent
             self.stop_phases[phase] = round((self.now() - self.stopped) * 1000, 3)
 
     def info(self) -> dict[str, Any]:
-        """Return QEMU's MigrationInfo for query-migrate, and our own members under ``godwit``."""
+        """Return QEMU's MigrationInfo for query-migrate, and finer figures under ``godwit``.
+
+        QEMU's times are whole milliseconds. What came from the peer is bounded here.
+        """
         now = self.ended if self.ended is not None else self.now()
-        pages = sum(r.pages for r in self.rounds)
-        # What QEMU measures several times a second, we do once a round; the stop is none.
-        last = next((r for r in reversed(self.rounds) if r.dirty_ms), Round(0, 0, 0.0))
-        info: dict[str, Any] = {
-            "status": self.status,
-            "total-time": round((now - self.started) * 1000, 3),
-            "ram": {
-                "transferred": self.bytes_sent,
-                "total": self.ram_total,
-                "remaining": self.remaining,
-                "normal": pages,
-                "duplicate": sum(r.zero_pages for r in self.rounds),
-                "dirty-sync-count": len(self.rounds),
-                "dirty-pages-rate": last.dirty_rate,
-                "pages-per-second": _per_second(last.pages, last.ms),
-                "mbps": round(_per_second(last.bytes * 8, last.ms) / 1e6, 3),
-                "page-size": 4096,
-            },
-            "godwit": {
-                "rounds": [r.info() for r in self.rounds],
-                "setup-phases": self.setup_phases,
-                "stop-phases": self.stop_phases,
-                "destination-phases": self.destination_phases,
-                "destination-runstates": self.destination_runstates,
-            },
+        downtime = self.downtime_ms
+        expected = None if downtime is not None or self.status == "completed" else self.expected_ms
+        setup = None if self.status == "setup" else max(self.setup_phases.values(), default=None)
+        fine = _numbers(
+            {
+                "total-ms": (now - self.started) * 1000,
+                "setup-ms": setup,
+                "downtime-ms": downtime,
+                "expected-downtime-ms": expected,
+            }
+        )
+        info: dict[str, Any] = {"status": self.status, "ram": self._ram()}
+        for name, member in _WHOLE.items():
+            if name in fine:
+                info[member] = round(fine[name])
+        if self.throttle:
+            info["cpu-throttle-percentage"] = self.throttle
+        if self.error is not None:
+            info["error-desc"] = _short(self.error, MAX_TEXT)
+        info["godwit"] = {
+            **fine,
+            "rounds": [r.info() for r in self.rounds],
+            "setup-phases": self.setup_phases,
+            "stop-phases": self.stop_phases,
+            "destination-phases": _numbers(self.destination_phases),
+            "destination-runstates": _texts(self.destination_runstates),
         }
         if self.handover is not None:
             info["godwit"]["handover"] = self.handover
-        if self.throttle:
-            info["cpu-throttle-percentage"] = self.throttle
-        if self.downtime_ms is not None:
-            info["downtime"] = round(self.downtime_ms, 3)
-        elif self.expected_ms is not None and self.status != "completed":
-            info["expected-downtime"] = round(self.expected_ms, 3)
-        if self.error is not None:
-            info["error-desc"] = self.error
         return info
+
+    def _ram(self) -> dict[str, Any]:
+        """Return QEMU's MigrationStats, of which 7.2 has all as mandatory."""
+        pages = sum(r.pages for r in self.rounds)
+        # What QEMU measures several times a second, we do once a round; the stop is none.
+        last = next((r for r in reversed(self.rounds) if r.dirty_ms), Round(0, 0, 0.0))
+        before_stop = self.bytes_before_stop
+        precopy = self.bytes_sent if before_stop is None else before_stop
+        return {
+            "transferred": self.bytes_sent,
+            "total": self.ram_total,
+            "remaining": self.remaining,
+            "normal": pages,
+            "normal-bytes": pages * _PAGE,
+            "duplicate": sum(r.zero_pages for r in self.rounds),
+            "dirty-sync-count": len(self.rounds),
+            "dirty-pages-rate": last.dirty_rate,
+            "pages-per-second": _per_second(last.pages, last.ms),
+            "mbps": round(_per_second(last.bytes * 8, last.ms) / 1e6, 3),
+            "page-size": _PAGE,
+            "precopy-bytes": precopy,
+            "downtime-bytes": self.bytes_sent - precopy,
+            **_NOT_HERE,
+        }
+
+
+_PAGE = 4096
+#: Members of MigrationStats whose feature Godwit has not.
+_NOT_HERE = dict.fromkeys(
+    (
+        "skipped",
+        "postcopy-requests",
+        "postcopy-bytes",
+        "multifd-bytes",
+        "dirty-sync-missed-zero-copy",
+    ),
+    0,
+)
+#: A figure's name -> the member of MigrationInfo that has it in whole milliseconds.
+_WHOLE = {
+    "total-ms": "total-time",
+    "setup-ms": "setup-time",
+    "downtime-ms": "downtime",
+    "expected-downtime-ms": "expected-downtime",
+}
+
+
+def _numbers(named: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the finite numbers, with three digits: a peer may send NaN, or infinity."""
+    return {
+        _short(name, _MAX_NAME): round(value, 3)
+        for name, value in list(named.items())[:_MAX_NAMES]
+        if value is not None and math.isfinite(value) and abs(value) <= _MAX_MS
+    }
+
+
+def _texts(texts: Sequence[str]) -> list[str]:
+    return [_short(text, _MAX_NAME) for text in texts[:_MAX_NAMES]]
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"

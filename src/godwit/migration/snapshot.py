@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from godwit.errors import ConfigError, GodwitError, LinkLost, MigrationError, StreamError
+from godwit.host import sandbox
 from godwit.spec.parameters import ConvergenceParameters, OnNoConvergence
 from godwit.spec.runstate import RunState, RunStates
 
@@ -163,7 +164,9 @@ class Saver(Outgoing):
             fd = os.open(partial, flags, 0o600)
             self._partial = partial
         except OSError as error:
-            raise MigrationError(f"cannot write beside '{path}': {error.strerror}") from error
+            raise MigrationError(
+                f"cannot write beside '{path}': {error.strerror}{sandbox.hint(error)}"
+            ) from error
         self._connection = self._file = FileConnection(fd, str(self._path))
         self._introduce()
         self._status("active")
@@ -247,7 +250,9 @@ class Restorer(Incoming):
             # Non-blocking, so that a pipe that nobody writes is opened, and found to be no file.
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise ConfigError(f"cannot read the snapshot '{path}': {error.strerror}") from error
+            raise ConfigError(
+                f"cannot read the snapshot '{path}': {error.strerror}{sandbox.hint(error)}"
+            ) from error
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise ConfigError(f"cannot read the snapshot '{path}': it is no regular file")

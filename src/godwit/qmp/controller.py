@@ -32,6 +32,12 @@ class VmController(Protocol):
     def powerdown(self) -> None:
         """Press the power button, which the guest may ignore."""
 
+    def vcpu_threads(self) -> list[int]:
+        """Return the thread's id of each vCPU, as the kernel has it."""
+
+    def ram_size(self) -> int:
+        """Return the size of the guest's RAM in bytes."""
+
     def quit(self) -> None:
         """End the VM soon, whatever its state, but after the reply to this command."""
 

@@ -6,6 +6,7 @@ After QEMU's docs/interop/qmp-spec, and for the texts of errors what QEMU 7.2 an
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 
@@ -22,7 +23,11 @@ Execute = Callable[[str, Mapping[str, object]], object]
 #: The members that a request may have; 'exec-oob' is not offered.
 _MEMBERS = frozenset({"execute", "arguments", "id"})
 
+#: The most of an error's text that a client is sent, characters: it may quote another's words.
+MAX_ERROR = 2000
+
 _ENCODER = msgspec.json.Encoder()
+_NO_ASCII = re.compile(r"[^\x00-\x7f]+")
 # QEMU ends its messages so (monitor/monitor.c, monitor_puts); lines are easy to read by hand.
 _END = b"\r\n"
 
@@ -38,16 +43,59 @@ class InternalError(GodwitError):
     """A command failed in a way that nobody foresaw: a bug, but the VM goes on."""
 
 
-def version() -> dict[str, object]:
-    """Return the VersionInfo of QEMU's qapi/control.json, with Godwit's own version.
+class VersionTriple(msgspec.Struct, frozen=True):
+    """The three numbers of a version."""
+
+    major: int
+    minor: int
+    micro: int
+
+
+class VersionInfo(msgspec.Struct, frozen=True):
+    """The VersionInfo of QEMU's qapi/control.json.
 
     Clients insist on the member 'qemu'; 'package' is where a downstream names itself.
     """
-    major, minor, micro = (int(part) for part in __version__.split(".")[:3])
-    return {
-        "qemu": {"micro": micro, "minor": minor, "major": major},
-        "package": f"godwit-{__version__}",
-    }
+
+    qemu: VersionTriple
+    package: str
+
+
+def version() -> VersionInfo:
+    """Return the version of Godwit itself, as QEMU's clients read one."""
+    triple = VersionTriple(*(int(part) for part in __version__.split(".")[:3]))
+    return VersionInfo(triple, f"godwit-{__version__}")
+
+
+def encode(message: Mapping[str, object]) -> bytes:
+    """Return the bytes of a message: one line of JSON, in ASCII as QEMU's are.
+
+    Text without a UTF-8 form (a path in surrogates) is sent with its escapes spelled out.
+    """
+    try:
+        text = _ENCODER.encode(message)
+    except UnicodeEncodeError:
+        text = _ENCODER.encode(_without_surrogates(message))
+    if not text.isascii():
+        text = _NO_ASCII.sub(_escaped, text.decode()).encode()
+    return text + _END
+
+
+def _escaped(found: re.Match[str]) -> str:
+    units = found[0].encode("utf-16-be").hex()
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
+
+
+def _without_surrogates(value: object) -> object:
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.to_builtins(value)
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {_without_surrogates(key): _without_surrogates(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_surrogates(one) for one in value]
+    return value
 
 
 def event(name: str, data: Mapping[str, object] | None = None, now_ns: int | None = None) -> bytes:
@@ -59,7 +107,7 @@ def event(name: str, data: Mapping[str, object] | None = None, now_ns: int | Non
     }
     if data:
         message["data"] = data
-    return _ENCODER.encode(message) + _END
+    return encode(message)
 
 
 def short(text: str, most: int = 80) -> str:
@@ -86,23 +134,25 @@ class Session:
 
     def greeting(self) -> bytes:
         """Return the greeting, which the server sends first."""
-        return _ENCODER.encode({"QMP": {"version": version(), "capabilities": []}}) + _END
+        return encode({"QMP": {"version": version(), "capabilities": []}})
 
-    def feed(self, data: bytes) -> bytes:
-        """Take bytes from the client, execute what is complete, and return the replies.
+    def feed(self, data: bytes) -> None:
+        """Take bytes from the client, of which nothing is executed yet."""
+        self._stream.feed(data)
+
+    def step(self) -> bytes | None:
+        """Execute the next complete request and return the reply, or None if there is none yet.
 
         Raises nothing: whatever comes in, an error reply is the worst that follows.
         """
-        replies = bytearray()
         if self.broken:
-            return b""
+            return None
         try:
-            for text in self._stream.feed(data):
-                replies += self._reply(text, decode(text))
+            text = self._stream.next()
+            return None if text is None else self._reply(text, decode(text))
         except MalformedJson as error:
-            replies += self._error(error, None)
             self.broken = True
-        return bytes(replies)
+            return self._error(error, None)
 
     def _reply(self, text: bytes, request: object) -> bytes:
         tag: msgspec.Raw | None = None
@@ -117,7 +167,7 @@ class Session:
             reply: dict[str, object] = {"return": {} if result is None else result}
             if tag is not None:
                 reply["id"] = tag
-            return _ENCODER.encode(reply) + _END
+            return encode(reply)
         except GodwitError as error:
             return self._error(error, tag)
         except Exception as error:
@@ -163,14 +213,8 @@ class Session:
 
     def _error(self, error: Exception, tag: msgspec.Raw | None) -> bytes:
         kind = "CommandNotFound" if isinstance(error, CommandNotFound) else "GenericError"
-        desc = str(error) or type(error).__name__
+        desc = short(str(error) or type(error).__name__, MAX_ERROR)
         reply: dict[str, object] = {"error": {"class": kind, "desc": desc}}
         if tag is not None:
             reply["id"] = tag
-        # An OSError's text may hold a path in surrogates, which no UTF-8 can.
-        try:
-            return _ENCODER.encode(reply) + _END
-        except UnicodeEncodeError:
-            safe = desc.encode("utf-8", "backslashreplace").decode()
-            reply["error"] = {"class": kind, "desc": safe}
-            return _ENCODER.encode(reply) + _END
+        return encode(reply)

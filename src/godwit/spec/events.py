@@ -1,14 +1,14 @@
 """The events: one table of names, meanings and data, and builders for those that need some thought.
 
-STOP, RESUME, RESET, SHUTDOWN, MIGRATION and NIC_RX_FILTER_CHANGED are QEMU's (qapi/run-state.json,
-qapi/migration.json, qapi/net.json); the others are Godwit's own. Clients take events they do
-not know as they come, so the own ones need no prefix.
+STOP, RESUME, RESET, SHUTDOWN, POWERDOWN, MIGRATION and NIC_RX_FILTER_CHANGED are QEMU's
+(qapi/run-state.json, qapi/migration.json, qapi/net.json); the others are Godwit's own. Clients take
+events they do not know as they come, so the own ones need no prefix.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Self
+from typing import Any, Self
 
 from .runstate import LIVE, RunState
 
@@ -60,6 +60,12 @@ class Event(StrEnum):
         "the guest broke a device's rules: the device stopped, and needs a reset by its driver; "
         "so many more were not reported since the last",
         *("device", "message", "suppressed"),
+    )
+    POWERDOWN = "POWERDOWN", "the power button was pressed, which the guest may ignore"
+    EVENTS_LOST = (
+        "EVENTS_LOST",
+        "so many events of one kind were left out for this client, which did not read in time",
+        *("event", "count"),
     )
     ANNOUNCE_STARTED = (
         "ANNOUNCE_STARTED",
@@ -115,6 +121,17 @@ class Event(StrEnum):
         return self, data
 
 
+class MigrationStatus(StrEnum):
+    """The statuses of QEMU's MigrationStatus (qapi/migration.json) that a migration has here."""
+
+    SETUP = "setup"
+    ACTIVE = "active"
+    DEVICE = "device"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
 class Reason(StrEnum):
     """The reasons for a shutdown or reset: those of QEMU's ShutdownCause that happen here."""
 
@@ -129,6 +146,25 @@ class Reason(StrEnum):
     def by_guest(self) -> bool:
         """Return whether the guest wanted it so."""
         return self.value.startswith("guest-")
+
+
+#: The type of each member, by its name, for query-qmp-schema; the others are text.
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("asked", "count", "frames", "round", "rounds", "suppressed"), int),
+    **dict.fromkeys(("from", "to"), RunState),
+    **dict.fromkeys(("nics", "what"), list[str]),
+    "guest": bool,
+    "ip": str | None,
+    "ms": float,
+    "reason": Reason,
+    "status": MigrationStatus,
+    "vlans": list[dict[str, int]],
+}
+
+
+def type_of(event: Event, member: str) -> Any:
+    """Return the type of a member of an event's data."""
+    return _TYPES.get(member, str)
 
 
 def shutdown(reason: Reason) -> Message:

@@ -31,6 +31,11 @@ _TYPES = {
 DEFAULT = "godwit-0.2"
 
 
+def names() -> list[str]:
+    """Return the names of all machine types, the oldest first."""
+    return list(_TYPES)
+
+
 def machine_type(name: str) -> MachineType:
     """Return the machine type of a name.
 

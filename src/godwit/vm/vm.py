@@ -28,7 +28,7 @@ from godwit.spec.events import Event
 from godwit.spec.parameters import AnnounceParameters, MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
 
-from .guest_errors import GuestErrors
+from .limited_reports import LimitedReports
 from .migrations import Migrations
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Vmm:
         self._server: Server | None = None
         self._monitors: Monitors | None = None
         self._filter_reported: set[str] = set()
-        self._guest_errors = GuestErrors(loop.now, self._guest_error)
+        self._guest_errors = LimitedReports(loop.now, self._guest_error)
         self.machine = Machine(board, loop, console, self._vcpu_exited, self._guest_errors.add)
         self.uplinks = [Uplink(nic, loop) for nic in self.machine.nics]
         self.migrations = Migrations(
@@ -214,7 +214,16 @@ class Vmm:
 
     def powerdown(self) -> None:
         """Press the guest's power button."""
+        self._emit(*Event.POWERDOWN.of())
         self.machine.pm1.press()
+
+    def vcpu_threads(self) -> list[int]:
+        """Return the thread's id of each vCPU."""
+        return [thread.thread_id for thread in self.machine.vcpus]
+
+    def ram_size(self) -> int:
+        """Return the size of the guest's RAM in bytes."""
+        return self.machine.memory.size
 
     def quit(self) -> None:
         """End the VM soon, with the exit code 0."""

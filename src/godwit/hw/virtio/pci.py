@@ -232,7 +232,9 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
             )
         # What the register path refuses to a driver (3.1.1, 6.1), a peer does not get either.
         status = state.common.status
-        if status & v.DRIVER_OK and not status & (v.FEATURES_OK | v.NEEDS_RESET):
+        # A driver that tried it has a device that needs its reset, and migrates with that.
+        broken = status & v.NEEDS_RESET
+        if status & v.DRIVER_OK and not status & v.FEATURES_OK and not broken:
             raise StreamError("common.status: DRIVER_OK without FEATURES_OK")
         agreed = status & v.FEATURES_OK or state.negotiated
         if agreed and not state.negotiated & v.F_VERSION_1:

@@ -7,7 +7,7 @@ import socket
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from godwit.errors import ConfigError, HostError, LinkLost
-from godwit.host import unixsocket
+from godwit.host import sandbox, unixsocket
 from godwit.migration.times import TIMES, Times
 
 from .sockets import SocketConnection
@@ -127,7 +127,8 @@ class Address:
                     sock.close()
                     raise
         except (OSError, UnicodeError) as error:
-            raise LinkLost(f"cannot reach '{self.uri}': {error}") from error
+            hint = sandbox.hint(error) if isinstance(error, OSError) else ""
+            raise LinkLost(f"cannot reach '{self.uri}': {error}{hint}") from error
         connection = self._connection(sock, server=False)
         try:
             self.check_peer(connection)

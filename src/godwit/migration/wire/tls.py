@@ -36,14 +36,17 @@ class Tls:
     certificate must have; without any, a destination takes each certificate of the authority, and
     a source the one with the name of the host that it connects to.
 
+    Attributes:
+        server, client: the contexts of this host's end, as a destination and as a source.
+
     Raises:
         ConfigError: a file is missing, is no certificate or key, or the key is open to others.
     """
 
     def __init__(self, folder: str, peers: Iterable[str] = ()) -> None:
         self._peers = [_peer(peer) for peer in peers]
-        self._server = self._context(ssl.PROTOCOL_TLS_SERVER, Path(folder))
-        self._client = self._context(ssl.PROTOCOL_TLS_CLIENT, Path(folder))
+        self.server = self._context(ssl.PROTOCOL_TLS_SERVER, Path(folder))
+        self.client = self._context(ssl.PROTOCOL_TLS_CLIENT, Path(folder))
 
     @staticmethod
     def _context(protocol: int, folder: Path) -> ssl.SSLContext:
@@ -72,7 +75,7 @@ class Tls:
 
     def connection(self, sock: socket.socket, times: Times, host: str | None) -> TlsConnection:
         """Return the connection on a socket: to ``host``, or from a source (None)."""
-        context = self._server if host is None else self._client
+        context = self.server if host is None else self.client
         sock.setblocking(False)
         try:
             wrapped = context.wrap_socket(

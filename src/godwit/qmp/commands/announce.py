@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from godwit.qmp.controller import AnnounceController
 from godwit.spec.runstate import RunState
 
-from .registry import Arguments, Command, states
+from .registry import MOST, Arguments, Command, Name, states
 
 
 class AnnounceArguments(Arguments, frozen=True):
@@ -20,8 +22,57 @@ class AnnounceArguments(Arguments, frozen=True):
     max: int | None = None
     rounds: int | None = None
     step: int | None = None
-    interfaces: list[str] | None = None
-    id: str | None = None
+    interfaces: Annotated[list[Name], MOST] | None = None
+    id: Name | None = None
+
+
+class Vlan(msgspec.Struct, frozen=True):
+    """A VLAN tag of the addresses announced in one VLAN."""
+
+    tpid: int
+    vid: int
+
+
+class AnnouncedAddress(msgspec.Struct, rename="kebab", frozen=True):
+    """An address of the guest's, and when it was announced, ms since the announcement began."""
+
+    mac: str
+    vlans: list[Vlan]
+    ip: str | None
+    seen_ms: float | None
+    host_ms: float | None
+
+
+class AnnounceInfo(msgspec.Struct, rename="kebab", frozen=True):
+    """The progress of one NIC's last announcement: NicRecord in ``announce/record.py``."""
+
+    nic: str
+    id: str
+    mac: str
+    method: str | None
+    rounds: int
+    asked: int
+    acks: int
+    ack_ms: float | None
+    timeouts: int
+    rarp_sent: int
+    host_sent: int
+    reports_sent: int
+    host_ms: float | None
+    held: str | None
+    ready_ms: float | None
+    questions: int
+    answers: int
+    proof: str | None
+    proved_ms: float | None
+    unproved: list[str]
+    claims: int
+    verified_ms: float | None
+    unverified: list[str]
+    error: str | None
+    watched: bool
+    malformed: int
+    addresses: list[AnnouncedAddress]
 
 
 def _announce_self(controller: AnnounceController, given: AnnounceArguments) -> None:
@@ -38,5 +89,5 @@ def _query_announce(controller: AnnounceController, _: Arguments) -> object:
 
 COMMANDS = {
     "announce-self": Command(_announce_self, AnnounceArguments, states(RunState.RUNNING)),
-    "query-announce": Command(_query_announce),
+    "query-announce": Command(_query_announce, returns=list[AnnounceInfo]),
 }

@@ -1,18 +1,32 @@
-"""Commands for the devices: list them, and show their counters. Both are Godwit's own."""
+"""Commands for the devices: list them with their counters, and answer for disks."""
 
 from __future__ import annotations
+
+import msgspec
 
 from godwit.qmp.controller import DeviceController
 
 from .registry import Arguments, Command
 
 
-def _query_devices(controller: DeviceController, _: Arguments) -> object:
-    """Return each device's id, kind, and the counters of those that count."""
-    return [
-        {"id": id, "kind": kind, "counters": dict(counters)}
-        for id, kind, counters in controller.devices()
-    ]
+class DeviceInfo(msgspec.Struct, frozen=True):
+    """A device, and its counters, of which some devices have none."""
+
+    id: str
+    kind: str
+    counters: dict[str, int]
 
 
-COMMANDS = {"query-devices": Command(_query_devices)}
+def _query_devices(controller: DeviceController, _: Arguments) -> list[DeviceInfo]:
+    return [DeviceInfo(id, kind, dict(counters)) for id, kind, counters in controller.devices()]
+
+
+def _query_block(_: DeviceController, __: Arguments) -> list[object]:
+    # There are no disks, which is no reason to refuse those who ask for all there are.
+    return []
+
+
+COMMANDS = {
+    "query-devices": Command(_query_devices, returns=list[DeviceInfo]),
+    "query-block": Command(_query_block, returns=list[dict[str, object]]),
+}

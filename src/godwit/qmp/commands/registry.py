@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -28,16 +28,43 @@ _WHY = {
 }
 
 
+#: A name that a client gives: longer than any there is, and short enough to be quoted everywhere.
+Name = Annotated[str, msgspec.Meta(max_length=255)]
+#: A migration's URI, which may hold a path of Linux's PATH_MAX (include/uapi/linux/limits.h).
+Uri = Annotated[str, msgspec.Meta(max_length=4096 + len("file:"))]
+#: The most entries of a list that a client gives: more than there are NICs or capabilities.
+MOST = msgspec.Meta(max_length=64)
+
+
 class Arguments(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, frozen=True):
     """No arguments at all, and the base of all others."""
 
 
+class Absent(msgspec.Struct, frozen=True):
+    """An argument of QEMU's without a counterpart here, and the values which mean off.
+
+    Clients send what they know at QEMU's own default, too.
+    """
+
+    values: tuple[object, ...]
+    why: str
+
+
 class Command(msgspec.Struct, frozen=True):
-    """One command: its function, its arguments, and the run states it needs (None: any)."""
+    """One command: its function, its arguments, and the run states it needs (None: any).
+
+    Attributes:
+        returns: the type of the result, for query-qmp-schema; None: an empty object.
+        absent: further arguments of QEMU's, which may be off alone.
+        listed: False for a command which is always refused, and in no list.
+    """
 
     run: Callable[[Controller, Any], object]
     arguments: type[msgspec.Struct] = Arguments
     states: frozenset[RunState] | None = None
+    returns: Any = None
+    absent: Mapping[str, Absent] = {}
+    listed: bool = True
 
 
 #: Name -> command, of all features. qmp_capabilities belongs to the protocol.
@@ -47,6 +74,11 @@ COMMANDS: dict[str, Command] = {}
 def states(*needed: RunState) -> frozenset[RunState]:
     """Return the run states a command needs, for its entry in a table."""
     return frozenset(needed)
+
+
+def listed() -> dict[str, Command]:
+    """Return the commands that query-commands lists, but for qmp_capabilities."""
+    return {name: command for name, command in COMMANDS.items() if command.listed}
 
 
 def execute(controller: Controller, name: str, arguments: Mapping[str, object]) -> object:
@@ -63,9 +95,21 @@ def execute(controller: Controller, name: str, arguments: Mapping[str, object]) 
     if command is None:
         raise CommandNotFound(f"The command {short(name)} has not been found")
     # Arguments first: a client's mistake is the same mistake in each state.
-    typed = _typed(command.arguments, arguments)
+    typed = _typed(command.arguments, _without_absent(command.absent, arguments))
     _check_state(name, command, controller.states.current)
     return command.run(controller, typed)
+
+
+def _without_absent(
+    absent: Mapping[str, Absent], arguments: Mapping[str, object]
+) -> Mapping[str, object]:
+    """Leave out what QEMU has and this command has not, if the client does not want it on."""
+    for name in absent.keys() & arguments.keys():
+        value = arguments[name]
+        # By type as well: 0 is not False.
+        if not any(type(value) is type(off) and value == off for off in absent[name].values):
+            raise ConfigError(f"Parameter '{name}' is QEMU's, not Godwit's: {absent[name].why}")
+    return {name: value for name, value in arguments.items() if name not in absent}
 
 
 def _typed(kind: type[msgspec.Struct], arguments: Mapping[str, object]) -> msgspec.Struct:
@@ -81,8 +125,9 @@ def _typed(kind: type[msgspec.Struct], arguments: Mapping[str, object]) -> msgsp
     except msgspec.ValidationError as error:
         # msgspec: "Expected `str`, got `int` - at `$.uri`"
         what, _, where = str(error).partition(" - at ")
-        path = re.sub(r"[`$]\.?", "", where)
-        raise ConfigError(f"Invalid parameter type for '{path}': {what}") from error
+        path = short(re.sub(r"[`$]\.?", "", where))
+        # It quotes what it found: an enumeration's value, a name in an object.
+        raise ConfigError(f"Invalid parameter type for '{path}': {short(what, 200)}") from error
 
 
 def _check_state(name: str, command: Command, state: RunState) -> None:
