@@ -189,7 +189,9 @@ def _backlog(bench: object, r: Record) -> None:
     if kind == 0:
         backlog.hold()
     elif kind == 1:
-        backlog.inject([r.value.to_bytes(8, "little") + bytes(r.b % 66_000)] * (1 + r.size * 30))
+        backlog.inject(
+            [r.value.to_bytes(8, "little") + bytes(r.b % 66_000)] * (1 + (r.size & 3) * 30)
+        )
     elif kind == 2:
         backlog.release()
     else:

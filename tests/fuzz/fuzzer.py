@@ -107,13 +107,13 @@ class Fuzzer:
 
     def one(self, data: bytes) -> str | None:
         """Try one input, and return what it finds."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = _peak()
         try:
             with _bounded(self._target.limit):
                 new = self._coverage.run(lambda: self._target.run(data))
         except (Exception, Hang):
             return traceback.format_exc()
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak > _MOST_KIB:
+        if _peak() - peak > _MOST_KIB:
             return f"one input took more than {_MOST_KIB >> 10} MiB"
         if new and len(data):
             self._queue.append(data)
@@ -194,6 +194,11 @@ def keep(target: Target, data: bytes) -> Path:
 
 def _over(until: float | None) -> bool:
     return until is not None and time.monotonic() >= until
+
+
+def _peak() -> int:
+    """Return the most memory that the process ever had, kibibytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _descriptors() -> int:

@@ -158,7 +158,12 @@ def _qmp() -> Inputs:
         "malformed": b'{"execute":}',
         "nested": b"[" * 99 + b"]" * 99,
     }
-    return {name: b"\x07" + hello + line for name, line in lines.items()}
+    lines["single-quotes"] = b"{'execute': 'query-status', 'id': 'it\\'s \"so\"'}"
+    found = {name: b"\x07" + hello + line for name, line in lines.items()}
+    event, reply, sent = (bytes([what]) + b"\xff\x0f" for what in (0x10, 0x12, 0xF3))
+    found["outbox"] = b"\x80" + (event * 3 + reply) * 4 + sent * 3
+    found["outbox-flood"] = b"\x80" + bytes([0xF0, 0xFF, 0xFF]) * 8 + sent * 9 + reply + event
+    return found
 
 
 def _dissect() -> Inputs:
