@@ -130,7 +130,9 @@ def _walk(value: Any, places: list[tuple[Any, Any]]) -> None:
 def _other_value(old: Any, how: int, value: int) -> Any:
     """Return a value instead of another one, mostly of the same type."""
     if how % 8 == 7:
-        return (None, value, "x" * (value % 5000), b"x" * (value % 5000), [], {}, True)[value % 7]
+        nested = msgspec.Raw(b"\x91" * (value >> 8 & 0x3FFF) + b"\xc0")
+        others = (None, value, "x" * (value % 5000), b"x" * (value % 5000), [], {}, True, nested)
+        return others[value % len(others)]
     if isinstance(old, bool):
         return not old
     if isinstance(old, int):

@@ -21,25 +21,41 @@ from tests.fakes.clock import FakeClock
 from .target import Choices, Target, allowed, piece, require
 
 GUEST, PEER = bytes.fromhex("525400000030"), bytes.fromhex("5254000000bb")
+#: The first byte of an input that fills the address book.
+SERIES = 0x55
 #: 512 from frames, 128 from the filter (docs of the address book).
 _MOST_ENTRIES = 512 + 128 + 1
 
 
 def run(data: bytes) -> None:
-    """Bring frames to an uplink, of which some come from the network, at growing times."""
+    """Bring frames to an uplink, of which some come from the network, at growing times.
+
+    With :data:`SERIES` as the first byte, each is one of 100 that differ in their addresses.
+    """
     from announce_bench import Nic
 
     clock = FakeClock()
     uplink = Uplink(Nic(clock), clock)
     choices = Choices(data)
+    count = 100 if choices.number() == SERIES else 1
     while choices:
         how, frame = choices.number(), choices.piece(9000)
         outer = None
         if how & 1:
             outer = ((0x8100, 0x88A8)[how >> 1 & 1], choices.number(2) % 4096)
         clock.advance((0.0, 0.001, 1.0, 4000.0)[how >> 2 & 3])
-        _one(uplink, frame, outer, clock.now(), how)
+        for number in range(count):
+            _one(uplink, _varied(frame, number), outer, clock.now(), how)
     _check(uplink, clock.now())
+
+
+def _varied(frame: bytes, number: int) -> bytes:
+    """Return a frame whose addresses' last bytes are others: ARP's, a neighbour's, a group's."""
+    changed = bytearray(frame)
+    for at in (11, 27, 31, 37, 53, 77):
+        if number and at < len(changed):
+            changed[at] ^= number
+    return bytes(changed)
 
 
 def _one(uplink: Uplink, frame: bytes, outer: tuple[int, int] | None, now: float, how: int) -> None:
@@ -121,7 +137,11 @@ TARGET = Target(
     "dissect",
     run,
     ("/godwit/announce/",),
-    st.lists(_entries, max_size=30).map(b"".join),
+    st.builds(
+        lambda first, entries: first + b"".join(entries[: 12 if first[0] else 30]),
+        st.sampled_from([b"\0"] * 20 + [bytes([SERIES])]),
+        st.lists(_entries, max_size=30),
+    ),
     (
         *(b"\x81\0", b"\x88\xa8", b"\x08\x06", b"\x80\x35", b"\x86\xdd", b"\x08\0", b"\xff" * 6),
         *(bytes.fromhex("3333000000fb"), bytes.fromhex("01005e0000fb"), b"\x3a", b"\x8f", b"\x22"),

@@ -18,7 +18,7 @@ from godwit.qmp import commands
 from godwit.qmp.commands import registry
 from godwit.qmp.outbox import MAX_EVENTS, RESERVED, Outbox
 from godwit.qmp.protocol import Session
-from godwit.qmp.stream import MAX_VALUE
+from godwit.qmp.stream import MAX_NESTING, MAX_VALUE
 from godwit.spec.events import Event
 from godwit.spec.parameters import MigrationParameters
 from godwit.spec.runstate import RunState
@@ -66,6 +66,8 @@ class _Vm:
 
 #: The bit of the first byte with which the rest is for an outbox.
 OUTBOX = 0x80
+#: The first byte with which the rest is repeated until it is longer than a value may be.
+ENDLESS = 0x40
 _KINDS = [str(event) for event in list(Event)[:3]]
 
 
@@ -74,6 +76,9 @@ def run(data: bytes) -> None:
     size, data = data[:1], data[1:]
     if size and size[0] & OUTBOX:
         _outbox(data)
+        return
+    if size and size[0] == ENDLESS:
+        _feed(data * (2 + MAX_VALUE // (len(data) or 1)), 1 << 16)
         return
     replies = {_feed(data, step) for step in (len(data) or 1, 1 + (size or b"\0")[0] % 60, 1)}
     require(len(replies) == 1, "the replies depend on how the bytes were split")
@@ -95,7 +100,9 @@ def _feed(data: bytes, step: int) -> bytes:
             break  # the server closes the connection
         kept = session._stream
         require(len(kept._input) <= step, "bytes kept that were scanned")
-        require(len(kept._value) <= 2 * MAX_VALUE, "more kept than a value's bytes")
+        # A quote in single quotes becomes two bytes.
+        require(len(kept._value) <= 2 * (MAX_VALUE + step), "more kept than a value's bytes")
+        require(len(kept._closers) <= MAX_NESTING, "a deeper nesting than may be")
     if unforeseen:
         raise unforeseen[0]
     for reply in bytes(replies).split(b"\r\n"):

@@ -306,7 +306,7 @@ _patches = st.lists(
         conversation.patch,
         st.integers(0, 0xFFFF),
         st.integers(0, 255),
-        st.one_of(st.integers(0, 255), st.integers(0, (1 << 64) - 1)),
+        st.one_of(st.integers(0, 4), st.integers(0, 255), st.integers(0, (1 << 64) - 1)),
     ),
     max_size=5,
 ).map(lambda found: bytes([len(found)]) + b"".join(found))
@@ -349,7 +349,12 @@ TARGET = Target(
         _of(TABLE, st.binary(max_size=60)),
     ),
     (
-        *(b"\xdd\xff\xff\xff\xff", b"\xdf\x7f\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\x91" * 200),
+        *(
+            b"\xdd\xff\xff\xff\xff",
+            b"\xdf\x7f\xff\xff\xff",
+            b"\xc6\xff\xff\xff\xff",
+            b"\x91" * 2000,
+        ),
         *(b"\xcf" + b"\xff" * 8, b"\xcb\x7f\xf8" + bytes(6), b"\x81\xa1x"),
     ),
 )

@@ -101,8 +101,9 @@ def run(data: bytes) -> None:
 def _settle(bench: Bench) -> None:
     bench.guest.base = bench.pci.bar or bench.guest.base
     bench.serve()
-    while bench.tap.get() is not None:
-        pass
+    if bench.tap.attached:
+        while bench.tap.get() is not None:
+            pass
     backlog = bench.net.rx_backlog
     require(len(backlog) <= MAX_FRAMES + 1, "more frames kept than may be")
     require(backlog._bytes <= MAX_BYTES + (1 << 17), "more bytes of frames kept than may be")
@@ -141,6 +142,16 @@ def _common(bench: Bench, r: Record) -> None:
     bench.mmio.write(bench.guest.base + r.a % 0x3C, r.width, r.limited(r.width))
 
 
+def _queue_register(bench: Bench, r: Record) -> None:
+    """Select a queue, which there may be or not, and access one of its registers."""
+    base = bench.guest.base
+    bench.mmio.write(base + 0x16, 2, r.size % 5)
+    at, width = 0x18 + r.a % 0x20, (2, 4, 2, 8)[r.size >> 3 & 3]
+    bench.mmio.write(base + at, width, r.limited(width))
+    value = bench.mmio.read(base + at, width)
+    require(0 <= value < 1 << 8 * width, f"queue register {at:#x} reads as {value:#x}")
+
+
 def _config_read(bench: Bench, r: Record) -> None:
     value = bench.guest.read_config(r.a % 256, r.port_width)
     require(0 <= value < 1 << 8 * r.port_width, f"configuration {r.a:#x} reads as {value:#x}")
@@ -161,18 +172,26 @@ def _ring(bench: Bench, r: Record) -> None:
 
 
 def _descriptor(bench: Bench, r: Record) -> None:
-    """Store a descriptor, by whose address a small value is one near the ring."""
+    """Store a descriptor, by whose address a small value is one near the ring.
+
+    What follows is the next descriptor, or with bit 11 of ``a`` one of the first 16.
+    """
     base = 0x10_0000 * (_queue(r) + 1)
     address = r.value if r.value >> 20 else base + 0x2000 + r.value
     fields = address.to_bytes(8, "little") + r.b.to_bytes(4, "little")
-    fields += (r.a >> 8 & 7).to_bytes(2, "little") + (r.a + 1 & 0x3F).to_bytes(2, "little")
+    following = r.a >> 12 if r.a & 0x800 else r.a + 1 & 0x3F
+    fields += (r.a >> 8 & 7).to_bytes(2, "little") + following.to_bytes(2, "little")
     bench.memory.write(base + 16 * (r.a & 0x3F), fields)
 
 
 def _publish(bench: Bench, r: Record) -> None:
+    """Make some head available, and notify as a rule."""
     queues = bench.guest.queues
     if queues:
-        queues[_queue(r) % len(queues)].publish(r.a % 66)
+        index = _queue(r) % len(queues)
+        queues[index].publish(r.a % 66)
+        if r.b % 4:
+            bench.guest.kick(index)
 
 
 def _kick(bench: Bench, r: Record) -> None:
@@ -203,7 +222,10 @@ def _buffer(bench: Bench, r: Record) -> None:
 
 
 def _frame(bench: Bench, r: Record) -> None:
-    """A frame comes from the network, to all, to the guest or to another."""
+    """A frame comes from the network, to all, to the guest or to another; or the tap is deleted."""
+    if r.b % 64 == 63:
+        bench.tap.delete()
+        bench.net.rx_backlog.check()
     to = (b"\xff" * 6, MAC, r.value.to_bytes(8, "little")[:6])[r.b % 3]
     with allowed(OSError):
         bench.tap.put(to + bytes(r.a % 65_000))
@@ -281,7 +303,7 @@ def _probe(bench: Bench, r: Record) -> None:
 
 
 _OPS = (
-    *(_read, _write, _write, _common, _common, _config_read, _config_write, _ring, _ring),
+    *(_read, _write, _write, _common, _queue_register, _config_read, _config_write, _ring, _ring),
     *(_descriptor, _publish, _kick, _buffer, _buffer, _frame, _announce, _pause, _backlog),
     *(_migrate, _log, _probe),
 )

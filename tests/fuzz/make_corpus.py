@@ -134,6 +134,8 @@ def _first_messages() -> Inputs:
         found[f"{name}-http"] = d.steps(door, d.send(0, b"GET / HTTP/1.1\r\n\r\n"))
     found["secret-proof"] = d.steps(d.SECRET, d.prove(0), d.send(0, query))
     found["secret-wrong-proof"] = d.steps(d.SECRET, d.prove(0, 33), d.send(0, query))
+    for wrong in (1, 31, 255):
+        found[f"secret-wrong-bit-{wrong}"] = d.steps(d.SECRET, d.prove(0, wrong), d.send(0, query))
     found["plain-crowd"] = d.steps(d.PLAIN, *(bytes([d.OPEN, slot]) for slot in range(20)))
     found["plain-late"] = d.steps(d.PLAIN, d.send(0, half), bytes([d.TIME, 0, 255]))
     found["tls-client-hello"] = d.steps(d.TLS, d.send(0, d.CLIENT_HELLO))
@@ -162,6 +164,7 @@ def _qmp() -> Inputs:
     found = {name: b"\x07" + hello + line for name, line in lines.items()}
     event, reply, sent = (bytes([what]) + b"\xff\x0f" for what in (0x10, 0x12, 0xF3))
     found["outbox"] = b"\x80" + (event * 3 + reply) * 4 + sent * 3
+    found["endless-string"] = b"\x40" + b'{"execute":"' + b"x" * 4000
     found["outbox-flood"] = b"\x80" + bytes([0xF0, 0xFF, 0xFF]) * 8 + sent * 9 + reply + event
     return found
 
@@ -189,8 +192,27 @@ def _dissect() -> Inputs:
     found["claim"] = d.entry(made["gratuitous-arp"], 0x30) + d.entry(claim, 0x40)
     found["tagged-by-the-kernel"] = d.entry(made["arp-request"], 0, 100)
     found["host's"] = d.entry(made["rarp"], 0x80) + d.entry(made["rarp"])
+    found["memberships"] = d.entry(_report(100, 0)) + d.entry(_report(100, 100))
     found["old"] = d.entry(made["gratuitous-arp"]) + d.entry(made["arp-request"], 0x0C)
+    found = {name: b"\0" + data for name, data in found.items()}
+    for kind in ("gratuitous-arp", "advertisement", "arp-request", "solicitation", "rarp"):
+        many = [frame for frame in (made[kind],) for _ in range(2)]
+        varied = [many[0], many[1][:30] + b"\x77" + many[1][31:]]
+        found[f"series-{kind}"] = bytes([d.SERIES]) + b"".join(d.entry(one) for one in varied)
+    found["series-claims"] = bytes([d.SERIES]) + d.entry(claim, 0x70)
     return found
+
+
+def _report(count: int, first: int) -> bytes:
+    """Return an IGMPv3 report of so many groups (RFC 3376, 4.2)."""
+    records = b"".join(
+        bytes([4, 0, 0, 0, 239, 1, 0, number]) for number in range(first, first + count)
+    )
+    body = b"\x22\0\0\0\0\0" + count.to_bytes(2, "big") + records
+    length = (24 + len(body)).to_bytes(2, "big")
+    header = b"\x46\xc0" + length + bytes.fromhex("000100000102") + bytes(2)
+    header += bytes.fromhex("0a000002e000001694040000")
+    return bytes.fromhex("01005e000016") + fuzz_dissect.GUEST + b"\x08\0" + header + body
 
 
 # --- devices --------------------------------------------------------------------------------------
@@ -217,6 +239,16 @@ def _virtio() -> Inputs:
         ("publish", {"size": 1}),
         ("kick", {"a": 1, "size": 1}),
     )
+    loop = program(
+        ("descriptor", {"size": 1, "a": 0x900, "b": 12}),
+        ("publish", {"size": 1}),
+        ("kick", {"a": 1, "size": 1}),
+    )
+    heads = [program(("publish", {"size": 1, "a": head, "b": 1})) for head in (0, 63, 64, 65)]
+    queues = program(
+        *(("queue_register", {"size": size, "a": at}) for size in range(5) for at in (0, 4, 8)),
+    )
+    lost = program(("frame", {"a": 60, "b": 63}), ("buffer", {"size": 1, "b": 100}))
     registers = program(
         ("common", {"a": 0x14, "value": 0}),
         ("common", {"a": 0x14, "value": 3}),
@@ -225,8 +257,17 @@ def _virtio() -> Inputs:
         ("probe", {"a": 0, "size": 2}),
     )
     parts = {"receive": receive, "send": send, "control": control, "life": life, "chain": chain}
-    parts |= {"indirect": indirect, "registers": registers, "backlog": backlog, "log": log}
+    parts |= {
+        "indirect": indirect,
+        "loop": loop,
+        "queues": queues,
+        "registers": registers,
+        "backlog": backlog,
+        "log": log,
+    }
     parts["all"] = b"".join(parts.values())
+    parts["tap-lost"] = lost + send
+    parts |= {f"head-{number}": head for number, head in enumerate(heads)}
     found: Inputs = {}
     for name, part in parts.items():
         for how, kind in ((0, "userspace"), (fuzz_virtio.VHOST, "vhost")):
