@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -54,7 +55,7 @@ TIMES = Times(
 #: How long both sides may take until one has the guest, and nothing moves any more, seconds.
 LONGEST_S = 12.0
 #: What is done to a message.
-PASS, FLIP, HEADER, CUT_SHORT, TWICE, DROP, INJECT, INSTEAD, CLOSE, KEEP, SPLIT = range(11)
+PASS, FLIP, HEADER, CUT_SHORT, TWICE, DROP, INJECT, INSTEAD, CLOSE, KEEP, SPLIT, AWAY = range(12)
 #: The states of a destination that has the guest, though it does not run: it was paused before.
 _HERE = (RunState.RUNNING, RunState.PAUSED, RunState.PRELAUNCH_MIGRATE)
 
@@ -69,6 +70,7 @@ class Middleman(ConnectionCutter):
 
     def __init__(self, near: Path, far: Path, steps: list[Step]) -> None:
         super().__init__(near, far, None, True)
+        self._near = near
         self._steps = {(step[0], step[1]): step[2:] for step in steps}
 
     def _accept(self) -> None:
@@ -112,7 +114,9 @@ class Middleman(ConnectionCutter):
                     kept = b""
                 elif step[0] == KEEP:
                     kept += raw  # with the next one
-                elif step[0] == CLOSE:
+                elif step[0] in (CLOSE, AWAY):
+                    if step[0] == AWAY:
+                        self._go_away(step[1] % 300 / 1000)
                     break
                 else:
                     for part in tampered(raw, *step):
@@ -122,10 +126,24 @@ class Middleman(ConnectionCutter):
         one.interrupt()
         other.interrupt()
 
+    def _go_away(self, seconds: float) -> None:
+        """Be out of reach for some time, which proves nothing to a source that asks."""
+        away = self._near.with_suffix(".away")
+        with suppress(OSError):
+            self._near.rename(away)
+            timer = threading.Timer(seconds, lambda: _back(away, self._near))
+            self._threads.append(timer)
+            timer.start()
+
     @staticmethod
     def _send(other: SocketConnection, data: bytes) -> None:
         if data:
             other.send_parts([data])
+
+
+def _back(away: Path, near: Path) -> None:
+    with suppress(OSError):
+        away.rename(near)
 
 
 def tampered(raw: bytes, what: int, how: int, payload: bytes) -> list[bytes]:
@@ -200,7 +218,7 @@ def steps_of(data: bytes) -> list[Step]:
     while choices and len(steps) < 4:
         where, number, what = choices.number(), choices.number(), choices.number()
         how, payload = choices.number(4), choices.piece(256)
-        steps.append((bool(where & 1), number % 24, what % 11, how, payload))
+        steps.append((bool(where & 1), number % 24, what % 12, how, payload))
     return steps
 
 
@@ -227,7 +245,7 @@ _steps = st.builds(
     step,
     st.booleans(),
     st.integers(0, 14),
-    st.integers(0, 10),
+    st.integers(0, 11),
     st.integers(0, (1 << 24) - 1),
     st.one_of(st.just(b""), st.sampled_from(payloads()), st.binary(max_size=20)),
 )

@@ -78,7 +78,7 @@ def run(data: bytes) -> None:
         _outbox(data)
         return
     if size and size[0] == ENDLESS:
-        _feed(data * (2 + MAX_VALUE // (len(data) or 1)), 1 << 16)
+        _feed(b'{"id":"' + data * (2 + MAX_VALUE // (len(data) or 1)), 1 << 16)
         return
     replies = {_feed(data, step) for step in (len(data) or 1, 1 + (size or b"\0")[0] % 60, 1)}
     require(len(replies) == 1, "the replies depend on how the bytes were split")
@@ -150,4 +150,5 @@ TARGET = Target(
         _words,
     ),
     TOKENS,
+    limit=20.0,
 )

@@ -143,7 +143,8 @@ def _access(host: Host, r: Record) -> None:
     elif kind == 1:
         bench.mmio.read(_E1000_GSI_BAR + _register(r), r.width)
     elif kind == 2:
-        bench.mmio.write(fuzz_virtio.BAR + r.a % 0x4000, r.width, r.limited(r.width))
+        at = r.a % 0x4000 if r.b & 1 else r.a % 0x3C  # half of them at the common registers
+        bench.mmio.write(fuzz_virtio.BAR + at, r.width, r.limited(r.width))
     elif kind == 3:
         bench.mmio.read(fuzz_virtio.BAR + r.a % 0x4000, r.width)
     elif kind == 4:

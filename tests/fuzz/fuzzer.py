@@ -156,10 +156,20 @@ class Fuzzer:
                 return
             if not self._queue:
                 self._queue.append(b"\0")
-            # The newest reached what others did not: half of the time it is their turn.
-            recent = self._queue[-32:] if rnd.random() < 0.5 else self._queue
-            data, other = rnd.choice(recent), rnd.choice(self._queue)
+            data, other = self._choice(), rnd.choice(self._queue)
             self._try(mutate(rnd, self._target, data, other))
+
+    def _choice(self) -> bytes:
+        """Return an input to be changed: a new one, one that begins in its own way, or any."""
+        rnd = self._random
+        way = rnd.randrange(3)
+        if way == 0:
+            return rnd.choice(self._queue[-32:])
+        if way == 1:
+            # What a target does first is named by the first byte: each has the same share.
+            first = rnd.choice(sorted({data[:1] for data in self._queue}))
+            return rnd.choice([data for data in self._queue if data[:1] == first])
+        return rnd.choice(self._queue)
 
     def _check_left(self, descriptors: int, threads: int) -> None:
         left = _descriptors() - descriptors, threading.active_count() - threads

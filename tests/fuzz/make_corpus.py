@@ -80,6 +80,10 @@ def _stream() -> Inputs:
     found["receive"] = bytes([fuzz_stream.RECEIVE]) + conversation.whole(6)
     found["receive-failed"] = bytes([fuzz_stream.RECEIVE]) + conversation.whole(7)[-2:]
     found["packets"] = bytes([fuzz_stream.PACKETS]) + conversation.whole(3)
+    for nic in (1, 2, 63):
+        for number in (0, 1):
+            changed = bytes([conversation.VALUES, number, 1]) + patch(0, 2, nic)
+            found[f"packets-{number}-of-{nic}"] = bytes([fuzz_stream.PACKETS]) + changed
     found["peer"] = bytes([fuzz_stream.PEER]) + b"".join(
         bytes([conversation.WHOLE, number]) for number in (0, 9, 4, 3)
     )
@@ -102,12 +106,12 @@ def _snapshot() -> Inputs:
 def _migrations() -> Inputs:
     step, m = fuzz_migrations.step, fuzz_migrations
     names = {m.FLIP: "flip", m.CUT_SHORT: "cut-short", m.TWICE: "twice", m.DROP: "drop"}
-    names |= {m.CLOSE: "close", m.SPLIT: "split"}
+    names |= {m.CLOSE: "close", m.SPLIT: "split", m.AWAY: "away"}
     found: Inputs = {"whole": b""}
     for what, name in names.items():
         for from_source, number in ((True, 0), (True, 8), (False, 0), (False, 1), (False, 2)):
             where = "source" if from_source else "destination"
-            found[f"{name}-{where}-{number}"] = step(from_source, number, what, 11)
+            found[f"{name}-{where}-{number}"] = step(from_source, number, what, 100)
     for kind, value in (
         (Kind.FAILED, messages.Reason("no")),
         (Kind.REFUSED, messages.Reason("no")),
@@ -164,7 +168,7 @@ def _qmp() -> Inputs:
     found = {name: b"\x07" + hello + line for name, line in lines.items()}
     event, reply, sent = (bytes([what]) + b"\xff\x0f" for what in (0x10, 0x12, 0xF3))
     found["outbox"] = b"\x80" + (event * 3 + reply) * 4 + sent * 3
-    found["endless-string"] = b"\x40" + b'{"execute":"' + b"x" * 4000
+    found["endless-string"] = b"\x40" + b"x" * 4000
     found["outbox-flood"] = b"\x80" + bytes([0xF0, 0xFF, 0xFF]) * 8 + sent * 9 + reply + event
     return found
 
@@ -363,6 +367,29 @@ def _platform() -> Inputs:
     }
 
 
+def _probes_among_kicks() -> list[Record]:
+    """The first vCPU probes virtio-net again and again, the others notify, read and write rings."""
+
+    def write(at: int, size: int, value: int) -> Record:
+        return Record(2, size, at, 0, value)
+
+    probe = [write(0x14, 0, value) for value in (0, 1, 3)]
+    for select, features in ((0, 0x30FF_FFFF & ~(1 << 6)), (1, 1)):
+        probe += [write(0x08, 2, select), write(0x0C, 2, features)]
+    probe.append(write(0x14, 0, 11))
+    for queue in range(3):
+        base = 0x10_0000 * (queue + 1)
+        probe += [write(0x16, 1, queue), write(0x18, 1, 64), write(0x20, 2, base)]
+        probe += [write(0x28, 2, base + 0x400), write(0x30, 2, base + 0x500), write(0x1C, 1, 1)]
+    probe.append(write(0x14, 0, 15))
+    found = []
+    for number, step in enumerate(probe * 4):
+        kick = Record(6, 0, number % 3)
+        ring = Record(5, number % 3, 0x400, 0, (number & 0x3F) << 16)
+        found += [step, kick, ring, Record(6, 0, (number + 1) % 3)]
+    return found[:400]
+
+
 def _vcpus() -> Inputs:
     found: Inputs = {}
     mixed = [
@@ -373,6 +400,8 @@ def _vcpus() -> Inputs:
         found[f"mixed-{how:02x}"] = bytes([how]) + records.encode(mixed)
     status = [Record(2, 0, 0x14, 0, (0, 1, 3, 11, 15)[number % 5]) for number in range(100)]
     found["status"] = b"\x30" + records.encode(status)
+    found["probes-and-kicks"] = b"\x30" + records.encode(_probes_among_kicks())
+    found["probes-and-kicks-paused"] = b"\x3c" + records.encode(_probes_among_kicks())
     moves = [Record(4, number % 2, 0x10, 0, 0xE000_0000 + (number << 20)) for number in range(100)]
     found["bars-that-move"] = b"\x30" + records.encode(moves)
     return found
