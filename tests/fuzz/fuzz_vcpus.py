@@ -1,7 +1,9 @@
 """Several vCPUs at once on two NICs, with the event loop, a network and an operator.
 
-The input is what each vCPU does, and the operator; how the threads interleave is the machine's own,
-so a replay need not show a finding again at the first time.
+The input is what each vCPU does, and the operator. Threads change places between any two lines of
+the devices, not only where the interpreter would let them: each sleeps for a moment at some lines.
+How they interleave is still the machine's own, so a replay need not show a finding again at the
+first time.
 
 Findings: an exception in a thread; a thread that does not come to an end; a device that cannot be
 saved, or does not come back after all that by a reset.
@@ -9,11 +11,14 @@ saved, or does not come back after all that by a reset.
 
 from __future__ import annotations
 
+import random
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
+from zlib import crc32
 
 from hypothesis import strategies as st
 
@@ -31,6 +36,8 @@ from .target import Finding, Target, allowed
 VCPUS = 4
 #: Long enough for a host whose CPUs are busy with something else, seconds.
 _DEADLOCK_S = 20.0
+#: The share of the lines at which a thread sleeps.
+_SHARE = 0.02
 _E1000_SLOT, _E1000_GSI_BAR = 2, 0xE010_0000
 _PORT = 0xC100
 
@@ -185,8 +192,12 @@ def run(data: bytes) -> None:
 
 def _run(host: Host, accesses: Sequence[Record], how: int) -> None:
     shares = [accesses[number::VCPUS] for number in range(VCPUS)]
-    vcpus = [_thread(host, lambda share=share: host.vcpu(share)) for share in shares]
-    others = [_thread(host, host.loop), _thread(host, host.network)]
+    seed = crc32(b"".join(record.encode() for record in accesses))
+    vcpus = [
+        _thread(host, lambda share=share: host.vcpu(share), seed + number)
+        for number, share in enumerate(shares)
+    ]
+    others = [_thread(host, host.loop, seed - 1), _thread(host, host.network, seed - 2)]
     for pause in range(1 + (how >> 4 & 3)):
         host.operate(how >> 2 & 3 if pause == 0 else 0)
     for thread in vcpus:
@@ -200,8 +211,24 @@ def _run(host: Host, accesses: Sequence[Record], how: int) -> None:
         raise host.errors[0]
 
 
-def _thread(host: Host, work: Callable[[], None]) -> threading.Thread:
+def _yields(seed: int) -> Callable[[FrameType, str, Any], Any]:
+    """Return a trace function that lets other threads go on at some lines of the devices."""
+    rnd = random.Random(seed)
+
+    def lines(frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "line" and rnd.random() < _SHARE:
+            time.sleep(0.00001)
+        return lines
+
+    def calls(frame: FrameType, event: str, arg: Any) -> Any:
+        return lines if "/godwit/hw/" in frame.f_code.co_filename else None
+
+    return calls
+
+
+def _thread(host: Host, work: Callable[[], None], seed: int) -> threading.Thread:
     def main() -> None:
+        sys.settrace(_yields(seed))
         try:
             work()
         except BaseException as error:

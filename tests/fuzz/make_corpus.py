@@ -402,7 +402,11 @@ def _vcpus() -> Inputs:
     found["status"] = b"\x30" + records.encode(status)
     found["probes-and-kicks"] = b"\x30" + records.encode(_probes_among_kicks())
     found["probes-and-kicks-paused"] = b"\x3c" + records.encode(_probes_among_kicks())
-    moves = [Record(4, number % 2, 0x10, 0, 0xE000_0000 + (number << 20)) for number in range(100)]
+    moves = []
+    for number in range(60):
+        # A BAR's decoding goes off and on, while other vCPUs use the other device.
+        moves += [Record(4, number % 2, 0x04, 0, number // 2 % 2 * 6)]
+        moves += [Record(kind, 2, number, 1, number) for kind in (1, 3, 0)]
     found["bars-that-move"] = b"\x30" + records.encode(moves)
     return found
 
