@@ -18,7 +18,7 @@ import socket
 import tempfile
 import threading
 import time
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def _certificates() -> Path:
     """Return the folder with a host's certificates."""
     from godwit.cli.pki import pki
 
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         pki(str(_folder() / "pki"), ["127.0.0.1"])
     return _folder() / "pki" / "127.0.0.1"
 
