@@ -115,7 +115,7 @@ class Fuzzer:
             return traceback.format_exc()
         if _peak() - peak > _MOST_KIB:
             return f"one input took more than {_MOST_KIB >> 10} MiB"
-        if new and len(data):
+        if new and data and data not in self._queue[-1:]:  # of the corpus it is there already
             self._queue.append(data)
         return None
 
