@@ -354,7 +354,7 @@ def test_of_too_many_newcomers_one_is_closed_from_where_most_come(
 
 
 def test_a_hello_and_a_reset_leave_the_destination_waiting(port: int, tmp_path: Path) -> None:
-    migration = Migration(tmp_path)
+    migration = Migration(tmp_path, times=IMPATIENT._replace(silence=30.0))
     uri = f"tcp:127.0.0.1:{port}"
     migration.there.migrations.await_guest(uri, True)
     hello = saved.encode(describe(migration.there.machine, bytes(16)))
