@@ -345,8 +345,8 @@ late = set()
 class Finder:
     def find_spec(self, name, path=None, target=None):
         late.add(name)
-sys.meta_path.insert(0, Finder())
 migration = Migration(pathlib.Path(tempfile.mkdtemp()))
+sys.meta_path.insert(0, Finder())
 with socket.create_server(("127.0.0.1", 0)) as free:
     uri = f"tcp:127.0.0.1:{{free.getsockname()[1]}}"
 for side in (migration.here, migration.there):
