@@ -2,12 +2,14 @@
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo lab test test-networks test-hosts test-judges bench check clean
+.PHONY: help setup demo lab test fuzz test-networks test-hosts test-judges bench check clean
 
 help:
 	@echo 'make demo   move a running guest between two hosts and judge it'
 	@echo 'make lab    a shell on a host with KVM, emulated where this machine has none'
-	@echo 'make test   unit tests, then all with real guests (in the lab where this machine has no KVM)'
+	@echo 'make test   unit tests, fuzzers, then all with real guests (in the lab where this machine has'
+	@echo '            no KVM)'
+	@echo 'make fuzz   all fuzzers, TIME=60 seconds each (TARGET="qmp virtio": these; SEED=1; JOBS=2)'
 	@echo 'make test-networks   other projects'\'' networks and programs, the dear tests too'
 	@echo 'make test-hosts   guests between emulated hosts of unlike CPUs'
 	@echo 'make test-judges   clients made for QEMU, on our QMP server'
@@ -26,9 +28,15 @@ lab: setup
 	@$(BIN)/python -m lab shell
 
 test: setup
-	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/unit tests/fuzz
+	$(BIN)/python -m tests.fuzz.driver --time 20
 	@scripts/vm-tests
 	@scripts/unlike-hosts
+
+# What is found is written to out/fuzz, with the command that replays it.
+fuzz: setup
+	@$(BIN)/python -m tests.fuzz.driver --time $(or $(TIME),60) --seed $(or $(SEED),1) \
+		--jobs $(or $(JOBS),2) $(TARGET)
 
 test-networks: setup
 	@$(BIN)/python -m lab.networks.testpmd

@@ -50,6 +50,19 @@ def test_what_another_claims_leaves_at_once(ip: bytes, tags: Tags) -> None:
     assert (MAC, tags, ip) in pairs(book), "the guest uses it again"
 
 
+def test_a_mac_address_whose_ip_was_claimed_is_as_old_as_it_was() -> None:
+    """It became the newest, and others went before it when space was needed."""
+    third = bytes.fromhex("525400123458")
+    book = AddressBook(MAC, limit=2)
+    book.learn(seen(IP4, OTHER), 1.0)
+    book.learn(seen(IP6, third), 2.0)
+    assert book.claim(seen(IP4, STRANGER), 3.0)
+    assert [entry.mac for entry in book.save(3.0).entries] == [OTHER, third]
+    book.learn(seen(IP4, bytes.fromhex("525400123459")), 4.0)
+    assert (third, (), IP6) in pairs(book)
+    assert (OTHER, (), None) not in pairs(book)
+
+
 def test_the_guests_own_mac_addresses_claim_nothing() -> None:
     book = AddressBook(MAC)
     book.learn(seen(IP4), 1.0)

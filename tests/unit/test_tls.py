@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import subprocess
@@ -103,8 +104,6 @@ def test_a_wrong_certificate_is_turned_away_and_both_go_on(
     )
     assert migration.running == (True, False)
     assert migration.here.statuses[-1] == "failed"
-    import re
-
     assert re.search(says, str(migration.source.report.error)), migration.source.report.error
     assert not migration.there.failures  # it waits on, and takes the right one
     right = Credentials(Tls(str(certificates / "127.0.0.1"), ["127.0.0.1", "beta"]))
@@ -295,3 +294,115 @@ def test_a_connection_that_breaks_in_the_handshake_is_lost(port: int, certificat
         with pytest.raises(LinkLost):
             Address(f"tls:127.0.0.1:{port}", False, TIMES, here).connect()
         thread.join()
+
+
+def test_a_cancel_sends_nothing_in_clear(tmp_path: Path, port: int, certificates: Path) -> None:
+    """SSLSocket.shutdown forgets its keys: what was sent behind it went out as it was."""
+    here, there = (Credentials(Tls(str(certificates / name))) for name in ("beta", "127.0.0.1"))
+    migration = Migration(tmp_path, times=Times())
+    migration.here.migrations._credentials = here
+    migration.there.migrations._credentials = there
+    mark = b"GUEST-SECRET----"
+    migration.here.machine.memory.view(8 << 20, 16 << 20)[:] = mark * (1 << 20)
+    wire = bytearray()
+    enough, go_on = threading.Event(), threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as front:
+        migration.there.migrations.await_guest(f"tls:127.0.0.1:{port}", False)
+        uri = f"tls:127.0.0.1:{front.getsockname()[1]}"
+        migration.here.migrations.migrate(uri, False)
+        near = front.accept()[0]
+        far = socket.create_connection(("127.0.0.1", port))
+
+        def onward() -> None:
+            with suppress(OSError):
+                while data := near.recv(1 << 16):
+                    wire.extend(data)
+                    if len(wire) > 1 << 20 and not enough.is_set():
+                        enough.set()
+                        go_on.wait(30)
+                    with suppress(OSError):
+                        far.sendall(data)
+
+        def back() -> None:
+            with suppress(OSError):
+                while data := far.recv(1 << 16):
+                    near.sendall(data)
+
+        threads = [threading.Thread(target=way) for way in (onward, back)]
+        for thread in threads:
+            thread.start()
+        assert enough.wait(30)
+        assert migration.source.cancel()
+        go_on.set()
+        migration.source.join(30)
+        assert not migration.source.active
+        far.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join(30)
+    assert migration.here.statuses[-1] == "cancelled"
+    assert mark not in wire
+    assert b"cancelled" not in wire
+    for sock in (near, far):
+        sock.close()
+    migration.close()
+
+
+def test_addresses_are_compared_as_addresses(tmp_path: Path) -> None:
+    from godwit.migration.wire.tls import _peer
+
+    assert _peer("::1") == _peer("0:0:0:0:0:0:0:1") == _peer("[::1]")
+    assert _peer("2001:DB8:0::1") == _peer("2001:db8::1")
+    assert _peer("127.0.0.1") == "127.0.0.1"
+    assert _peer("Host.Example") == "host.example"
+
+
+def test_a_guest_migrates_to_an_ipv6_address(tmp_path: Path) -> None:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as free:
+            port = free.getsockname()[1]
+    except OSError:
+        pytest.skip("no IPv6 here")
+    pki(str(tmp_path / "pki"), ["::1"])
+    both = Credentials(Tls(str(tmp_path / "pki" / "::1")))
+    migration = Migration(tmp_path)
+    for side in (migration.here, migration.there):
+        side.migrations._credentials = both
+    migration.there.migrations.await_guest(f"tls:[::1]:{port}", False)
+    migration.here.migrations.migrate(f"tls:[::1]:{port}", False)
+    migration.finish()
+    assert migration.running == (False, True), migration.source.report.error
+    migration.close()
+
+
+def test_a_slow_link_is_no_silent_one(certificates: Path) -> None:
+    """OpenSSL reports a piece once all of it is on its way: pieces are short."""
+    tls = Tls(str(certificates / "127.0.0.1"))
+    now = 0.0
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sock = socket.create_connection(listener.getsockname())
+        far = listener.accept()[0]
+    sizes: list[int] = []
+
+    def serve() -> None:
+        with suppress(OSError):
+            wrapped = tls.server.wrap_socket(far, server_side=True)
+            while wrapped.recv(1 << 16):
+                pass
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    connection = tls.connection(sock, Times(now=lambda: now), "127.0.0.1")
+    connection.handshake()
+    real = connection._tls.send
+
+    def send(data: memoryview) -> int:
+        sizes.append(len(data))
+        return real(data)
+
+    connection._tls.send = send  # type: ignore[method-assign,assignment]
+    connection.send_parts([b"header", memoryview(bytearray(4 << 20))])
+    assert max(sizes) <= 128 << 10
+    connection.interrupt()
+    thread.join(30)
+    connection.close()
+    far.close()

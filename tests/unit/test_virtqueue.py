@@ -75,9 +75,24 @@ def test_buffers_may_be_given_back_and_come_again(memory: GuestMemory) -> None:
     heads = [driver.add_out(b"x"), driver.add_out(b"y")]
     for _ in range(3):
         first, second = queue.pop(), queue.pop()
-        assert [first and first.head, second and second.head] == heads
-        queue.unpop()
-        queue.unpop()
+        assert first is not None
+        assert second is not None
+        assert [first.head, second.head] == heads
+        queue.unpop(second, 0)
+        queue.unpop(first, 0)
+
+
+def test_what_was_written_into_buffers_that_are_given_back_is_marked(memory: GuestMemory) -> None:
+    """A frame that does not fit leaves bytes in the guest's RAM, which the dirty log lacked."""
+    driver, queue = _pair(memory)
+    (part,) = driver.add_in(3 * 4096)
+    memory.start_log()
+    chain = queue.pop()
+    assert chain is not None
+    queue.unpop(chain, 4097)
+    first = part.address // 4096
+    assert memory.take_log() == {first, first + 1}
+    memory.stop_log()
 
 
 def test_a_full_ring_is_taken_whole(memory: GuestMemory) -> None:

@@ -411,8 +411,9 @@ def rarps(capture: Path) -> list[bytes]:
 
 
 def held(pid: int) -> tuple[int, int]:
-    """A process's descriptors and threads."""
-    return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+    """A process's descriptors and threads, but for the files that it booted from."""
+    fds = [fd for fd in Path(f"/proc/{pid}/fd").iterdir() if not fd.is_file()]
+    return len(fds), len(os.listdir(f"/proc/{pid}/task"))
 
 
 def resident(pid: int) -> int:

@@ -400,6 +400,8 @@ class AddressBook:
         rest = (*self._fixed.values(), *self._own.values(), *self._others.values())
         if not any((one.mac, one.tags) == (known.mac, known.tags) for one in rest):
             self._put(Entry(known.mac, known.tags, None, *_times(known), known.source))
+            # The MAC address was not seen now: it goes as soon as it would have gone.
+            self._own, self._others = map(_by_last_seen, (self._own, self._others))
         return True
 
     def _is_elsewhere(self, tags: Tags, mac: bytes) -> bool:
@@ -451,6 +453,10 @@ def _filtered(own: bytes, macs: list[bytes], vlans: list[int]) -> Iterator[tuple
     for mac in (own, *macs):
         for vid in vlans:
             yield mac, ((TPID_8021Q, vid),)
+
+
+def _by_last_seen(entries: dict[Key, Entry]) -> dict[Key, Entry]:
+    return dict(sorted(entries.items(), key=lambda item: item[1].last_seen))
 
 
 def _last_seen(one: Entry | Peer) -> float:

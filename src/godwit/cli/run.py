@@ -125,6 +125,7 @@ def _run(board: Board, arguments: argparse.Namespace, sandbox: Sandbox, console_
 
                 # All is open then, and nothing of a guest's or of a peer's was looked at yet.
                 def opened() -> None:
+                    board.keep_files()
                     sandbox.close_door(log)
 
                 if arguments.incoming is None:

@@ -23,6 +23,10 @@ _ETC = (
     *("hosts", "resolv.conf", "nsswitch.conf", "host.conf", "gai.conf", "services", "localtime"),
     *("ld.so.cache", "ssl/openssl.cnf"),
 )
+#: Where the resolver's file is, or is made anew.
+_RESOLVERS = ("/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf")
+#: What is in the folder of certificates: see migration/wire/tls.py.
+TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 
 
@@ -38,7 +42,8 @@ class Sandbox:
         self._on = arguments.sandbox != "off"
         self._warnings: list[str] = []
         self._user: tuple[int, int] | None = None
-        self._inherited: dict[int, tuple[int, int]] = {}
+        # First of all: what this process opens itself is not inherited.
+        self._inherited = privileges.inherited() if self._on else {}
         for path in arguments.allow_path:
             if not os.path.isdir(path):
                 raise ConfigError(f"--allow-path {path!r}: there is no such folder; make it first")
@@ -60,7 +65,7 @@ class Sandbox:
         """
         if not self._on:
             return
-        self._inherited = privileges.inherited()
+        self._make_place_for_sockets()
         privileges.no_new_privileges()
         if not landlock.version():
             self._warnings.append(
@@ -107,22 +112,39 @@ class Sandbox:
     def _rules(self) -> Iterator[Rule]:
         """Yield what the configuration names, and what Python and the C library read."""
         given = self._arguments
-        for path in (*_LIBRARIES, *_python(), *(f"/etc/{name}" for name in _ETC), "/proc"):
+        etc = (f"/etc/{name}" for name in _ETC)
+        for path in (*_LIBRARIES, *_python(), *etc, *_RESOLVERS, "/proc"):
             yield Rule(path, READ)
         for device in ("/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/null"):
             yield Rule(device, DEVICE)
         cpu = (given.cpu or "").partition(",")[0]  # a file, or a name, which is none
-        for path in (given.kernel, given.initrd, given.tls, given.migration_secret, cpu):
+        # The files themselves, which may be links to elsewhere.
+        tls = [os.path.join(given.tls, name) for name in TLS_FILES] if given.tls else []
+        for path in (given.kernel, given.initrd, given.migration_secret, cpu, *tls):
             if path:
                 yield Rule(path, READ)
         kind, _, path = (given.incoming or "").partition(":")
         if kind == "file":
             yield Rule(path, READ)
-        for socket in (given.qmp, path if kind == "unix" else None):
-            if socket is not None:
-                yield Rule(os.path.dirname(os.path.abspath(socket)), SOCKETS)
+        for socket in self._sockets():
+            yield Rule(os.path.dirname(os.path.abspath(socket)), SOCKETS)
         for folder in given.allow_path:
             yield Rule(folder, WORK)
+
+    def _sockets(self) -> list[str]:
+        """Return the paths of the sockets that the command line names."""
+        kind, _, path = (self._arguments.incoming or "").partition(":")
+        named = (self._arguments.qmp, path if kind == "unix" else None)
+        return [path for path in named if path]
+
+    def _make_place_for_sockets(self) -> None:
+        """Remove what an exited process left behind, while files can be removed."""
+        left = [path for path in self._sockets() if os.path.lexists(path)]
+        if left:
+            from godwit.host import unixsocket
+
+            for path in left:
+                unixsocket.remove_stale(path, "QMP" if path == self._arguments.qmp else "migration")
 
     def _give_sockets(self, uid: int, gid: int) -> None:
         """Give the user the socket where a guest is awaited: sources run as that user, too."""
@@ -159,6 +181,8 @@ def _editable(sites: set[str]) -> Iterator[str]:
 
 def _load_what_comes_later() -> None:
     """Import and open what is otherwise opened when needed: the user may not read these files."""
+    import encodings.ascii
+    import encodings.utf_16_be
     import traceback
 
     from godwit.announce import verify
@@ -167,7 +191,8 @@ def _load_what_comes_later() -> None:
     from godwit.hw.cpu import msrs
     from godwit.migration import destination, guest, snapshot, source
     from godwit.migration.wire import acceptor
-    from godwit.qmp import commands
+    from godwit.qmp import commands, schema
 
     pagemap.keep_open()
-    del acceptor, commands, destination, guest, msrs, snapshot, sockets, source, traceback, verify
+    del acceptor, commands, destination, encodings, guest, msrs, schema, snapshot, sockets
+    del source, traceback, verify

@@ -21,7 +21,7 @@ def listen(path: str, what: str) -> socket.socket:
         ConfigError: the path is too long, is not a socket, or another process listens there.
         HostError: the socket cannot be made.
     """
-    _remove_stale(path, what)
+    remove_stale(path, what)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.bind(path)
@@ -52,8 +52,13 @@ def remove(path: str, inode: int) -> None:
         pass  # gone already
 
 
-def _remove_stale(path: str, what: str) -> None:
-    """Remove the socket file an exited process left behind."""
+def remove_stale(path: str, what: str) -> None:
+    """Remove the socket file an exited process left behind.
+
+    Raises:
+        ConfigError: the file is no socket, or another process listens there.
+        HostError: the file cannot be removed.
+    """
     try:
         mode = os.lstat(path).st_mode
     except OSError:
@@ -67,6 +72,12 @@ def _remove_stale(path: str, what: str) -> None:
             os.unlink(path)
         except FileNotFoundError:
             pass
+        except OSError as error:
+            raise HostError(
+                f"cannot remove {path}, which an exited process left: {error.strerror}"
+            ) from error
+    elif failure in (errno.EACCES, errno.EPERM):
+        raise ConfigError(f"{path} is another user's socket: choose another path for {what}")
     elif failure != errno.ENOENT:
-        # 0 or EAGAIN: another process listens. EACCES: not ours to judge.
+        # 0 or EAGAIN: another process listens.
         raise ConfigError(f"a VM listens on {path} already: choose another path for {what}")

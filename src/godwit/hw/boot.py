@@ -49,6 +49,14 @@ class BootFiles:
     def __init__(self) -> None:
         self._kept: dict[str, int] = {}
 
+    def keep(self, path: str) -> None:
+        """Open a regular file for a boot to come.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        os.close(self.open(path, os.O_RDONLY | os.O_NONBLOCK))
+
     def open(self, path: str, flags: int) -> int:
         """Return a descriptor for a path, of the file found there at the first boot.
 

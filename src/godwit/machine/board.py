@@ -9,7 +9,7 @@ nothing: meanwhile the rest of Godwit is imported, and devices and NICs are made
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Self
 
 from godwit.errors import ConfigError, KvmError
@@ -139,6 +139,13 @@ class Board:
             self.memory, config.kernel, config.initrd, config.command_line, self._files
         )
         linuxboot.start_vcpu(self.vcpus[0].vcpu, boot)
+
+    def keep_files(self) -> None:
+        """Open kernel and initrd for a boot to come, if they can be opened."""
+        for path in (self.config.kernel, self.config.initrd):
+            if path is not None:
+                with suppress(OSError, ValueError):  # the boot will name what is wrong
+                    self._files.keep(path)
 
     def start_early(self) -> None:
         """Let the first vCPU run up to its first exit, which waits for the machine's start.

@@ -57,7 +57,8 @@ def adopt(board: Board, cpu: Cpu) -> None:
         board.adopt_cpu(cpu.cpuid, cpu.tsc_khz)
     except OSError as error:
         raise StreamError(f"KVM refused the CPUID that the guest was told: {error}") from error
-    if cpu.tsc_khz and _scales(board) and not same_rate(cpu.tsc_khz, board.host_tsc_khz):
+    if cpu.tsc_khz and _scales(board):
+        # Whatever the rate is now: a source may have come before, and gone.
         _scale(board, cpu.tsc_khz)
 
 
@@ -71,6 +72,8 @@ def _scale(board: Board, khz: int) -> None:
     for thread in board.vcpus:
         vcpu = thread.vcpu
         try:
+            if same_rate(khz, vcpu.tsc_khz()):
+                continue
             vcpu.set_tsc_khz(khz)
             got = vcpu.tsc_khz()
         except OSError as error:

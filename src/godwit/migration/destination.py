@@ -45,7 +45,7 @@ class Destination(Incoming):
     ) -> None:
         super().__init__(guest, take_over, on_failed, times)
         self._hands_over = hands_over
-        self._acceptor = Acceptor(address, times, _turn_away)
+        self._acceptor = Acceptor(address, times, self._turn_away)
         self._connection: WaitingConnection | None = None
         #: Where the source awaits STARTED.
         self._answer_on: PacketDestination | WaitingConnection | None = None
@@ -101,15 +101,14 @@ class Destination(Incoming):
             hands_over = bool(hello.cookie) and self._hands_over()
             try:
                 connection.send(Kind.WELCOME, connection.describe(hands_over))
+                if not connection.wait(self._times.begin)[0]:
+                    return False  # whoever it is, it keeps others waiting
                 if hands_over:
                     self.packets = PacketDestination(
                         self._guest, connection, hello.cookie, self._times
                     )
-                adopt(hello, self._guest.machine)
-                hints = {device.id: device.hints for device in hello.devices}
-                self._guest.machine.prepare({id: hint for id, hint in hints.items() if hint})
                 # From its first message on the machine changes: what fails, fails for good.
-                self._receiver.receive(connection)
+                self._receiver.receive(connection, lambda: self._prepare(hello))
             except LinkLost:
                 if not self._receiver.begun:
                     self.packets = None
@@ -122,6 +121,20 @@ class Destination(Incoming):
             return True
         finally:
             connection.close()
+
+    def _prepare(self, hello: messages.Hello) -> None:
+        """Make the machine ready for the guest described by HELLO, whose RAM begins to come."""
+        adopt(hello, self._guest.machine)
+        hints = {device.id: device.hints for device in hello.devices}
+        self._guest.machine.prepare({id: hint for id, hint in hints.items() if hint})
+
+    def _turn_away(self, connection: WaitingConnection, error: GodwitError) -> None:
+        """Send why somebody is not served, who may be anybody: no fact of the machine is in it.
+
+        Not once the source may be querying, who takes a refusal for proof that nobody is here.
+        """
+        if not self._receiver.begun:
+            _refuse(connection, Kind.REFUSED, str(error))
 
     def _hello(self, kind: Kind, payload: bytes) -> messages.Hello:
         """Return what a connection's first message begins: only HELLO begins something now.
@@ -208,26 +221,41 @@ class Destination(Incoming):
         This has no deadline: a source that finds nobody listening concludes that the guest is not
         here, and would let the guest run there too.
         """
-        while True:
-            try:
-                connection.expect(Kind.ACK)
-                return
-            except Exception:  # whatever it is, the source may be querying
-                pass
-            finally:
-                connection.close()
-            again = None
-            while again is None:
-                introduced = self._acceptor.next(None)
-                if introduced is None:
-                    return  # it is time to close: the guest ends here as well
-                again = introduced[0]
-                if _query(*introduced, hello.token) is None:
-                    again.close()
-                    again = None
+        while not _acknowledged(connection):
+            again = self._next_query(hello.token)
+            if again is None:
+                return  # it is time to close: the guest ends here as well
             connection = again
-            with suppress(LinkLost):
+            with suppress(GodwitError, OSError):
                 connection.send(Kind.STARTED, self._started or messages.Started({}, []))
+
+    def _next_query(self, token: bytes) -> WaitingConnection | None:
+        """Return the next connection that queries for this migration, or None at the close.
+
+        Nothing that goes wrong with one of them ends this: the source is to find somebody here.
+        """
+        while not self._closing.is_set():
+            try:
+                introduced = self._acceptor.next(None)
+                if introduced is not None and _query(*introduced, token) is not None:
+                    return introduced[0]
+                if introduced is not None:
+                    introduced[0].close()
+            except Exception:
+                self._closing.wait(0.1)
+        return None
+
+
+def _acknowledged(connection: WaitingConnection) -> bool:
+    """Wait for the ACK, close the connection, and return whether it came."""
+    try:
+        connection.expect(Kind.ACK)
+        return True
+    except Exception:  # whatever it is, the source may be querying
+        return False
+    finally:
+        with suppress(OSError):
+            connection.close()
 
 
 def _query(
@@ -245,11 +273,6 @@ def _query(
         _refuse(connection, Kind.REFUSED, "this is another migration")
         return None
     return commit
-
-
-def _turn_away(connection: WaitingConnection, error: GodwitError) -> None:
-    """Send why somebody is not served, who may be anybody: no fact of the machine is in it."""
-    _refuse(connection, Kind.REFUSED, str(error))
 
 
 def _refuse(connection: WaitingConnection, kind: Kind, reason: str) -> None:

@@ -10,6 +10,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 
 from godwit.errors import GodwitError, LinkLost, MigrationError, PeerRefused, StateError
 from godwit.hw.memory import PAGE
@@ -156,7 +157,8 @@ class Outgoing(ABC):
             with self._decision:
                 self._over.set()  # whatever went wrong, another migration may be tried
             if self._connection is not None:
-                self._connection.close()
+                with suppress(OSError):  # a file's last error
+                    self._connection.close()
             self._end_log()  # unless ended; what goes wrong with that harms nobody any more
             for call in self._when_over:
                 call()

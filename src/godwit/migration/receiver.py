@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 from godwit.errors import GuestError, MigrationError, StreamError
 from godwit.host.ioctl import address_of
@@ -59,8 +60,10 @@ class Receiver:
             self.realtime.end()
         self.phases[name] = round((self._times.now() - self._received_at) * 1000, 3)
 
-    def receive(self, connection: Connection) -> None:
+    def receive(self, connection: Connection, on_begin: Callable[[], None] = lambda: None) -> None:
         """Receive RAM and the state, which is loaded while the last pages are on their way.
+
+        ``on_begin`` is called once the first message comes.
 
         Raises:
             LinkLost: the connection ended.
@@ -69,7 +72,9 @@ class Receiver:
         loaded = False
         while True:
             kind, length = connection.receive()
-            self.begun = True
+            if not self.begun:
+                self.begun = True
+                on_begin()
             self.realtime.expire()
             if kind is Kind.RAM:
                 self._receive_ram(connection, length)

@@ -99,7 +99,7 @@ class Source(Outgoing):
     def _hello(self) -> None:
         """Send HELLO, by which the destination refuses a guest it could not run."""
         self._check_alive()
-        self._connection = self._first = connection = self._address.connect()
+        connection = self._address.connect(given_up=self._cancelled.is_set, on_open=self._opened)
         self.report.phase("connected")
         if self._parameters().handover and self._guest.nics:
             self._cookie = os.urandom(16)
@@ -109,6 +109,12 @@ class Source(Outgoing):
         self._hands_over = bool(self._cookie) and welcome.packets
         self.report.phase("welcomed")
         self._status("active")
+
+    def _opened(self, connection: WaitingConnection) -> None:
+        """Take over a connection to which the other end has not answered yet."""
+        self._connection = self._first = connection
+        if self._cancelled.is_set():  # just now, before there was a connection to give up
+            connection.give_up()
 
     def _stop(self) -> None:
         # A downtime that is to be long (on-no-convergence) is no matter of milliseconds.
@@ -255,7 +261,9 @@ class Source(Outgoing):
         self._live.interrupt()
         while True:
             try:
-                connection = self._address.connect(self._times.query_connect)
+                connection = self._address.connect(
+                    self._times.query_connect, self._abandoned.is_set
+                )
             except LinkLost as lost:
                 reason = lost.__cause__
                 refused = isinstance(reason, OSError) and reason.errno == errno.ECONNREFUSED
@@ -275,6 +283,7 @@ class Source(Outgoing):
                 connection.send(Kind.QUERY, commit)
                 started = _decode_started(connection.expect_one(Kind.STARTED)[1])
             except PeerRefused as refusal:
+                connection.close()
                 self._committed = False
                 raise MigrationError(f"the destination gave the guest up: {refusal}") from cause
             except GodwitError:

@@ -42,6 +42,8 @@ class Times(NamedTuple):
     look: float = 0.05
 
     # --- the destination --------------------------------------------------------------------------
+    #: How long a source may take from WELCOME to its next message.
+    begin: float = 2.0
     #: How long a guest that was loaded waits for its source's query once the connection is lost.
     patience: float = 30.0
 

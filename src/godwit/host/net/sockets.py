@@ -13,34 +13,42 @@ from contextlib import suppress
 _LISTEN = "0A"
 
 
-def owner_of_peer(sock: socket.socket) -> int | None:
+def owner_of_peer(sock: socket.socket, listener: bool) -> int | None:
     """Return the user whose socket is the other end, or None outside this namespace.
 
-    A connection nobody has accepted yet belongs to the listener.
+    With ``listener`` the other end listened: a connection nobody has accepted yet belongs to who
+    listens at just that address, or else at all of them.
 
     Raises:
-        OSError: the connection is gone.
+        OSError: the connection is gone, or the tables cannot be read.
     """
     near, far = sock.getsockname(), sock.getpeername()
     wanted = _written(sock.family, far), _written(sock.family, near)
     port = wanted[0].rpartition(":")[2]
-    listeners: set[int] = set()
+    exact: set[int] = set()
+    everywhere: set[int] = set()
     for name in ("tcp", "tcp6"):
         for local, remote, state, uid, inode in _lines(name):
             if (local, remote) == wanted and inode != "0":
                 return uid
-            if state == _LISTEN and local.rpartition(":")[2] == port:
-                listeners.add(uid)
-    # Several listen at the port, at different addresses: none may be taken for another.
-    return max(listeners, default=None)
+            address, _, at = local.rpartition(":")
+            if state == _LISTEN and at == port:
+                if local == wanted[0]:
+                    exact.add(uid)
+                elif not address.strip("0"):
+                    everywhere.add(uid)
+    # The kernel prefers the listener at the exact address. Two users are nobody that is known.
+    users = exact or everywhere
+    return users.pop() if listener and len(users) == 1 else None
 
 
 def _lines(name: str) -> Iterator[tuple[str, str, str, int, str]]:
     """Yield (local address, remote address, state, user, inode) of each socket of a table."""
-    with suppress(FileNotFoundError), open(f"/proc/self/net/{name}", encoding="ascii") as table:
+    # As bytes: in its sandbox a process may not find its codecs any more.
+    with suppress(FileNotFoundError), open(f"/proc/self/net/{name}", "rb") as table:
         next(table)
         for line in table:
-            fields = line.split()
+            fields = line.decode("latin-1").split()
             yield fields[1], fields[2], fields[3], int(fields[7]), fields[9]
 
 

@@ -7,6 +7,7 @@ process takes them on before its first thread.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import stat
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from typing import NamedTuple
 _CREATE, _ADD, _RESTRICT = 444, 445, 446
 _VERSION = 1  # LANDLOCK_CREATE_RULESET_VERSION
 _PATH_BENEATH = 1
+_SCOPE_SIGNAL = 1 << 1  # LANDLOCK_SCOPE_SIGNAL
 _RULE = Struct("=Qi")  # struct landlock_path_beneath_attr
 _O_PATH = os.O_PATH | os.O_CLOEXEC
 
@@ -32,10 +34,10 @@ _OF_FILES = _EXECUTE | _WRITE | _READ_FILE | _TRUNCATE | _IOCTL
 READ = _READ_FILE | _READ_DIR | _EXECUTE
 #: Use a device.
 DEVICE = _READ_FILE | _WRITE | _IOCTL
-#: Make sockets in a folder, and remove them.
-SOCKETS = _MAKE_SOCK | _REMOVE_FILE | _READ_DIR
+#: Make sockets in a folder. Not remove: the folder may be anybody's home.
+SOCKETS = _MAKE_SOCK | _READ_DIR
 #: Make, read, replace and remove files and sockets in a folder.
-WORK = SOCKETS | _READ_FILE | _WRITE | _MAKE_REG | _TRUNCATE
+WORK = SOCKETS | _REMOVE_FILE | _READ_FILE | _WRITE | _MAKE_REG | _TRUNCATE
 
 
 class Rule(NamedTuple):
@@ -61,9 +63,13 @@ def restrict(rules: Iterable[Rule]) -> None:
     Raises:
         OSError: the kernel refuses.
     """
-    handled = _HANDLED[min(version(), len(_HANDLED) - 1)]
-    attribute = ctypes.create_string_buffer(handled.to_bytes(8, "little"), 8)
-    ruleset = _call(_CREATE, ctypes.addressof(attribute), 8, 0)
+    known = version()
+    handled = _HANDLED[min(known, len(_HANDLED) - 1)]
+    attribute = handled.to_bytes(8, "little")
+    if known >= 6:  # no ports, and signals to this process's own threads alone
+        attribute += bytes(8) + _SCOPE_SIGNAL.to_bytes(8, "little")
+    buffer = ctypes.create_string_buffer(attribute, len(attribute))
+    ruleset = _call(_CREATE, ctypes.addressof(buffer), len(attribute), 0)
     try:
         for rule in rules:
             _add(ruleset, rule, handled)
@@ -83,7 +89,12 @@ def _add(ruleset: int, rule: Rule, handled: int) -> None:
             access &= _OF_FILES
         if access:
             body = ctypes.create_string_buffer(_RULE.pack(access, fd), _RULE.size)
-            _call(_ADD, ruleset, _PATH_BENEATH, ctypes.addressof(body), 0)
+            try:
+                _call(_ADD, ruleset, _PATH_BENEATH, ctypes.addressof(body), 0)
+            except OSError as error:
+                # A pipe or a memfd, as /dev/fd/63: no file of a tree, and reached without a rule.
+                if error.errno != errno.EBADFD:
+                    raise
     finally:
         os.close(fd)
 

@@ -56,7 +56,10 @@ def become(uid: int, gid: int, realtime: int = 1) -> None:
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
     except (OSError, ValueError) as error:
-        raise HostError(f"cannot become user {uid}, group {gid}: {error}") from error
+        raise HostError(
+            f"cannot become user {uid}, group {gid}: {error}; name another by --user (in a "
+            "container one that exists there), or give --no-sandbox"
+        ) from error
     if 0 in os.getresuid() or 0 in os.getresgid() or os.getgroups():
         raise HostError(f"user {uid}: the process still has root's ids")
     # Other processes of the user, and core files, shall not get the guest's memory.

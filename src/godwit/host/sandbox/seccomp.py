@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from struct import Struct
 
-from godwit.host.bpf import AND, JEQ, JGE, JSET, LD_W_ABS, RET, Instruction, Op, assemble
+from godwit.host.bpf import AND, JA, JEQ, JGE, JSET, LD_W_ABS, RET, Instruction, Op, assemble
 
-from .syscalls import ALLOWED, CHECKED, UNKNOWN
+from .syscalls import ALLOWED, CHECKED, UNKNOWN, YOUNGEST
 
 KILL, ERRNO, LOG, ALLOW = 0x8000_0000, 0x0005_0000, 0x7FFC_0000, 0x7FFF_0000
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
@@ -34,12 +34,16 @@ _TTY_KIND, _FIRST_TUN = 0x54, 200
 #: name; PAGEMAP_SCAN. TIOCSTI and TIOCLINUX, which type on the operator's terminal, are not here.
 _REQUESTS = (
     *(0x5401, 0x5402, 0x5403, 0x5404, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451),
+    *(0x802C542A, 0x402C542B, 0x402C542C, 0x402C542D),  # TCGETS2 and the like: glibc from 2.42 on
     *(0x8910, 0x8913, 0x8921, 0x8927, 0x8933),
     0xC0606610,
 )
 #: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK, AF_PACKET.
 _FAMILIES = (1, 2, 10, 16, 17)
 _PROT_EXEC, _PROT_WRITE = 4, 2
+_MAP_ANONYMOUS = 0x20
+#: F_SETOWN, F_SETSIG, F_SETOWN_EX: signals to whomever, sent by the kernel.
+_OWNERS = (8, 10, 15)
 _CLONE_THREAD = 0x10000
 #: New namespaces, as CLONE_NEW*.
 _CLONE_NEW = 0x7E02_0080
@@ -63,6 +67,7 @@ def program(pid: int, otherwise: int = KILL) -> list[Instruction]:
             *(Op(JEQ, number, None, f"not {number}"), Op(RET, ERRNO | errno.ENOSYS)),
             f"not {number}",
         ]
+    lines += [Op(JGE, YOUNGEST, None, "known"), Op(RET, ERRNO | errno.ENOSYS), "known"]
     lines += [Op(JEQ, number, "allowed") for number in ALLOWED.values()]
     lines += [Op(RET, otherwise), "allowed", Op(RET, ALLOW)]
     return assemble(lines)
@@ -82,6 +87,27 @@ def _ioctl(_: int) -> list[Op | str]:
         *(_argument(1), Op(AND, 0xFF), Op(JGE, _FIRST_TUN, ok)),
         "not a tap's",
     ]
+
+
+def _mmap(_: int) -> list[Op | str]:
+    # What is executed comes from files, and is not written.
+    ok, refused = "mmap allowed", "mmap refused"
+    return [
+        *(_argument(2), Op(JSET, _PROT_EXEC, None, ok), Op(JSET, _PROT_WRITE, refused)),
+        *(_argument(3), Op(JSET, _MAP_ANONYMOUS, None, ok), refused),
+    ]
+
+
+def _fcntl(_: int) -> list[Op | str]:
+    return [
+        _argument(1),
+        *(Op(JEQ, command, "an owner") for command in _OWNERS),
+        *(Op(JA, yes="fcntl allowed"), "an owner"),
+    ]
+
+
+def _own_thread(name: str) -> Callable[[int], list[Op | str]]:
+    return lambda _: [_argument(0), Op(JEQ, 0, f"{name} allowed")]
 
 
 def _mprotect(_: int) -> list[Op | str]:
@@ -122,6 +148,10 @@ def _socketpair(_: int) -> list[Op | str]:
 
 _CHECKS = {
     "ioctl": _ioctl,
+    "mmap": _mmap,
+    "fcntl": _fcntl,
+    "sched_setscheduler": _own_thread("sched_setscheduler"),
+    "sched_setparam": _own_thread("sched_setparam"),
     "mprotect": _mprotect,
     "clone": _clone,
     "tgkill": _tgkill,

@@ -92,8 +92,9 @@ class TapReader:
             self._soon.request()  # its readiness is no event of the tap's
 
     def _turn_again(self) -> None:
-        if self._readable is not None:
-            self._readable()
+        readable = self._readable  # once: a vCPU that resets the device clears it meanwhile
+        if readable is not None:
+            readable()
 
     def _update(self) -> None:
         # A tap that is gone is readable for ever, and has nothing to read.

@@ -167,18 +167,17 @@ class Virtqueue:
         self.last_avail = self.last_avail + 1 & 0xFFFF
         return chain
 
-    def unpop(self) -> None:
-        """Give the newest popped buffer back."""
+    def unpop(self, chain: Chain, written: int) -> None:
+        """Give the newest popped buffer back, of which ``written`` bytes were written for nothing.
+
+        The pages are marked: they are other than the ones that a migration sent before.
+        """
+        self._mark(chain, written)
         self.last_avail = self.last_avail - 1 & 0xFFFF
 
     def push(self, chain: Chain, written: int) -> None:
         """Put ``chain`` into the used ring with ``written`` bytes written."""
-        left = written
-        for address, length in chain.writable_at:
-            if left <= 0:
-                break
-            self._memory.mark_dirty(address, min(left, length))
-            left -= length
+        self._mark(chain, written)
         slot = self.last_used % self.size
         self._used32[2 * slot] = chain.head
         self._used32[2 * slot + 1] = written
@@ -188,6 +187,13 @@ class Virtqueue:
         self._used16[1] = self.last_used
         self._memory.mark_dirty(self.used + 2, 2)
         self._pushed = True
+
+    def _mark(self, chain: Chain, written: int) -> None:
+        for address, length in chain.writable_at:
+            if written <= 0:
+                break
+            self._memory.mark_dirty(address, min(written, length))
+            written -= length
 
     def should_notify(self) -> bool:
         """Return whether the driver wants an interrupt for what was pushed (2.7.10)."""

@@ -2,15 +2,16 @@
 
 Whoever can connect may send half a message, or one byte now and then, or nothing. None of these
 keeps the one out whose message is whole: each connection has a deadline for the introduction, and
-when too many wait the oldest is closed.
+of too many one is closed of those from where most come.
 """
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import threading
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable
 
 from godwit.errors import GodwitError, LinkLost, StreamError
@@ -23,7 +24,7 @@ from .sockets import SocketConnection
 from .stream import WaitingConnection
 
 #: Connections whose introduction is awaited at once.
-MAX_NEWCOMERS = 16
+MAX_NEWCOMERS = 64
 
 #: A connection with its whole first message.
 Introduced = tuple[WaitingConnection, Kind, bytes]
@@ -34,6 +35,8 @@ class _Newcomer:
 
     def __init__(self, address: Address, sock: socket.socket, due: float) -> None:
         self.due = due
+        #: The address of the other end's host; nothing for a Unix socket.
+        self.origin = str(sock.getpeername()[0]) if sock.family != socket.AF_UNIX else ""
         self.connection: SocketConnection = address.accepted(sock)
         self._address = address
         self._received = bytearray()
@@ -98,7 +101,7 @@ class Acceptor:
         self._refuse = refuse
         self._listener = address.listen()
         self._listener.setblocking(False)
-        self._newcomers: OrderedDict[int, _Newcomer] = OrderedDict()
+        self._newcomers: dict[int, _Newcomer] = {}
         self._closing = threading.Event()
 
     def next(self, timeout: float | None) -> Introduced | None:
@@ -156,15 +159,26 @@ class Acceptor:
             self._closing.wait(0.1)
             return None
         self._newcomers[newcomer.connection.fileno()] = newcomer
-        if len(self._newcomers) > MAX_NEWCOMERS:
-            self._newcomers.popitem(last=False)[1].connection.close()
-        return newcomer
+        return newcomer if len(self._newcomers) <= MAX_NEWCOMERS else self._make_room(newcomer)
+
+    def _make_room(self, newest: _Newcomer) -> _Newcomer | None:
+        """Close one of too many newcomers, and return the newest if another was closed.
+
+        One of those from where most come, at random: the oldest may be the one whose answer is on
+        its way.
+        """
+        count = Counter(newcomer.origin for newcomer in self._newcomers.values())
+        crowd = count.most_common(1)[0][0]
+        fds = [fd for fd, newcomer in self._newcomers.items() if newcomer.origin == crowd]
+        closed = self._newcomers.pop(fds[int.from_bytes(os.urandom(4), "big") % len(fds)])
+        closed.connection.close()
+        return None if closed is newest else newest
 
     def _step(self, newcomer: _Newcomer) -> tuple[Kind, bytes] | None:
         fd = newcomer.connection.fileno()
         try:
             message = newcomer.step()
-        except (GodwitError, OSError, ValueError) as error:
+        except Exception as error:  # whatever it is: others may come
             del self._newcomers[fd]
             if isinstance(error, GodwitError) and not isinstance(error, LinkLost):
                 self._refuse(newcomer.connection, error)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from godwit.errors import ConfigError, HostError, LinkLost
@@ -99,39 +102,45 @@ class Address:
         if self.path is not None:
             return unixsocket.listen(self.path, "migration")
         try:
-            # As bytes: for text Python loads its tables of international names.
             family, *_, end = socket.getaddrinfo(self.host.encode(), self.port)[0]
             return socket.create_server(end[:2], family=family)
         except (OSError, UnicodeError) as error:
             raise ConfigError(f"cannot listen on '{self.uri}': {error}") from error
 
-    def connect(self, timeout: float | None = None) -> SocketConnection:
+    def connect(
+        self,
+        timeout: float | None = None,
+        given_up: Callable[[], bool] = lambda: False,
+        on_open: Callable[[SocketConnection], None] = lambda connection: None,
+    ) -> SocketConnection:
         """Return a connection to the listener there, each end of which knows the other.
+
+        ``on_open`` gets the connection before the other end is waited for, to give it up; until
+        then ``given_up()`` is asked.
 
         Raises:
             LinkLost: nobody listens (its cause is the OSError).
-            PeerRefused, StreamError: the listener is another than was meant, or knows another
-                secret.
+            HostError, PeerRefused, StreamError: the listener is not the one that was meant, or
+                knows another secret.
         """
         timeout = self._times.silence if timeout is None else timeout
+        failed: Exception = OSError(errno.EADDRNOTAVAIL, "the name has no address")
+        for family, end in self._ends():
+            sock = socket.socket(family)
+            connection: SocketConnection | None = None
+            try:
+                self._reach(sock, end, self._times.now() + timeout, given_up)
+                connection = self._connection(sock, server=False)
+                on_open(connection)
+                break
+            except OSError as error:
+                sock.close()
+                failed = error
+        else:
+            hint = sandbox.hint(failed) if isinstance(failed, OSError) else ""
+            raise LinkLost(f"cannot reach '{self.uri}': {failed}{hint}") from failed
         try:
-            if self.path is None:
-                end: Any = (self.host.encode(), self.port)
-                sock = socket.create_connection(end, timeout)
-            else:
-                sock = socket.socket(socket.AF_UNIX)
-                try:
-                    sock.settimeout(timeout)
-                    sock.connect(self.path)
-                except OSError:
-                    sock.close()
-                    raise
-        except (OSError, UnicodeError) as error:
-            hint = sandbox.hint(error) if isinstance(error, OSError) else ""
-            raise LinkLost(f"cannot reach '{self.uri}': {error}{hint}") from error
-        connection = self._connection(sock, server=False)
-        try:
-            self.check_peer(connection)
+            self.check_peer(connection, listener=True)
             connection.handshake()
             if self._secret is not None:
                 from . import secret
@@ -142,6 +151,40 @@ class Address:
             raise
         return connection
 
+    def _ends(self) -> list[tuple[int, Any]]:
+        """Return the (family, address) pairs to try, in order.
+
+        Raises:
+            LinkLost: the host's name is not known.
+        """
+        if self.path is not None:
+            return [(socket.AF_UNIX, self.path)]
+        try:
+            # As bytes: for text Python loads its tables of international names.
+            found = socket.getaddrinfo(self.host.encode(), self.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise LinkLost(f"cannot reach '{self.uri}': {error}") from error
+        return [(family, end) for family, *_, end in found]
+
+    def _reach(
+        self, sock: socket.socket, end: Any, until: float, given_up: Callable[[], bool]
+    ) -> None:
+        """Connect a socket by ``until``, in steps between which the migration may be given up.
+
+        Raises:
+            OSError: nobody listens, or the migration was given up.
+        """
+        sock.setblocking(False)
+        while (result := sock.connect_ex(end)) not in (0, errno.EISCONN):
+            if result not in (errno.EINPROGRESS, errno.EALREADY, errno.EAGAIN):
+                raise OSError(result, os.strerror(result))
+            if given_up() or self._times.now() >= until:
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            poll = select.poll()
+            # A full queue of a Unix socket (EAGAIN) is no event: a moment, then.
+            poll.register(sock, 0 if result == errno.EAGAIN else select.POLLOUT)
+            poll.poll(50 if result == errno.EAGAIN else 250)
+
     def accepted(self, sock: socket.socket) -> SocketConnection:
         """Return the connection on an accepted socket."""
         return self._connection(sock, server=True)
@@ -151,7 +194,7 @@ class Address:
             return SocketConnection(sock, self._times)
         return self._tls.connection(sock, self._times, None if server else self.host)
 
-    def check_peer(self, connection: SocketConnection) -> None:
+    def check_peer(self, connection: SocketConnection, listener: bool = False) -> None:
         """Refuse a process of another user: at a Unix socket, and at a port of this host.
 
         A certificate or secret says more, and so does the operator's word that the network can be
@@ -160,14 +203,14 @@ class Address:
         Raises:
             HostError: the process at the other end runs as another user.
         """
-        if self._tls is not None or (self.path is None and (self._insecure or self._secret)):
+        if self._tls is not None or self._secret or (self.path is None and self._insecure):
             return
-        uid = connection.peer_uid()
+        uid = connection.peer_uid(listener)
         if uid not in (0, os.geteuid()):
             who = "an unknown user" if uid is None else f"user {uid}"
             raise HostError(
                 f"the process at the other end of '{self.uri}' runs as {who}, this one as user "
-                f"{os.geteuid()}; run both as one user, or give both a --migration-secret"
+                f"{os.geteuid()}; run both as one user, or give both the same --migration-secret"
             )
 
 

@@ -205,17 +205,18 @@ class SocketConnection(WaitingConnection):
         """Return the socket's descriptor, to be polled, or -1 once closed."""
         return self._sock.fileno()
 
-    def peer_uid(self) -> int | None:
+    def peer_uid(self, listener: bool) -> int | None:
         """Return the user of the process at the other end, or None if that is not known.
 
-        A process of another host, or of another network namespace, has no known user.
+        A process of another host, or of another network namespace, has no known user. With
+        ``listener`` the other end listened, and may not have accepted the connection yet.
         """
         if self._sock.family == socket.AF_UNIX:
             return self._credentials()[1]
         from godwit.host.net.sockets import owner_of_peer
 
         try:
-            return owner_of_peer(self._sock)
+            return owner_of_peer(self._sock, listener)
         except OSError:
             return None
 
@@ -231,14 +232,20 @@ class SocketConnection(WaitingConnection):
         return self._ends() == (seen.far, seen.near)
 
     def _credentials(self) -> tuple[int, int, int]:
-        raw = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        try:
+            raw = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        except OSError as error:
+            raise _broke(error) from error
         pid, uid, gid = _CREDENTIALS.unpack(raw)
         return pid, uid, gid
 
     def _ends(self) -> tuple[str, str]:
         if self._sock.family == socket.AF_UNIX:
             return "", ""
-        near, far = self._sock.getsockname(), self._sock.getpeername()
+        try:
+            near, far = self._sock.getsockname(), self._sock.getpeername()
+        except OSError as error:
+            raise _broke(error) from error
         return f"{near[0]} {near[1]}", f"{far[0]} {far[1]}"
 
     # --- ends -------------------------------------------------------------------------------------

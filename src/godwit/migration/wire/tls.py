@@ -8,6 +8,7 @@ outside.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import select
 import socket
@@ -15,6 +16,7 @@ import ssl
 import stat
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +139,10 @@ class TlsConnection(SocketConnection):
     def _check_peer(self) -> None:
         if not self._peers:
             return
-        import hashlib
-
         raw = self._tls.getpeercert(binary_form=True) or b""
         found = {"sha256:" + hashlib.sha256(raw).hexdigest()}
         names: Any = (self._tls.getpeercert() or {}).get("subjectAltName", ())
-        found |= {str(value).lower() for kind, value in names if kind in ("DNS", "IP Address")}
+        found |= {_peer(str(value)) for kind, value in names if kind in ("DNS", "IP Address")}
         if not found & set(self._peers):
             shown = ", ".join(sorted(found - {""}))
             raise LinkLost(
@@ -177,8 +177,14 @@ class TlsConnection(SocketConnection):
         ready, fds = super().wait(0.0 if pending else timeout, others)
         return ready or pending, fds
 
+    def _shut_down(self, how: int) -> None:
+        # Not SSLSocket's, which forgets its keys with that: what is sent then is sent in clear.
+        with suppress(OSError):  # closed by the peer already
+            socket.socket.shutdown(self._tls, how)
+
     def _send_some(self, left: list[bytes | memoryview], timeout: float) -> int:
-        data = left[0]
+        # OpenSSL reports nothing until all of a piece is on its way.
+        data = left[0][:_GATHER]
         if len(data) < _SMALL and len(left) > 1:
             gathered = bytearray()
             for part in left:
@@ -232,6 +238,10 @@ def _peer(text: str) -> str:
         if len(digits) != 64 or set(digits) - set("0123456789abcdef"):
             raise ConfigError(f"--tls-peer {text}: a SHA-256 fingerprint has 64 hexadecimal digits")
         return f"sha256:{digits}"
+    for family in (socket.AF_INET, socket.AF_INET6):
+        # An IPv6 address has several spellings, and Python's certificates another one.
+        with suppress(OSError, ValueError):
+            return socket.inet_ntop(family, socket.inet_pton(family, text.strip("[]")))
     return text.lower()
 
 

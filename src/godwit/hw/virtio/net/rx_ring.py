@@ -31,8 +31,8 @@ def place(queue: Virtqueue, frame: bytes, merge: bool) -> bool:
         never = bool(chains) and (not merge or len(chains) == queue.size or pieces > _MAX_PIECES)
         chain = None if never else queue.pop()
         if chain is None:
-            for _ in chains:
-                queue.unpop()
+            for given_back in reversed(chains):
+                queue.unpop(*given_back)
             return never
         pieces += chain.pieces
         taken = 0
