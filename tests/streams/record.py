@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from vm_bench import Bench
 
 from godwit.migration.wire.messages import Kind
 from lab.network import Network
+from lab.vm import vm_folder
 from recorded import STREAMS, Stream
 from tests.fakes.connection_cutter import ConnectionCutter
 
@@ -48,8 +48,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     print((Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]).replace("\t", ""))
     began = time.monotonic()
-    with TemporaryDirectory(prefix="godwit-", dir="/run") as folder, Network() as net:
-        bench = Bench(net, Path(folder))
+    with vm_folder("/run", writable=True) as folder, Network() as net:
+        bench = Bench(net, folder)
         try:
             for stream in chosen:
                 record(bench, stream, out)
