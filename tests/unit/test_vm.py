@@ -20,6 +20,7 @@ from godwit.machine.board import Board
 from godwit.machine.vcpu import StopReason
 from godwit.migration.outgoing import Outgoing
 from godwit.qmp.commands.migration import MigrationInfo, OwnInfo
+from godwit.spec.machine_types import DEFAULT, machine_type
 from godwit.spec.parameters import MigrationParameters
 from godwit.spec.runstate import RunState
 from godwit.vm.vm import EXIT_INTERNAL_ERROR, EXIT_RESET, EXIT_TRIPLE_FAULT, Vmm
@@ -59,7 +60,9 @@ class Place:
                 Vmm, "_emit", lambda vmm, name, data: self.events.append((name, data))
             ),
         ):
-            board = Board(config(*(devices or (NIC,))), lambda: self.system)
+            machine = machine_type(given.pop("machine", DEFAULT))
+            made_of = config(*(devices or (NIC,)), machine=machine)
+            board = Board(made_of, lambda: self.system)
             self.vm = Vmm(
                 board,
                 self.loop,
@@ -477,7 +480,7 @@ def test_a_guest_error_is_an_event_and_a_line(place: Place) -> None:
 def test_a_panic_is_an_event_and_what_the_operator_chose(
     action: str, state: RunState, code: int | None
 ) -> None:
-    place = Place(on_panic=action)
+    place = Place(on_panic=action, machine="godwit-0.3")
     place.vm.start()
     place.vcpu.out(acpi.PANIC_PORT, 1)
     place.run_until(lambda: bool(place.named("GUEST_PANICKED")))
@@ -491,17 +494,19 @@ def test_a_panic_is_an_event_and_what_the_operator_chose(
     place.close()
 
 
-def test_a_panic_of_a_guest_that_saves_a_dump_changes_nothing(place: Place) -> None:
+def test_a_panic_of_a_guest_that_saves_a_dump_changes_nothing() -> None:
+    place = Place(machine="godwit-0.3")
     place.vm.start()
     place.vcpu.out(acpi.PANIC_PORT, 2)
     place.run_until(lambda: bool(place.named("GUEST_CRASHLOADED")))
     assert place.named("GUEST_CRASHLOADED") == [{"action": "run"}]
     assert place.vm.machine.running
+    place.close()
 
 
 def test_a_panic_reboots(rebooting: Place) -> None:
     rebooting.vm._on_panic = "reboot"
-    rebooting.vcpu.out(acpi.PANIC_PORT, 1)
+    rebooting.vm._panicked(crash_loaded=False)
     rebooting.run_until(lambda: _reboots(rebooting) == 1)
     assert rebooting.vm.states.current is S.RUNNING
 

@@ -1,4 +1,4 @@
-"""What the newest machine tells a stock guest: what it is, that it is a copy; and hears: a panic."""
+"""What the newest machine tells a stock guest: its make, that it is a copy; and hears: a panic."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from vm_bench import Bench, Guest
 from godwit.client.errors import ClientError
 from lab.agent import Agent
 
+NEWEST = ("--machine", "godwit-0.3")
 UUID = "550e8400-e29b-41d4-a716-446655440000"
 _UUIDS = 40
 
 
 def test_a_guest_reads_what_its_machine_is(bench: Bench) -> None:
     guest = bench.boot(
+        *NEWEST,
         *("--smbios", f"serial=ds=nocloud;s=x,uuid={UUID},product=Test"),
         *("--oem-string", "io.systemd.credential:motd=hello"),
     )
@@ -28,7 +30,7 @@ def test_a_guest_reads_what_its_machine_is(bench: Bench) -> None:
 
 @pytest.mark.parametrize("kernel", ["cloud-6.12", "cloud-6.1"])
 def test_a_panic_is_reported_and_ends_the_vm(bench: Bench, kernel: str) -> None:
-    guest = bench.boot(kernel=kernel)
+    guest = bench.boot(*NEWEST, kernel=kernel)
     guest.agent.sh("modprobe pvpanic_mmio")
     vm = guest.vm
     with pytest.raises((ClientError, Exception)):
@@ -44,7 +46,7 @@ def _random(agent: Agent) -> list[str]:
 
 def _clone(bench: Bench, guest: Guest, path: Path) -> list[str]:
     """Restore it, and return the first random numbers that it gives."""
-    vm = bench.run(bench.other(guest.vm), "--incoming", f"file:{path}")
+    vm = bench.run(bench.other(guest.vm), *NEWEST, "--incoming", f"file:{path}")
     guest.vm = vm
     guest.agent.ping(60)
     found = _random(guest.agent)
@@ -55,7 +57,7 @@ def _clone(bench: Bench, guest: Guest, path: Path) -> list[str]:
 
 
 def test_two_clones_of_one_snapshot_have_no_random_number_in_common(bench: Bench) -> None:
-    guest = bench.boot()
+    guest = bench.boot(*NEWEST)
     _random(guest.agent)
     path = bench.folder / "cloned"
     vm = guest.vm
@@ -68,7 +70,9 @@ def test_two_clones_of_one_snapshot_have_no_random_number_in_common(bench: Bench
 
 
 def test_a_migration_is_no_copy(bench: Bench) -> None:
-    guest = bench.boot()
-    bench.move(guest, bench.target(guest))
+    target = bench.run(bench.net.b, *NEWEST, "--incoming", "defer")
+    guest = bench.boot(*NEWEST, keep=[target])
+    target.qmp.execute("query-status")
+    bench.move(guest, target)
     guest.agent.ping(60)
     assert guest.agent.sh("dmesg | grep -c 'virtual machine fork'; true").split() == ["0"]

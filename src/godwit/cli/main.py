@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
             metavar=device.metavar,
             help=device.help,
         )
-    run.add_argument("--machine", default=None, help="machine type (default: the newest)")
+    run.add_argument(
+        "--machine", default=None, help="machine type: godwit-0.1 to 0.3 (default: 0.2)"
+    )
     run.add_argument("--qmp", metavar="PATH", help="QMP's Unix socket")
     run.add_argument(
         "--incoming",
