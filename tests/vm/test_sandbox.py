@@ -93,7 +93,7 @@ def test_without_a_sandbox_it_is_said_loudly(bench: Bench) -> None:
 @pytest.fixture
 def devices() -> Iterator[None]:
     """Access to the devices, as the group 'kvm' or an ACL would give it."""
-    paths = [Path("/dev/kvm"), Path("/dev/vhost-net")]
+    paths = [Path("/dev/kvm"), Path("/dev/vhost-net"), Path("/dev/net/tun")]
     before = [path.stat().st_mode for path in paths]
     for path in paths:
         path.chmod(0o666)

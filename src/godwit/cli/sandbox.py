@@ -168,7 +168,8 @@ def _python() -> set[str]:
     """Return the folders from which Python loads modules, but not the one where it was started."""
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     sites = {path for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
-    return {os.path.dirname(os.__file__), package, *sites, *_editable(sites)}
+    linked = {os.path.join(path, "msgspec") for path in sites}  # perhaps a link to elsewhere
+    return {os.path.dirname(os.__file__), package, *sites, *linked, *_editable(sites)}
 
 
 def _editable(sites: set[str]) -> Iterator[str]:
