@@ -41,8 +41,8 @@ def _is_confined(pid: int, uid: int) -> None:
     assert len(tasks) > 2
     for task in tasks:
         status = _status(pid, task)
-        if status["Name"].startswith("vhost-"):
-            continue  # the kernel's own: vhost's worker, which executes none of the process's code
+        if status["Name"].startswith(("vhost-", "kvm-")):
+            continue  # the kernel's own workers, which execute none of the process's code
         assert status["Uid"].split() == [str(uid)] * 4
         assert {status[name] for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")} == {"0" * 16}
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")

@@ -90,13 +90,13 @@ class Sandbox:
             log(text)
         if not self._on:
             return
+        from godwit.host.sandbox import entered, seccomp  # before the user changes
+
         _load_what_comes_later()
         privileges.close_inherited(self._inherited, self._named_descriptors())
         if self._user is not None:
             self._give_sockets(*self._user)
             privileges.become(*self._user)
-        from godwit.host.sandbox import entered, seccomp
-
         entered()
         logs = self._arguments.sandbox == "log"
         try:
