@@ -18,7 +18,6 @@ import msgspec
 import pytest
 
 from godwit.errors import HostError, LinkLost, MigrationError
-from godwit.host import pagemap
 from godwit.migration.packets.destination import PacketDestination
 from godwit.migration.source import Source
 from godwit.migration.times import Times
@@ -49,7 +48,6 @@ HANDED_OVER = (Kind.COMMIT, Kind.SWITCHED, Kind.PATH_DRAINED, Kind.STARTED, Kind
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Iterator[None]:
     """Descriptors and threads are what they were."""
-    pagemap.keep_open()  # for good, by the first that asks
     before = _held()
     yield
     for thread in threading.enumerate():

@@ -41,8 +41,8 @@ def _is_confined(pid: int, uid: int) -> None:
     assert len(tasks) > 2
     for task in tasks:
         status = _status(pid, task)
-        if status["Name"].startswith("vhost-"):
-            continue  # the kernel's own: vhost's worker, which executes none of the process's code
+        if status["Name"].startswith(("vhost-", "kvm-")):
+            continue  # the kernel's own workers, which execute none of the process's code
         assert status["Uid"].split() == [str(uid)] * 4
         assert {status[name] for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")} == {"0" * 16}
         assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
@@ -93,7 +93,7 @@ def test_without_a_sandbox_it_is_said_loudly(bench: Bench) -> None:
 @pytest.fixture
 def devices() -> Iterator[None]:
     """Access to the devices, as the group 'kvm' or an ACL would give it."""
-    paths = [Path("/dev/kvm"), Path("/dev/vhost-net")]
+    paths = [Path("/dev/kvm"), Path("/dev/vhost-net"), Path("/dev/net/tun")]
     before = [path.stat().st_mode for path in paths]
     for path in paths:
         path.chmod(0o666)

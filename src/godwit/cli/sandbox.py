@@ -23,6 +23,8 @@ _ETC = (
     *("hosts", "resolv.conf", "nsswitch.conf", "host.conf", "gai.conf", "services", "localtime"),
     *("ld.so.cache", "ssl/openssl.cnf"),
 )
+#: Migrations that find a socket with a large buffer: of one guest there is hardly a second.
+_MIGRATIONS = 4
 #: Where the resolver's file is, or is made anew.
 _RESOLVERS = ("/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf")
 #: What is in the folder of certificates: see migration/wire/tls.py.
@@ -90,13 +92,19 @@ class Sandbox:
             log(text)
         if not self._on:
             return
-        _load_what_comes_later()
+        # Before the user changes.
+        from godwit.host import unixsocket
+        from godwit.host.sandbox import entered, keep_pagemap, seccomp
+
+        if self._user is not None:
+            keep_pagemap()
+            unixsocket.reserve(_MIGRATIONS)
+            if not all(map(_for_all_to_read, _modules())):
+                _load_what_comes_later()
         privileges.close_inherited(self._inherited, self._named_descriptors())
         if self._user is not None:
             self._give_sockets(*self._user)
             privileges.become(*self._user)
-        from godwit.host.sandbox import entered, seccomp
-
         entered()
         logs = self._arguments.sandbox == "log"
         try:
@@ -168,7 +176,8 @@ def _python() -> set[str]:
     """Return the folders from which Python loads modules, but not the one where it was started."""
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     sites = {path for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
-    return {os.path.dirname(os.__file__), package, *sites, *_editable(sites)}
+    linked = {os.path.join(path, "msgspec") for path in sites}  # perhaps a link to elsewhere
+    return {os.path.dirname(os.__file__), package, *sites, *linked, *_editable(sites)}
 
 
 def _editable(sites: set[str]) -> Iterator[str]:
@@ -179,8 +188,31 @@ def _editable(sites: set[str]) -> Iterator[str]:
             yield path
 
 
+def _modules() -> Iterator[str]:
+    """Yield a file of each folder from which modules are loaded."""
+    yield os.__file__
+    yield os.path.abspath(__file__)
+    import msgspec
+
+    yield os.path.realpath(msgspec.__file__)
+
+
+def _for_all_to_read(path: str) -> bool:
+    """Return whether any user can read a file and those beside it."""
+    if not os.stat(path).st_mode & 0o004:
+        return False
+    while (parent := os.path.dirname(path)) != path:
+        path = parent
+        if not os.stat(path).st_mode & 0o001:
+            return False
+    return True
+
+
 def _load_what_comes_later() -> None:
-    """Import and open what is otherwise opened when needed: the user may not read these files."""
+    """Import what is otherwise imported when needed: the user cannot read the files.
+
+    Elsewhere that would only cost a guest the time for it, before its first exit is served.
+    """
     import encodings.ascii
     import encodings.utf_16_be
     import traceback
@@ -193,6 +225,5 @@ def _load_what_comes_later() -> None:
     from godwit.migration.wire import acceptor
     from godwit.qmp import commands, schema
 
-    pagemap.keep_open()
     del acceptor, commands, destination, encodings, guest, msrs, schema, snapshot, sockets
-    del source, traceback, verify
+    del pagemap, source, traceback, verify

@@ -8,13 +8,13 @@ only the file knows all: SEEK_DATA and SEEK_HOLE (lseek(2)).
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import struct
 from collections.abc import Iterator
 
 from godwit.errors import HostError
 
+from . import sandbox
 from .ioctl import address_of, ioctl_out, iowr
 
 PAGE = 4096
@@ -45,23 +45,20 @@ def populated(start: int, size: int) -> list[Pages]:
     """
     fd = _fd()
     try:
-        return list(_scan(fd, start, size))
-    except OSError:  # an older kernel, ENOTTY; or a sandbox that knows its ioctls
-        return list(_read(fd, start, size))
+        try:
+            return list(_scan(fd, start, size))
+        except OSError:  # an older kernel, ENOTTY; or a sandbox that knows its ioctls
+            return list(_read(fd, start, size))
+    finally:
+        if fd != sandbox.pagemap:
+            os.close(fd)
 
 
-@functools.cache
 def _fd() -> int:
-    """Return the descriptor of the process's page map, for good.
-
-    A process that became another user cannot open its own any more.
-    """
+    """Return a descriptor of the process's page map, to be closed unless kept."""
+    if sandbox.pagemap is not None:
+        return sandbox.pagemap
     return os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def keep_open() -> None:
-    """Open the process's page map, while the process may."""
-    _fd()
 
 
 def populated_file(fd: int, start: int, size: int) -> list[Pages]:

@@ -11,6 +11,33 @@ from godwit.errors import ConfigError, HostError
 
 from . import sandbox
 
+_BUFFER = 1 << 20
+_SO_SNDBUFFORCE = 32  # beyond wmem_max, for root (asm-generic/socket.h)
+_reserved: list[socket.socket] = []
+
+
+def reserve(count: int) -> None:
+    """Make sockets with large buffers while the process may: a default one holds fifty pages."""
+    for _ in range(count):
+        sock = socket.socket(socket.AF_UNIX)
+        enlarge(sock)
+        _reserved.append(sock)
+
+
+def make() -> socket.socket:
+    """Return a socket to connect with, of those that are reserved if there is one."""
+    return _reserved.pop() if _reserved else socket.socket(socket.AF_UNIX)
+
+
+def enlarge(sock: socket.socket) -> None:
+    """Give a Unix socket a send buffer of 1 MiB, or what the kernel allows."""
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= 2 * _BUFFER:
+        return  # the kernel reports twice what was asked for
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+
 
 def listen(path: str, what: str) -> socket.socket:
     """Make a listening socket at ``path``, mode 0600.

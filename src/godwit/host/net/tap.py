@@ -58,7 +58,8 @@ class Tap:
             self.fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise HostError(
-                f"/dev/net/tun: {error.strerror}; load the module (modprobe tun) and run as root"
+                f"/dev/net/tun: {error.strerror}; load the module (modprobe tun), or run as "
+                "a user who may use it"
             ) from error
         flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
         request = bytearray(IFREQ.pack(name.encode(), flags))

@@ -6,12 +6,20 @@ import errno
 import os
 
 _entered = False
+#: The process's page map, opened while the process could; None: opened when it is needed.
+pagemap: int | None = None
 
 
 def entered() -> None:
     """Note that this process is in its sandbox."""
     global _entered
     _entered = True
+
+
+def keep_pagemap() -> None:
+    """Open the process's page map for good: of another user it is root's."""
+    global pagemap
+    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def hint(error: OSError) -> str:

@@ -126,7 +126,7 @@ class Address:
         timeout = self._times.silence if timeout is None else timeout
         failed: Exception = OSError(errno.EADDRNOTAVAIL, "the name has no address")
         for family, end in self._ends():
-            sock = socket.socket(family)
+            sock = unixsocket.make() if self.path is not None else socket.socket(family)
             connection: SocketConnection | None = None
             try:
                 self._reach(sock, end, self._times.now() + timeout, given_up)

@@ -9,13 +9,12 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 
 from godwit.errors import LinkLost
+from godwit.host import unixsocket
 from godwit.migration.times import TIMES, Times
 
 from . import messages
 from .stream import Parts, WaitingConnection, advance
 
-_BUFFER = 1 << 20
-_SO_SNDBUFFORCE = 32  # beyond wmem_max, for root (asm-generic/socket.h)
 #: The kernel waits for so long in one call, seconds: deadlines are looked at in between.
 _SLICE_S = 0.25
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -47,11 +46,7 @@ class SocketConnection(WaitingConnection):
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return
-        # TCP tunes its buffers itself; a Unix socket's default holds fifty pages.
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
-        except PermissionError:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+        unixsocket.enlarge(sock)  # TCP tunes its buffers itself
 
     def handshake(self) -> None:
         """Do what comes before the first message: nothing here.
