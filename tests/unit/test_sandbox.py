@@ -195,11 +195,12 @@ def test_what_a_vm_does_goes_on(tmp_path: Path) -> None:
         "thread = threading.Thread(target=print, args=('a thread',)); thread.start()\n"
         "thread.join()\n"
         "a, b = socket.socketpair(); a.send(b'x'); b.recv(1)\n"
-        "import fractions\n"  # modules are read
+        "sys.path.insert(0, os.path.dirname(sys.argv[1])); import fresh\n"  # its byte code is made
         "open(sys.argv[1], 'w').write('x'); os.rename(sys.argv[1], sys.argv[1] + '2')\n"
         "os.eventfd(0); os.sched_getscheduler(0); os.urandom(3)\n"
         "print('alive')\n"
     )
+    (tmp_path / "fresh.py").write_text("x = 1\n")
     done = _child(code, str(tmp_path / "file"))
     assert done.returncode == 0, done
     assert done.stdout == "a thread\nalive\n"

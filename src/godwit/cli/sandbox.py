@@ -92,6 +92,7 @@ class Sandbox:
             log(text)
         if not self._on:
             return
+        sys.dont_write_bytecode = True  # of what is imported later: this process makes no files
         # Before the user changes.
         from godwit.host import unixsocket
         from godwit.host.sandbox import entered, keep_pagemap, seccomp

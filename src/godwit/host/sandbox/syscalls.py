@@ -64,6 +64,8 @@ ALLOWED = {
     "renameat": 264,
     "renameat2": 316,
     "unlink": 87,
+    "mkdir": 83,
+    "mkdirat": 258,
     "unlinkat": 263,
     "chmod": 90,
     "fchmod": 91,
