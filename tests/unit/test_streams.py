@@ -106,7 +106,9 @@ def _check(hello: messages.Hello, stream: Stream, machine: str = "") -> None:
 
 # --- what is in them ------------------------------------------------------------------------------
 def test_each_machine_type_and_model_has_a_stream() -> None:
-    assert {stream.machine for stream in STREAMS} == set(machine_types._TYPES)
+    growing = {"godwit-0.3"}  # until it is the default
+    assert machine_types.DEFAULT not in growing
+    assert {stream.machine for stream in STREAMS} == set(machine_types._TYPES) - growing
     nics = {kind for kind in KINDS if kind in ("virtio-net", "e1000")}
     assert {stream.model for stream in STREAMS} == nics
     for stream in STREAMS:
