@@ -178,7 +178,8 @@ def _python() -> set[str]:
     package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     sites = {path for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
     linked = {os.path.join(path, "msgspec") for path in sites}  # perhaps a link to elsewhere
-    return {os.path.dirname(os.__file__), package, *sites, *linked, *_editable(sites)}
+    own = os.path.join(sys.base_prefix, "lib")  # libraries of a Python that is not the system's
+    return {os.path.dirname(os.__file__), own, package, *sites, *linked, *_editable(sites)}
 
 
 def _editable(sites: set[str]) -> Iterator[str]:
