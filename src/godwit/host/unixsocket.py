@@ -18,15 +18,22 @@ _reserved: list[socket.socket] = []
 
 def reserve(count: int) -> None:
     """Make sockets with large buffers while the process may: a default one holds fifty pages."""
-    for _ in range(count):
+    while len(_reserved) < count:
         sock = socket.socket(socket.AF_UNIX)
         enlarge(sock)
         _reserved.append(sock)
 
 
 def make() -> socket.socket:
-    """Return a socket to connect with, of those that are reserved if there is one."""
-    return _reserved.pop() if _reserved else socket.socket(socket.AF_UNIX)
+    """Return a socket to connect with, of those that are reserved if there is one.
+
+    An ordinary one takes its place, so that a process holds as many descriptors as before.
+    """
+    made = socket.socket(socket.AF_UNIX)
+    if not _reserved:
+        return made
+    _reserved.append(made)
+    return _reserved.pop(0)
 
 
 def enlarge(sock: socket.socket) -> None:
