@@ -42,7 +42,7 @@ def snooping(net: Network) -> Iterator[None]:
         # An entry lives for two queries, and may be of a guest that is no more.
         for group in GROUPS:
             for port in members(net, group):
-                batch("bridge", net.switch, [f"mdb del dev br0 port {port} grp {group} vid 1"])
+                forget(net, group, port)
         yield
     finally:
         batch("ip", net.switch, ["link set br0 type bridge mcast_querier 0 mcast_snooping 0"])
@@ -56,6 +56,11 @@ def members(net: Network, group: str) -> set[str]:
         ask(None, ["bridge", "-n", net.switch, "-j", "mdb", "show", "dev", "br0"])
     )
     return {entry["port"] for entry in shown["mdb"] if entry["grp"] == group}
+
+
+def forget(net: Network, group: str, port: str) -> None:
+    """Have the switch forget the members of a group behind a port."""
+    batch("bridge", net.switch, [f"mdb del dev br0 port {port} grp {group} vid 1"])
 
 
 def await_member(net: Network, group: str, port: str, deadline: float = 30.0) -> None:

@@ -11,7 +11,7 @@ from vm_bench import RECOVERS_S, Bench
 from lab.addresses import LANS
 from lab.networks.arpwatch import ArpWatch
 from lab.networks.peers import reach
-from lab.networks.snooping import GROUPS, members, snooping
+from lab.networks.snooping import GROUPS, forget, members, snooping
 from lab.scenario import wait_for
 from lab.traffic import Flow, Sender
 
@@ -50,6 +50,9 @@ def test_a_group_follows_its_member(bench: Bench, arpwatch: ArpWatch, nic: str) 
         guest.agent.join(group)
     old, new = ports[guest.vm.host.netns], ports[target.host.netns]
     wait_for(lambda: all(old in members(bench.net, group) for group in GROUPS), 30)
+    for group in GROUPS:  # the last test's guest may have answered the first query before its end
+        if new in members(bench.net, group):
+            forget(bench.net, group, new)
     assert not any(new in members(bench.net, group) for group in GROUPS)
     guest.agent.reset_flows()
     with Sender(bench.net.client.netns, bench.folder, _RATE, _FLOWS) as sender:
