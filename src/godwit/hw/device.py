@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
 
-from godwit.errors import GuestError, StreamError
+from godwit.errors import GuestError, HostError, StreamError
 from godwit.host.kvm.handles import Vm
 from godwit.host.loop import Loop
 from godwit.spec import saved
@@ -204,6 +204,34 @@ class Renews(ABC):
         """Notify the guest, while paused, after :meth:`Device.load`."""
 
 
+class OwnsHostState(ABC):
+    """A part with what one VM alone may have, as an image's lock: it goes over with the guest.
+
+    A cold boot acquires it. A source releases it right before COMMIT, a destination acquires it at
+    COMMIT, and a source whose guest stays acquires it again.
+    """
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Do ahead what would make :meth:`release` long, while the guest runs or is paused."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give it up, while paused: the guest may run elsewhere. Releasing twice is harmless.
+
+        Raises:
+            HostError: what the guest was promised to be kept is not: it has to go on here.
+        """
+
+    @abstractmethod
+    def acquire(self) -> None:
+        """Take it, while paused, before the guest runs here. Acquiring twice is harmless.
+
+        Raises:
+            HostError: another has it; the message names what, and the remedy.
+        """
+
+
 class Counts(ABC):
     """A part that counts what it does."""
 
@@ -256,6 +284,40 @@ class Devices:
     def part(self, device: Device, capability: type[_Capability]) -> _Capability | None:
         """Return the part of a device that has a capability, or None if no part has."""
         return next((part for part in device.parts() if isinstance(part, capability)), None)
+
+    # --- what one VM alone may have ---------------------------------------------------------------
+    def acquire(self) -> None:
+        """Take what one VM alone may have, or nothing of it.
+
+        Raises:
+            HostError: another has it; the message names the device.
+        """
+        taken: list[OwnsHostState] = []
+        for device in self:
+            part = self.part(device, OwnsHostState)
+            if part is None:
+                continue
+            try:
+                part.acquire()
+            except HostError as error:
+                for other in taken:
+                    other.release()
+                raise HostError(f"device '{device.id}': {error}") from error
+            taken.append(part)
+
+    def release(self) -> None:
+        """Give up what one VM alone may have, while paused.
+
+        Raises:
+            HostError: a device cannot; the message names the device, and the guest has to go on.
+        """
+        for device in self:
+            part = self.part(device, OwnsHostState)
+            if part is not None:
+                try:
+                    part.release()
+                except HostError as error:
+                    raise HostError(f"device '{device.id}': {error}") from error
 
     # --- one lifecycle ----------------------------------------------------------------------------
     def resume(self) -> None:

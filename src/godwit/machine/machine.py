@@ -195,10 +195,15 @@ class Machine:
             self._board.boot()
 
     def resume(self, on_phase: OnPhase = _ignore) -> None:
-        """Resume the devices and let the guest run."""
+        """Resume the devices and let the guest run.
+
+        Raises:
+            HostError: another VM has what one alone may have; the machine stays paused.
+        """
         with self.lock:
             if self.running:
                 return
+            self.devices.acquire()  # whoever runs the guest has it
             self.running = True
             self.devices.resume()
             on_phase("devices-resumed")

@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from godwit.errors import GodwitError, LinkLost, MigrationError, StreamError
+from godwit.errors import (
+    GodwitError,
+    LinkLost,
+    MigrationError,
+    StreamError,
+    as_godwit_error,
+)
 from godwit.spec import saved
 
 from .guest import Guest
@@ -176,9 +182,11 @@ class Destination(Incoming):
                 packets.listen()
                 if packets.acknowledged:
                     return
-        except Exception:
+        except Exception as error:
             if self.owned:  # a source that found nobody would run the guest as well
                 self._answer(connection, hello)
+            else:
+                self._decline(connection, hello.token, as_godwit_error(error))
             raise
         self._answer(connection, hello)
 
@@ -228,6 +236,23 @@ class Destination(Incoming):
             connection = again
             with suppress(GodwitError, OSError):
                 connection.send(Kind.STARTED, self._started or messages.Started({}, []))
+
+    def _decline(self, connection: WaitingConnection, token: bytes, error: GodwitError) -> None:
+        """Have the source know why its guest will never run here, if it queries soon."""
+        with suppress(OSError):
+            connection.close()
+        until = self._times.now() + self._times.patience
+        while not self._closing.is_set():
+            introduced = self._acceptor.next(max(0.0, until - self._times.now()))
+            if introduced is None:
+                return
+            commit = _query(*introduced, token)
+            if commit is not None:
+                _refuse(introduced[0], Kind.REFUSED, str(error))
+            with suppress(OSError):
+                introduced[0].close()
+            if commit is not None:
+                return
 
     def _next_query(self, token: bytes) -> WaitingConnection | None:
         """Return the next connection that queries for this migration, or None at the close.

@@ -24,6 +24,7 @@ from .ram.dirty_log import DirtyLog, split_zeros
 from .ram.page_runs import chunks, pages_in, union
 from .ram.throttle import Throttle
 from .report import Report, Round
+from .syncing import Syncing
 from .times import TIMES, Times
 from .wire import messages
 from .wire.compatibility import describe
@@ -70,6 +71,7 @@ class Outgoing(ABC):
         self._to_send: list[Run] = []
         self._sent_early = 0  # pages of the last round that were sent before the stop
         self._throttle = Throttle(lambda: machine.vcpus)
+        self._syncing = Syncing(machine.devices, times)
         self._budget_start = times.now()
         self.report = Report(now=times.now, ram_total=machine.memory.size)
         self._connection: Connection | None = None
@@ -154,6 +156,7 @@ class Outgoing(ABC):
         else:
             self._post_completion()
         finally:
+            self._syncing.end()
             with self._decision:
                 self._over.set()  # whatever went wrong, another migration may be tried
             if self._connection is not None:
@@ -200,6 +203,7 @@ class Outgoing(ABC):
 
     def _precopy(self) -> None:
         """Send RAM while the guest runs, until little enough is left for the stop."""
+        self._syncing.start()
         runs = self._to_send
         for part in _tables(runs):
             self._peer.send_parts([messages.message(Kind.PREFAULT, messages.encode_runs(part))])
@@ -266,6 +270,7 @@ class Outgoing(ABC):
     def _stop(self) -> None:
         """Stop the guest: vCPUs, then backends."""
         self._status("device")
+        self._syncing.end()
         with self._machine.lock:
             self._before = self._states.current  # the operator may have paused it meanwhile
             self._states.set(RunState.FINISH_MIGRATE)
@@ -299,6 +304,7 @@ class Outgoing(ABC):
         self.report.rounds.append(Round(self._sent_early + pages_in(runs), 0, 0.0))
         self.report.remaining = 0
         self.report.phase("send")
+        self._syncing.once()  # while the destination loads
 
     # --- ends -------------------------------------------------------------------------------------
     def _finish(self, status: str, error: str | None = None) -> None:
@@ -374,13 +380,17 @@ class Outgoing(ABC):
 
         Running first, state second: whoever is notified of the state finds it true.
         """
-        if self._before is RunState.RUNNING:
-            try:
+        self._syncing.end()
+        running = self._before is RunState.RUNNING
+        try:
+            if running:
                 self._machine.resume()
-            except BaseException:
-                self._machine.pause()
-                self._states.set(RunState.PAUSED)
-                raise
+            else:
+                self._machine.devices.acquire()
+        except BaseException:
+            self._machine.pause()
+            self._states.set(RunState.PAUSED if running else self._before)
+            raise
         self._states.set(self._before)
 
     # --- helpers ----------------------------------------------------------------------------------

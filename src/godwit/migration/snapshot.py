@@ -190,6 +190,7 @@ class Saver(Outgoing):
         running = self._before is RunState.RUNNING
         self._file.send(Kind.COMMIT, messages.Commit(self._token, running))
         self._file.sync()
+        self._machine.devices.release()
         with self._decision:
             self._check_given_up()
             if self._partial is None:

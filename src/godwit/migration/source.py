@@ -136,6 +136,7 @@ class Source(Outgoing):
 
     def _commit(self) -> None:
         """Hand the guest over, which from here on may not run here until we know."""
+        self._machine.devices.release()
         with self._decision:
             self._check_given_up()
             self._committed = self._exposed = True

@@ -205,6 +205,7 @@ class Migrations:
         with machine.lock:
             if self._closing:
                 raise MigrationError("the destination is closing")
+            machine.devices.acquire()
             self._states.set(_S.PRELAUNCH_MIGRATE)
             if incoming.kept:
                 for part in machine.devices.having(Renews):

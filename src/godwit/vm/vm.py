@@ -136,7 +136,12 @@ class Vmm:
 
     # --- beginnings -------------------------------------------------------------------------------
     def start(self) -> None:
-        """Start the loaded kernel, with autostart."""
+        """Start the loaded kernel, with autostart.
+
+        Raises:
+            HostError: another VM has what one alone may have.
+        """
+        self.machine.devices.acquire()
         if self._autostart:
             self.cont()
         # The guest is on its way; what only its operator's commands need is imported meanwhile.

@@ -1,0 +1,37 @@
+"""What the guest wrote is brought to its disks while it still runs, so that the stop has less."""
+
+from __future__ import annotations
+
+import threading
+
+from godwit.hw.device import Devices, OwnsHostState
+
+from .times import Times
+
+
+class Syncing:
+    """A thread that syncs all parts that own state of the host, again and again."""
+
+    def __init__(self, devices: Devices, times: Times) -> None:
+        self._devices = devices
+        self._pause = times.look
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """Begin to sync, if there is anything to be synced."""
+        if self._devices.having(OwnsHostState):
+            threading.Thread(target=self._main, name="syncing", daemon=True).start()
+
+    def end(self) -> None:
+        """Sync no more. A sync that is under way ends by itself."""
+        self._ended.set()
+
+    def once(self) -> None:
+        """Sync now."""
+        for part in self._devices.having(OwnsHostState):
+            part.sync()
+
+    def _main(self) -> None:
+        while not self._ended.is_set():
+            self.once()
+            self._ended.wait(self._pause)
