@@ -9,13 +9,11 @@ from godwit.spec.config import (
     NicConfig,
     VmConfig,
     default_mac,
-    format_mac,
     parse_cpu,
-    parse_mac,
     parse_nic,
-    parse_size,
 )
 from godwit.spec.machine_types import DEFAULT, machine_type
+from godwit.spec.values import format_mac, parse_mac, parse_size
 
 MAC = bytes.fromhex("525400123456")
 

@@ -34,8 +34,8 @@ from godwit.machine.state import MachineState
 from godwit.migration.guest import ADDRESSES
 from godwit.migration.wire import compatibility, messages
 from godwit.spec import machine_types, saved
-from godwit.spec.config import parse_size
 from godwit.spec.machine_types import machine_type
+from godwit.spec.values import parse_size
 from recorded import STREAMS, Stream
 from tests.fakes.backend import FEATURES
 from tests.fakes.host import Host, config

@@ -23,8 +23,9 @@ from godwit.machine.state import MachineState
 from godwit.machine.vcpu import install_kick_handler
 from godwit.migration.wire import compatibility, messages
 from godwit.spec import saved
-from godwit.spec.config import NicConfig, VmConfig, parse_mac, parse_size
+from godwit.spec.config import NicConfig, VmConfig
 from godwit.spec.machine_types import machine_type
+from godwit.spec.values import parse_mac, parse_size
 from lab.netns import inside
 from recorded import STREAMS, Stream
 

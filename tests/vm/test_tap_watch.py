@@ -26,7 +26,7 @@ from godwit.host.net.bpf import Bits, bits
 from godwit.host.net.ethernet import TPID_8021AD, TPID_8021Q
 from godwit.host.net.tap import HEADER, Tap
 from godwit.host.net.tap_watch import INTERVAL_S, MAX_FRAMES, TapWatch
-from godwit.spec.config import parse_mac
+from godwit.spec.values import parse_mac
 from lab.addresses import LANS
 from lab.netns import inside
 from lab.scenario import MAC as LAB_MAC

@@ -19,7 +19,8 @@ from godwit.hw.virtio.net.vhost import VhostBackend
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine
 from godwit.machine.vcpu import install_kick_handler
-from godwit.spec.config import NicConfig, VmConfig, parse_mac
+from godwit.spec.config import NicConfig, VmConfig
+from godwit.spec.values import parse_mac
 from lab import guest as guest_image
 from lab import kernels
 from lab.agent import Agent

@@ -7,7 +7,7 @@ import re
 import msgspec
 
 from godwit.errors import ConfigError
-from godwit.spec.config import parse_mac
+from godwit.spec.values import parse_mac
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}")
 #: A list is typed by a person.

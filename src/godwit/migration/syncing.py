@@ -1,4 +1,4 @@
-"""What the guest wrote is brought to its disks while it still runs, so that the stop has less."""
+"""The sync of a guest's disks while the guest still runs, so that less is left for the stop."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class Syncing:
         self._ended = threading.Event()
 
     def start(self) -> None:
-        """Begin to sync, if there is anything to be synced."""
+        """Begin to sync the parts again and again, if there is one."""
         if self._devices.having(OwnsHostState):
             threading.Thread(target=self._main, name="syncing", daemon=True).start()
 
     def end(self) -> None:
-        """Sync no more. A sync that is under way ends by itself."""
+        """End the thread, whose sync under way ends by itself."""
         self._ended.set()
 
     def once(self) -> None:
-        """Sync now."""
+        """Sync each of the parts now."""
         for part in self._devices.having(OwnsHostState):
             part.sync()
 

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 from godwit.errors import ConfigError
 
 from .machine_types import DEFAULT, MachineType, machine_type
+from .values import Values, format_mac, parse_mac, parse_size
 
 MAX_CPUS = 8
 MAX_NICS = 8
@@ -17,7 +18,6 @@ MAX_NICS = 8
 MAX_DEVICES = 31
 #: Buffers in a queue of a virtio NIC, unless the configuration says otherwise.
 QUEUE_SIZE = 256
-_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class DeviceConfig(Protocol):
@@ -137,101 +137,12 @@ def _check_own(owners: str, what: str, values: Sequence[str]) -> None:
             raise ConfigError(f"two {owners} have the {what} '{value}'; give each its own")
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes in a size like ``256M``: units are K, M and G (powers of 1,024).
-
-    Raises:
-        ConfigError: the size is not understood.
-    """
-    match = re.fullmatch(r"(\d{1,12})([KMG]?)", text.strip().upper())
-    if not match:
-        raise ConfigError(f"size '{text}' is not understood; write it like 256M or 2G")
-    return int(match[1]) * _SIZES[match[2]]
-
-
-def parse_mac(text: str) -> bytes:
-    """Return the bytes of a unicast address like ``52:54:00:12:34:56``.
-
-    Raises:
-        ConfigError: the address is not understood, or is not one NIC's own.
-    """
-    if not re.fullmatch(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}", text):
-        raise ConfigError(
-            f"MAC address '{text}' is not understood; write it like 52:54:00:12:34:56"
-        )
-    mac = bytes.fromhex(text.replace(":", "").replace("-", ""))
-    if mac[0] & 1 or mac == bytes(6):
-        raise ConfigError(
-            f"MAC address '{text}' is a multicast or null address; a NIC needs its own"
-        )
-    return mac
-
-
-def format_mac(mac: bytes) -> str:
-    """Return a MAC address as people write it."""
-    return mac.hex(":")
-
-
 def default_mac(tap: str, index: int) -> bytes:
     """Return an address for a NIC without one: the same at each start, unlike its neighbours'.
 
     52:54:00 is what KVM guests use; the rest comes from the tap's name.
     """
     return b"\x52\x54\x00" + zlib.crc32(f"{tap}/{index}".encode()).to_bytes(4, "big")[1:]
-
-
-class _Values:
-    """The ``KEY=VALUE,...`` of an option, each key known and there once.
-
-    Raises:
-        ConfigError: names the option, the key or value, and what may stand there.
-    """
-
-    def __init__(self, option: str, text: str, known: Sequence[str]) -> None:
-        self._option = option
-        self._values: dict[str, str] = {}
-        for part in text.split(","):
-            key, equals, value = part.partition("=")
-            if not equals or key not in known or key in self._values:
-                raise ConfigError(
-                    f"{option}: '{part}' in '{text}'; write KEY=VALUE with {', '.join(known)}"
-                )
-            self._values[key] = value
-
-    def get(self, key: str) -> str | None:
-        """Return a value as typed, or None without one."""
-        return self._values.get(key)
-
-    def id(self, default: str) -> str:
-        """Return the id of the device."""
-        name = self._values.get("id", default)
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", name, re.ASCII):
-            raise ConfigError(
-                f"{self._option}: id={name}; choose 1 to 64 letters, digits, '.', '_' and '-', "
-                "the first of them a letter or digit"
-            )
-        return name
-
-    def switch(self, key: str, default: bool | None) -> bool | None:
-        """Return the value of a switch."""
-        value = self._values.get(key)
-        if value is None:
-            return default
-        if value not in ("on", "off"):
-            raise ConfigError(f"{self._option}: {key}={value}; choose on or off")
-        return value == "on"
-
-    def number(self, key: str, low: int, high: int) -> int | None:
-        """Return a number from ``low`` to ``high``, or None without one."""
-        value = self._values.get(key)
-        if value is None:
-            return None
-        decimal = value.isascii() and value.isdecimal() and len(value) <= len(str(high))
-        if not decimal or not low <= int(value) <= high:
-            raise ConfigError(
-                f"{self._option}: {key}={value[:40]}; choose a number from {low} to {high}"
-            )
-        return int(value)
 
 
 def parse_memory(text: str) -> tuple[int, bool]:
@@ -243,7 +154,7 @@ def parse_memory(text: str) -> tuple[int, bool]:
     size, comma, rest = text.partition(",")
     if not comma:
         return parse_size(size), False
-    values = _Values("--memory", rest, ("shared",))
+    values = Values("--memory", rest, ("shared",))
     return parse_size(size), values.switch("shared", False) is True
 
 
@@ -276,7 +187,7 @@ def parse_smbios(text: str | None, strings: Sequence[str]) -> SystemInfo:
         ConfigError: a key or value is wrong; the message names it, and what may stand there.
     """
     known = ("manufacturer", "product", "serial", "uuid")
-    values = _Values("--smbios", text, known) if text else None
+    values = Values("--smbios", text, known) if text else None
     given = {key: values.get(key) for key in known} if values else {}
     uuid = given.pop("uuid", None)
     words = {key: value for key, value in given.items() if value is not None}
@@ -311,7 +222,7 @@ def parse_nic(text: str, index: int) -> NicConfig:
         *("tap", "mac", "model", "vhost", "guest-announce", "announce-allow"),
         *("mtu", "queue-size", "id"),
     )
-    values = _Values("--nic", text, known)
+    values = Values("--nic", text, known)
     tap = values.get("tap") or ""
     # dev_valid_name (net/core/dev.c). The kernel would make another name of one with a '%'.
     known_name = re.fullmatch(r"[^\s/:%\ud800-\udfff]{1,15}", tap) and tap not in (".", "..")
@@ -345,7 +256,7 @@ def parse_rng(text: str, index: int) -> RngConfig:
     Raises:
         ConfigError: a key or value is wrong; the message names it, and what may stand there.
     """
-    values = _Values("--rng", text, ("id", "max-bytes", "period"))
+    values = Values("--rng", text, ("id", "max-bytes", "period"))
     most, period = values.number("max-bytes", 1, 1 << 30), values.number("period", 1, 60_000)
     if period is not None and most is None:
         raise ConfigError(f"--rng: period={period} has no effect without max-bytes=; give both")
