@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from struct import pack
 from typing import Any, NamedTuple, cast
 
 import msgspec
@@ -13,7 +17,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 import tests.fakes.e1000 as e1000_driver
+from blk_bench import make_image
 from godwit.errors import StreamError
+from godwit.host.image import Image
 from godwit.hw import layout
 from godwit.hw.device import Counts, Device, Devices, HasSetupHints, LogsDirtyPages, Negotiates
 from godwit.hw.memory import GuestMemory
@@ -22,12 +28,14 @@ from godwit.hw.nic.nic import Nic
 from godwit.hw.power import Pm1
 from godwit.hw.registry import KINDS
 from godwit.hw.serial import Serial
+from godwit.hw.virtio.blk.device import VirtioBlk
 from godwit.hw.virtio.net.device import VirtioNet
 from godwit.hw.virtio.net.userspace import UserspaceBackend
 from godwit.hw.virtio.net.vhost import VhostBackend
 from godwit.hw.virtio.pci import VirtioPci
 from godwit.hw.virtio.rng import VirtioRng
 from godwit.spec import saved
+from godwit.spec.config import DiskConfig
 from tests.fakes.driver import Part
 from tests.fakes.slot import Board
 from tests.fakes.tap import FakeTap
@@ -217,6 +225,54 @@ def _request_beyond_the_limit(rig: Rig) -> Check:
     return check
 
 
+def _image() -> Path:
+    """One image for all disks, whose content no test changes."""
+    return make_image(Path(tempfile.mkdtemp(dir=_folder.name)) / "disk.raw", 1 << 16)
+
+
+_folder = tempfile.TemporaryDirectory()
+_IMAGE = str(_image())
+
+
+def _make_blk(rig: Rig) -> Device:
+    config = DiskConfig("disk0", _IMAGE)
+    return VirtioPci(VirtioBlk(config, rig.memory, Image(_IMAGE)), rig.board.slot(SLOT))
+
+
+def _add_read(rig: Rig, guest: Guest) -> int:
+    driver = guest.queues[0]
+    header, data = Part(driver.place(pack("<IIQ", 0, 0, 3)), 16), driver.place(513)
+    driver.add([header, Part(data, 513, True)])
+    guest.kick(0)
+    return data
+
+
+def _drive_blk(rig: Rig) -> None:
+    guest = _probe(rig)
+    _add_read(rig, guest)
+    _await_used(guest)
+
+
+def _await_used(guest: Guest) -> None:
+    """Wait until a worker is done with the one request."""
+    deadline = time.monotonic() + 10
+    while guest.queues[0].take() is None:
+        assert time.monotonic() < deadline, "the request was not answered"
+        time.sleep(0.001)
+
+
+def _request_to_disk(rig: Rig) -> Check:
+    guest = _probe(rig)
+    data = _add_read(rig, guest)
+
+    def check(other: Rig) -> None:
+        _await_used(guest)
+        assert other.memory.read(data, 8) == pack("<Q", 3)
+        assert other.memory.read(data + 512, 1) == b"\0"
+
+    return check
+
+
 def _make_serial(rig: Rig) -> Device:
     return Serial(rig, rig.set_level)
 
@@ -290,6 +346,7 @@ CASES = {
     "e1000": Case(
         lambda rig: E1000("nic0", MAC, rig.tap, rig.board.slot(SLOT)), _drive_e1000, _frame_to_e1000
     ),
+    "virtio-blk": Case(_make_blk, _drive_blk, _request_to_disk),
     "virtio-rng": Case(_make_rng, _drive_rng, _request_beyond_the_limit),
     "serial": Case(_make_serial, _drive_serial, _input_that_nobody_read),
     "power": Case(_make_power, _drive_power, _button_that_nobody_saw),

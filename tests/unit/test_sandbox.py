@@ -310,7 +310,7 @@ def test_inherited_descriptors_are_closed_unless_named_or_others(tmp_path: Path)
 
 def test_the_consoles_descriptor_is_not_inherited(tmp_path: Path) -> None:
     """The guest's output went to whatever got its number next."""
-    sandbox = Sandbox(_arguments())
+    sandbox = Sandbox(_arguments(), ())
     fd = _open_console(f"file:{tmp_path / 'console'}")
     assert fd not in sandbox._inherited
     os.close(fd)
@@ -388,12 +388,12 @@ def _arguments(**given: object) -> Namespace:
 
 def test_a_folder_to_be_allowed_has_to_be_there() -> None:
     with pytest.raises(ConfigError, match=r"--allow-path '/absent'.*make it first"):
-        Sandbox(_arguments(allow_path=["/absent"]))
+        Sandbox(_arguments(allow_path=["/absent"]), ())
 
 
 def test_without_a_sandbox_it_is_said_so() -> None:
     said: list[str] = []
-    sandbox = Sandbox(_arguments(sandbox="off"))
+    sandbox = Sandbox(_arguments(sandbox="off"), ())
     sandbox.enter()
     sandbox.close_door(said.append)
     assert "the sandbox is off" in said[0]

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "nothing to run; give --kernel to boot, or --incoming to wait for a guest"
         )
-    sandbox = Sandbox(arguments)
+    sandbox = Sandbox(arguments, config.devices)
     # Opened before the sandbox is entered, which has no right to make files.
     console = _open_console(arguments.console)
     sandbox.enter()

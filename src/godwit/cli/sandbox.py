@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from godwit.errors import ConfigError, HostError
 from godwit.host.sandbox import landlock, privileges
-from godwit.host.sandbox.landlock import DEVICE, READ, SOCKETS, WORK, Rule
+from godwit.host.sandbox.landlock import DEVICE, IMAGE, READ, SOCKETS, WORK, Rule
+from godwit.spec.config import DeviceConfig, DiskConfig
 
 #: Read by the C library: names, time zone, what a program loads.
 _ETC = (
@@ -33,14 +34,15 @@ _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 
 
 class Sandbox:
-    """A sandbox as described by the command line, off with ``--no-sandbox``.
+    """A sandbox as described by the command line and its devices, off with ``--no-sandbox``.
 
     Raises:
         ConfigError: a user or path of the command line is none.
     """
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, devices: Sequence[DeviceConfig]) -> None:
         self._arguments = arguments
+        self._devices = devices
         self._on = arguments.sandbox != "off"
         self._warnings: list[str] = []
         self._user: tuple[int, int] | None = None
@@ -132,6 +134,8 @@ class Sandbox:
         for path in (given.kernel, given.initrd, given.migration_secret, cpu, *tls):
             if path:
                 yield Rule(path, READ)
+        for disk in (config for config in self._devices if isinstance(config, DiskConfig)):
+            yield Rule(disk.path, READ if disk.readonly else IMAGE)
         kind, _, path = (given.incoming or "").partition(":")
         if kind == "file":
             yield Rule(path, READ)

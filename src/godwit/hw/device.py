@@ -232,6 +232,37 @@ class OwnsHostState(ABC):
         """
 
 
+class ChecksKept(ABC):
+    """A part that must be as it was when the guest was saved into a file."""
+
+    @abstractmethod
+    def check_kept(self) -> None:
+        """Refuse a guest that comes from a file, after :meth:`Device.load`, if it does not fit.
+
+        Raises:
+            HostError: going on would harm what the guest keeps here; the message has the remedy.
+        """
+
+
+class IoError(NamedTuple):
+    """An error of the host's that a device met while it did what the guest wanted."""
+
+    device: str
+    #: read or write
+    operation: str
+    #: What is done: the error is reported to the guest, or the VM stops.
+    action: str
+    nospace: bool
+    reason: str
+
+
+class ReportsIoErrors(ABC):
+    """A part that meets errors of the host's, for which the VM may have to stop."""
+
+    #: Called with each error, under the device's lock, from any thread.
+    on_io_error: Callable[[IoError], None]
+
+
 class Counts(ABC):
     """A part that counts what it does."""
 

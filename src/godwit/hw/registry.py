@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from godwit.errors import ConfigError
-from godwit.spec.config import DeviceConfig, NicConfig, RngConfig
+from godwit.spec.config import DeviceConfig, DiskConfig, NicConfig, RngConfig
 
 from .device import Device, Slot
 
@@ -24,6 +24,7 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     "virtio-net": Kind(NicConfig, "virtio.net.device"),
     "e1000": Kind(NicConfig, "nic.e1000.nic"),
+    "virtio-blk": Kind(DiskConfig, "virtio.blk.device"),
     "virtio-rng": Kind(RngConfig, "virtio.rng"),
 }
 

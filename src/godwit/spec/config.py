@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from godwit.errors import ConfigError
@@ -59,6 +60,34 @@ class RngConfig(NamedTuple):
     #: Milliseconds.
     period_ms: int = 1000
     kind: str = "virtio-rng"
+
+
+class OnError(StrEnum):
+    """What is done about a disk's error: the guest is told, or the VM stops until its cont."""
+
+    REPORT = "report"
+    STOP = "stop"
+    #: Stop for want of space, and report all else.
+    ENOSPC = "enospc"
+
+
+class DiskConfig(NamedTuple):
+    """One disk as its operator describes it."""
+
+    id: str
+    #: A raw file or block device.
+    path: str
+    readonly: bool = False
+    #: What the guest reads as the disk's identity, at most 20 bytes.
+    serial: str = ""
+    #: ``writeback``: through the host's page cache; ``none``: past it.
+    cache: str = "writeback"
+    #: What the guest discards is given back to the host.
+    discard: bool = False
+    on_error: OnError = OnError.ENOSPC
+    queues: int = 1
+    queue_size: int = QUEUE_SIZE
+    kind: str = "virtio-blk"
 
 
 #: ``--cpu``: all that the host's CPU has and KVM offers.
@@ -263,6 +292,41 @@ def parse_rng(text: str, index: int) -> RngConfig:
     return RngConfig(values.id(f"rng{index}"), most, period or 1000)
 
 
+def parse_disk(text: str, index: int) -> DiskConfig:
+    """Return the disk that ``--disk`` describes, the VM's ``index``-th.
+
+    Like ``path=disk.raw,readonly,serial=...,cache=none,discard=on,on-error=stop``; also ``id=``,
+    ``queues=``, ``queue-size=``.
+
+    Raises:
+        ConfigError: a key or value is wrong; the message names it, and what may stand there.
+    """
+    known = (
+        *("path", "readonly", "serial", "cache", "discard", "on-error"),
+        *("queues", "queue-size", "id"),
+    )
+    values = Values("--disk", text, known, ("readonly", "discard"))
+    path, serial = values.get("path") or "", values.get("serial") or ""
+    if not path or "\0" in path:
+        raise ConfigError(f"--disk {text!r}: path= needs the name of a raw file or block device")
+    if len(serial.encode(errors="replace")) > 20 or not (serial.isascii() and serial.isprintable()):
+        raise ConfigError(f"--disk: serial={serial[:40]!r}; give at most 20 ASCII characters")
+    size = values.number("queue-size", 16, 1024) or QUEUE_SIZE
+    if size & size - 1:
+        raise ConfigError(f"--disk: queue-size={size}; choose a power of two")
+    return DiskConfig(
+        id=values.id(f"disk{index}"),
+        path=path,
+        readonly=values.switch("readonly", False) is True,
+        serial=serial,
+        cache=values.choice("cache", ("writeback", "none")),
+        discard=values.switch("discard", False) is True,
+        on_error=OnError(values.choice("on-error", (OnError.ENOSPC, *OnError))),
+        queues=values.number("queues", 1, 16) or 1,
+        queue_size=size,
+    )
+
+
 class DeviceOption(NamedTuple):
     """An option of ``godwit run`` that adds a device."""
 
@@ -279,6 +343,12 @@ DEVICE_OPTIONS = {
         "tap=NAME[,KEY=VALUE...]",
         "a NIC on a tap; keys: mac, id, model=virtio-net|e1000, mtu, queue-size, "
         "vhost=on|off, guest-announce=on|off, announce-allow=NET;MAC;...",
+    ),
+    "--disk": DeviceOption(
+        parse_disk,
+        "path=FILE[,KEY=VALUE...]",
+        "a disk, from a raw file or block device; keys: readonly, serial, cache=writeback|none, "
+        "discard=on|off, on-error=report|stop|enospc, queues, queue-size, id",
     ),
     "--rng": DeviceOption(
         parse_rng,

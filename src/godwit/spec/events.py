@@ -1,8 +1,8 @@
 """The events: one table of names, meanings and data, and builders for those that need some thought.
 
-STOP, RESUME, RESET, SHUTDOWN, POWERDOWN, MIGRATION and NIC_RX_FILTER_CHANGED are QEMU's
-(qapi/run-state.json, qapi/migration.json, qapi/net.json); the others are Godwit's own. Clients take
-events they do not know as they come, so the own ones need no prefix.
+STOP, RESUME, RESET, SHUTDOWN, POWERDOWN, MIGRATION, NIC_RX_FILTER_CHANGED and BLOCK_IO_ERROR are
+QEMU's (qapi/run-state.json, migration.json, net.json, block-core.json); the others are Godwit's
+own. Clients take events they do not know as they come, so the own ones need no prefix.
 """
 
 from __future__ import annotations
@@ -70,6 +70,11 @@ class Event(StrEnum):
         "the guest broke a device's rules: the device stopped, and needs a reset by its driver; "
         "so many more were not reported since the last",
         *("device", "message", "suppressed"),
+    )
+    BLOCK_IO_ERROR = (
+        "BLOCK_IO_ERROR",
+        "a disk met an error of the host's; the guest is told, or the VM stops until its cont",
+        *("device", "operation", "action", "nospace", "reason"),
     )
     POWERDOWN = "POWERDOWN", "the power button was pressed, which the guest may ignore"
     EVENTS_LOST = (
@@ -164,6 +169,7 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("from", "to"), RunState),
     **dict.fromkeys(("nics", "what"), list[str]),
     "guest": bool,
+    "nospace": bool,
     "ip": str | None,
     "ms": float,
     "reason": Reason,

@@ -25,6 +25,7 @@ class RunState(StrEnum):
     PAUSED = "paused"
     FINISH_MIGRATE = "finish-migrate"
     POSTMIGRATE = "postmigrate"
+    IO_ERROR = "io-error"
     SAVE_VM = "save-vm"
     RESTORE_VM = "restore-vm"
     SHUTDOWN = "shutdown"
@@ -42,6 +43,7 @@ TRANSITIONS: dict[RunState, frozenset[RunState]] = {
     _S.RUNNING: frozenset(
         {
             _S.PAUSED,
+            _S.IO_ERROR,
             _S.FINISH_MIGRATE,
             _S.SAVE_VM,
             _S.SHUTDOWN,
@@ -63,12 +65,25 @@ TRANSITIONS: dict[RunState, frozenset[RunState]] = {
             _S.INTERNAL_ERROR,
         }
     ),
+    # A disk failed, and what the guest wanted of it is tried again.
+    _S.IO_ERROR: frozenset(
+        {
+            _S.RUNNING,
+            _S.PRELAUNCH,
+            _S.FINISH_MIGRATE,
+            _S.SAVE_VM,
+            _S.SHUTDOWN,
+            _S.GUEST_PANICKED,
+            _S.INTERNAL_ERROR,
+        }
+    ),
     # A failed migration goes back to what the guest did before.
     _S.FINISH_MIGRATE: frozenset(
         {
             _S.RUNNING,
             _S.PRELAUNCH,
             _S.PAUSED,
+            _S.IO_ERROR,
             _S.POSTMIGRATE,
             _S.SHUTDOWN,
             _S.GUEST_PANICKED,
@@ -76,7 +91,7 @@ TRANSITIONS: dict[RunState, frozenset[RunState]] = {
         }
     ),
     _S.POSTMIGRATE: frozenset({_S.SHUTDOWN}),
-    _S.SAVE_VM: frozenset({_S.RUNNING, _S.PAUSED, _S.SHUTDOWN, _S.INTERNAL_ERROR}),
+    _S.SAVE_VM: frozenset({_S.RUNNING, _S.PAUSED, _S.IO_ERROR, _S.SHUTDOWN, _S.INTERNAL_ERROR}),
     _S.RESTORE_VM: frozenset({_S.PRELAUNCH_MIGRATE, _S.SHUTDOWN, _S.INTERNAL_ERROR}),
     _S.SHUTDOWN: frozenset(),
     _S.GUEST_PANICKED: frozenset({_S.SHUTDOWN}),

@@ -93,6 +93,17 @@ class Values:
             raise ConfigError(f"{self._option}: {key}={value}; choose on or off")
         return value == "on"
 
+    def choice(self, key: str, known: Sequence[str]) -> str:
+        """Return one of the known values, or the first of them without a value."""
+        value = self._values.get(key)
+        if value is None:
+            return known[0]
+        if value not in known:
+            raise ConfigError(
+                f"{self._option}: {key}={value[:40]}; choose {' or '.join(dict.fromkeys(known))}"
+            )
+        return value
+
     def number(self, key: str, low: int, high: int) -> int | None:
         """Return a number from ``low`` to ``high``, or None without one."""
         value = self._values.get(key)

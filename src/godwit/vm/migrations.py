@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from godwit.announce.uplink import Uplink
 from godwit.errors import GodwitError, MigrationError, StateError
-from godwit.hw.device import Renews
+from godwit.hw.device import ChecksKept, Renews
 from godwit.machine.machine import Machine
 from godwit.spec.parameters import MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
@@ -208,6 +208,8 @@ class Migrations:
             machine.devices.acquire()
             self._states.set(_S.PRELAUNCH_MIGRATE)
             if incoming.kept:
+                for kept in machine.devices.having(ChecksKept):
+                    kept.check_kept()
                 for part in machine.devices.having(Renews):
                     part.renew()
             if self.autostart and running:

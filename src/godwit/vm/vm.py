@@ -17,7 +17,7 @@ from godwit.announce.uplink import Uplink
 from godwit.errors import ConfigError, GodwitError
 from godwit.host.loop import Loop
 from godwit.hw.console import Console
-from godwit.hw.device import Counts
+from godwit.hw.device import Counts, IoError, ReportsIoErrors
 from godwit.hw.nic.nic import Nic, RxFilterInfo
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine
@@ -82,6 +82,8 @@ class Vmm:
         self._monitors: Monitors | None = None
         self._filter_reported: set[str] = set()
         self._guest_errors = LimitedReports(loop.now, self._guest_error)
+        self._io_errors = LimitedReports(loop.now, self._io_error)
+        self._last_io_error: dict[str, IoError] = {}
         self._panics = LimitedReports(loop.now, self._panic_reported)
         self.machine = Machine(board, loop, console, self._vcpu_exited, self._guest_errors.add)
         self.uplinks = [Uplink(nic, loop) for nic in self.machine.nics]
@@ -114,6 +116,8 @@ class Vmm:
 
                 self._server = Server(loop, qmp, self._execute, self._loop_error)
                 self.states.listen(self._server.run_state_changed)
+            for part in self.machine.devices.having(ReportsIoErrors):
+                part.on_io_error = self._io_failed
             for nic in self.machine.nics:
                 nic.on_ack = self._acked(nic.id)
                 nic.on_filter = self._filter_changed(nic.id)
@@ -215,7 +219,7 @@ class Vmm:
     def cont(self) -> None:
         """Start or resume the guest."""
         with self.machine.lock:
-            self.states.require(_S.PRELAUNCH, _S.PRELAUNCH_MIGRATE, _S.PAUSED)
+            self.states.require(_S.PRELAUNCH, _S.PRELAUNCH_MIGRATE, _S.PAUSED, _S.IO_ERROR)
             if not self.migrations.switch_over():
                 self.machine.drain_taps()
             self.machine.resume()
@@ -318,6 +322,26 @@ class Vmm:
             f"{device}: the guest broke the device's rules ({message}){more}; "
             "its driver must reset it"
         )
+
+    def _io_failed(self, error: IoError) -> None:
+        """Report an error of a disk, at a rate, and stop the VM if that is wanted."""
+        self._last_io_error[error.device] = error
+        self._io_errors.add(error.device, error.reason)
+        if error.action == "stop":
+            self._loop.call_soon(self._stop_for_io_error)  # this is a worker of the device
+
+    def _io_error(self, device: str, reason: str, suppressed: int) -> None:
+        error = self._last_io_error[device]
+        self._emit(*Event.BLOCK_IO_ERROR.of(**error._asdict()))
+        more = f"; {suppressed} more since the last report" if suppressed else ""
+        done = "the VM stops, and cont tries again" if error.action == "stop" else "the guest knows"
+        self._log(f"{device}: a {error.operation} failed ({reason}){more}: {done}")
+
+    def _stop_for_io_error(self) -> None:
+        with self.machine.lock:
+            if self.states.current is _S.RUNNING:
+                self.machine.pause()
+                self.states.set(_S.IO_ERROR)
 
     def _migration_status(self, outgoing: Outgoing, status: str) -> None:
         """Report a migration's status, in the migration's thread."""

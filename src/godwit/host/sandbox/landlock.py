@@ -32,6 +32,8 @@ _OF_FILES = _EXECUTE | _WRITE | _READ_FILE | _TRUNCATE | _IOCTL
 
 #: Read files and folders; load code from them.
 READ = _READ_FILE | _READ_DIR | _EXECUTE
+#: Read and write a disk image, which may be a block device.
+IMAGE = _READ_FILE | _WRITE | _IOCTL
 #: Use a device.
 DEVICE = _READ_FILE | _WRITE | _IOCTL
 #: Make sockets in a folder. Not remove: the folder may be anybody's home.

@@ -127,7 +127,7 @@ class VirtioDevice(Negotiates):
     def stopped(self, timeout: float) -> bool:
         """Wait until no work is in flight, at most ``timeout`` seconds, and return whether so.
 
-        Called without :attr:`lock`.
+        Called without :attr:`lock` at a pause, and with it at a reset: it is given away meanwhile.
         """
         return True
 

@@ -85,6 +85,7 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
         self._common = CommonConfig(device, self.msix.count, self._set_status)
         self._isr = 0
         self._paused = True
+        self._resetting = False
         slot.pci.add(slot.number, self)
 
     def _capability(
@@ -324,6 +325,8 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
     def write(self, offset: int, size: int, value: int) -> None:
         """Take what the guest writes in the BAR: the device knows its writable bytes."""
         with self.device.lock:
+            if self._resetting:
+                return  # what is in flight is waited for, and the lock given away meanwhile
             if offset < _ISR:
                 self._common.write(offset, size, value)
             elif _DEVICE <= offset < _TABLE:
@@ -371,7 +374,14 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
             self.device.start()
 
     def _reset_device(self) -> None:
+        """Reset device and registers, once nothing of the driver's is in flight (2.4.1)."""
         self.device.stop()
+        self._resetting = True
+        try:
+            while not self.device.stopped(1.0):
+                pass  # a worker may still write to the memory that the driver gave it
+        finally:
+            self._resetting = False
         self._notifications.unregister()
         self.device.negotiated = 0
         for queue in self.device.queues:

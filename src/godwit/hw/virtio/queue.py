@@ -167,6 +167,14 @@ class Virtqueue:
         self.last_avail = self.last_avail + 1 & 0xFFFF
         return chain
 
+    def again(self, head: int) -> Chain:
+        """Return a buffer that was popped before, and not pushed.
+
+        Raises:
+            GuestError: the driver broke the ring's rules.
+        """
+        return self._walk(head)
+
     def unpop(self, chain: Chain, written: int) -> None:
         """Give the newest popped buffer back, of which ``written`` bytes were written for nothing.
 

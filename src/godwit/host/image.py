@@ -1,0 +1,330 @@
+"""A disk image: a raw file or block device, its size, its lock, and what is done to its bytes.
+
+The lock is QEMU's (block/file-posix.c): a byte of the file for each thing that its holder does, and
+one for each that nobody else may do meanwhile, locked as an open file description. So qemu-img and
+qemu-storage-daemon refuse an image in use here, and the other way round.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+from collections.abc import Callable, Sequence
+from struct import Struct
+
+from godwit.errors import ConfigError, HostError
+
+from .ioctl import io, ioctl_out, ior
+
+SECTOR = 512
+#: Bytes of the image that are locked: RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE.
+_DOES, _ALONE = 100, 200
+#: Bits of BLK_PERM_*: consistent read, write, resize.
+_READS, _WRITES, _RESIZES = 0, 1, 3
+_FLOCK = Struct("hhqqi4x")  # struct flock
+_SIZE = ior(0x12, 114, 8)  # BLKGETSIZE64
+_LOGICAL = io(0x12, 104)  # BLKSSZGET
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16  # linux/falloc.h
+_ZEROS = bytes(1 << 20)
+#: File systems of this host alone (statfs(2)): ext4, XFS, Btrfs, tmpfs, overlayfs, F2FS, ZFS.
+_LOCAL = (0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0x794C7630, 0xF2F52010, 0x2FC12FC1)
+
+#: preadv or pwritev: descriptor, buffers, offset, flags.
+_Call = Callable[[int, Sequence[memoryview], int, int], int]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class Image:
+    """An open disk image, unlocked at first.
+
+    Attributes:
+        size: bytes, a multiple of 512.
+        block: bytes of the smallest piece that can be read or written.
+        direct: the host's page cache is passed by.
+
+    Raises:
+        ConfigError: there is no image that can be used so; the message has the remedy.
+    """
+
+    def __init__(self, path: str, *, readonly: bool = False, direct: bool = False) -> None:
+        self.path = path
+        self.readonly = readonly
+        self.direct = direct
+        flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            self._fd = os.open(path, flags | (os.O_DIRECT if direct else 0))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"disk image '{path}': {_why_not(error, readonly, direct)}"
+            ) from error
+        try:
+            status = os.fstat(self._fd)
+            self.is_device = stat.S_ISBLK(status.st_mode)
+            if not self.is_device and not stat.S_ISREG(status.st_mode):
+                raise ConfigError(f"disk image '{path}': it is no file and no block device")
+            self.size = self._present_size()
+            self.block = self._block_size()
+            self._check_size()
+        except BaseException:
+            self.close()
+            raise
+        self._locked = False
+        #: An error of a write that the kernel had taken: each flush fails from then on.
+        self._lost: OSError | None = None
+
+    # --- making sure ------------------------------------------------------------------------------
+    def _present_size(self) -> int:
+        if not self.is_device:
+            return os.fstat(self._fd).st_size
+        answer = bytearray(8)
+        ioctl_out(self._fd, _SIZE, answer)
+        return int.from_bytes(answer, "little")
+
+    def _block_size(self) -> int:
+        if not self.direct:
+            return SECTOR
+        if self.is_device:
+            answer = bytearray(4)
+            ioctl_out(self._fd, _LOGICAL, answer)
+            return int.from_bytes(answer, "little")
+        for block in (SECTOR, 4096):
+            if self.size < 2 * block:
+                continue
+            with mmap.mmap(-1, 8192) as page, memoryview(page) as view, view[:block] as part:
+                try:
+                    os.preadv(self._fd, [part], block)
+                except OSError:
+                    continue
+            return block
+        return 4096
+
+    def _check_size(self) -> None:
+        if not self.size:
+            raise ConfigError(
+                f"disk image '{self.path}': it is empty; make one with: truncate -s 10G FILE"
+            )
+        if self.size % self.block:
+            raise ConfigError(
+                f"disk image '{self.path}': its {self.size} bytes are no multiple of {self.block}; "
+                f"lengthen it with: truncate -s %{self.block} '{self.path}'"
+            )
+
+    @property
+    def stamp(self) -> tuple[int, int, int]:
+        """The file's device, inode, and time of the last change in ns."""
+        status = os.fstat(self._fd)
+        return status.st_dev, status.st_ino, status.st_mtime_ns
+
+    # --- the lock ---------------------------------------------------------------------------------
+    def lock(self) -> None:
+        """Lock the image against writers, and against readers of what is written here.
+
+        Raises:
+            HostError: another has it.
+        """
+        if self._locked:
+            return
+        does = (_READS,) if self.readonly else (_READS, _WRITES)
+        alone = (_WRITES, _RESIZES)
+        try:
+            for at in (*(_DOES + bit for bit in does), *(_ALONE + bit for bit in alone)):
+                self._set_lock(fcntl.F_RDLCK, at)
+            taken = any(self._held(_ALONE + bit) for bit in does)
+            taken = taken or any(self._held(_DOES + bit) for bit in alone)
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL):
+                raise HostError(
+                    f"disk image '{self.path}': its file system has no locks, and nothing would "
+                    "keep another VM from it; keep it elsewhere"
+                ) from error
+            taken = True
+        if taken:
+            self.unlock()
+            raise HostError(
+                f"disk image '{self.path}': another process uses it; end that VM or tool first"
+                + ("" if self.readonly else ", or give readonly=on to all that only read it")
+            )
+        self._locked = True
+        self._forget_cached()
+
+    def unlock(self) -> None:
+        """Give the lock back. An image without a lock stays so."""
+        self._locked = False
+        self._set_lock(fcntl.F_UNLCK, _DOES, _ALONE + 100 - _DOES)
+
+    def _set_lock(self, kind: int, at: int, length: int = 1) -> None:
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, at, length, 0))
+
+    def _held(self, at: int) -> bool:
+        """Return whether another holds a byte."""
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0)
+        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked)
+        kind: int = _FLOCK.unpack(answer)[0]
+        return kind != fcntl.F_UNLCK
+
+    def _forget_cached(self) -> None:
+        """Drop what this host has cached: another host may have written since.
+
+        A file system of this host alone has one cache for all.
+        """
+        if self.direct or (not self.is_device and _file_system(self._fd) in _LOCAL):
+            return
+        try:
+            os.fdatasync(self._fd)
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError:
+            pass  # where it means nothing
+
+    # --- bytes ------------------------------------------------------------------------------------
+    def read(self, at: int, parts: Sequence[memoryview], flags: int = 0) -> None:
+        """Read into all of the parts, from byte ``at`` on.
+
+        Raises:
+            OSError: the host cannot; EAGAIN if RWF_NOWAIT is in ``flags``, and it would wait.
+        """
+        self._transfer(os.preadv, at, parts, flags)
+
+    def write(self, at: int, parts: Sequence[memoryview]) -> None:
+        """Write all of the parts, from byte ``at`` on.
+
+        Raises:
+            OSError: the host cannot.
+        """
+        if not self.is_device and os.fstat(self._fd).st_size < self.size:
+            raise _truncated(self.path)
+        self._transfer(os.pwritev, at, parts, 0)
+
+    def _transfer(self, call: _Call, at: int, parts: Sequence[memoryview], flags: int) -> None:
+        """Read or write all of the parts.
+
+        Raises:
+            OSError: the host cannot, or the image has become shorter.
+        """
+        left = list(parts)
+        try:
+            done = call(self._fd, left, at, flags)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self.direct:
+                raise
+            self._bounce(call, at, left)  # buffers that the disk cannot reach by itself
+            return
+        total = sum(map(len, left))
+        while done < total:
+            if not done:
+                raise _truncated(self.path)
+            at, total = at + done, total - done
+            while done >= len(left[0]):
+                done -= len(left.pop(0))
+            left[0] = left[0][done:]
+            done = call(self._fd, left, at, 0)
+
+    def _bounce(self, call: _Call, at: int, parts: Sequence[memoryview]) -> None:
+        size = sum(map(len, parts))
+        with (
+            mmap.mmap(-1, max(size, mmap.PAGESIZE)) as pages,
+            memoryview(pages) as whole,
+            whole[:size] as buffer,
+        ):
+            if call is os.pwritev:
+                _copy(parts, buffer, out=False)
+            if call(self._fd, [buffer], at, 0) != size:
+                raise _truncated(self.path)
+            if call is os.preadv:
+                _copy(parts, buffer, out=True)
+
+    def flush(self) -> None:
+        """Bring all that was written to the disk.
+
+        Raises:
+            OSError: the host cannot, or could not before: it tells of that once only.
+        """
+        if self.readonly:
+            return
+        if self._lost is not None:
+            raise self._lost
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            self._lost = error
+            raise
+
+    def discard(self, at: int, size: int) -> None:
+        """Give ``size`` bytes at ``at`` back to the host, if it takes them."""
+        try:
+            self._allocate(_PUNCH_HOLE | _KEEP_SIZE, at, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
+                raise
+
+    def write_zeroes(self, at: int, size: int, unmap: bool) -> None:
+        """Have ``size`` bytes at ``at`` read as zeros, without space of their own if ``unmap``.
+
+        Raises:
+            OSError: the host cannot.
+        """
+        wanted = _PUNCH_HOLE if unmap else _ZERO_RANGE
+        for mode in (wanted, _PUNCH_HOLE):
+            try:
+                self._allocate(mode | _KEEP_SIZE, at, size)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
+                    raise
+        zeros = memoryview(_ZEROS)
+        while size > 0:
+            count = min(size, len(zeros))
+            self.write(at, [zeros[:count]])
+            at, size = at + count, size - count
+
+    def _allocate(self, mode: int, at: int, size: int) -> None:
+        if not self.is_device and os.fstat(self._fd).st_size < self.size:
+            raise _truncated(self.path)
+        if _libc.fallocate(self._fd, mode, at, size):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+
+    def close(self) -> None:
+        """Close the image, and so give its lock back. Closing twice is harmless."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _copy(parts: Sequence[memoryview], buffer: memoryview, out: bool) -> None:
+    at = 0
+    for part in parts:
+        if out:
+            part[:] = buffer[at : at + len(part)]
+        else:
+            buffer[at : at + len(part)] = part
+        at += len(part)
+
+
+def _truncated(path: str) -> OSError:
+    return OSError(errno.EIO, f"'{path}' has become shorter than it was at the start")
+
+
+def _why_not(error: OSError | ValueError, readonly: bool, direct: bool) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.errno == errno.ENOENT:
+        return "there is no such file; make one with: truncate -s 10G FILE"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not readonly:
+        return f"{error.strerror}: it cannot be written; give readonly=on, or the right to write"
+    if error.errno == errno.EINVAL and direct:
+        return "its file system has no O_DIRECT; leave cache=none out"
+    return f"{error.strerror}"
+
+
+def _file_system(fd: int) -> int:
+    """Return the magic number of a file's file system (statfs(2))."""
+    answer = ctypes.create_string_buffer(120)  # struct statfs
+    if _libc.fstatfs(fd, answer):
+        return 0
+    return int.from_bytes(answer.raw[:8], "little")

@@ -1,0 +1,1 @@
+"""virtio-blk: disks (virtio 1.2, 5.2)."""

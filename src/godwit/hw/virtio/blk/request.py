@@ -1,0 +1,199 @@
+"""A disk request: parsed from a buffer of the guest's, done on an image (virtio 1.2, 5.2.6)."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from struct import Struct
+from typing import NamedTuple
+
+from godwit.errors import GuestError
+from godwit.host.image import SECTOR, Image
+from godwit.hw.virtio.queue import Chain
+
+IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
+OK, IOERR, UNSUPPORTED = 0, 1, 2
+
+_HEADER = Struct("<I4xQ")  # type, sector
+_SEGMENT = Struct("<QII")  # sector, sectors, flags
+_UNMAP = 1
+ID_SIZE = 20
+#: What one request may move at the most: Linux asks for no more than a few MB.
+_MOST = 64 << 20
+#: Segments of a discard or write zeroes, and sectors of each.
+MAX_SEGMENTS, MAX_DISCARD, MAX_ZEROES = 16, 1 << 22, (64 << 20) // SECTOR
+
+
+class Request(NamedTuple):
+    """A request of queue ``queue``: what to do, where, and the guest's memory for that."""
+
+    queue: int
+    chain: Chain
+    kind: int
+    sector: int
+    #: The guest's data that is written to the disk, and the memory that is filled from there.
+    outward: list[memoryview]
+    inward: list[memoryview]
+    status: memoryview
+
+    @property
+    def operation(self) -> str:
+        """What it does, as QMP names it: read or write."""
+        return "read" if self.kind in (IN, GET_ID) else "write"
+
+
+class Done(NamedTuple):
+    """The end of a request: its status, and the bytes written to guest memory but for that."""
+
+    request: Request
+    status: int
+    written: int = 0
+
+
+class Failed(NamedTuple):
+    """The end of a request that the host could not do."""
+
+    request: Request
+    error: OSError
+
+
+def parse(queue: int, chain: Chain) -> Request:
+    """Return the request of a buffer, whose header is read once.
+
+    Raises:
+        GuestError: there is no space for a header or a status.
+    """
+    readable, writable = list(chain.readable), list(chain.writable)
+    if not readable or len(readable[0]) < _HEADER.size:
+        readable = _joined(readable)
+    kind, sector = _HEADER.unpack_from(readable[0])
+    outward = readable[1:]
+    if len(readable[0]) > _HEADER.size:
+        outward.insert(0, readable[0][_HEADER.size :])
+    while writable and not len(writable[-1]):
+        writable.pop()
+    if not writable:
+        raise GuestError("a request without space for its status")
+    last = writable.pop()
+    if len(last) > 1:
+        writable.append(last[:-1])
+    return Request(queue, chain, kind, sector, outward, writable, last[-1:])
+
+
+def _joined(parts: Sequence[memoryview]) -> list[memoryview]:
+    """Return the parts with the first of them as long as a header.
+
+    Raises:
+        GuestError: all of them are shorter.
+    """
+    header, left = bytearray(), list(parts)
+    while left and len(header) < _HEADER.size:
+        need = _HEADER.size - len(header)
+        part = left.pop(0)
+        header += part[:need]
+        if len(part) > need:
+            left.insert(0, part[need:])
+    if len(header) < _HEADER.size:
+        raise GuestError(f"a request with a header of {len(header)} bytes, not {_HEADER.size}")
+    return [memoryview(header), *left]
+
+
+class Doer:
+    """The image and the identity of a disk, on which requests are done."""
+
+    def __init__(self, image: Image, identity: bytes, discards: bool) -> None:
+        self._image = image
+        self._identity = identity
+        self._discards = discards
+
+    def quick(self, request: Request) -> Done | Failed | None:
+        """Do a request that does not wait for a disk, or return None."""
+        if self._image.direct:
+            return None
+        if request.kind == IN:
+            try:
+                return self._read(request, os.RWF_NOWAIT)
+            except OSError as error:
+                # EOPNOTSUPP: the file system cannot tell.
+                waits = error.errno in (errno.EAGAIN, errno.EOPNOTSUPP)
+                return None if waits else Failed(request, error)
+        return self.do(request) if request.kind in (OUT, GET_ID) else None
+
+    def do(self, request: Request) -> Done | Failed:
+        """Do a request, however long it takes."""
+        try:
+            return self._do(request)
+        except OSError as error:
+            return Failed(request, error)
+
+    def _do(self, request: Request) -> Done:
+        kind = request.kind
+        if kind == IN:
+            return self._read(request, 0)
+        if kind == GET_ID:
+            return self._identify(request)
+        if kind not in (OUT, FLUSH, DISCARD, WRITE_ZEROES) or (
+            kind == DISCARD and not self._discards
+        ):
+            return Done(request, UNSUPPORTED)
+        if kind == FLUSH:
+            self._image.flush()
+            return Done(request, OK)
+        if self._image.readonly:
+            return Done(request, IOERR)
+        return self._write(request) if kind == OUT else self._clear(request)
+
+    def _read(self, request: Request, flags: int) -> Done:
+        size = sum(map(len, request.inward))
+        if not self._inside(request.sector, size):
+            return Done(request, IOERR)
+        self._image.read(request.sector * SECTOR, request.inward, flags)
+        return Done(request, OK, size)
+
+    def _write(self, request: Request) -> Done:
+        size = sum(map(len, request.outward))
+        if not self._inside(request.sector, size):
+            return Done(request, IOERR)
+        self._image.write(request.sector * SECTOR, request.outward)
+        return Done(request, OK)
+
+    def _inside(self, sector: int, size: int) -> bool:
+        """Return whether a piece is one of whole blocks of the disk, and not too long."""
+        end = sector * SECTOR + size
+        whole = not size % self._image.block and not sector * SECTOR % self._image.block
+        return 0 < size <= _MOST and whole and end <= self._image.size
+
+    def _identify(self, request: Request) -> Done:
+        left = memoryview(self._identity.ljust(ID_SIZE, b"\0"))
+        written = 0
+        for part in request.inward:
+            count = min(len(part), len(left))
+            part[:count] = left[:count]
+            left, written = left[count:], written + count
+        return Done(request, OK, written)
+
+    def _clear(self, request: Request) -> Done:
+        """Discard segments, or write zeroes there."""
+        discard = request.kind == DISCARD
+        size = sum(map(len, request.outward))
+        if not size or size % _SEGMENT.size or size > MAX_SEGMENTS * _SEGMENT.size:
+            return Done(request, IOERR)
+        data = b"".join(request.outward)
+        most = MAX_DISCARD if discard else MAX_ZEROES
+        segments = list(_SEGMENT.iter_unpack(data))
+        for sector, sectors, flags in segments:
+            # 5.2.6.2: unknown bits, and unmap of a discard, are unsupported.
+            if flags & ~(0 if discard else _UNMAP):
+                return Done(request, UNSUPPORTED)
+            if sectors > most or (sector + sectors) * SECTOR > self._image.size:
+                return Done(request, IOERR)
+        for sector, sectors, flags in segments:
+            if not sectors:
+                continue
+            at, length = sector * SECTOR, sectors * SECTOR
+            if discard:
+                self._image.discard(at, length)
+            else:
+                self._image.write_zeroes(at, length, bool(flags & _UNMAP))
+        return Done(request, OK)

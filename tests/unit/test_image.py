@@ -1,0 +1,207 @@
+"""Disk images: sizes, locks, errors, and bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from blk_bench import make_image
+from godwit.errors import ConfigError, HostError
+from godwit.host import image as module
+from godwit.host.image import Image
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return make_image(tmp_path / "disk.raw")
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., Image]]:
+    with ExitStack() as stack:
+
+        def open_image(path: Path, **given: bool) -> Image:
+            image = Image(str(path), **given)
+            stack.callback(image.close)
+            return image
+
+        yield open_image
+
+
+def test_an_image_that_cannot_be_one_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    empty, odd, folder = tmp_path / "empty", tmp_path / "odd", tmp_path / "folder"
+    empty.touch()
+    odd.write_bytes(bytes(1000))
+    folder.mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name, says in (
+        (tmp_path / "absent", "there is no such file; make one with: truncate"),
+        (empty, "it is empty; make one with: truncate"),
+        (odd, "its 1000 bytes are no multiple of 512; lengthen it with: truncate -s %512"),
+        (folder, "Is a directory"),
+        (tmp_path / "pipe", "it is no file and no block device"),
+        ("a\0b", "embedded null"),
+    ):
+        with pytest.raises(ConfigError, match=f"disk image '.*': .*{says}"):
+            Image(str(name))
+
+
+def test_what_cannot_be_written_is_refused_with_the_remedy(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(module.os, "open", refuse)
+    with pytest.raises(ConfigError, match="it cannot be written; give readonly=on"):
+        Image(str(path))
+    with pytest.raises(ConfigError, match="Read-only file system"):
+        Image(str(path), readonly=True)
+
+
+def test_one_writer_alone_has_an_image(path: Path, opened: Callable[..., Image]) -> None:
+    one, other, reader = opened(path), opened(path), opened(path, readonly=True)
+    one.lock()
+    one.lock()
+    with pytest.raises(HostError, match="another process uses it; .* readonly=on"):
+        other.lock()
+    with pytest.raises(HostError, match="another process uses it"):
+        reader.lock()
+    one.unlock()
+    other.lock()
+    other.unlock()
+    other.unlock()
+    one.lock()
+    one.close()
+    other.lock()
+
+
+def test_readers_share_an_image_that_nobody_writes(
+    path: Path, opened: Callable[..., Image]
+) -> None:
+    readers = [opened(path, readonly=True) for _ in range(3)]
+    for reader in readers:
+        reader.lock()
+    writer = opened(path)
+    with pytest.raises(HostError):
+        writer.lock()
+    for reader in readers:
+        reader.close()
+    writer.lock()
+
+
+@pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")
+def test_qemu_refuses_an_image_in_use_and_is_refused(
+    path: Path, opened: Callable[..., Image]
+) -> None:
+    write = ["qemu-io", "-f", "raw", "-c", "read 0 512", str(path)]
+    image = opened(path)
+    assert subprocess.run(write, capture_output=True).returncode == 0
+    image.lock()
+    refused = subprocess.run(write, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "lock" in refused.stderr
+    image.unlock()
+    held = ["qemu-io", "-f", "raw", str(path)]
+    with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        holder.stdin.write(b"read 0 512\n")
+        holder.stdin.flush()
+        assert holder.stdout.readline()  # it has the image open
+        with pytest.raises(HostError, match="another process uses it"):
+            image.lock()
+        holder.stdin.close()
+        holder.wait()
+    image.lock()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_bytes_are_read_and_written_in_pieces(
+    path: Path, opened: Callable[..., Image], direct: bool
+) -> None:
+    try:
+        image = opened(path, direct=direct)
+    except ConfigError:
+        pytest.skip("this file system has no O_DIRECT")
+    block = image.block
+    data = os.urandom(4 * block)
+    # Not aligned, in the middle of a page: what a disk cannot reach is copied.
+    memory = memoryview(bytearray(8 * block + 3))
+    memory[3 : 3 + len(data)] = data
+    image.write(2 * block, [memory[3 : 3 + block], memory[3 + block : 3 + 4 * block]])
+    image.flush()
+    assert path.read_bytes()[2 * block : 6 * block] == data
+    into = [memoryview(bytearray(size)) for size in (1, 3 * block - 1, block)]
+    image.read(2 * block, into)
+    assert b"".join(into) == data
+
+
+def test_a_file_that_was_truncated_is_neither_read_nor_written_beyond_its_end(
+    path: Path, opened: Callable[..., Image]
+) -> None:
+    image = opened(path)
+    os.truncate(path, 4096)
+    for call in (
+        lambda: image.read(0, [memoryview(bytearray(8192))]),
+        lambda: image.write(8192, [memoryview(bytes(512))]),
+        lambda: image.write_zeroes(8192, 512, unmap=True),
+        lambda: image.discard(8192, 512),
+    ):
+        with pytest.raises(OSError, match="has become shorter"):
+            call()
+    assert path.stat().st_size == 4096
+
+
+def test_discarded_and_zeroed_bytes_are_zeros(path: Path, opened: Callable[..., Image]) -> None:
+    image = opened(path)
+    before = path.stat().st_blocks
+    image.write_zeroes(512, 1024, unmap=False)
+    image.write_zeroes(2048, 512, unmap=True)
+    image.discard(64 << 10, 128 << 10)
+    data = path.read_bytes()
+    assert data[512:1536] == bytes(1024)
+    assert data[1536:1544] == (3).to_bytes(8, "little")
+    assert data[2048:2560] == bytes(512)
+    assert data[64 << 10 : 192 << 10] == bytes(128 << 10)
+    assert path.stat().st_blocks < before
+    assert path.stat().st_size == 1 << 20
+
+
+def test_zeroes_are_written_where_the_file_system_cannot_punch(
+    path: Path, opened: Callable[..., Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Image, mode: int, at: int, size: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(Image, "_allocate", refuse)
+    monkeypatch.setattr(module, "_ZEROS", bytes(4096))
+    image = opened(path)
+    image.write_zeroes(512, 10240, unmap=True)
+    image.discard(0, 512)
+    data = path.read_bytes()
+    assert data[512:10752] == bytes(10240)
+    assert data[10752:10760] == (21).to_bytes(8, "little")
+
+
+def test_a_flush_that_failed_once_fails_for_good(
+    path: Path, opened: Callable[..., Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = opened(path)
+    answers = [OSError(errno.EIO, "Input/output error"), None]
+
+    def fdatasync(fd: int) -> None:
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(module.os, "fdatasync", fdatasync)
+    for _ in range(2):  # the kernel tells of a lost write once, and the guest must not miss it
+        with pytest.raises(OSError, match="Input/output error"):
+            image.flush()
