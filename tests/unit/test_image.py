@@ -70,7 +70,7 @@ def test_one_writer_alone_has_an_image(path: Path, opened: Callable[..., Image])
     one, other, reader = opened(path), opened(path), opened(path, readonly=True)
     one.lock()
     one.lock()
-    with pytest.raises(HostError, match="another process uses it; .* readonly=on"):
+    with pytest.raises(HostError, match=r"another process uses it; .* readonly=on"):
         other.lock()
     with pytest.raises(HostError, match="another process uses it"):
         reader.lock()
@@ -111,7 +111,8 @@ def test_qemu_refuses_an_image_in_use_and_is_refused(
     image.unlock()
     held = ["qemu-io", "-f", "raw", str(path)]
     with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdin is not None and holder.stdout is not None
+        assert holder.stdin is not None
+        assert holder.stdout is not None
         holder.stdin.write(b"read 0 512\n")
         holder.stdin.flush()
         assert holder.stdout.readline()  # it has the image open

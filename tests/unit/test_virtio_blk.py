@@ -68,7 +68,7 @@ class Gate(Image):
         super().write(at, parts)
 
 
-# --- what the guest sees ----------------------------------------------------------------------------
+# --- what the guest sees --------------------------------------------------------------------------
 def test_the_configuration_is_the_specifications(disk: Callable[..., Disk]) -> None:
     one = disk(queues=2, queue_size=128, discard=True)
     config = one.blk.config()
@@ -207,7 +207,7 @@ def test_pages_that_are_written_are_marked(disk: Callable[..., Disk], memory: Gu
     assert pages | {status.address >> 12} <= marked
 
 
-# --- several at once --------------------------------------------------------------------------------
+# --- several at once ------------------------------------------------------------------------------
 def test_requests_that_wait_for_the_disk_do_not_wait_for_each_other(
     disk: Callable[..., Disk], path: Path
 ) -> None:
@@ -266,7 +266,7 @@ def test_a_reset_waits_for_what_is_in_flight(disk: Callable[..., Disk], path: Pa
     assert status.length == 1
 
 
-# --- errors of the host -----------------------------------------------------------------------------
+# --- errors of the host ---------------------------------------------------------------------------
 def test_an_error_is_reported_to_the_guest(disk: Callable[..., Disk], path: Path) -> None:
     gate = Gate(path)
     gate.open.set()
@@ -345,7 +345,7 @@ def test_a_hostile_retry_is_refused(disk: Callable[..., Disk]) -> None:
             one.pci.load(replace(state, device=replace(state.device, retries=retries)))
 
 
-# --- what one VM alone may have ---------------------------------------------------------------------
+# --- what one VM alone may have -------------------------------------------------------------------
 def test_the_lock_goes_over(disk: Callable[..., Disk], path: Path, memory: GuestMemory) -> None:
     one, other = disk(), Disk(memory, DiskConfig("disk0", str(path)), probe=False)
     one.blk.acquire()
