@@ -1,0 +1,129 @@
+"""What one VM alone may have goes over with the guest, and comes back with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from godwit.errors import HostError
+from godwit.hw.device import OwnsHostState
+from godwit.migration.times import Times
+from godwit.spec.runstate import RunState
+from migration_bench import Migration
+
+
+class Lock:
+    """A lock that one of several has, and what happened to it, in order."""
+
+    def __init__(self) -> None:
+        self.owner: Part | None = None
+        self.log: list[str] = []
+
+
+class Part(OwnsHostState):
+    """A part that is to have the lock while its guest runs."""
+
+    def __init__(self, name: str, lock: Lock) -> None:
+        self.name, self.lock = name, lock
+        self.refuses: str | None = None
+        self.keeps: str | None = None
+
+    def sync(self) -> None:
+        if self.lock.log[-1:] != [f"{self.name} syncs"]:
+            self.lock.log.append(f"{self.name} syncs")
+
+    def release(self) -> None:
+        if self.keeps:
+            raise HostError(self.keeps)
+        if self.lock.owner is self:
+            self.lock.owner = None
+            self.lock.log.append(f"{self.name} releases")
+
+    def acquire(self) -> None:
+        if self.lock.owner is self:
+            return
+        if self.refuses or self.lock.owner is not None:
+            raise HostError(self.refuses or "another has it")
+        self.lock.owner = self
+        self.lock.log.append(f"{self.name} acquires")
+
+
+class Rig:
+    """A migration whose NICs have such a part."""
+
+    def __init__(self, folder: Path) -> None:
+        self.lock = Lock()
+        self.migration = Migration(folder, times=Times(silence=5.0, marker=0.0, late=0.0))
+        self.here, self.there = Part("source", self.lock), Part("destination", self.lock)
+        for side, part in ((self.migration.here, self.here), (self.migration.there, self.there)):
+            (device,) = (one for one in side.machine.devices if one.id == "nic0")
+            parts = (*device.parts(), part)
+            device.parts = lambda parts=parts: parts  # type: ignore[method-assign,misc]
+            side.machine.devices._found.clear()
+        self.here.acquire()
+
+    def close(self) -> None:
+        self.migration.close()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    rig = Rig(tmp_path)
+    yield rig
+    rig.close()
+
+
+def test_it_goes_over_at_the_commit(rig: Rig) -> None:
+    rig.migration.run()
+    assert rig.migration.running == (False, True)
+    assert rig.lock.owner is rig.there
+    order = [entry for entry in rig.lock.log if "syncs" not in entry]
+    assert order == ["source acquires", "source releases", "destination acquires"]
+    assert rig.lock.log[1] == "source syncs", "ahead of the stop"
+
+
+def test_a_guest_that_came_paused_has_it_too(rig: Rig) -> None:
+    rig.migration.there.migrations.autostart = False
+    rig.migration.run()
+    assert rig.migration.running == (False, False)
+    assert rig.lock.owner is rig.there
+
+
+def test_a_destination_that_cannot_have_it_gives_the_guest_back(rig: Rig) -> None:
+    rig.there.refuses = "somebody has the disk"
+    rig.migration.run()
+    assert rig.migration.running == (True, False)
+    assert rig.lock.owner is rig.here
+    error = rig.migration.source.report.error
+    assert error is not None
+    assert "the destination gave the guest up: device 'nic0': somebody has the disk" in error
+    assert rig.migration.here.states.current is RunState.RUNNING
+    rig.migration.there.wait_failed()
+
+
+def test_a_source_that_cannot_release_it_keeps_the_guest(rig: Rig) -> None:
+    rig.here.keeps = "the disk cannot be flushed"
+    rig.migration.run()
+    assert rig.migration.running == (True, False)
+    assert rig.migration.source.report.error == "device 'nic0': the disk cannot be flushed"
+
+
+@pytest.mark.parametrize("before", [RunState.RUNNING, RunState.PAUSED])
+def test_a_guest_that_cannot_have_it_back_stays_stopped_until_it_can(
+    rig: Rig, before: RunState
+) -> None:
+    if before is RunState.PAUSED:
+        rig.migration.here.machine.pause()
+        rig.migration.here.states.set(before)
+    rig.there.refuses = rig.here.refuses = "a third has the disk"
+    rig.migration.run()
+    assert rig.migration.running == (False, False)
+    assert rig.migration.here.states.current is RunState.PAUSED
+    error = rig.migration.source.report.error
+    assert error is not None
+    assert "on the guest's way back: device 'nic0': a third has the disk" in error
+    rig.here.refuses = None
+    rig.migration.here.machine.resume()
+    assert rig.lock.owner is rig.here
