@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from vm_bench import ONE_BACKEND, Bench, Watched
+from vm_bench import Bench, Watched
 
 from lab.agent import Agent
 from lab.scenario import wait_for
 
-pytestmark = ONE_BACKEND
 
 _SIZE = 8 << 20
 
