@@ -15,7 +15,6 @@ from vm_bench import Bench, Watched
 from lab.agent import Agent
 from lab.scenario import wait_for
 
-
 _SIZE = 8 << 20
 
 
