@@ -1,0 +1,168 @@
+"""A stock Debian image boots from its disk, learns who it is, and moves while fio writes and checks.
+
+Judges: fio's own verify, the guest's kernel log, and fsck on the image afterwards.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from vm_bench import Bench, Watched
+
+from lab import debian
+from lab.scenario import wait_for
+
+_MEMORY = "768M"
+#: Writes of random blocks, each read back and compared soon after, until it is stopped.
+_FIO = (
+    "fio --name=verify --filename=/var/tmp/fio.data --size=48m --rw=randwrite --bs=4k --direct=1 "
+    "--ioengine=libaio --iodepth=8 --verify=crc32c --verify_fatal=1 --verify_backlog=64 "
+    "--fsync=32 --loops=1000000 --output=/var/tmp/fio.txt"
+)
+
+
+@dataclass
+class Debian:
+    """A Debian guest, wherever it runs."""
+
+    bench: Bench
+    image: Path
+    disk: tuple[str, str]
+    shell: debian.Shell
+    argv: list[str]
+    vm: Watched
+
+    def target(self) -> Watched:
+        """A process on the other host that waits for it, and has the same image."""
+        host = self.bench.other(self.vm)
+        argv = ("--incoming", "defer", *self.disk, "--machine", "godwit-0.3")
+        vm = self.bench.run(host, *argv, memory=_MEMORY)
+        vm.qmp.execute("query-status")
+        return vm
+
+    def boot(self) -> None:
+        """Start it, and wait until it can be reached."""
+        self.vm = self.bench.run(self.bench.net.a, *self.argv, memory=_MEMORY)
+        self.vm.wait_console("login:", 400)
+
+    def fio_runs(self) -> bool:
+        return self.shell.run("systemctl is-active fio || true").strip() == "active"
+
+    def start_fio(self) -> None:
+        self.shell.run(f"systemctl reset-failed fio 2>/dev/null; systemd-run --unit=fio {_FIO}")
+        wait_for(self.fio_runs, 60)
+
+    def check_disk(self) -> None:
+        """The guest is gone: its file system is whole."""
+        argv = ["e2fsck", "-fn", str(self.image)]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def replay(self) -> None:
+        """The guest is gone as by a power cut: its journal makes the file system whole."""
+        argv = ["e2fsck", "-fp", str(self.image)]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert done.returncode in (0, 1), done.stdout + done.stderr
+        self.check_disk()
+
+
+@pytest.fixture(scope="module")
+def guest(bench: Bench) -> Iterator[Debian]:
+    bench.drop_guest()
+    image = debian.cached()
+    assert image is not None, "no Debian image in the cache: run scripts/setup"
+    disk = image.copy(bench.folder / "debian.raw")
+    disk.chmod(0o600)
+    key = debian.make_key(bench.folder)
+    given = ("--disk", f"path={disk},discard=on")
+    argv = [*image.boot, *debian.identity("lab-guest", key), *given]
+    vm = bench.run(bench.net.a, *argv, memory=_MEMORY)
+    guest = Debian(bench, disk, given, debian.Shell(key, bench.net.client.netns), argv, vm)
+    vm.wait_console("login:", 400)
+    yield guest
+    bench.drop_guest()
+    disk.unlink()
+
+
+def test_it_boots_and_knows_who_it_is(guest: Debian) -> None:
+    shell = guest.shell
+    assert shell.run("hostname").strip() == "lab-guest"
+    as_op = debian.Shell(guest.shell.key, guest.shell.netns, "op")
+    assert as_op.run("id -un").strip() == "op"
+    wait_for(lambda: "running" not in shell.run("cloud-init status"), 240)
+    assert "done" in shell.run("cloud-init status")
+    assert shell.run("systemctl --failed --no-legend").strip() == ""
+    assert shell.run("systemd-detect-virt").strip() == "kvm"
+    assert shell.run("findmnt -no SOURCE /").strip() == "/dev/vda"
+
+
+def test_it_moves_while_fio_writes_and_checks(guest: Debian) -> None:
+    guest.start_fio()
+    for _ in range(3):
+        target = guest.target()
+        guest.vm.start_migration(guest.bench.listen(target))
+        info = guest.vm.wait_migration(120)
+        assert info["status"] == "completed", info
+        guest.bench.retire(guest.vm)
+        guest.vm = target
+        assert guest.fio_runs(), guest.shell.run("cat /var/tmp/fio.txt; journalctl -u fio -n 20")
+    guest.shell.run("systemctl kill --signal=INT fio")
+    wait_for(lambda: not guest.fio_runs(), 120)
+    assert "err= 0" in guest.shell.run("cat /var/tmp/fio.txt")
+    log = guest.shell.run("journalctl -k --no-pager")
+    assert not [line for line in log.splitlines() if "vda" in line and "error" in line.lower()]
+    (disk,) = [d for d in guest.vm.qmp.execute("query-devices") if d["kind"] == "virtio-blk"]
+    assert disk["counters"]["errors"] == 0
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_kills_at_random_moments_leave_one_guest_and_a_whole_disk(guest: Debian, seed: int) -> None:
+    kill_one(guest, random.Random(seed))
+
+
+def kill_one(guest: Debian, dice: random.Random) -> None:
+    """Kill one end of a migration at a random moment: one guest is left, or none and its disk."""
+    if not guest.vm.alive:
+        guest.boot()
+    if not guest.fio_runs():
+        guest.start_fio()
+    source, target = guest.vm, guest.target()
+    source.start_migration(guest.bench.listen(target))
+    victim = dice.choice((source, target))
+    moment = dice.choice(("active", "device", "later"))
+    if moment != "later":
+        source.event("MIGRATION", lambda data: data["status"] == moment, 60)
+    else:
+        source.wait_migration(120)
+    victim.kill()
+    survivor = target if victim is source else source
+    if victim is target:
+        wait_for(lambda: _settled(source), 120)
+    else:
+        wait_for(lambda: not target.alive or target.status() == "running", 120)
+    if survivor.alive and survivor.status() == "running":
+        guest.vm = survivor
+        assert guest.fio_runs(), guest.shell.run("cat /var/tmp/fio.txt; journalctl -u fio -n 20")
+    else:
+        for vm in (source, target):
+            vm.close()
+        guest.vm = victim
+        guest.replay()
+
+
+def _settled(source: Watched) -> bool:
+    """Whether it is known where the guest is: it runs here, or went."""
+    return source.status() in ("running", "postmigrate")
+
+
+def test_it_powers_off_and_leaves_a_clean_disk(guest: Debian) -> None:
+    if not guest.vm.alive:
+        guest.boot()
+    guest.vm.qmp.execute("system_powerdown")
+    assert guest.vm.wait(240) == 0
+    guest.check_disk()
