@@ -1,4 +1,4 @@
-"""A stock Debian image for the lab, built once by scripts/debian-image, and what tells it who it is."""
+"""A stock Debian image for the lab, by scripts/debian-image, and what tells it who it is."""
 
 from __future__ import annotations
 

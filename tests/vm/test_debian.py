@@ -1,4 +1,4 @@
-"""A stock Debian image boots from its disk, learns who it is, and moves while fio writes and checks.
+"""A stock Debian image boots from its disk, learns who it is, and moves while fio writes.
 
 Judges: fio's own verify, the guest's kernel log, and fsck on the image afterwards.
 """
