@@ -12,11 +12,16 @@ EXPECTED = {
     "prelaunch": "running inmigrate restore-vm shutdown",
     "inmigrate": "prelaunch-migrate shutdown internal-error",
     "prelaunch-migrate": "running shutdown internal-error",
-    "running": ("paused finish-migrate save-vm shutdown guest-panicked internal-error prelaunch"),
+    "running": (
+        "paused io-error finish-migrate save-vm shutdown guest-panicked internal-error prelaunch"
+    ),
     "paused": "prelaunch running finish-migrate save-vm shutdown guest-panicked internal-error",
-    "finish-migrate": "prelaunch running paused postmigrate shutdown guest-panicked internal-error",
+    "io-error": "prelaunch running finish-migrate save-vm shutdown guest-panicked internal-error",
+    "finish-migrate": (
+        "prelaunch running paused io-error postmigrate shutdown guest-panicked internal-error"
+    ),
     "postmigrate": "shutdown",
-    "save-vm": "running paused shutdown internal-error",
+    "save-vm": "running paused io-error shutdown internal-error",
     "restore-vm": "prelaunch-migrate shutdown internal-error",
     "shutdown": "",
     "guest-panicked": "shutdown",

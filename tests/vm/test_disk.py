@@ -86,7 +86,7 @@ def test_a_guest_reads_and_writes_its_disk_here_and_there(
         "conv=fsync 2>/dev/null || touch /tmp/broken; n=$((n+1)); echo $n > /tmp/rounds; done) "
         "> /dev/null 2>&1 &"
     )
-    wait_for(lambda: int(agent.sh("cat /tmp/rounds || echo 0") or 0) > 2, 60)
+    wait_for(lambda: int(agent.sh("cat /tmp/rounds 2>/dev/null || echo 0") or 0) > 2, 60)
     bench.move(guest, target)
     after = int(agent.sh("cat /tmp/rounds"))
     wait_for(lambda: int(agent.sh("cat /tmp/rounds") or 0) > after + 2, 60)
