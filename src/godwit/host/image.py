@@ -1,4 +1,4 @@
-"""A disk image: a raw file or block device, its size, its lock, and what is done to its bytes.
+"""A disk image: a raw file or block device with size, lock, and operations on the bytes.
 
 The lock is QEMU's (block/file-posix.c): a byte of the file for each thing that its holder does, and
 one for each that nobody else may do meanwhile, locked as an open file description. So qemu-img and
@@ -123,7 +123,7 @@ class Image:
 
     # --- the lock ---------------------------------------------------------------------------------
     def lock(self) -> None:
-        """Lock the image against writers, and against readers of what is written here.
+        """Take the lock, against writers and against readers of data written here.
 
         Raises:
             HostError: another has it.
@@ -154,7 +154,7 @@ class Image:
         self._forget_cached()
 
     def unlock(self) -> None:
-        """Give the lock back. An image without a lock stays so."""
+        """Give back the lock, if the image has one."""
         self._locked = False
         self._set_lock(fcntl.F_UNLCK, _DOES, _ALONE + 100 - _DOES)
 
@@ -239,7 +239,7 @@ class Image:
                 _copy(parts, buffer, out=True)
 
     def flush(self) -> None:
-        """Bring all that was written to the disk.
+        """Flush all data written to the image to the disk.
 
         Raises:
             OSError: the host cannot, or could not before: it tells of that once only.
@@ -255,7 +255,7 @@ class Image:
             raise
 
     def discard(self, at: int, size: int) -> None:
-        """Give ``size`` bytes at ``at`` back to the host, if it takes them."""
+        """Give ``size`` bytes at ``at`` back to a host with support for discarding."""
         try:
             self._allocate(_PUNCH_HOLE | _KEEP_SIZE, at, size)
         except OSError as error:

@@ -63,7 +63,7 @@ class RngConfig(NamedTuple):
 
 
 class OnError(StrEnum):
-    """What is done about a disk's error: the guest is told, or the VM stops until its cont."""
+    """A disk's way with an error: the guest is told, or the VM stops until cont."""
 
     REPORT = "report"
     STOP = "stop"

@@ -60,7 +60,7 @@ class Retry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Stamp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What tells whether an image was written since: device, inode, time of the last change."""
+    """The device, inode and time of the last change of an image, by which a later write shows."""
 
     device: U64
     inode: U64
@@ -147,7 +147,7 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, ReportsIoErrors
         return dict(self._counts)
 
     def config(self) -> bytes:
-        """Return the disk's configuration."""
+        """Return the disk's part of the configuration."""
         return self._config
 
     # --- life -------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, ReportsIoErrors
         self._workers.start(kicks)
 
     def stop(self) -> None:
-        """Take no more requests from the queues. Those that were taken are done."""
+        """Take no more requests from the queues. Requests in flight are finished."""
         if self.started:
             self.started = False
             self._workers.stop()
@@ -176,7 +176,7 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, ReportsIoErrors
         return self._workers.stopped(timeout)
 
     def reset(self) -> None:
-        """Forget the requests that were to be tried again."""
+        """Forget the requests to be tried again."""
         self._retries.clear()
 
     def close(self) -> None:
@@ -256,14 +256,14 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, ReportsIoErrors
 
     # --- what one VM alone may have ---------------------------------------------------------------
     def sync(self) -> None:
-        """Bring what was written to the disk, so that :meth:`release` has less to do."""
+        """Flush the image early, to leave less to :meth:`release`."""
         try:
             self._image.flush()
         except OSError:
             pass  # the image remembers, and a release or the guest's flush fails
 
     def release(self) -> None:
-        """Flush the image, and give its lock back.
+        """Flush the image, and give back the lock.
 
         Raises:
             HostError: what the guest wrote is not on the disk.
@@ -277,7 +277,7 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, ReportsIoErrors
         self._image.unlock()
 
     def acquire(self) -> None:
-        """Lock the image.
+        """Take the lock of the image.
 
         Raises:
             HostError: another has it.
@@ -285,7 +285,7 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, ReportsIoErrors
         self._image.lock()
 
     def check_kept(self) -> None:
-        """Refuse a disk that was written after the guest was saved.
+        """Refuse a disk written after the guest was saved.
 
         A copy of the image, which has another inode, is taken to be from that time.
 

@@ -39,12 +39,12 @@ class Request(NamedTuple):
 
     @property
     def operation(self) -> str:
-        """What it does, as QMP names it: read or write."""
+        """The operation's name in QMP: read or write."""
         return "read" if self.kind in (IN, GET_ID) else "write"
 
 
 class Done(NamedTuple):
-    """The end of a request: its status, and the bytes written to guest memory but for that."""
+    """The end of a request: status, and bytes written to guest memory before the status."""
 
     request: Request
     status: int
@@ -174,7 +174,7 @@ class Doer:
         return Done(request, OK, written)
 
     def _clear(self, request: Request) -> Done:
-        """Discard segments, or write zeroes there."""
+        """Execute a discard, or a write of zeroes, of all segments."""
         discard = request.kind == DISCARD
         size = sum(map(len, request.outward))
         if not size or size % _SEGMENT.size or size > MAX_SEGMENTS * _SEGMENT.size:

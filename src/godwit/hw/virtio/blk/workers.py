@@ -67,7 +67,7 @@ class Workers:
         os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
-        """Take no more requests. Those that were taken are done."""
+        """Take no more requests from now on. Requests in flight are finished."""
         self._started = False
         self._kicks = ()
         os.eventfd_write(self._wake, 1)
@@ -140,7 +140,7 @@ class Workers:
         return requests
 
     def _serve(self, requests: list[Request]) -> None:
-        """Do requests, the first that may wait for a disk without the turn."""
+        """Do requests, giving the turn away before the first with a wait for a disk."""
         ends: list[Done | Failed] = []
         slow: Request | None = None
         for index, request in enumerate(requests):
