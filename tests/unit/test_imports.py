@@ -67,7 +67,7 @@ def test_a_guest_is_on_its_way_before_its_devices_are_imported() -> None:
     found = {name for name in loaded("godwit.cli.main", "godwit.cli.run") if "godwit" in name}
     modules = {name.removeprefix("godwit.") for name in found if name.count(".") > 1}
     assert {name for name in modules if not name.startswith(("host.", "spec."))} == {
-        *("cli.main", "cli.run", "cli.sandbox", "machine.board", "machine.vcpu"),
+        *("cli.keyboard", "cli.main", "cli.run", "cli.sandbox", "machine.board", "machine.vcpu"),
         *("hw.acpi", "hw.aml", "hw.boot", "hw.bus", "hw.console", "hw.layout", "hw.memory"),
         "hw.smbios",
     }

@@ -101,7 +101,7 @@ PAUSABLE = "prelaunch prelaunch-migrate running paused"
 #: Command -> the states it is allowed in, once more by hand; the others: everywhere.
 ALLOWED = {
     "stop": PAUSABLE,
-    "cont": PAUSABLE,
+    "cont": f"{PAUSABLE} io-error",
     "system_powerdown": "running paused",
     "migrate": "running paused",
     "migrate-incoming": "inmigrate",

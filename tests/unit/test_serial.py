@@ -1,5 +1,7 @@
 """The 16550A: registers, loopback, interrupts, a sink that is full, saved state."""
 
+from collections.abc import Callable
+
 import pytest
 
 from godwit.hw.serial import Serial, SerialState
@@ -99,8 +101,95 @@ def test_input_is_bounded_and_says_so(port: Port) -> None:
     assert port.uart.receive(b"x") == 0
     port.read(RX_THR)
     assert port.uart.receive(b"xy") == 1
-    port.write(IIR_FCR, 3)  # clear the receiver's FIFO
+    assert port.uart.receive(b"z") == 0
+
+
+def typed(port: Port) -> bytes:
+    """All that a driver reads while there is something."""
+    seen = bytearray()
+    while port.read(LSR) & DATA:
+        seen.append(port.read(RX_THR))
+    return bytes(seen)
+
+
+def test_what_was_typed_before_the_driver_came_is_not_lost(port: Port) -> None:
+    port.uart.receive(b"typed early, more than sixteen bytes")
+    assert port.read(LSR) & DATA  # a driver that polls would read it
+    # Linux's autoconfig and startup (drivers/tty/serial/8250/8250_port.c).
+    port.write(IER, 0x0F)
+    port.write(IER, 0)
+    for fcr in (1, 7, 0):
+        port.write(IIR_FCR, fcr)
     assert not port.read(LSR) & DATA
+    assert port.read(RX_THR) == 0
+    port.uart.receive(b", and late")
+    assert port.read(RX_THR) == 0
+    port.write(IER, 5)
+    assert port.line
+    assert typed(port) == b"typed early, more than sixteen bytes, and late"
+    assert not port.line
+    # A driver with interrupts on that clears the FIFO means what has arrived.
+    port.uart.receive(bytes(20))
+    port.write(IIR_FCR, 3)
+    assert len(typed(port)) == 4
+
+
+def test_rts_holds_the_line(port: Port) -> None:
+    port.write(IER, 1)
+    port.uart.receive(b"no driver has raised it")
+    assert typed(port) == b"no driver has raised it"
+    port.write(MCR, 0x0B)
+    port.uart.receive(b"up")
+    assert typed(port) == b"up"
+    port.write(MCR, 0x09)
+    port.uart.receive(b"down, so it waits")
+    assert not port.line
+    assert typed(port) == b""
+    port.write(MCR, 0x0B)
+    assert port.line
+    assert typed(port) == b"down, so it waits"
+
+
+def test_a_pasted_text_comes_in_pieces_and_whole() -> None:
+    later: list[Callable[[], None]] = []
+    rooms: list[int] = []
+    edges: list[bool] = []
+    uart = Serial(Sink(), edges.append, later=later.append)
+    uart.on_room = lambda: rooms.append(1)
+    text = bytes(range(256)) * 800
+    waiting, seen = bytearray(text), bytearray()
+    uart.write(IER, 1, 1)
+    del waiting[: uart.receive(bytes(waiting))]
+    while len(seen) < len(text):
+        if rooms:
+            rooms.clear()
+            del waiting[: uart.receive(bytes(waiting))]
+        before = len(seen)
+        while uart.read(LSR, 1) & DATA:
+            seen.append(uart.read(RX_THR, 1))
+        assert len(seen) - before <= 16
+        assert len(later) <= 1
+        while later:
+            later.pop()()
+    assert seen == text
+
+
+def test_waiting_input_moves_and_interrupts_there(port: Port) -> None:
+    later: list[Callable[[], None]] = []
+    edges: list[bool] = []
+    uart = Serial(Sink(), edges.append, later=later.append)
+    uart.write(IER, 1, 1)
+    uart.receive(bytes(range(40)))
+    assert bytes(uart.read(RX_THR, 1) for _ in range(16)) == bytes(range(16))
+    assert edges == [True, False]  # the next come later
+    port.uart.load(decode(encode(uart.save()), SerialState))
+    port.uart.resume()
+    assert port.line
+    assert typed(port) == bytes(range(16, 40))
+    uart.pause()
+    assert edges[-1]  # before the interrupt controllers are saved
+    uart.reset()
+    assert uart.save().received == bytes(range(32, 40)), "nobody took it"
 
 
 def test_loopback(port: Port) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pty
 import select
@@ -81,3 +82,16 @@ def test_a_shell_in_the_guest_and_the_escape(terminal: Terminal) -> None:
     terminal.wait(b"left the console; the VM ends")
     assert terminal.process.wait(30) == 0
     assert termios.tcgetattr(terminal.slave) == terminal.before
+
+
+def test_nothing_typed_or_pasted_is_lost(terminal: Terminal) -> None:
+    terminal.wait(b"ctrl-] ends the VM")
+    terminal.type(b"echo early $((40+4))\r")  # no driver has the port yet
+    terminal.wait(b"early 44")
+    lines = [f"{number:08} {'pasted ' * 7}" for number in range(200_000 // 58)]
+    terminal.type(b"stty -echo; echo ready; cat > /tmp/pasted; sha256sum /tmp/pasted\r")
+    terminal.wait(b"\nready")
+    # What a terminal sends for a paste: as much as it takes, at once.
+    text = "".join(f"{line}\n" for line in lines).encode()
+    terminal.type(text + b"\x04")
+    terminal.wait(hashlib.sha256(text).hexdigest().encode(), 300)

@@ -117,7 +117,9 @@ def nothing_broke(bench: Bench) -> Iterator[None]:
     yield
     for vm in bench.vms:
         broken = _BROKEN.search(vm.console)
-        assert broken is None, f"{vm.name} printed {broken}:\n{vm.console[-3000:]}"
+        if broken is not None:
+            around = vm.console[max(0, broken.start() - 1500) : broken.end() + 1500]
+            pytest.fail(f"{vm.name} printed {broken}:\n{around}")
 
 
 #: The data paths, by the keys of ``--nic``: what uses ``guest`` runs on each of them. A module to

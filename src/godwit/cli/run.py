@@ -27,13 +27,12 @@ from godwit.machine.vcpu import install_kick_handler
 from godwit.spec.config import VmConfig, parse_cpu, parse_devices, parse_memory, parse_smbios
 from godwit.spec.machine_types import DEFAULT, machine_type
 
+from .keyboard import Keyboard
 from .sandbox import Sandbox
 
 if TYPE_CHECKING:
     from godwit.migration.wire.address import Credentials
     from godwit.vm.vm import Vmm
-
-_ESCAPE = 0x1D  # ctrl-]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -217,27 +216,18 @@ def _input(loop: Loop, vmm: Vmm, interactive: bool, log: Callable[[str], None]) 
         return
     before = termios.tcgetattr(fd) if os.isatty(fd) else None
 
-    def typed() -> None:
-        data = os.read(fd, 1024)
-        if not data:
-            loop.unwatch(fd)
-        elif before is not None and _ESCAPE in data:
-            vmm.machine.serial.receive(data[: data.index(_ESCAPE)])
-            log("left the console; the VM ends")
-            vmm.end_by_signal()
-        else:
-            vmm.machine.serial.receive(data)
+    def escaped() -> None:
+        log("left the console; the VM ends")
+        vmm.end_by_signal()
 
     if before is not None:
         log("ctrl-] ends the VM")
         tty.setraw(fd)
+    keyboard = Keyboard(loop, vmm.machine.serial, fd, None if before is None else escaped)
     try:
-        try:
-            loop.watch(fd, typed)
-        except PermissionError:
-            pass  # a regular file or /dev/null: nothing to wait for
+        keyboard.start()
         yield
     finally:
-        loop.unwatch(fd)
+        keyboard.close()
         if before is not None:
             termios.tcsetattr(fd, termios.TCSADRAIN, before)

@@ -34,6 +34,8 @@ from .vcpu import StopReason, VcpuThread
 _PLAUSIBLE_S = 2.0
 #: How long devices may take to finish the work in flight at a pause, seconds.
 PAUSE_S = 10.0
+#: Between two fillings of the UART's FIFO, seconds: the guest is left time to use what it read.
+_SERIAL_GAP_S = 0.0005
 
 #: Receives the name of a phase that has ended.
 OnPhase = Callable[[str], None]
@@ -81,7 +83,7 @@ class Machine:
         self._intx = IntxLines(self.vm)
         with ExitStack() as undo:
             undo.callback(self._close_devices)
-            self._make_platform(console)
+            self._make_platform(console, loop)
             for number, config in enumerate(self.config.devices, 1):
                 slot = self._slot(number, loop, on_guest_error)
                 self.devices.add(registry.make(config, slot))
@@ -105,8 +107,12 @@ class Machine:
         return [thread.vcpu for thread in self.vcpus]
 
     # --- making the devices -----------------------------------------------------------------------
-    def _make_platform(self, console: Console) -> None:
-        self.serial = serial.Serial(console, lambda level: self.vm.irq_line(serial.GSI, level))
+    def _make_platform(self, console: Console, loop: Loop) -> None:
+        self.serial = serial.Serial(
+            console,
+            lambda level: self.vm.irq_line(serial.GSI, level),
+            later=lambda callback: loop.call_later(_SERIAL_GAP_S, callback),
+        )
         console.on_space = self.serial.space_again
         self.pm1 = power.Pm1(
             lambda level: self.vm.irq_line(layout.SCI_GSI, level),

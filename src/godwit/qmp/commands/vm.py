@@ -197,7 +197,7 @@ COMMANDS = {
     # QEMU lets a guest go on at the source of a migration that succeeded: two of it would run.
     # In inmigrate it notes 'start on arrival'; here --autostart has that meaning, and cont is
     # refused.
-    "cont": Command(_cont, states=_PAUSABLE),
+    "cont": Command(_cont, states=_PAUSABLE | {_S.IO_ERROR}),
     "system_powerdown": Command(_powerdown, states=states(_S.RUNNING, _S.PAUSED)),
     "quit": Command(_quit),
     # Clients ask for it where they know no other way; CommandNotFound would not name one.
