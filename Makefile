@@ -13,7 +13,7 @@ help:
 	@echo 'make test-networks   other projects'\'' networks and programs, the dear tests too'
 	@echo 'make test-hosts   guests between emulated hosts of unlike CPUs'
 	@echo 'make test-judges   clients made for QEMU, on our QMP server'
-	@echo 'make bench  Godwit and QEMU side by side (QUICK=1: once, under four minutes;'
+	@echo 'make bench  Godwit and QEMU side by side (QUICK=1: once, under six minutes;'
 	@echo '            QEMU=PATH: another QEMU; BASE=PATH: another checkout of Godwit instead)'
 	@echo 'make check  format, lint, types, import direction, unit tests'
 	@echo 'make setup  install what is missing (the others do it too)'

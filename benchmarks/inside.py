@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lab.errors import LabError
 from lab.network import Host, Network
 from lab.vm import LabVm, vm_folder
 
-from . import machines, parts, plan
+from . import disk, machines, parts, plan
 from .machines import Image
 
 
@@ -64,6 +65,8 @@ def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
                     sample = parts.limit()
                 else:
                     if guest is None:
+                        if job.guest == "disk":
+                            image = replace(image, disks=disk.make(folder))
                         net = stack.enter_context(Network())
                         guest = parts.Measured(job, rates, image, net, folder, stack)
                     sample = getattr(guest, _METHODS.get(part, part))()

@@ -15,6 +15,7 @@ from lab.errors import LabError
 from lab.network import Host
 from lab.vm import LabVm
 
+from .disk import Disk
 from .plan import BASE, CPUS, IN_PROCESS, QEMU
 
 MAC = "52:54:00:67:77:01"
@@ -38,6 +39,7 @@ class Image:
     qemu: str = qemu.PROGRAM
     base: str = ""
     """Another checkout of Godwit."""
+    disks: tuple[Disk, ...] = ()
 
     @property
     def boot(self) -> tuple[str, str, str]:
@@ -85,8 +87,10 @@ def boot(vmm: str, name: str, folder: Path, host: Host, memory_mb: int, image: I
     """Start a process that boots a guest."""
     if vmm == QEMU:
         argv = qemu.arguments(memory_mb, CPUS, host.tap, MAC, image.boot)
+        argv += [word for number, disk in enumerate(image.disks) for word in disk.qemu(number)]
         return qemu.Qemu(name, folder, argv, host.netns, image.qemu)
     argv = ["--kernel", image.kernel, "--initrd", image.initrd, "--append", guest.CMDLINE]
+    argv += [word for disk in image.disks for word in disk.godwit()]
     return _godwit(vmm, name, folder, argv, host, memory_mb, image)
 
 

@@ -16,13 +16,14 @@ BASE = "base"
 IN_PROCESS = "godwit-in-process"
 
 #: Guests by name -> RAM, MB.
-MEMORY_MB = {"small": 128, "hot": 512, "large": 2048, "in-process": 128}
+MEMORY_MB = {"small": 128, "hot": 512, "large": 2048, "in-process": 128, "disk": 256}
 #: Their parts, in order. All but boot, memory, network and limit are migrations.
 PARTS = {
     "small": ("boot", "memory", "network", "idle", "idle-again", "udp", "tcp"),
     "hot": ("hot",),
     "large": ("2g", "limit"),
     "in-process": ("network",),
+    "disk": ("fio",),
 }
 #: Part that migrates -> the load. An idle guest migrates twice, with pings in two networks one
 #: after the other, or each network's gap would have one sample or two.
@@ -35,7 +36,7 @@ MIGRATIONS = {
     "2g": "2g",
 }
 #: Time that a job may take in the emulated lab, seconds: twice the usual.
-DEADLINE_S = {"small": 140, "hot": 60, "large": 110, "in-process": 60}
+DEADLINE_S = {"small": 140, "hot": 60, "large": 110, "in-process": 60, "disk": 150}
 
 CPUS = 2
 HOT_MB = 64
@@ -43,6 +44,8 @@ POPULATED_MB = 1536
 LIMIT_MB = 512
 #: A part that failed so often is given up.
 ATTEMPTS = 2
+#: Repetitions of the disk's part, which takes its time.
+DISK_REPETITIONS = 3
 NETWORKS = ("untagged", "vlan100", "vlan200")
 
 
@@ -59,7 +62,7 @@ class Rates:
     families_at_once: int = 2
     """Address families of the numbered flows."""
     stream_s: int = 5
-    """Length of a measurement of throughput, seconds."""
+    """Length of a measurement of throughput, of the network's or of a disk's, seconds."""
     round_trips: int = 500
 
 
@@ -93,6 +96,8 @@ def jobs(repetitions: int, compared: Sequence[str] = (QEMU,)) -> list[Job]:
             if number >= len(NETWORKS):  # each network had its numbered flows by then
                 parts = tuple(part for part in parts if part != "udp")
             found += _turns(guest, number, parts, compared)
+        if number < DISK_REPETITIONS:
+            found += _turns("disk", number, PARTS["disk"], compared)
         if number % 3 == 0 and QEMU in compared:  # held against its vhost-net
             found.append(Job("in-process", IN_PROCESS, number, PARTS["in-process"]))
     return found
@@ -103,7 +108,8 @@ def quick_jobs(compared: Sequence[str] = (QEMU,)) -> list[Job]:
     found = _turns("small", 0, ("boot", "memory", "network", "idle"), compared)
     for guest in ("large", "hot"):
         found += _turns(guest, 0, PARTS[guest], compared)
-    return [*found, *_turns("small", 0, ("udp", "tcp"), compared)]
+    found += _turns("small", 0, ("udp", "tcp"), compared)
+    return [*found, *_turns("disk", 0, PARTS["disk"], compared)]
 
 
 def _turns(guest: str, number: int, parts: tuple[str, ...], compared: Sequence[str]) -> list[Job]:

@@ -115,7 +115,18 @@ def _marks(result: dict[str, Any]) -> Table:
 
 
 #: Names in the table's order. A quantity that is not named comes last.
-_FIRST = ("boot", "vmm_memory", "throughput", "round", "total", "downtime", "pause", "gap", "bytes")
+_FIRST = (
+    "boot",
+    "vmm_memory",
+    "throughput",
+    "round",
+    "total",
+    "downtime",
+    "pause",
+    "gap",
+    "bytes",
+    "disk",
+)
 
 
 def _order(name: str) -> tuple[int, str]:

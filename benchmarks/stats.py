@@ -94,6 +94,9 @@ def quantities(rows: Iterable[Row]) -> dict[str, Values]:
             found[f"throughput_{kind}_to_guest"][vmm].append(row["out"] / 1e6)
             found[f"throughput_{kind}_from_guest"][vmm].append(row["in"] / 1e6)
             found[f"round_trip_{kind}"][vmm].append(row["round_trip_ms"])
+        elif part == "fio":
+            for name, rate in row["fio"].items():
+                found[f"disk_{name}"][vmm].append(rate / 1e6)
         elif part in MIGRATIONS:
             for name, value in _of_migration(row):
                 found[name][vmm].append(value)
@@ -163,6 +166,8 @@ MARKS = (
     Mark("gap", 0.6, 0.4),
     Mark("vmm_memory", 0.8, 0.5),
     Mark("throughput_vhost", 0.95, 1.0, higher=True),
+    Mark("disk_seq_read", 0.9, 1.0, higher=True),
+    Mark("disk_seq_write", 0.9, 1.0, higher=True),
 )
 #: The mark of the copy's rate by the plain socket loop's.
 LIMIT = Mark("copy_2g", 0.6, 0.85, higher=True)

@@ -19,7 +19,7 @@ LISTS = {
 #: There for tests, by `modprobe` through the agent's `sh`.
 EXTRA = (
     *("bonding", "bridge", "dummy", "macvlan", "macvtap", "tun", "veth", "vrf", "virtio_mmio"),
-    *("pvpanic_mmio", "virtio_blk", "virtio_rng"),
+    *("ext4", "pvpanic_mmio", "virtio_blk", "virtio_rng"),
 )
 
 WATCHFUL_CMDLINE = (
