@@ -2,7 +2,7 @@
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup demo lab test fuzz test-networks test-hosts test-judges bench check clean
+.PHONY: help setup demo lab test fuzz test-networks test-hosts test-judges soak bench check clean
 
 help:
 	@echo 'make demo   move a running guest between two hosts and judge it'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test-networks   other projects'\'' networks and programs, the dear tests too'
 	@echo 'make test-hosts   guests between emulated hosts of unlike CPUs'
 	@echo 'make test-judges   clients made for QEMU, on our QMP server'
+	@echo 'make soak   kills and migrations in a row, under load (MOVES=30)'
 	@echo 'make bench  Godwit and QEMU side by side (QUICK=1: once, under six minutes;'
 	@echo '            QEMU=PATH: another QEMU; BASE=PATH: another checkout of Godwit instead)'
 	@echo 'make check  format, lint, types, import direction, unit tests'
@@ -43,6 +44,11 @@ test-networks: setup
 
 test-hosts: setup
 	@scripts/unlike-hosts
+
+# Twenty kills during migrations of a Debian guest that writes, then migrations in a row under load.
+soak: setup
+	@scripts/vm-tests tests/vm/test_debian.py --whole
+	@$(BIN)/python -m benchmarks.soak --moves $(or $(MOVES),30)
 
 test-judges: setup
 	@scripts/qmp-judges

@@ -120,7 +120,13 @@ def test_it_moves_while_fio_writes_and_checks(guest: Debian) -> None:
     assert disk["counters"]["errors"] == 0
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Three kills, or with ``--whole`` twenty."""
+    if "seed" in metafunc.fixturenames:
+        whole = metafunc.config.getoption("--whole")
+        metafunc.parametrize("seed", range(1, 21 if whole else 4))
+
+
 def test_kills_at_random_moments_leave_one_guest_and_a_whole_disk(guest: Debian, seed: int) -> None:
     kill_one(guest, random.Random(seed))
 
