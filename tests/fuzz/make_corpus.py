@@ -13,6 +13,7 @@ from godwit.spec import saved
 
 from . import (
     conversation,
+    fuzz_blk,
     fuzz_control,
     fuzz_dissect,
     fuzz_e1000,
@@ -38,6 +39,7 @@ def main() -> None:
         "dissect": _dissect(),
         "virtio": _virtio(),
         "control": _control(),
+        "blk": _blk(),
         "e1000": _e1000(),
         "platform": _platform(),
         "migrations": _migrations(),
@@ -278,6 +280,28 @@ def _virtio() -> Inputs:
             found[f"{kind}-{name}"] = bytes([how]) + part
     for how, kind in ((fuzz_virtio.PLAIN, "plain"), (fuzz_virtio.SMALL, "small"), (16, "unmerged")):
         found[f"{kind}-all"] = bytes([how]) + parts["all"]
+    return found
+
+
+def _blk() -> Inputs:
+    request, segment = fuzz_blk.request, fuzz_blk.segment
+    block, everything = bytes(range(256)) * 2, bytes((fuzz_blk.DISCARDS | fuzz_blk.ODD,))
+    last = 127
+    each = {
+        "read": request(0, 3, space=512) + request(0, 0, space=4096, cut=0xFF),
+        "write": request(1, 3, block)
+        + request(1, last, block * 2, cut=3)
+        + request(0, 3, b"", 512),
+        "flush-and-identity": request(2) + request(3, space=19) + request(3, space=40, cut=0xFC),
+        "discard": request(4, 0, segment(1, 2) + segment(last, 2))
+        + request(4, 0, segment(0, 1, 1)),
+        "zeroes": request(5, 0, segment(0, 8, 1)) + request(5, 0, segment(1 << 40, 1)),
+        "beyond": request(0, 1 << 60, space=512, form=3) + request(1, last + 1, block * 4),
+        "no-status": request(0, 0, space=512, form=10) + request(6) + request(7, space=5),
+        "quick": b"".join(request(kind, 5, block, 512, 18) for kind in range(8)),
+    }
+    found = {name: everything + data for name, data in each.items()}
+    found["readonly"] = bytes((fuzz_blk.READONLY,)) + b"".join(each.values())
     return found
 
 

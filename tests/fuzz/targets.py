@@ -13,6 +13,7 @@ NAMES = (
     "dissect",
     "virtio",
     "control",
+    "blk",
     "e1000",
     "platform",
     "migrations",
