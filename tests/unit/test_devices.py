@@ -273,6 +273,8 @@ def _request_to_disk(rig: Rig) -> Check:
         assert other.memory.read(data, 8) == pack("<Q", 3)
         assert other.memory.read(data + 512, 1) == b"\0"
 
+    return check
+
 
 def _make_vsock(rig: Rig) -> Device:
     device = VirtioVsock("vsock0", 7, rig.memory, rig.loop, FakeVhostVsock)
