@@ -272,9 +272,9 @@ class ReservesAhead(ABC):
 
     @abstractmethod
     def reserve(self, same_host: bool) -> None:
-        """Make sure that :meth:`OwnsHostState.acquire` will succeed.
+        """Make sure of a later :meth:`OwnsHostState.acquire`.
 
-        With ``same_host`` the source runs on this very kernel, and has it until its release.
+        With ``same_host`` the source runs on this very kernel, and is the holder until the release.
 
         Raises:
             HostError: another has it; the message names what, and the remedy.

@@ -1,8 +1,8 @@
-"""A ring that vhost fills in place of the guest's, so that each buffer that is written is seen.
+"""A ring for vhost to fill in place of the guest's, by which each written buffer is seen.
 
-vhost-vsock logs the used ring that it writes, but not the buffers (drivers/vhost/vsock.c gives
+vhost-vsock logs the used ring, but not the buffers (drivers/vhost/vsock.c gives
 vhost_get_vq_desc no log), so a migration would leave behind what the guest has received and not
-read. While a migration logs, this process moves the guest's buffers into a ring of its own, and the
+read. While a migration logs, this process moves the guest's buffers into a ring of our own, and the
 used ones back: the guest's queue marks their pages.
 """
 
@@ -31,7 +31,7 @@ _fence = threading.Lock()
 
 
 class CopiedRing:
-    """A ring of :data:`SIZE` descriptors in this process, and the eventfds of its vhost ring.
+    """A ring of :data:`SIZE` descriptors in this process, and the eventfds of vhost's side.
 
     Attributes:
         kick: notifies vhost of buffers.
@@ -57,10 +57,10 @@ class CopiedRing:
         return base, base + _USED_AT, base + _AVAIL
 
     def fill(self, budget: Budget) -> None:
-        """Lend vhost what the guest has put into its queue, as far as there is space.
+        """Lend vhost what the guest has put into the queue, as far as there is space.
 
         Raises:
-            GuestError: a buffer that nothing can be received in.
+            GuestError: nothing can be received in a buffer.
         """
         lent = len(self._lent)
         while budget.left:

@@ -1,4 +1,4 @@
-"""virtio-vsock (virtio 1.2, 5.10): the kernel serves two of its rings, this process the events.
+"""virtio-vsock (virtio 1.2, 5.10): the kernel serves two of the rings, this process the events.
 
 The guest's CID is known to the whole kernel, so one VM alone may have it. Connections do not
 migrate: the host's end at the source is reset when the CID is given up, and the guest's end by an
@@ -55,7 +55,7 @@ class VsockState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VirtioVsock(VirtioDevice, OwnsHostState, ReservesAhead, Relocatable, LogsDirtyPages, Counts):
-    """The socket device with a CID, or with any that is free (None).
+    """The socket device with a CID, or with any free one (None).
 
     ``open_device`` opens one of the kernel's devices.
 
@@ -100,11 +100,11 @@ class VirtioVsock(VirtioDevice, OwnsHostState, ReservesAhead, Relocatable, LogsD
         self._offered |= self._supported & _F_SEQPACKET
 
     def properties(self) -> Mapping[str, str | int | None]:
-        """Return the CID, or None before it is chosen."""
+        """Return the CID, or None before one is chosen."""
         return {"cid": self.cid}
 
     def counters(self) -> Mapping[str, int]:
-        """Return how often the guest was notified that its connections are gone."""
+        """Return how often the guest was notified of lost connections."""
         return {"resets": self._resets}
 
     # --- the CID ----------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class VirtioVsock(VirtioDevice, OwnsHostState, ReservesAhead, Relocatable, LogsD
                 self.cid = cid
 
     def reserve(self, same_host: bool) -> None:
-        """Take the CID now, unless the source has it on this very host.
+        """Take the CID now, unless the source is on this very host.
 
         Raises:
             HostError: another guest has the CID.
@@ -132,7 +132,7 @@ class VirtioVsock(VirtioDevice, OwnsHostState, ReservesAhead, Relocatable, LogsD
         """Give the CID up, by which the host's connections are reset.
 
         Raises:
-            HostError: it could not be taken back.
+            HostError: the CID could not be taken back.
         """
         with self.lock:
             if self._device is None or not self._has_cid:
@@ -221,7 +221,7 @@ class VirtioVsock(VirtioDevice, OwnsHostState, ReservesAhead, Relocatable, LogsD
             self._rings.stop()
 
     def reset(self) -> None:
-        """Forget the event: a driver that begins has no connections."""
+        """Forget the event: a driver has no connections at first."""
         self._reset_due = False
 
     def vector_changed(self, index: int) -> None:
@@ -255,7 +255,7 @@ class VirtioVsock(VirtioDevice, OwnsHostState, ReservesAhead, Relocatable, LogsD
 
     # --- the event queue --------------------------------------------------------------------------
     def relocated(self) -> None:
-        """Have the guest reset its connections, whose other ends stayed behind (5.10.6.7)."""
+        """Have the guest reset connections whose other ends stayed behind (5.10.6.7)."""
         with self.lock:
             self._reset_due = True
 
