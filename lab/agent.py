@@ -181,6 +181,14 @@ class Agent:
             raise AgentError(f"in the guest, {command!r} ended with {last}: {output}")
         return output
 
+    def vsock(self, command: str, timeout_s: float = 60.0) -> str:
+        """Have the guest serve or use vsock streams (guest_files/vsock.c); returns the answer.
+
+        Raises:
+            AgentError: the command failed.
+        """
+        return self.ask(f"vsock {command}", timeout_s)
+
     def join(self, group: str, interface: str = "eth0") -> None:
         """Make the guest a member of a multicast group, whose packets reach its sink."""
         self.ask(f"join {group} {interface}")

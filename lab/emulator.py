@@ -23,7 +23,7 @@ CPU = "EPYC"
 MODULES = {
     "root": ("9pnet_virtio", "9p", "overlay"),
     "kvm": ("kvm_amd",),
-    "net": ("vhost_net", "tun", "veth", "bridge", "8021q"),
+    "net": ("vhost_net", "vhost_vsock", "tun", "veth", "bridge", "8021q"),
 }
 MARKER = "GODWIT_LAB"
 """Environment variable set for commands inside the emulated host."""

@@ -34,6 +34,9 @@ void join_group(struct reply *reply, const char *arguments);
 /* tcp.c: TCP servers: echo, discard, and a source. */
 void start_tcp(void);
 
+/* vsock.c: streams between the guest and its host by vsock. */
+void vsock_command(struct reply *reply, const char *arguments);
+
 /* memory.c: memory whose contents can be judged after a migration. */
 void memory_command(struct reply *reply, const char *arguments);
 void hot_command(struct reply *reply, const char *arguments);

@@ -106,7 +106,7 @@ static void (*answer(struct reply *reply, const char *request))(void)
 		{ "mem ", memory_command }, { "hot ", hot_command },
 		{ "udp-send ", udp_send }, { "sh ", shell },
 		{ "hang ", hang }, { "flood ", flood },
-		{ "join ", join_group },
+		{ "join ", join_group }, { "vsock ", vsock_command },
 	};
 
 	for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) {

@@ -12,8 +12,8 @@ _MRG_RXBUF = 1 << 15
 _VERSION_1 = 1 << 32
 
 
-class FakeVhost(vhost.Vhost):
-    """A :class:`godwit.host.vhost.Vhost` without a kernel, with rings of index 0 and 1.
+class FakeVhost(vhost.VhostNet):
+    """A :class:`godwit.host.vhost.VhostNet` without a kernel, with rings of index 0 and 1.
 
     Attributes:
         backends: of each ring, the tap's descriptor, or -1.

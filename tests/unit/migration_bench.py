@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -35,8 +35,14 @@ class Side:
         failures: why no guest came.
     """
 
-    def __init__(self, state: RunState, times: Times, cpu: FakeCpu | None = None) -> None:
-        self.host = Host(config(NIC), cpu=cpu)
+    def __init__(
+        self,
+        state: RunState,
+        times: Times,
+        cpu: FakeCpu | None = None,
+        devices: Sequence[tuple[str, str]] = (NIC,),
+    ) -> None:
+        self.host = Host(config(*devices), cpu=cpu)
         self.machine = self.host.machine
         self.states = RunStates(state)
         self.uplinks = [Uplink(nic, self.host.loop) for nic in self.machine.nics]
@@ -95,10 +101,13 @@ class Migration:
         through: Path | None = None,
         times: Times = IMPATIENT,
         cpus: tuple[FakeCpu | None, FakeCpu | None] = (None, None),
+        here: Sequence[tuple[str, str]] = (NIC,),
+        there: Sequence[tuple[str, str]] = (NIC,),
     ) -> None:
         self.far = folder / "far"
         self._through = through or self.far
-        self.here, self.there = Side(S.RUNNING, times, cpus[0]), Side(S.INMIGRATE, times, cpus[1])
+        self.here = Side(S.RUNNING, times, cpus[0], here)
+        self.there = Side(S.INMIGRATE, times, cpus[1], there)
         self.here.machine.memory.view(0, 64 * PAGE)[:] = bytes(range(1, 251)) * 1048 + bytes(144)
         self.here.machine.resume()
         #: The destination's process was ended from outside: what it does counts no more.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,12 +35,14 @@ from godwit.hw.virtio.net.userspace import UserspaceBackend
 from godwit.hw.virtio.net.vhost import VhostBackend
 from godwit.hw.virtio.pci import VirtioPci
 from godwit.hw.virtio.rng import VirtioRng
+from godwit.hw.virtio.vsock.device import VirtioVsock
 from godwit.spec import saved
 from godwit.spec.config import DiskConfig
 from tests.fakes.driver import Part
 from tests.fakes.slot import Board
 from tests.fakes.tap import FakeTap
 from tests.fakes.vhost import FakeVhost
+from tests.fakes.vhost_vsock import FakeVhostVsock
 from virtio_bench import MAC, SLOT, Guest
 
 ETHERNET = b"\xff" * 6 + MAC + b"\x08\0" + bytes(46)
@@ -273,6 +276,42 @@ def _request_to_disk(rig: Rig) -> Check:
     return check
 
 
+def _make_vsock(rig: Rig) -> Device:
+    device = VirtioVsock("vsock0", 7, rig.memory, rig.loop, FakeVhostVsock)
+    device.acquire()
+    return VirtioPci(device, rig.board.slot(SLOT))
+
+
+def _drive_vsock(rig: Rig) -> None:
+    guest = _probe(rig)
+    assert guest.device_config()[:8] == (7).to_bytes(8, "little")
+    guest.queues[2].add_in(4)
+
+
+def _event_without_a_buffer(rig: Rig) -> Check:
+    guest = _probe(rig)
+    events = guest.queues[2]
+    rig.pause()
+    cast(VirtioVsock, rig.pci.device).relocated()
+    rig.device.resume()
+    rig.serve()
+
+    def check(other: Rig) -> None:
+        device = cast(VirtioVsock, other.pci.device)
+        if other is not rig:  # as for each guest that arrives
+            other.pause()
+            device.relocated()
+            other.device.resume()
+        (buffer,) = events.add_in(4)
+        os.eventfd_write(other.pci.kick_fd(2), 1)
+        other.serve()
+        assert [length for _, length in events.take_all()] == [4]
+        assert other.memory.read(buffer.address, 4) == bytes(4)
+        assert device.counters() == {"resets": 1}
+
+    return check
+
+
 def _make_serial(rig: Rig) -> Device:
     return Serial(rig, rig.set_level)
 
@@ -348,6 +387,7 @@ CASES = {
     ),
     "virtio-blk": Case(_make_blk, _drive_blk, _request_to_disk),
     "virtio-rng": Case(_make_rng, _drive_rng, _request_beyond_the_limit),
+    "virtio-vsock": Case(_make_vsock, _drive_vsock, _event_without_a_buffer),
     "serial": Case(_make_serial, _drive_serial, _input_that_nobody_read),
     "power": Case(_make_power, _drive_power, _button_that_nobody_saw),
     "pci-host": Case(_make_pci, _drive_pci, _half_an_access),

@@ -10,7 +10,7 @@ from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
 from godwit.hw.nic.nic import RxFilterInfo
 from godwit.qmp import commands
 from godwit.qmp.commands import COMMANDS, announce, devices, migration, network, vm
-from godwit.qmp.controller import Controller
+from godwit.qmp.controller import Controller, DeviceView
 from godwit.qmp.protocol import CommandNotFound
 from godwit.spec import events, machine_types
 from godwit.spec.parameters import (
@@ -82,8 +82,11 @@ class Vm:
     def announce_info(self) -> list[dict[str, object]]:
         return self.announced
 
-    def devices(self) -> list[tuple[str, str, dict[str, int]]]:
-        return [("rng0", "virtio-rng", {"bytes": 7}), ("power0", "power", {})]
+    def devices(self) -> list[DeviceView]:
+        return [
+            ("vsock0", "virtio-vsock", {"resets": 1}, {"cid": 7}),
+            ("power0", "power", {}, {}),
+        ]
 
     def rx_filters(self, name: str | None) -> list[tuple[str, RxFilterInfo]]:
         if name is not None and name not in self.filters:
@@ -509,8 +512,13 @@ def test_events_with_reasons() -> None:
     assert events.migration("active") == ("MIGRATION", {"status": "active"})
 
 
-def test_devices_are_listed_with_their_counters() -> None:
+def test_devices_are_listed_with_counters_and_properties() -> None:
     assert run(Vm(S.FINISH_MIGRATE), "query-devices") == [
-        {"id": "rng0", "kind": "virtio-rng", "counters": {"bytes": 7}},
-        {"id": "power0", "kind": "power", "counters": {}},
+        {
+            "id": "vsock0",
+            "kind": "virtio-vsock",
+            "counters": {"resets": 1},
+            "properties": {"cid": 7},
+        },
+        {"id": "power0", "kind": "power", "counters": {}, "properties": {}},
     ]

@@ -513,7 +513,7 @@ def test_a_panic_reboots(rebooting: Place) -> None:
 
 def test_counters_and_filters_are_by_device() -> None:
     place = Place(NIC, RNG)
-    counters = {(id, kind): dict(counts) for id, kind, counts in place.vm.devices()}
+    counters = {(id, kind): dict(counts) for id, kind, counts, _ in place.vm.devices()}
     assert counters[("dice", "virtio-rng")] == {"requests": 0, "bytes": 0}
     assert ("nic0", "virtio-net") in counters
     assert counters[("serial0", "serial")] == {}

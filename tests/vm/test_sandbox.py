@@ -24,7 +24,7 @@ from lab.vm import vm_folder
 
 #: What a running VM may have open.
 _ITS_OWN = re.compile(
-    r"/dev/(null|kvm|net/tun|vhost-net)|/proc/\d+/pagemap|(anon_inode|socket|pipe):.*"
+    r"/dev/(null|kvm|net/tun|vhost-net|vhost-vsock)|/proc/\d+/pagemap|(anon_inode|socket|pipe):.*"
     r"|/memfd:.*|.*/(vmlinuz[^/]*|guest-\w+\.cpio)"
 )
 USER = 4711

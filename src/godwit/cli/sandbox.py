@@ -129,6 +129,8 @@ class Sandbox:
         for device in ("/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/null"):
             yield Rule(device, DEVICE)
         cpu = (given.cpu or "").partition(",")[0]  # a file, or a name, which is none
+        if any(option == "--vsock" for option, _ in given.devices):
+            yield Rule("/dev/vhost-vsock", DEVICE)
         # The files themselves, which may be links to elsewhere.
         tls = [os.path.join(given.tls, name) for name in TLS_FILES] if given.tls else []
         for path in (given.kernel, given.initrd, given.migration_secret, cpu, *tls):

@@ -1,4 +1,4 @@
-"""vhost-net: ioctl numbers, structs and the handle (include/uapi/linux/vhost.h, vhost_types.h)."""
+"""vhost: ioctl numbers, structs and handles (include/uapi/linux/vhost.h, vhost_types.h)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .ioctl import io, ioctl, ioctl_in, ioctl_out, ior, iow, iowr
 
 DEVICE = "/dev/vhost-net"
 
-_VHOST = 0xAF
+VHOST = 0xAF
 
 MEMORY_HEADER = Struct("=II")  # nregions, padding
 MEMORY_REGION = Struct("=QQQQ")  # guest_phys_addr, memory_size, userspace_addr, flags
@@ -20,18 +20,18 @@ VRING_STATE = Struct("=II")  # index, num
 VRING_ADDR = Struct("=IIQQQQ")  # index, flags, desc, used, avail, log_guest_addr
 VRING_FILE = Struct("=Ii")  # index, fd
 
-GET_FEATURES = ior(_VHOST, 0x00, 8)
-SET_FEATURES = iow(_VHOST, 0x00, 8)
-SET_OWNER = io(_VHOST, 0x01)
-SET_MEM_TABLE = iow(_VHOST, 0x03, MEMORY_HEADER.size)
-SET_LOG_BASE = iow(_VHOST, 0x04, 8)
-SET_VRING_NUM = iow(_VHOST, 0x10, VRING_STATE.size)
-SET_VRING_ADDR = iow(_VHOST, 0x11, VRING_ADDR.size)
-SET_VRING_BASE = iow(_VHOST, 0x12, VRING_STATE.size)
-GET_VRING_BASE = iowr(_VHOST, 0x12, VRING_STATE.size)
-SET_VRING_KICK = iow(_VHOST, 0x20, VRING_FILE.size)
-SET_VRING_CALL = iow(_VHOST, 0x21, VRING_FILE.size)
-NET_SET_BACKEND = iow(_VHOST, 0x30, VRING_FILE.size)
+GET_FEATURES = ior(VHOST, 0x00, 8)
+SET_FEATURES = iow(VHOST, 0x00, 8)
+SET_OWNER = io(VHOST, 0x01)
+SET_MEM_TABLE = iow(VHOST, 0x03, MEMORY_HEADER.size)
+SET_LOG_BASE = iow(VHOST, 0x04, 8)
+SET_VRING_NUM = iow(VHOST, 0x10, VRING_STATE.size)
+SET_VRING_ADDR = iow(VHOST, 0x11, VRING_ADDR.size)
+SET_VRING_BASE = iow(VHOST, 0x12, VRING_STATE.size)
+GET_VRING_BASE = iowr(VHOST, 0x12, VRING_STATE.size)
+SET_VRING_KICK = iow(VHOST, 0x20, VRING_FILE.size)
+SET_VRING_CALL = iow(VHOST, 0x21, VRING_FILE.size)
+NET_SET_BACKEND = iow(VHOST, 0x30, VRING_FILE.size)
 
 VRING_F_LOG = 1
 F_LOG_ALL = 1 << 26
@@ -39,31 +39,21 @@ LOG_PAGE = 4096
 
 
 class Vhost:
-    """An open ``/dev/vhost-net`` with two rings: 0 to the guest, 1 from the guest.
+    """An open vhost device, whose rings the kernel serves.
 
-    While a ring has a backend, the kernel serves the ring, and refuses another base. All methods
-    raise OSError when the kernel refuses.
-
-    Raises:
-        HostError: vhost-net is missing, or refuses; the message names the other backend.
+    While a ring is served, the kernel refuses another base. All methods raise OSError when the
+    kernel refuses.
     """
 
-    def __init__(self) -> None:
-        try:
-            self._fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise HostError(
-                f"{DEVICE}: {error.strerror}; load the module (modprobe vhost_net), or use the "
-                "in-process backend (vhost=off)"
-            ) from error
-        try:
-            ioctl(self._fd, SET_OWNER)
-        except OSError as error:
-            os.close(self._fd)
-            raise HostError(f"{DEVICE}: {error}; use the in-process backend (vhost=off)") from error
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def own(self) -> None:
+        """Give the device this process as its owner, once, before all else."""
+        ioctl(self._fd, SET_OWNER)
 
     def features(self) -> int:
-        """Return the feature bits vhost-net offers."""
+        """Return the feature bits the kernel offers."""
         raw = bytearray(8)
         ioctl_out(self._fd, GET_FEATURES, raw)
         return int.from_bytes(raw, "little")
@@ -117,13 +107,6 @@ class Vhost:
         """Set the eventfd by which a ring interrupts the guest, -1 for none."""
         self._put(SET_VRING_CALL, VRING_FILE.pack(index, fd))
 
-    def set_backend(self, index: int, fd: int) -> None:
-        """Set the tap that serves a ring, -1 for none.
-
-        With -1 the kernel gives back the descriptors that were prefetched.
-        """
-        self._put(NET_SET_BACKEND, VRING_FILE.pack(index, fd))
-
     def close(self) -> None:
         """Close the descriptor, unless closed already."""
         if self._fd >= 0:
@@ -132,3 +115,33 @@ class Vhost:
 
     def _put(self, request: int, data: bytes) -> None:
         ioctl_in(self._fd, request, data)
+
+
+class VhostNet(Vhost):
+    """An open ``/dev/vhost-net`` with two rings: 0 to the guest, 1 from the guest.
+
+    Raises:
+        HostError: vhost-net is missing, or refuses; the message names the other backend.
+    """
+
+    def __init__(self) -> None:
+        try:
+            fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(
+                f"{DEVICE}: {error.strerror}; load the module (modprobe vhost_net), or use the "
+                "in-process backend (vhost=off)"
+            ) from error
+        super().__init__(fd)
+        try:
+            self.own()
+        except OSError as error:
+            self.close()
+            raise HostError(f"{DEVICE}: {error}; use the in-process backend (vhost=off)") from error
+
+    def set_backend(self, index: int, fd: int) -> None:
+        """Set the tap that serves a ring, -1 for none.
+
+        With -1 the kernel gives back the descriptors that were prefetched.
+        """
+        self._put(NET_SET_BACKEND, VRING_FILE.pack(index, fd))

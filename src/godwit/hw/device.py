@@ -263,6 +263,32 @@ class ReportsIoErrors(ABC):
     on_io_error: Callable[[IoError], None]
 
 
+class ReservesAhead(ABC):
+    """A part that can be sure before the guest stops of what it will acquire, as a guest's CID."""
+
+    @abstractmethod
+    def follow(self, properties: Mapping[str, str | int | None]) -> None:
+        """Take over from the source's properties what the configuration here leaves open."""
+
+    @abstractmethod
+    def reserve(self, same_host: bool) -> None:
+        """Make sure of a later :meth:`OwnsHostState.acquire`.
+
+        With ``same_host`` the source runs on this very kernel, and is the holder until the release.
+
+        Raises:
+            HostError: another has it; the message names what, and the remedy.
+        """
+
+
+class Relocatable(ABC):
+    """A part some of whose surroundings stay behind when the guest comes from elsewhere."""
+
+    @abstractmethod
+    def relocated(self) -> None:
+        """Have the guest learn so when it runs next, while paused, after :meth:`Device.load`."""
+
+
 class Counts(ABC):
     """A part that counts what it does."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from godwit.errors import ConfigError
-from godwit.spec.config import DeviceConfig, DiskConfig, NicConfig, RngConfig
+from godwit.spec.config import DeviceConfig, DiskConfig, NicConfig, RngConfig, VsockConfig
 
 from .device import Device, Slot
 
@@ -26,6 +26,7 @@ KINDS: dict[str, Kind] = {
     "e1000": Kind(NicConfig, "nic.e1000.nic"),
     "virtio-blk": Kind(DiskConfig, "virtio.blk.device"),
     "virtio-rng": Kind(RngConfig, "virtio.rng"),
+    "virtio-vsock": Kind(VsockConfig, "virtio.vsock.device"),
 }
 
 

@@ -262,7 +262,7 @@ class Restorer(Incoming):
 
     def _run(self) -> None:
         hello = self._file.expect_struct(Kind.HELLO, messages.Hello)
-        check(hello, self._guest.machine)
+        check(hello, self._guest.machine, kept=True)
         adopt(hello, self._guest.machine)
         self._receiver.receive(self._file)
         commit = self._file.expect_struct(Kind.COMMIT, messages.Commit)

@@ -103,11 +103,15 @@ class NetworkController(Protocol):
         """
 
 
+#: (id, kind, counters, properties) of a device, where counters and properties may be none.
+DeviceView = tuple[str, str, Mapping[str, int], Mapping[str, str | int | None]]
+
+
 class DeviceController(Protocol):
     """The part of the VM that knows the machine's devices."""
 
-    def devices(self) -> list[tuple[str, str, Mapping[str, int]]]:
-        """Return (id, kind, counters) of each device, where the counters may be none."""
+    def devices(self) -> list[DeviceView]:
+        """Return all devices, in the order in which they were made."""
 
 
 class Controller(

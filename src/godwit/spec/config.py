@@ -90,6 +90,15 @@ class DiskConfig(NamedTuple):
     kind: str = "virtio-blk"
 
 
+class VsockConfig(NamedTuple):
+    """The configuration of the guest's vsock."""
+
+    id: str
+    #: The guest's address; None: one that is free, or the source's.
+    cid: int | None = None
+    kind: str = "virtio-vsock"
+
+
 #: ``--cpu``: all that the host's CPU has and KVM offers.
 HOST_CPU = "host"
 
@@ -155,6 +164,9 @@ class VmConfig:
             raise ConfigError(f"{len(nics)} NICs; up to {MAX_NICS} are supported")
         if len(devices) > MAX_DEVICES:
             raise ConfigError(f"{len(devices)} devices; up to {MAX_DEVICES} are supported")
+        vsocks = [device for device in devices if isinstance(device, VsockConfig)]
+        if len(vsocks) > 1:
+            raise ConfigError(f"{len(vsocks)} times --vsock; a guest's kernel has one address")
         _check_own("devices", "id", [device.id for device in devices])
         _check_own("NICs", "tap", [nic.tap for nic in nics])
         _check_own("NICs", "mac", [format_mac(nic.mac) for nic in nics])
@@ -327,6 +339,20 @@ def parse_disk(text: str, index: int) -> DiskConfig:
     )
 
 
+def parse_vsock(text: str, index: int) -> VsockConfig:
+    """Return the vsock that ``--vsock`` describes, like ``cid=auto`` or ``cid=7,id=vsock0``.
+
+    Raises:
+        ConfigError: a key or value is wrong; the message names it, and what may stand there.
+    """
+    values = Values("--vsock", text, ("cid", "id"))
+    # 0 to 2 are the hypervisor's, the loopback's and the host's, the last one is any.
+    cid = None if values.get("cid") == "auto" else values.number("cid", 3, 0xFFFF_FFFE)
+    if cid is None and values.get("cid") != "auto":
+        raise ConfigError(f"--vsock {text!r}: cid= needs the guest's number, or auto")
+    return VsockConfig(values.id(f"vsock{index}"), cid)
+
+
 class DeviceOption(NamedTuple):
     """An option of ``godwit run`` that adds a device."""
 
@@ -354,6 +380,11 @@ DEVICE_OPTIONS = {
         parse_rng,
         "id=NAME[,KEY=VALUE...]",
         "a random number generator; keys: max-bytes (within a period), period (ms, default 1000)",
+    ),
+    "--vsock": DeviceOption(
+        parse_vsock,
+        "cid=N|auto[,id=NAME]",
+        "sockets between guest and host, whose address the guest's CID is; auto: a free one",
     ),
 }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from godwit.announce.uplink import Uplink
 from godwit.errors import GodwitError, MigrationError, StateError
-from godwit.hw.device import ChecksKept, Renews
+from godwit.hw.device import ChecksKept, Relocatable, Renews
 from godwit.machine.machine import Machine
 from godwit.spec.parameters import MigrationParameters
 from godwit.spec.runstate import RunState, RunStates
@@ -207,6 +207,8 @@ class Migrations:
                 raise MigrationError("the destination is closing")
             machine.devices.acquire()
             self._states.set(_S.PRELAUNCH_MIGRATE)
+            for moved in machine.devices.having(Relocatable):
+                moved.relocated()
             if incoming.kept:
                 for kept in machine.devices.having(ChecksKept):
                     kept.check_kept()
@@ -219,6 +221,7 @@ class Migrations:
                     machine.resume(incoming.phase)
                 except BaseException:
                     machine.pause()  # nothing of the guest runs once its source is refused
+                    machine.devices.release()
                     raise
                 # It runs: nothing but its own end may end it here from now on.
                 incoming.owned = True

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from godwit.migration.outgoing import Outgoing
     from godwit.migration.times import Times
     from godwit.migration.wire.address import Credentials
+    from godwit.qmp.controller import DeviceView
     from godwit.qmp.server import Server
 
 _S = RunState
@@ -200,12 +201,17 @@ class Vmm:
         self._filter_reported -= {nic.id for nic in nics}
         return [(nic.id, nic.rx_filter()) for nic in nics]
 
-    def devices(self) -> list[tuple[str, str, Mapping[str, int]]]:
-        """Return (id, kind, counters) of each device, where the counters may be none."""
+    def devices(self) -> list[DeviceView]:
+        """Return id, kind, counters and properties of each device."""
         devices = self.machine.devices
         parts = ((device, devices.part(device, Counts)) for device in devices)
         return [
-            (device.id, device.kind, part.counters() if part is not None else {})
+            (
+                device.id,
+                device.kind,
+                part.counters() if part is not None else {},
+                device.properties(),
+            )
             for device, part in parts
         ]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from godwit.errors import StreamError
-from godwit.hw.device import Device, Negotiates
+from godwit.errors import HostError, StreamError
+from godwit.host.boot import boot_id
+from godwit.hw.device import Device, Negotiates, ReservesAhead
 from godwit.machine import cpu
 from godwit.machine.machine import Machine
 from godwit.machine.state import VERSION
@@ -35,15 +36,19 @@ def describe(machine: Machine, token: bytes, cookie: bytes = b"") -> Hello:
         version=VERSION,
         cookie=cookie,
         cpu=cpu.describe(machine.board) if machine.config.machine.describes_cpu else None,
+        boot=boot_id() if machine.devices.having(ReservesAhead) else "",
     )
 
 
-def check(hello: Hello, machine: Machine) -> None:
+def check(hello: Hello, machine: Machine, *, kept: bool = False) -> None:
     """Refuse what this machine cannot become, before the guest is stopped.
+
+    The guest was ``kept`` in a file, or runs at its source.
 
     Raises:
         StreamError: the machines differ; the message names each difference.
     """
+    _follow(hello, machine)
     own = describe(machine, hello.token)
     differences = [
         f"{name}: {theirs} at the source, {ours} here"
@@ -60,8 +65,31 @@ def check(hello: Hello, machine: Machine) -> None:
         raise StreamError("the machines differ: " + "; ".join(differences))
     problems = [] if hello.cpu is None else cpu.problems(machine.board, hello.cpu)
     problems += [f"{nic.id}: {problem}" for nic in machine.nics for problem in nic.problems()]
+    if not problems:
+        problems += _reserve(
+            machine, same_host=not kept and bool(own.boot) and hello.boot == own.boot
+        )
     if problems:
         raise StreamError("this host cannot take the guest: " + "; ".join(problems))
+
+
+def _follow(hello: Hello, machine: Machine) -> None:
+    theirs = {device.id: device for device in hello.devices}
+    for device in machine.devices:
+        part = machine.devices.part(device, ReservesAhead)
+        if part is not None and device.id in theirs and theirs[device.id].kind == device.kind:
+            part.follow(theirs[device.id].properties)
+
+
+def _reserve(machine: Machine, same_host: bool) -> Iterator[str]:
+    """Yield what one VM alone may have, and another has."""
+    for device in machine.devices:
+        part = machine.devices.part(device, ReservesAhead)
+        if part is not None:
+            try:
+                part.reserve(same_host)
+            except HostError as error:
+                yield f"{device.id}: {error}"
 
 
 def adopt(hello: Hello, machine: Machine) -> None:

@@ -111,6 +111,8 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     cookie: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
     #: The guest's CPU, unless the machine type is of a time when HELLO did not describe it.
     cpu: Cpu | None = None
+    #: The boot of the source's kernel, if a device has what one VM of a kernel alone may have.
+    boot: Annotated[str, msgspec.Meta(max_length=64)] = ""
 
 
 class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

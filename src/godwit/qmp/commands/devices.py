@@ -10,15 +10,19 @@ from .registry import Arguments, Command
 
 
 class DeviceInfo(msgspec.Struct, frozen=True):
-    """A device, and its counters, of which some devices have none."""
+    """A device, what the guest sees of its configuration, and its counters, if it has any."""
 
     id: str
     kind: str
     counters: dict[str, int]
+    properties: dict[str, str | int | None]
 
 
 def _query_devices(controller: DeviceController, _: Arguments) -> list[DeviceInfo]:
-    return [DeviceInfo(id, kind, dict(counters)) for id, kind, counters in controller.devices()]
+    return [
+        DeviceInfo(id, kind, dict(counters), dict(properties))
+        for id, kind, counters, properties in controller.devices()
+    ]
 
 
 def _query_block(_: DeviceController, __: Arguments) -> list[object]:

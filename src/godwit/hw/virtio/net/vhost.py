@@ -16,7 +16,7 @@ from godwit.host.eventfd import drain
 from godwit.host.ioctl import address_of
 from godwit.host.loop import Loop, SoonCall
 from godwit.host.net.tap import Tap
-from godwit.host.vhost import DEVICE, F_LOG_ALL, LOG_PAGE, Vhost
+from godwit.host.vhost import DEVICE, F_LOG_ALL, LOG_PAGE, VhostNet
 from godwit.hw.device import LogsDirtyPages, guarded
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.rx_backlog import RxBacklog
@@ -50,7 +50,7 @@ class VhostBackend(LogsDirtyPages):
         loop: Loop,
         lock: threading.RLock,
         on_guest_error: Callable[[str], None],
-        device: Callable[[], Vhost] = Vhost,
+        device: Callable[[], VhostNet] = VhostNet,
     ) -> None:
         self._tap = tap
         self._memory = memory
