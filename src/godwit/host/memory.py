@@ -10,7 +10,7 @@ import fcntl
 import os
 
 _PROT_READ, _PROT_WRITE = 1, 2
-_MAP_SHARED, _MAP_FIXED = 1, 0x10
+_MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 1, 2, 0x10, 0x20, 0x4000
 _MADV_DONTNEED, _MADV_REMOVE = 4, 9  # asm-generic/mman-common.h
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
@@ -46,7 +46,22 @@ def sealed_memfd(name: str, size: int) -> int:
 
 def map_shared(address: int, size: int, fd: int, offset: int) -> None:
     """Map a file over a part of a mapping the caller owns. Raises OSError."""
-    got = _mmap(address, size, _PROT_READ | _PROT_WRITE, _MAP_SHARED | _MAP_FIXED, fd, offset)
+    _map(address, size, _MAP_SHARED, fd, offset)
+
+
+def map_private(address: int, size: int, fd: int, offset: int) -> None:
+    """Map a file likewise, with pages of our own once they are written. Raises OSError."""
+    _map(address, size, _MAP_PRIVATE | _MAP_NORESERVE, fd, offset)
+
+
+def map_zeros(address: int, size: int) -> None:
+    """Map zeros over a part of a mapping the caller owns. Raises OSError."""
+    _map(address, size, _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
+    advise_huge(address, size)
+
+
+def _map(address: int, size: int, flags: int, fd: int, offset: int) -> None:
+    got = _mmap(address, size, _PROT_READ | _PROT_WRITE, flags | _MAP_FIXED, fd, offset)
     if got != address:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
