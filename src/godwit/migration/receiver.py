@@ -115,6 +115,7 @@ class Receiver:
         Raises:
             StreamError, MigrationError: the state is wrong.
         """
+        self.realtime.begin()
         self._take_state(payload)
         self._settle()
 
