@@ -193,7 +193,6 @@ def test_ten_clones_share_their_pages(bench: Bench, guest: Guest) -> None:
 
 
 @pytest.mark.whole
-@ONE_BACKEND
 def test_the_first_instruction_does_not_wait_for_all_of_ram(bench: Bench) -> None:
     guest = bench.boot(memory="1G")
     guest.agent.mem_fill(700)
