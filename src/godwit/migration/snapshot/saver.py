@@ -212,6 +212,8 @@ class Saver(Outgoing):
     def _publish(self) -> None:
         """Make the file whole, and give it its name, with which the guest is there."""
         name = self._finish_file()
+        if not self._keeps:
+            self._machine.devices.release()
         with self._decision:
             self._check_given_up()
             try:
