@@ -32,7 +32,7 @@ def migrate(qmp: str, uri: str, insecure: bool) -> int:
 
 
 def save(qmp: str, file: str, keep_running: bool, compress: str | None) -> int:
-    """Save the guest behind ``qmp`` in a file, and return 0 once the file is whole.
+    """Have the guest behind ``qmp`` saved in a file, and return 0 once the file is whole.
 
     Raises:
         GodwitError: the save was refused or failed; the guest is where it was.

@@ -15,7 +15,7 @@ def take(fd: int, on_break: Callable[[], None]) -> None:
     """Take a lease on an open file, in the main thread, which calls ``on_break`` at a SIGIO.
 
     Raises:
-        OSError: another user's file (EACCES), one that is open for writing (EAGAIN), or a file
+        OSError: another user's file (EACCES), one open for writing (EAGAIN), or a file
             system without leases (EINVAL).
     """
     signal.signal(signal.SIGIO, lambda number, frame: on_break())
@@ -23,5 +23,5 @@ def take(fd: int, on_break: Callable[[], None]) -> None:
 
 
 def give_up(fd: int) -> None:
-    """Give a lease up. Raises OSError."""
+    """Give the lease on an open file up. Raises OSError."""
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)

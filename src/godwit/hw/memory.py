@@ -128,7 +128,7 @@ class GuestMemory:
         return runs
 
     def _with_file(self, region: Region, found: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return pages that exist, by host address, and those that the file has as well."""
+        """Return present pages, by host address, and the file's pages as well."""
         from godwit.host import pagemap
 
         for host, size, fd, at in self._backed:
@@ -163,7 +163,7 @@ class GuestMemory:
                     self._backed.append((host, size, fd, at + first))
 
     def leave_file(self) -> None:
-        """Copy what is a file's, while nobody uses RAM, so that the file is not needed any more.
+        """Copy the parts of RAM that are a file's, while nobody uses RAM, and need no file any more.
 
         Raises:
             OSError: the kernel refuses.

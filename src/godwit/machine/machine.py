@@ -336,8 +336,8 @@ class Machine:
     ) -> None:
         """Take over a saved state, while paused.
 
-        The guest's clock makes up for the time in between, unless that is longer than a migration's
-        and not ``clock_now``. ``received`` is the ``time.monotonic()`` at which the state came;
+        The guest's clock makes up for the time in between: for any with ``clock_now``, else for one
+        as long as a migration's. ``received`` is the ``time.monotonic()`` at which the state came;
         ``on_phase`` is called when a part is done.
 
         Raises:

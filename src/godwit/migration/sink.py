@@ -1,4 +1,4 @@
-"""Where a guest's bytes go: into a peer's stream here, into a file in :mod:`.snapshot.saver`."""
+"""Takers of a guest's bytes: a peer's stream here, a file in :mod:`.snapshot.saver`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Sink(ABC):
     @property
     @abstractmethod
     def sent(self) -> int:
-        """Bytes taken until now."""
+        """The number of bytes taken until now."""
 
     @abstractmethod
     def hello(self, hello: Hello) -> None:
@@ -27,15 +27,15 @@ class Sink(ABC):
 
     @abstractmethod
     def coming(self, runs: Sequence[Run]) -> None:
-        """Take the list of pages that the first round will bring."""
+        """Take the list of pages of the first round, ahead."""
 
     @abstractmethod
     def pages(self, runs: Sequence[Run]) -> int:
-        """Take pages as they are now, at most MAX_PAGES, and return the bytes of it all."""
+        """Take pages as they are now, at most MAX_PAGES, and return the bytes of all this."""
 
     @abstractmethod
     def zeros(self, runs: Sequence[Run], first: bool) -> None:
-        """Take pages of zeros, which they were from the beginning if in the ``first`` round."""
+        """Take pages of zeros, which are nothing new in the ``first`` round."""
 
     @abstractmethod
     def end_of_round(self) -> None:
@@ -43,7 +43,7 @@ class Sink(ABC):
 
     @abstractmethod
     def state(self, payload: bytes) -> None:
-        """Take everything but RAM."""
+        """Take the state: everything but RAM."""
 
 
 class StreamSink(Sink):
@@ -59,17 +59,17 @@ class StreamSink(Sink):
         return self._connection.sent
 
     def hello(self, hello: Hello) -> None:
-        """Send HELLO."""
+        """Send HELLO to the peer."""
         self._connection.send(Kind.HELLO, hello)
 
     def coming(self, runs: Sequence[Run]) -> None:
-        """Send PREFAULT."""
+        """Send PREFAULT messages to the peer."""
         for at in range(0, len(runs), 4096):
             table = messages.encode_runs(runs[at : at + 4096])
             self._connection.send_parts([messages.message(Kind.PREFAULT, table)])
 
     def pages(self, runs: Sequence[Run]) -> int:
-        """Send RAM."""
+        """Send a RAM message to the peer."""
         table = messages.encode_runs(runs)
         size = len(table) + pages_in(runs) * PAGE
         parts: list[bytes | memoryview] = [messages.header(Kind.RAM, size) + table]
@@ -84,9 +84,9 @@ class StreamSink(Sink):
             self._connection.send_parts([messages.message(Kind.ZERO, table)])
 
     def end_of_round(self) -> None:
-        """Send ROUND."""
+        """Send ROUND to the peer."""
         self._connection.send(Kind.ROUND)
 
     def state(self, payload: bytes) -> None:
-        """Send STATE."""
+        """Send STATE to the peer."""
         self._connection.send_parts([messages.header(Kind.STATE, len(payload)), payload])

@@ -70,7 +70,7 @@ class MigrationController(Protocol):
         """Start a save of the guest into the file at ``path``, with or without a compression.
 
         Raises:
-            ConfigError: the path is wrong, or there is nothing that compresses so.
+            ConfigError: the path is wrong, or there is no such compression.
             StateError: a migration is under way, the guest is dead, or a device may be in no
                 snapshot of a guest that runs on.
             The rest is reported by events, as of a migration.

@@ -1,4 +1,4 @@
-"""The operator's choices for a guest that comes from a file."""
+"""The operator's choices for a guest from a file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 
 class Restore(NamedTuple):
-    """How a guest is restored."""
+    """The manner in which a guest is restored."""
 
     lazy: bool = False
     """RAM is the file, page by page as touched, and checked meanwhile; or else read before."""
     clock_now: bool = False
-    """The guest's clocks go on from now; or else from when it was saved."""
+    """The guest's clocks go on from now; or else from when the guest was saved."""
 
 
 FULL = Restore()

@@ -103,7 +103,7 @@ class Migrations:
         The VM ends with a save after which the guest does not run on.
 
         Raises:
-            ConfigError: the path is wrong, or there is nothing that compresses so.
+            ConfigError: the path is wrong, or there is no such compression.
             StateError: a migration is under way, the guest is dead, or a device may be in no
                 snapshot of a guest that runs on.
         """

@@ -1,7 +1,7 @@
 """zstd for chunks of RAM: the standard library's (Python 3.14), else the package zstandard.
 
-Imported for a compressed snapshot alone. However small what is decompressed, its result has the
-length of the buffer that is given, and no window is larger than :data:`_WINDOW_LOG` allows.
+Imported for a compressed snapshot alone. However little is decompressed, the result has the length
+of the given buffer, and no window is larger than :data:`_WINDOW_LOG` allows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LEVEL = 3
 
 
 def compressor() -> Compress:
-    """Return a function that compresses.
+    """Return a function for compressing.
 
     Raises:
         ConfigError: there is no zstd.
@@ -37,7 +37,7 @@ def compressor() -> Compress:
 
 
 def decompressor() -> Decompress:
-    """Return a function that decompresses.
+    """Return a function for decompressing.
 
     Raises:
         ConfigError: there is no zstd.

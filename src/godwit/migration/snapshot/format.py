@@ -2,10 +2,10 @@
 
 A file has a header of one page, RAM, and an index, in this order, and nothing else. RAM is cut into
 chunks. Uncompressed, a chunk has its place, at :data:`RAM_AT` and the chunk's number times
-:data:`CHUNK`, so that the file can be mapped; chunks that were never written are holes. Compressed,
-the chunks that are not zeros follow each other from :data:`PAGE` on. The index has everything but
-RAM, and each chunk's length and checksum; the header has the index's checksum and its own. Numbers
-are little endian, checksums CRC-32 (zlib's).
+:data:`CHUNK`, for the file to be mapped; chunks never written are holes. Compressed, all chunks but
+zeros follow each other from :data:`PAGE` on. The index has everything but RAM, and each chunk's
+length and checksum; the header has the index's checksum and the header's. Numbers are little
+endian, checksums CRC-32 (zlib's).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _EARLIER = b"\x01\x02\0\0"
 
 
 class Header(NamedTuple):
-    """The first page: what the file is, and where its index is."""
+    """The first page: the kind of file, and the place of the index."""
 
     compression: str
     machine: str
@@ -58,7 +58,7 @@ class Header(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The size that the file has."""
+        """The size of the whole file."""
         return self.index_at + self.index_length
 
 
@@ -88,7 +88,7 @@ def most_index(memory: int) -> int:
 
 
 def encode_header(header: Header) -> bytes:
-    """Return the first page."""
+    """Return a header as the first page."""
     packed = _HEADER.pack(
         MAGIC,
         FORMAT,
@@ -104,7 +104,7 @@ def decode_header(page: bytes | bytearray) -> Header:
     """Return what the first page of a file says.
 
     Raises:
-        StreamError: no snapshot, one of another format, or one that was altered.
+        StreamError: no snapshot, one of another format, or an altered one.
     """
     if len(page) >= len(_EARLIER) and page.startswith(_EARLIER):
         raise StreamError(
@@ -147,7 +147,7 @@ def encode_index(index: Index) -> bytes:
 
 
 def decode_index(payload: bytes | bytearray, header: Header) -> tuple[Index, list[Chunk]]:
-    """Return the index, and where each chunk is, for the header that describes the file.
+    """Return the index, and the place of each chunk, of a file with this header.
 
     Raises:
         StreamError: the index was altered, or does not agree with the header.

@@ -1,7 +1,7 @@
-"""A snapshot's file as it is written: pages at their places, then checksums, index, and header.
+"""A snapshot's file while being written: pages at their places, then checksums, index, and header.
 
-Checksums are of what the file has, read back from it, chunk by chunk: so they need no guest that
-stands still, and what a page was before it was written again does not matter.
+Checksums are of the file's bytes, read back chunk by chunk: no guest has to stand still for them,
+and earlier versions of a page do not matter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ZEROS = bytes(CHUNK)
 
 
 class Guest(NamedTuple):
-    """What a file has of a guest beside its RAM."""
+    """A guest in a file, all but its RAM."""
 
     machine: str
     hello: bytes
@@ -35,7 +35,7 @@ class Image:
     """An uncompressed snapshot in the open file ``fd``, called ``name``, of a guest's ``memory``.
 
     Attributes:
-        written: bytes of pages that were written.
+        written: bytes of pages written.
     """
 
     def __init__(self, fd: int, name: str, memory: GuestMemory) -> None:
@@ -52,12 +52,12 @@ class Image:
     def hold(self, most: int) -> None:
         """Copy pages, up to ``most`` bytes, and write them at :meth:`release`.
 
-        For a guest that stands still: what more there is, is written at once.
+        For a guest that stands still. All beyond ``most`` is written at once.
         """
         self._space = most
 
     def release(self) -> None:
-        """Write the pages that were held.
+        """Write the pages held until now.
 
         Raises:
             LinkLost: the file cannot be written.
@@ -89,7 +89,7 @@ class Image:
 
     # --- what makes the file whole ----------------------------------------------------------------
     def checksum(self, check: Callable[[], None]) -> None:
-        """Compute the checksums of chunks that were written since the last call.
+        """Look at each chunk written since the last call, and keep its checksum.
 
         ``check`` is called between two chunks, and may raise.
 

@@ -1,8 +1,8 @@
-"""RAM that is a snapshot's file, private to the guest: pages come from there as they are touched.
+"""RAM from a snapshot's file, mapped privately: pages come from the file when touched.
 
-The file must stay as it is. A lease sees to it: whoever wants to write or truncate the file waits
+The file must not change. A lease is for that: whoever wants to write or truncate the file waits
 until the guest has a copy of its own. And a thread checks RAM from the start to the end while the
-guest runs. If a chunk is wrong, the guest stops: it may have read from there.
+guest runs. If a chunk is wrong, the guest stops: the guest may have read from there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Lazy:
     ``on_damaged(error)`` is called in the checking thread.
 
     Raises:
-        ConfigError: the file cannot be mapped into such RAM, or not be held as it is.
+        ConfigError: the file cannot be mapped into such RAM, or not be held unchanged.
     """
 
     def __init__(
@@ -84,18 +84,18 @@ class Lazy:
             raise StreamError(f"it cannot be mapped: {error}") from error
 
     def start(self) -> None:
-        """Begin to check RAM."""
+        """Begin to check RAM in a thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Check no further. RAM may not be used any more."""
+        """End the check, as RAM may not be used any more."""
         self._closing = True
         os.eventfd_write(self._wake, 1)
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
     def _asked(self) -> None:
-        """Note that somebody wants to write the file. In a signal's handler."""
+        """Note, in a signal's handler, somebody's wish to write the file."""
         self._wanted = True
         with suppress(OSError):
             os.eventfd_write(self._wake, 1)
@@ -130,7 +130,7 @@ class Lazy:
                 self._detach()
 
     def _detach(self) -> None:
-        """Give the guest a copy of RAM of its own, while it stands still."""
+        """Give the guest RAM of its own, while paused, with all of the file copied."""
         machine = self._machine
         with machine.lock:
             ran = machine.running

@@ -1,7 +1,7 @@
-"""A snapshot's file as it is read: header and index first, then RAM, each chunk checked.
+"""A snapshot's file being read: header and index first, then RAM, each chunk checked.
 
-A file is trusted as little as a peer. What is kept of it is bounded by the RAM of the machine that
-takes the guest.
+A file is trusted as little as a peer. The RAM of the machine that takes the guest bounds what is
+kept of the file.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Snapshot:
     """An open snapshot, whose header and index :meth:`look` reads.
 
     Attributes:
-        path: its path.
-        fd: its descriptor, for reading.
+        path: the file's path.
+        fd: a descriptor for reading.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -53,16 +53,16 @@ class Snapshot:
         self._data: list[tuple[int, int]] = []
 
     def close(self) -> None:
-        """Close the descriptor. Harmless the second time."""
+        """Close the descriptor of the file, harmlessly if done before."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
     def look(self, machine: str, memory: int) -> None:
-        """Read and check everything but RAM, for a machine of that type and that much RAM.
+        """Read and check everything but RAM, for a machine of this type with so many bytes of RAM.
 
         Raises:
-            StreamError: no snapshot of such a machine, or one that is not whole or was altered.
+            StreamError: no snapshot of such a machine, or an altered one, or part of one.
         """
         self.header = header = format.decode_header(self._read(0, PAGE, exact=False))
         _check_machine(header, machine, memory)
@@ -81,11 +81,11 @@ class Snapshot:
     # --- RAM --------------------------------------------------------------------------------------
     @property
     def used(self) -> list[Chunk]:
-        """The chunks that are stored, in their order. All others are zeros."""
+        """The stored chunks, in their order. All others are zeros."""
         return [chunk for chunk in self._chunks if chunk.length]
 
     def read_ram(self, memory: GuestMemory, check: Callable[[], None]) -> None:
-        """Read all of RAM, which was zeros, and check it where it is then.
+        """Read all of RAM into ``memory``, which has zeros, and check every chunk there.
 
         ``check`` is called between two chunks, and may raise.
 
@@ -101,7 +101,7 @@ class Snapshot:
                 self._check_zeros(chunk.offset, chunk.offset + CHUNK)
 
     def check_ram(self, check: Callable[[], None]) -> None:
-        """Check all of RAM, of an uncompressed file, without taking it. As :meth:`read_ram`."""
+        """Check all of RAM, of an uncompressed file, without a copy, as :meth:`read_ram` does."""
         buffer = memoryview(bytearray(CHUNK))
         for chunk in self._chunks:
             check()
@@ -137,7 +137,7 @@ class Snapshot:
             raise StreamError(f"{_place(chunk)} was altered: the checksum differs")
 
     def _check_zeros(self, start: int, end: int) -> None:
-        """Check a part of the file that was a hole, and is one unless the file was copied."""
+        """Check a part of the file for zeros: a hole, unless the file was copied."""
         for first, last in _within(self._data, start, end):
             for at in range(first, last, CHUNK):
                 found = self._read(at, min(CHUNK, last - at))
@@ -151,7 +151,7 @@ class Snapshot:
         return data[:got]
 
     def _fill(self, view: memoryview, at: int, exact: bool = True) -> int:
-        """Fill a buffer from the file, and return the bytes that were there."""
+        """Fill a buffer from the file, and return the number of bytes found."""
         done = 0
         try:
             while done < len(view):
@@ -191,7 +191,7 @@ def _check_machine(header: Header, machine: str, memory: int) -> None:
 
 
 def _data(fd: int, end: int) -> list[tuple[int, int]]:
-    """Return (start, end) of the parts of a file that are no holes."""
+    """Return (start, end) of each part of a file between holes."""
     try:
         found = pagemap.populated_file(fd, 0, end)
     except OSError:  # a file system that does not know

@@ -29,8 +29,8 @@ from .reader import Snapshot, named
 class Restorer(Incoming):
     """A migration of a guest from the file at ``path``.
 
-    ``on_damaged(error)`` is called when RAM of a guest that was restored lazily, and is paused by
-    then, turns out to be wrong.
+    ``on_damaged(error)`` is called when RAM of a lazily restored guest, paused by then, turns out
+    to be wrong.
 
     Raises:
         ConfigError: the file cannot be read, or not lazily.
@@ -79,7 +79,7 @@ class Restorer(Incoming):
         self._take_over(self, running)
 
     def _load(self) -> bool:
-        """Load the guest, and return whether it ran when it was saved."""
+        """Load the guest, and return True for a guest that ran when saved."""
         machine, snapshot = self._guest.machine, self._snapshot
         snapshot.look(machine.config.machine.name, machine.memory.size)
         hello = saved.decode(snapshot.index.hello, messages.Hello)
@@ -108,7 +108,7 @@ class Restorer(Incoming):
             raise LinkLost(f"'{self._snapshot.path}' is read no further")
 
     def _interrupt(self) -> None:
-        """Do nothing: what reads looks whether it is to end."""
+        """Do nothing, as the reading thread looks for the end between chunks."""
 
     def _finish(self) -> None:
         if self._lazy is None:

@@ -1,9 +1,9 @@
 """A guest saved in a file: ``godwit save``, and ``migrate file:PATH``.
 
 RAM goes out in rounds while the guest runs, each page to its place; at the stop, the rest and the
-state. The file is named only when whole and on the disk, which is the commit: before, the guest
-runs where it ran. Afterwards it is in the file and nowhere else, or, if it is to run on, both here
-and as a copy in the file.
+state. The file is named only when whole and on the disk, which is the commit. Before, the guest
+runs where it ran. Afterwards the guest is in the file and nowhere else; or here, if it was to run
+on, with a copy in the file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def path_of(uri: str) -> Path:
     """Return the path of ``file:PATH``.
 
     Raises:
-        ConfigError: a path that is not absolute: the VMM need not run where the operator stands.
+        ConfigError: a relative path: the VMM need not run where the operator stands.
     """
     name = uri.removeprefix("file:")
     try:
@@ -71,7 +71,7 @@ class Saver(Outgoing):
     """A save of a guest into the file at ``path``, which is replaced if there is one.
 
     Raises:
-        ConfigError: there is nothing that compresses.
+        ConfigError: there is no zstd.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Saver(Outgoing):
         self._status("active")
 
     def _make(self) -> int:
-        """Make a partial file, for its owner alone, as it holds the guest's memory."""
+        """Make a partial file, for its owner alone, as the guest's memory goes there."""
         path = self._path
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         name = str(path.parent / f".{path.name}.{os.urandom(8).hex()}.partial")
@@ -176,7 +176,7 @@ class Saver(Outgoing):
         return fd
 
     def _settle(self) -> None:
-        """Sync what was written while the guest runs, and then what it changed meanwhile.
+        """Sync the file while the guest runs, and then what the guest changed meanwhile.
 
         Little is left for the stop then.
         """
@@ -198,7 +198,7 @@ class Saver(Outgoing):
         super()._stop()
 
     def _go_on(self) -> None:
-        """Let the guest do what it did before: all that the file lacks is in memory."""
+        """Let the guest go on as before, with all that the file lacks held in memory."""
         with self._machine.lock:
             self._resume()
         self._realtime.end()
@@ -210,7 +210,7 @@ class Saver(Outgoing):
         self._whole.image.release()
 
     def _publish(self) -> None:
-        """Make the file whole, and give it its name, with which the guest is there."""
+        """Make the file whole, and rename the file, with which the guest is there."""
         name = self._finish_file()
         if not self._keeps:
             self._machine.devices.release()
@@ -227,7 +227,7 @@ class Saver(Outgoing):
             self._states.set(RunState.POSTMIGRATE)
 
     def _finish_file(self) -> str:
-        """Write what is missing, and return the name of the partial file that is whole."""
+        """Write what is missing, and return the name of the whole partial file."""
         machine, whole = self._machine, self._whole
         running = self._before is RunState.RUNNING
         guest = image.Guest(machine.config.machine.name, whole.described, whole.saved, running)
@@ -262,7 +262,7 @@ class Saver(Outgoing):
                     os.close(fd)
 
     def _discard(self) -> str | None:
-        """Remove the partial files, all but a named one, and return what went wrong with that."""
+        """Remove the partial files, all but a named one, and return what went wrong."""
         with self._decision:
             names = [name for name, _ in self._partials]
             if self._committed:
@@ -290,7 +290,7 @@ def _sync_directory(path: Path) -> None:
 
 
 class _FileSink(Sink):
-    """An image that is being written.
+    """A taker of a guest that is an image.
 
     Attributes:
         described: HELLO.

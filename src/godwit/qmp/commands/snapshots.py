@@ -16,7 +16,7 @@ _S = RunState
 
 
 class Compression(StrEnum):
-    """The kinds of compression."""
+    """The kinds of compression of RAM."""
 
     NONE = "none"
     ZSTD = "zstd"
