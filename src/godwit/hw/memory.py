@@ -163,7 +163,7 @@ class GuestMemory:
                     self._backed.append((host, size, fd, at + first))
 
     def leave_file(self) -> None:
-        """Copy the parts of RAM that are a file's, while nobody uses RAM, and need no file any more.
+        """Copy the parts of RAM that are a file's, while nobody uses RAM, to need no file.
 
         Raises:
             OSError: the kernel refuses.
