@@ -20,8 +20,3 @@ def take(fd: int, on_break: Callable[[], None]) -> None:
     """
     signal.signal(signal.SIGIO, lambda number, frame: on_break())
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-
-
-def give_up(fd: int) -> None:
-    """Give the lease on an open file up. Raises OSError."""
-    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)

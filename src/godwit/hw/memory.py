@@ -18,6 +18,8 @@ from godwit.host.ioctl import address_of
 
 PAGE = 4096
 HUGE = 2 << 20
+#: Bytes that are copied at once when RAM is not to be a file's any more.
+_COPIED = 1 << 30
 _MAP_NORESERVE = 0x4000  # not in Python's mmap module before 3.13 (asm-generic/mman.h)
 HOLE_START = 0xC000_0000
 HOLE_END = 0x1_0000_0000
@@ -163,21 +165,15 @@ class GuestMemory:
                     self._backed.append((host, size, fd, at + first))
 
     def leave_file(self) -> None:
-        """Copy the parts of RAM that are a file's, while nobody uses RAM, to need no file.
+        """Copy the parts of RAM that are a file's, while nobody writes RAM, to need no file.
 
         Raises:
             OSError: the kernel refuses.
         """
         while self._backed:
             host, size, _, _ = self._backed[-1]
-            region = next(r for r in self.regions if r.host <= host < r.host + r.size)
-            for start in range(host, host + size, HUGE):
-                end = min(start + HUGE, host + size)
-                view = region.view[start - region.host : end - region.host]
-                data = bytes(view)
-                memory.map_zeros(start, end - start)
-                if data.count(0) != len(data):
-                    view[:] = data
+            for start in range(host, host + size, _COPIED):
+                memory.make_private(start, min(_COPIED, host + size - start))
             self._backed.pop()
 
     def populate(self, host: int, size: int) -> None:
