@@ -110,8 +110,8 @@ class Lazy:
                 select.select([self._wake], [], [], _AGAIN_S if self._wanted else None)
                 eventfd.drain(self._wake)
                 self._turn()
-            # With it the lease ends, as nothing of the file is mapped any more. (Who does not own the
-            # file, as this process in its sandbox, cannot give the lease up.)
+            # With it the lease ends, as nothing of the file is mapped any more. (Who does not own
+            # the file, as this process in its sandbox, cannot give the lease up.)
             self._snapshot.close()
         except _Closed:
             pass
