@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from godwit.errors import ConfigError, GodwitError, StreamError
+from godwit.hw import memory as hw_memory
 from godwit.hw.memory import PAGE
 from godwit.migration.snapshot import compression, format
 from godwit.migration.snapshot.format import CHUNK, RAM_AT, Header
@@ -340,6 +341,32 @@ def test_who_writes_the_file_waits_until_the_guest_has_a_copy(whole: Path, tmp_p
     side.check()
     assert not side.damage
     side.close()
+
+
+def test_whoever_reads_while_the_guest_gets_its_copy_finds_the_same(
+    lazy: There, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hw_memory, "_COPIED", 3 * PAGE)
+    memory = lazy.machine.memory
+    memory.write(70 * PAGE + 8, b"changed")
+    at = 4000 * PAGE
+    view, over, seen = memory.view(at, PAGE), threading.Event(), set[bytes]()
+
+    def read() -> None:
+        while not over.is_set():
+            seen.add(bytes(view))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    lazy.machine.pause()
+    memory.leave_file()
+    over.set()
+    reader.join()
+    assert seen <= {bytes([4]) * PAGE}
+    assert memory.read(70 * PAGE + 7, 9) == b"\x03changed\x03"
+    assert not memory._backed
+    lazy.machine.memory.write(70 * PAGE + 8, b"\x03" * 7)
+    lazy.check()
 
 
 def test_what_cannot_be_held_is_not_mapped(whole: Path, tmp_path: Path) -> None:
