@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -23,6 +24,9 @@ from .reader import Snapshot, named
 #: Bytes without data that are mapped along, so that there are few mappings
 #: (Documentation/admin-guide/sysctl/vm.rst, max_map_count: 65,530).
 _GAP = 16 << 20
+#: The guest comes first: after each chunk the checking thread rests for so many times as long. (Not
+#: by its priority: while the thread has the interpreter, nobody else should have to wait for it.)
+_REST = 3.0
 #: Between two tries to pause a guest whose device is busy, seconds.
 _AGAIN_S = 1.0
 
@@ -41,11 +45,17 @@ class Lazy:
     """
 
     def __init__(
-        self, snapshot: Snapshot, machine: Machine, on_damaged: Callable[[GodwitError], None]
+        self,
+        snapshot: Snapshot,
+        machine: Machine,
+        on_damaged: Callable[[GodwitError], None],
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._snapshot = snapshot
         self._machine = machine
         self._on_damaged = on_damaged
+        self._now = now
+        self._turned = now()
         self._closing = self._wanted = self._detached = False
         self._thread = threading.Thread(target=self._main, name="snapshot", daemon=True)
         if machine.memory.fd is not None:
@@ -101,12 +111,12 @@ class Lazy:
             os.eventfd_write(self._wake, 1)
 
     def _main(self) -> None:
-        _schedule(os.SCHED_IDLE)  # the guest comes first
+        self._turned = self._now()
         try:
-            self._snapshot.check_ram(self._turn)
+            self._snapshot.check_ram(self._rest)
             self._turn()
             while not self._detached:
-                # If it was asked for in vain, because a device was busy: again.
+                # If it was asked for in vain, because a device was busy or memory short: again.
                 select.select([self._wake], [], [], _AGAIN_S if self._wanted else None)
                 eventfd.drain(self._wake)
                 self._turn()
@@ -116,18 +126,22 @@ class Lazy:
         except _Closed:
             pass
         except StreamError as error:
-            _schedule(os.SCHED_OTHER)
             with self._machine.lock:
                 self._machine.pause()
             self._on_damaged(named(self._snapshot.path, error))
 
+    def _rest(self) -> None:
+        """Do what was asked for between two chunks, and rest unless somebody waits for the end."""
+        self._turn()
+        select.select([self._wake], [], [], _REST * (self._now() - self._turned))
+        self._turned = self._now()
+
     def _turn(self) -> None:
-        """Do what was asked for between two chunks."""
+        """Do what was asked for, the end of the check included."""
         if self._closing:
             raise _Closed
         if self._wanted and not self._detached:
-            _schedule(os.SCHED_OTHER)
-            with suppress(KvmError):
+            with suppress(KvmError, OSError):
                 self._detach()
 
     def _detach(self) -> None:
@@ -142,8 +156,3 @@ class Lazy:
             finally:
                 if ran:
                     machine.resume()
-
-
-def _schedule(policy: int) -> None:
-    with suppress(OSError):
-        os.sched_setscheduler(0, policy, os.sched_param(0))

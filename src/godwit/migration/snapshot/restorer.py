@@ -51,7 +51,7 @@ class Restorer(Incoming):
             self._snapshot = Snapshot(path)
             undo.callback(self._snapshot.close)
             if restore.lazy:
-                self._lazy = Lazy(self._snapshot, guest.machine, on_damaged)
+                self._lazy = Lazy(self._snapshot, guest.machine, on_damaged, times.now)
             super().__init__(
                 guest, take_over, on_failed, times, kept=True, clock_now=restore.clock_now
             )
