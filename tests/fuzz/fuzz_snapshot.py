@@ -1,28 +1,48 @@
-"""A snapshot's file with other messages, bytes and values, restored into a machine that then runs.
+"""A snapshot's file with other bytes and values, restored into a machine that then runs.
 
-Findings: an exception but GodwitError; a guest that was taken over though its file was refused; a
-machine that does not run, or cannot be saved, after it took a state.
+Values are changed with checksums that agree, so that what is behind them is reached. Findings: an
+exception but GodwitError; a guest that was taken over though its file was refused, or whose bytes
+were altered and the checksums not; a machine that does not run, or cannot be saved, after it took a
+state.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import zlib
 from functools import cache
 from pathlib import Path
+from struct import Struct
+from typing import NamedTuple
 
 from hypothesis import strategies as st
+from msgspec import structs
 
 from godwit.announce.uplink import Uplink
 from godwit.errors import GodwitError
+from godwit.host import pagemap
+from godwit.hw.memory import PAGE
 from godwit.migration.guest import Guest
 from godwit.migration.incoming import Incoming
-from godwit.migration.snapshot import Restorer
+from godwit.migration.snapshot import format
+from godwit.migration.snapshot import image as image_of
+from godwit.migration.snapshot.compression import compressor
+from godwit.migration.snapshot.format import RAM_AT, Header, Index
+from godwit.migration.snapshot.image import Image
+from godwit.migration.snapshot.restorer import Restorer
+from godwit.migration.wire.compatibility import describe
 from godwit.spec import saved
 from tests.fakes.host import NIC, Host, config
 
 from . import conversation
-from .conversation import Message
-from .target import Choices, Target, piece, require
+from .target import Choices, Target, require
+
+#: What is changed: values with checksums that agree, or bytes without.
+INDEX, BYTES, TABLE, HEADER, STORED = range(5)
+_NUMBERS = ("memory", "index_at", "index_length", "index_crc")
+_ENTRY = Struct("<II")
+_ZSTD = importlib.util.find_spec("zstandard") is not None
 
 _DEVICES = (
     (NIC, ("--rng", "id=dice")),
@@ -40,29 +60,128 @@ class _Place:
         self.guest = Guest(self.machine, uplinks, self.host.loop.now)
 
 
+class _File(NamedTuple):
+    """A whole snapshot: its size, its parts that are no holes, and what it was made of."""
+
+    size: int
+    parts: dict[int, bytes]
+    header: Header
+    index: Index
+
+
 @cache
-def base(which: int) -> list[Message]:
-    """Return the messages of a snapshot of such a machine."""
+def base(which: int, compression: str) -> _File:
+    """Return a snapshot of such a machine."""
     place = _Place(which)
+    file, packed = os.memfd_create("image"), os.memfd_create("packed")
     try:
-        return conversation.of(place.guest)
+        memory = place.machine.memory
+        for number in (0, 5, 6, 300):
+            memory.view(number * PAGE, PAGE)[:] = bytes([number % 255 + 1]) * PAGE
+        image = Image(file, "image", memory)
+        image.put([(0, 1), (5 * PAGE, 2), (300 * PAGE, 1)])
+        hello, state = describe(place.machine, conversation.TOKEN), place.guest.save()
+        name = place.machine.config.machine.name
+        guest = image_of.Guest(name, saved.encode(hello), saved.encode(state), True)
+        if compression:
+            image.compress(packed, guest, compressor(), lambda: None)
+        else:
+            image.finish(guest, lambda: None)
+        return _read(packed if compression else file)
     finally:
+        os.close(file)
+        os.close(packed)
         place.host.close()
+
+
+def _read(fd: int) -> _File:
+    size = os.fstat(fd).st_size
+    parts = {
+        at: os.pread(fd, min(pages * PAGE, size - at), at)
+        for at, pages in pagemap.populated_file(fd, 0, size)
+    }
+    header = format.decode_header(os.pread(fd, PAGE, 0))
+    payload = os.pread(fd, header.index_length, header.index_at)
+    return _File(size, parts, header, format.decode_index(payload, header)[0])
 
 
 def run(data: bytes) -> None:
     """Restore what an input names, in this thread, and have the guest run."""
     choices = Choices(data)
     which = choices.number() % len(_DEVICES)
-    file = os.memfd_create("snapshot")
+    compression = ("", "zstd")[choices.number() % 2] if _ZSTD else ""
+    whole = base(which, compression)
+    fd = os.memfd_create("snapshot")
     try:
-        os.write(file, conversation.compose(choices, base(which)))
-        _restore(which, Path(f"/proc/self/fd/{file}"))
+        os.truncate(fd, whole.size)
+        for at, part in whole.parts.items():
+            os.pwrite(fd, part, at)
+        altered = _change(fd, choices, whole)
+        _restore(which, Path(f"/proc/self/fd/{fd}"), altered)
     finally:
-        os.close(file)
+        os.close(fd)
 
 
-def _restore(which: int, path: Path) -> None:
+def _change(fd: int, choices: Choices, whole: _File) -> bool:
+    """Change a file, and return whether its checksums show that."""
+    what = choices.number() % 5
+    if what == BYTES:
+        return _change_bytes(fd, choices, whole)
+    if what == INDEX:
+        hello = conversation.changed(choices, whole.index.hello)
+        state = conversation.changed(choices, whole.index.state)
+        _put_index(fd, whole, hello=hello, state=state)
+    elif what == TABLE:
+        table = bytearray(whole.index.chunks)
+        for _ in range(choices.number() % 8):
+            at = choices.number(2) % len(table)
+            table[at] = choices.number()
+        _put_index(fd, whole, chunks=bytes(table))
+    elif what == HEADER:
+        fields = dict(zip(_NUMBERS, (choices.number(8) for _ in _NUMBERS), strict=True))
+        field = str(choices.pick(_NUMBERS))
+        number = fields[field] % (1 << (64 if field in _NUMBERS[:2] else 32))
+        os.pwrite(fd, format.encode_header(whole.header._replace(**{field: number})), 0)
+    elif what == STORED:
+        _put_stored(fd, choices, whole)
+    return False
+
+
+def _change_bytes(fd: int, choices: Choices, whole: _File) -> bool:
+    """Write other bytes somewhere, cut the file off or make it longer."""
+    changes: dict[int, int] = {}
+    for _ in range(1 + choices.number() % 3):
+        at, byte = choices.number(4) % whole.size, choices.number() or 1
+        os.pwrite(fd, bytes([os.pread(fd, 1, at)[0] ^ byte]), at)
+        changes[at] = changes.get(at, 0) ^ byte  # two changes of one place may be none
+    if choices.number() % 4 == 3:
+        os.truncate(fd, choices.number(4) % (2 * whole.size))
+    return any(changes.values()) or os.fstat(fd).st_size != whole.size
+
+
+def _put_index(fd: int, whole: _File, **change: bytes) -> None:
+    payload = format.encode_index(structs.replace(whole.index, **change))
+    at = whole.header.index_at
+    os.truncate(fd, at + len(payload))
+    os.pwrite(fd, payload, at)
+    header = whole.header._replace(index_length=len(payload), index_crc=zlib.crc32(payload))
+    os.pwrite(fd, format.encode_header(header), 0)
+
+
+def _put_stored(fd: int, choices: Choices, whole: _File) -> None:
+    """Replace bytes of the first chunk, and its checksum by the right one."""
+    table = bytearray(whole.index.chunks)
+    length, _ = _ENTRY.unpack_from(table)
+    at = PAGE if whole.header.compression else RAM_AT
+    data = bytearray(os.pread(fd, length, at))
+    for _ in range(1 + choices.number() % 6):
+        data[choices.number(3) % len(data)] = choices.number()
+    os.pwrite(fd, data, at)
+    _ENTRY.pack_into(table, 0, length, zlib.crc32(data))
+    _put_index(fd, whole, chunks=bytes(table))
+
+
+def _restore(which: int, path: Path, altered: bool) -> None:
     taken: list[bool] = []
 
     def take_over(incoming: Incoming, running: bool) -> None:
@@ -80,6 +199,7 @@ def _restore(which: int, path: Path) -> None:
             require(not taken, "a guest was taken over from a file that was refused")
         else:
             require(len(taken) == 1, "no guest was taken over")
+            require(not altered, "a guest was taken over from a file that was altered")
             _goes_on(place)
     finally:
         restorer._receiver.realtime.end()
@@ -103,42 +223,27 @@ def _goes_on(place: _Place) -> None:
     saved.encode(place.guest.save())
 
 
-_whole = st.integers(0, 8).map(lambda number: bytes([conversation.WHOLE, number]))
-_values = st.builds(
-    lambda number, patches: bytes([conversation.VALUES, number, len(patches)]) + b"".join(patches),
-    st.sampled_from([0, 5, 5, 5, 8]),
-    st.lists(
-        st.builds(
-            conversation.patch,
-            st.integers(0, 0xFFFF),
-            st.integers(0, 255),
-            st.one_of(st.integers(0, 255), st.integers(0, (1 << 64) - 1)),
-        ),
-        min_size=1,
-        max_size=5,
+_head = st.builds(
+    lambda which, packed, what: bytes([which, packed, what]),
+    st.integers(0, 1),
+    st.integers(0, 1),
+    st.integers(0, 4),
+)
+_patches = st.lists(
+    st.builds(
+        conversation.patch,
+        st.integers(0, 0xFFFF),
+        st.integers(0, 255),
+        st.one_of(st.integers(0, 255), st.integers(0, (1 << 64) - 1)),
     ),
-)
-_other = st.builds(
-    lambda kind, payload: bytes([conversation.OTHER, kind]) + piece(payload),
-    st.integers(0, 18),
-    st.binary(max_size=60),
-)
-#: All messages in order, some of them others.
-_ordered = st.builds(
-    lambda changes: b"".join(changes.get(n, bytes([conversation.WHOLE, n])) for n in range(9)),
-    st.dictionaries(st.integers(0, 8), st.one_of(_values, _values, _other), max_size=2),
-)
-
-
-def _patches_in_order(changes: dict[int, bytes]) -> bytes:
-    return b"".join(changes.get(n, bytes([conversation.WHOLE, n])) for n in range(9))
-
-
-#: All in order, with other values in HELLO, in STATE, or both.
-_deep = st.dictionaries(st.sampled_from([0, 5]), _values, min_size=1, max_size=2).map(
-    lambda found: _patches_in_order(
-        {n: bytes([part[0], n]) + part[2:] for n, part in found.items()}
-    )
+    max_size=5,
+).map(lambda patches: bytes([len(patches)]) + b"".join(patches))
+#: Other values in HELLO, in STATE, or both: where most of the code is.
+_deep = st.builds(
+    lambda which, hello, state: bytes([which, 0, INDEX]) + hello + state,
+    st.integers(0, 1),
+    st.one_of(st.just(b"\0"), _patches),
+    _patches,
 )
 TARGET = Target(
     "snapshot",
@@ -147,10 +252,8 @@ TARGET = Target(
         *("/godwit/migration/", "/godwit/machine/", "/godwit/hw/", "/godwit/announce/"),
         *("/godwit/host/kvm/", "/godwit/spec/saved"),
     ),
-    st.builds(
-        lambda which, rest: which + rest,
-        st.sampled_from([b"\0", b"\1"]),
-        st.one_of(_deep, _deep, _ordered, st.lists(st.one_of(_whole, _other)).map(b"".join)),
+    st.one_of(
+        _deep, _deep, st.builds(lambda head, rest: head + rest, _head, st.binary(max_size=60))
     ),
     limit=10.0,
     quick=30,

@@ -19,6 +19,7 @@ from . import (
     fuzz_e1000,
     fuzz_migrations,
     fuzz_platform,
+    fuzz_snapshot,
     fuzz_stream,
     fuzz_tls_and_first_messages,
     fuzz_virtio,
@@ -95,13 +96,19 @@ def _stream() -> Inputs:
 
 def _snapshot() -> Inputs:
     found: Inputs = {}
+    m = fuzz_snapshot
+    patch = conversation.patch(30, 2 | 1 << 3, 1)
     for which, name in enumerate(("virtio-net", "e1000")):
-        found[name] = bytes([which]) + conversation.whole(9)
-        found[f"{name}-twice"] = bytes([which]) + conversation.whole(9)[:-2] + bytes([0, 5, 0, 7])
-        for index in (0, 5):
-            changed = bytes([conversation.VALUES, index, 1]) + conversation.patch(30, 2 | 1 << 3, 1)
-            parts = [changed if n == index else bytes([0, n]) for n in range(9)]
-            found[f"{name}-changed-{index}"] = bytes([which]) + b"".join(parts)
+        for packed, form in enumerate(("", "-zstd")):
+            head = bytes([which, packed])
+            found[f"{name}{form}"] = head + bytes([m.INDEX, 0, 0])
+            found[f"{name}{form}-table"] = head + bytes([m.TABLE, 1, 3, 0, 1])
+            found[f"{name}{form}-stored"] = head + bytes([m.STORED, 0, 9, 0, 0, 1])
+            found[f"{name}{form}-bytes"] = head + bytes([m.BYTES, 0, 0, 0, 32, 0, 1])
+        found[f"{name}-hello"] = bytes([which, 0, m.INDEX, 1]) + patch
+        found[f"{name}-state"] = bytes([which, 0, m.INDEX, 0, 1]) + patch
+    for number in range(4):
+        found[f"header-{number}"] = bytes([0, 0, m.HEADER]) + bytes(32) + bytes([number])
     return found
 
 

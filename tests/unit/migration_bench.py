@@ -82,7 +82,7 @@ class Side:
     def refuse_states(self) -> None:
         """Have the machine refuse whatever state comes."""
 
-        def load(*_: object) -> None:
+        def load(*_: object, **__: object) -> None:
             raise StreamError("vcpus: not as they should be")
 
         self.machine.load = load  # type: ignore[method-assign]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from godwit.errors import HostError
-from godwit.hw.device import OwnsHostState
+from godwit.errors import HostError, StateError
+from godwit.hw.device import OwnsHostState, RefusesCopies
 from godwit.migration.times import Times
 from godwit.spec.runstate import RunState
 from migration_bench import Migration
@@ -127,3 +127,54 @@ def test_a_guest_that_cannot_have_it_back_stays_stopped_until_it_can(
     rig.here.refuses = None
     rig.migration.here.machine.resume()
     assert rig.lock.owner is rig.here
+
+
+def _save(rig: Rig, path: Path, keep_running: bool) -> str:
+    """Save the source's guest, and return what became of that."""
+    side = rig.migration.here
+    side.migrations.save(str(path), keep_running, "")
+    outgoing = side.migrations._outgoing
+    assert outgoing is not None
+    outgoing.join(60)
+    return side.statuses[-1]
+
+
+def test_a_guest_in_a_file_has_it_no_more(rig: Rig, tmp_path: Path) -> None:
+    assert _save(rig, tmp_path / "guest", False) == "completed"
+    assert rig.lock.owner is None
+    assert rig.lock.log[-1] == "source releases"
+
+
+def test_a_guest_that_runs_on_while_it_is_saved_has_it_all_the_time(
+    rig: Rig, tmp_path: Path
+) -> None:
+    assert _save(rig, tmp_path / "guest", True) == "completed"
+    assert rig.lock.owner is rig.here
+    assert "source releases" not in rig.lock.log
+
+
+def test_a_save_that_fails_at_the_end_gives_it_back(rig: Rig, tmp_path: Path) -> None:
+    rig.here.keeps = "the disk cannot be flushed"
+    assert _save(rig, tmp_path / "guest", False) == "failed"
+    assert rig.lock.owner is rig.here
+    assert rig.migration.here.machine.running
+    assert not list(tmp_path.glob("*guest*"))
+
+
+def test_a_part_that_may_not_be_twice_refuses_a_copy(rig: Rig, tmp_path: Path) -> None:
+    class Single(RefusesCopies):
+        def why_no_copy(self) -> str | None:
+            return why
+
+    devices = rig.migration.here.machine.devices
+    (device,) = (one for one in devices if one.id == "nic0")
+    parts = (*device.parts(), Single())
+    device.parts = lambda: parts  # type: ignore[method-assign]
+    devices._found.clear()
+    why: str | None = "it is the only one"
+    with pytest.raises(StateError, match=r"device 'nic0': it is the only one; .* keep-running"):
+        _save(rig, tmp_path / "guest", True)
+    why = None
+    assert _save(rig, tmp_path / "guest", True) == "completed"
+    why = "it is the only one"
+    assert _save(rig, tmp_path / "guest", False) == "completed"

@@ -9,7 +9,7 @@ import pytest
 from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
 from godwit.hw.nic.nic import RxFilterInfo
 from godwit.qmp import commands
-from godwit.qmp.commands import COMMANDS, announce, devices, migration, network, vm
+from godwit.qmp.commands import COMMANDS, announce, devices, migration, network, snapshots, vm
 from godwit.qmp.controller import Controller, DeviceView
 from godwit.qmp.protocol import CommandNotFound
 from godwit.spec import events, machine_types
@@ -65,6 +65,9 @@ class Vm:
     def migrate(self, uri: str, insecure: bool) -> None:
         self._note("migrate", uri, insecure)
 
+    def save(self, path: str, keep_running: bool, compress: str) -> None:
+        self._note("save", path, keep_running, compress)
+
     def migrate_incoming(self, uri: str, insecure: bool) -> None:
         self._note("migrate_incoming", uri, insecure)
 
@@ -107,11 +110,13 @@ ALLOWED = {
     "cont": f"{PAUSABLE} io-error",
     "system_powerdown": "running paused",
     "migrate": "running paused",
+    "godwit-save": "running paused",
     "migrate-incoming": "inmigrate",
     "announce-self": "running",
 }
 NEEDED: dict[str, dict[str, object]] = {
     "migrate": {"uri": "unix:x"},
+    "godwit-save": {"path": "/x"},
     "migrate-incoming": {"uri": "unix:x"},
     "migrate-set-capabilities": {"capabilities": []},
 }
@@ -463,7 +468,9 @@ def test_parameters_change_all_or_none() -> None:
 
 
 def test_each_command_is_in_one_features_table() -> None:
-    tables = [feature.COMMANDS for feature in (vm, migration, announce, network, devices)]
+    tables = [
+        feature.COMMANDS for feature in (vm, migration, snapshots, announce, network, devices)
+    ]
     names = [name for table in tables for name in table]
     assert len(set(names)) == len(names)
     assert set(COMMANDS) == set(names)

@@ -10,7 +10,7 @@ from godwit.spec.runstate import TRANSITIONS, RunState, RunStates
 #: Written out a second time, as a person would: a slip in the table must not pass unseen.
 EXPECTED = {
     "prelaunch": "running inmigrate restore-vm shutdown",
-    "inmigrate": "prelaunch-migrate shutdown internal-error",
+    "inmigrate": "prelaunch-migrate restore-vm shutdown internal-error",
     "prelaunch-migrate": "running shutdown internal-error",
     "running": (
         "paused io-error finish-migrate save-vm shutdown guest-panicked internal-error prelaunch"
@@ -21,7 +21,7 @@ EXPECTED = {
         "prelaunch running paused io-error postmigrate shutdown guest-panicked internal-error"
     ),
     "postmigrate": "shutdown",
-    "save-vm": "running paused io-error shutdown internal-error",
+    "save-vm": "running prelaunch paused io-error shutdown guest-panicked internal-error",
     "restore-vm": "prelaunch-migrate shutdown internal-error",
     "shutdown": "",
     "guest-panicked": "shutdown",

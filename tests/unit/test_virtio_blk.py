@@ -162,6 +162,11 @@ def test_a_disk_that_is_only_read_is_not_written(disk: Callable[..., Disk], path
     assert path.read_bytes() == before
 
 
+def test_a_disk_that_is_written_may_not_be_twice(disk: Callable[..., Disk], path: Path) -> None:
+    assert str(path) in (disk().blk.why_no_copy() or "")
+    assert disk(readonly=True).blk.why_no_copy() is None
+
+
 def test_header_and_status_may_be_anywhere_in_the_pieces(disk: Callable[..., Disk]) -> None:
     one = disk()
     driver = one.driver

@@ -143,6 +143,20 @@ def _parser() -> argparse.ArgumentParser:
         help="a secret that the other end of each migration has to know too",
     )
     run.add_argument(
+        "--restore",
+        choices=("full", "lazy"),
+        default="full",
+        help="a guest from a file: all of it is read and checked before it runs, or its RAM is "
+        "read as it is touched, and checked meanwhile (default %(default)s)",
+    )
+    run.add_argument(
+        "--restore-clock",
+        choices=("frozen", "now"),
+        default="frozen",
+        help="the clocks of a guest from a file go on from when it was saved, or from now "
+        "(default %(default)s)",
+    )
+    run.add_argument(
         "--no-autostart", action="store_true", help="load, and wait for QMP's cont to run"
     )
     run.add_argument(
@@ -182,6 +196,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     migrate.set_defaults(action=_migrate)
 
+    save = sub.add_parser("save", help="save a guest in a file")
+    save.add_argument("--qmp", required=True, help="the guest's QMP socket")
+    save.add_argument(
+        "--keep-running",
+        action="store_true",
+        help="the guest runs on, and the file has a copy (default: the guest is in the file, and "
+        "its VM ends)",
+    )
+    save.add_argument("--compress", choices=("zstd",), help="compress the guest's RAM")
+    save.add_argument("file", metavar="FILE", help="'godwit run --incoming file:FILE' restores it")
+    save.set_defaults(action=_save)
+
     pki = sub.add_parser("pki", help="make certificates for migrations by tls:")
     pki.add_argument("folder", metavar="DIR", help="where they go: DIR/ca, and DIR/HOST for each")
     pki.add_argument("hosts", metavar="HOST", nargs="+", help="a host's name or address")
@@ -210,6 +236,12 @@ def _migrate(arguments: argparse.Namespace) -> int:
     from .migrate import migrate
 
     return migrate(arguments.qmp, arguments.uri, arguments.insecure)
+
+
+def _save(arguments: argparse.Namespace) -> int:
+    from .migrate import save
+
+    return save(arguments.qmp, arguments.file, arguments.keep_running, arguments.compress)
 
 
 def _pki(arguments: argparse.Namespace) -> int:

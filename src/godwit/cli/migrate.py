@@ -1,13 +1,14 @@
-"""``godwit migrate``: a migration by the guest's QMP socket, with progress and report."""
+"""``godwit migrate`` and ``godwit save``, by the guest's QMP socket, with progress and report."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any, Self, TextIO
 
-from godwit.client.qmp import Client
+from godwit.client.qmp import Client, Event, VmGone
 from godwit.errors import MigrationError
 
 from .printable import printable
@@ -23,19 +24,54 @@ def migrate(qmp: str, uri: str, insecure: bool) -> int:
     Raises:
         GodwitError: the migration was refused or failed; the guest is where it was.
     """
-    with Client.connect(qmp) as client, Progress(sys.stderr) as progress:
+    with Client.connect(qmp) as client:
         client.execute("migrate", {"uri": uri, "insecure": insecure})
-        while True:
-            info = client.execute("query-migrate")
-            progress.show(doing(info))
-            if info["status"] in _DONE:
-                break
-            client.wait_any("MIGRATION", _LOOK_S)  # or look at the progress again
+        info = _follow(client)
+    _judge(info)
+    return 0
+
+
+def save(qmp: str, file: str, keep_running: bool, compress: str | None) -> int:
+    """Have the guest behind ``qmp`` saved in a file, and return 0 once the file is whole.
+
+    Raises:
+        GodwitError: the save was refused or failed; the guest is where it was.
+    """
+    arguments: dict[str, object] = {"path": os.path.abspath(file), "keep-running": keep_running}
+    if compress is not None:
+        arguments["compress"] = compress
+    with Client.connect(qmp) as client:
+        client.execute("godwit-save", arguments)
+        info = _follow(client, ends=not keep_running)
+    _judge(info)
+    return 0
+
+
+def _follow(client: Client, ends: bool = False) -> dict[str, Any]:
+    """Show the progress, and return the last report. The VM ``ends`` by itself after success."""
+    info: dict[str, Any] = {}
+    seen: list[Event] = []
+    with Progress(sys.stderr) as progress:
+        try:
+            while info.get("status") not in _DONE:
+                info = client.execute("query-migrate")
+                progress.show(doing(info))
+                if info["status"] not in _DONE:  # look at it again then, or before
+                    event = client.wait_any("MIGRATION", _LOOK_S)
+                    seen += [event] if event is not None else []
+        except VmGone:
+            seen += [event for event in client.events() if event["event"] == "MIGRATION"]
+            if not ends or not seen or seen[-1]["data"].get("status") != "completed":
+                raise
+            info["status"] = "completed"
+    return info
+
+
+def _judge(info: dict[str, Any]) -> None:
     if info["status"] != "completed":
         raise MigrationError(f"{info['status']}: {info.get('error-desc', 'no reason given')}")
     for line in table(rows(info)):
         print(line)
-    return 0
 
 
 class Progress:

@@ -26,6 +26,7 @@ from godwit.machine.board import Board
 from godwit.machine.vcpu import install_kick_handler
 from godwit.spec.config import VmConfig, parse_cpu, parse_devices, parse_memory, parse_smbios
 from godwit.spec.machine_types import DEFAULT, machine_type
+from godwit.spec.restore import Restore
 
 from .keyboard import Keyboard
 from .sandbox import Sandbox
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         machine=machine_type(arguments.machine or DEFAULT),
         system=parse_smbios(arguments.smbios, arguments.oem_string),
     )
+    restore = _restore(arguments)
     if arguments.kernel is None and arguments.incoming is None:
         raise ConfigError(
             "nothing to run; give --kernel to boot, or --incoming to wait for a guest"
@@ -72,12 +74,18 @@ def run(arguments: argparse.Namespace) -> int:
                 board.boot()
                 if not arguments.no_autostart:
                     board.start_early()
-            return _run(board, arguments, sandbox, console)
+            return _run(board, arguments, sandbox, console, restore)
     finally:
         gc.enable()
 
 
-def _run(board: Board, arguments: argparse.Namespace, sandbox: Sandbox, console_fd: int) -> int:
+def _run(
+    board: Board,
+    arguments: argparse.Namespace,
+    sandbox: Sandbox,
+    console_fd: int,
+    restore: Restore,
+) -> int:
     """Make the rest of the VM, for a guest that may run already, and run the loop."""
     from . import fast_import as lean  # before all that needs msgspec
 
@@ -112,6 +120,7 @@ def _run(board: Board, arguments: argparse.Namespace, sandbox: Sandbox, console_
             on_panic=arguments.on_panic,
             log=log,
             credentials=_credentials(arguments),
+            restore=restore,
         )
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # In the loop: the signal may have come while this very thread holds a lock.
@@ -139,6 +148,21 @@ def _run(board: Board, arguments: argparse.Namespace, sandbox: Sandbox, console_
             console.close()
             messages.close()
     return vmm.exit_code
+
+
+def _restore(arguments: argparse.Namespace) -> Restore:
+    """Return how a guest from a file is restored.
+
+    Raises:
+        ConfigError: no guest can come from a file.
+    """
+    restore = Restore(arguments.restore == "lazy", arguments.restore_clock == "now")
+    if any(restore) and (arguments.incoming or "").partition(":")[0] not in ("file", "defer"):
+        raise ConfigError(
+            "--restore and --restore-clock are for a guest from a file; give them with "
+            "--incoming file:PATH, or leave them out"
+        )
+    return restore
 
 
 def _credentials(arguments: argparse.Namespace) -> Credentials | None:

@@ -229,9 +229,12 @@ def _load_what_comes_later() -> None:
     from godwit.host import pagemap
     from godwit.host.net import sockets
     from godwit.hw.cpu import msrs
-    from godwit.migration import destination, guest, snapshot, source
+    from godwit.migration import destination, guest, source
+    from godwit.migration.snapshot import compression, restorer, saver
     from godwit.migration.wire import acceptor
     from godwit.qmp import commands, schema
 
-    del acceptor, commands, destination, encodings, guest, msrs, schema, snapshot, sockets
+    with suppress(ConfigError):  # there need be no zstd
+        compression.compressor()
+    del acceptor, commands, destination, encodings, guest, msrs, restorer, saver, schema, sockets
     del pagemap, source, traceback, verify

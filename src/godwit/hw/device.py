@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
 
-from godwit.errors import GuestError, HostError, StreamError
+from godwit.errors import GuestError, HostError, StateError, StreamError
 from godwit.host.kvm.handles import Vm
 from godwit.host.loop import Loop
 from godwit.spec import saved
@@ -289,6 +289,14 @@ class Relocatable(ABC):
         """Have the guest learn so when it runs next, while paused, after :meth:`Device.load`."""
 
 
+class RefusesCopies(ABC):
+    """A part of which two guests may be worse off than one: of the guest itself, and of a copy."""
+
+    @abstractmethod
+    def why_no_copy(self) -> str | None:
+        """Return why no snapshot may be taken of a guest that runs on, or None if one may."""
+
+
 class Counts(ABC):
     """A part that counts what it does."""
 
@@ -375,6 +383,20 @@ class Devices:
                     part.release()
                 except HostError as error:
                     raise HostError(f"device '{device.id}': {error}") from error
+
+    def check_copy(self) -> None:
+        """Check that a guest that runs on can be in a snapshot as well.
+
+        Raises:
+            StateError: a device refuses; the message names the device and why.
+        """
+        for device in self:
+            part = self.part(device, RefusesCopies)
+            why = part.why_no_copy() if part is not None else None
+            if why is not None:
+                raise StateError(
+                    f"device '{device.id}': {why}; save the guest without keep-running"
+                )
 
     # --- one lifecycle ----------------------------------------------------------------------------
     def resume(self) -> None:

@@ -18,6 +18,8 @@ from godwit.host.ioctl import address_of
 
 PAGE = 4096
 HUGE = 2 << 20
+#: Bytes that are copied at once when RAM is not to be a file's any more.
+_COPIED = 1 << 30
 _MAP_NORESERVE = 0x4000  # not in Python's mmap module before 3.13 (asm-generic/mman.h)
 HOLE_START = 0xC000_0000
 HOLE_END = 0x1_0000_0000
@@ -26,7 +28,7 @@ HOLE_END = 0x1_0000_0000
 class Region(NamedTuple):
     """A part of RAM: ``size`` bytes at guest address ``start``, at ``host`` in this process.
 
-    Shared RAM lies at ``offset`` in the memfd.
+    ``offset`` bytes of RAM come before it: where shared RAM lies in the memfd.
     """
 
     slot: int
@@ -67,6 +69,8 @@ class GuestMemory:
         self.regions: list[Region] = []
         self.fd: int | None = None
         self._maps: list[mmap.mmap] = []
+        #: Parts of RAM that are a file's until written: host address, bytes, file, offset there.
+        self._backed: list[tuple[int, int, int, int]] = []
         self._dirty: set[int] | None = None
         self._dirty_lock = threading.Lock()
         try:
@@ -112,6 +116,8 @@ class GuestMemory:
         for region in self.regions:
             if self.fd is None:
                 base, found = region.host, pagemap.populated(region.host, region.size)
+                if self._backed:
+                    found = self._with_file(region, found)
             else:
                 base = region.offset
                 found = pagemap.populated_file(self.fd, region.offset, region.size)
@@ -123,15 +129,87 @@ class GuestMemory:
                     runs.append((address, pages))
         return runs
 
+    def _with_file(self, region: Region, found: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return present pages, by host address, and the file's pages as well."""
+        from godwit.host import pagemap
+
+        for host, size, fd, at in self._backed:
+            if region.host <= host < region.host + region.size:
+                for place, pages in pagemap.populated_file(fd, at, size):
+                    found.append((host + place - at, pages))
+        merged: list[tuple[int, int]] = []
+        for host, pages in sorted(found):
+            if merged and host <= merged[-1][0] + merged[-1][1] * PAGE:
+                first, count = merged[-1]
+                merged[-1] = first, max(count, (host - first) // PAGE + pages)
+            else:
+                merged.append((host, pages))
+        return merged
+
+    def back_by_file(self, fd: int, at: int, parts: Iterable[tuple[int, int]]) -> None:
+        """Make parts of private RAM, (offset in RAM, bytes), a file's, until they are written.
+
+        RAM is ``at`` in the file, which stays open and as it is until :meth:`leave_file` or the
+        end.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        for offset, length in parts:
+            for region in self.regions:
+                first = max(offset, region.offset)
+                size = min(offset + length, region.offset + region.size) - first
+                if size > 0:
+                    host = region.host + first - region.offset
+                    memory.map_private(host, size, fd, at + first)
+                    self._backed.append((host, size, fd, at + first))
+
+    def leave_file(self) -> None:
+        """Copy the parts of RAM that are a file's, while nobody writes RAM, to need no file.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        while self._backed:
+            host, size, _, _ = self._backed[-1]
+            for start in range(host, host + size, _COPIED):
+                memory.make_private(start, min(_COPIED, host + size - start))
+            self._backed.pop()
+
     def populate(self, host: int, size: int) -> None:
         """Populate ``size`` bytes at ``host`` of this process, before they are used."""
         memory.populate(host, size)
 
     def discard(self, host: int, size: int) -> None:
         """Give ``size`` bytes at ``host`` of this process back, which then read as zeros."""
-        memory.discard(host, size, shared=self.fd is not None)
+        if self._backed:  # the file's pages would come back
+            memory.map_zeros(host, size)
+        else:
+            memory.discard(host, size, shared=self.fd is not None)
 
     # --- access -----------------------------------------------------------------------------------
+
+    def address_of(self, offset: int) -> int:
+        """Return the guest address of a byte of RAM, counted without the hole.
+
+        Raises:
+            GuestError: there is no such byte.
+        """
+        for region in self.regions:
+            if region.offset <= offset < region.offset + region.size:
+                return region.start + offset - region.offset
+        raise GuestError(f"RAM has no byte {offset:#x}")
+
+    def offset_of(self, address: int) -> int:
+        """Return which byte of RAM is at a guest address, counted without the hole.
+
+        Raises:
+            GuestError: the address is not RAM.
+        """
+        for region in self.regions:
+            if region.start <= address < region.end:
+                return region.offset + address - region.start
+        raise GuestError(f"guest address {address:#x} is not in its RAM")
 
     def view(self, address: int, length: int) -> memoryview:
         """Return the bytes of RAM themselves, for reading.
@@ -222,6 +300,7 @@ class GuestMemory:
         """Make all of RAM zeros again, as after power-on."""
         for region in self.regions:
             self.discard(region.host, region.size)
+        self._backed.clear()
 
     def close(self) -> None:
         """Give the memory back, of which no view may be in use."""

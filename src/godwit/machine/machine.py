@@ -332,11 +332,19 @@ class Machine:
     def _hinted(self, device: Device) -> HasSetupHints | None:
         return self.devices.part(device, HasSetupHints)
 
-    def load(self, state: MachineState, received: float, on_phase: OnPhase = _ignore) -> None:
+    def load(
+        self,
+        state: MachineState,
+        received: float,
+        on_phase: OnPhase = _ignore,
+        *,
+        clock_now: bool = False,
+    ) -> None:
         """Take over a saved state, while paused.
 
-        The guest's clock makes up for the time in between. ``received`` is the ``time.monotonic()``
-        at which the state came; ``on_phase`` is called when a part is done.
+        The guest's clock makes up for the time in between: for any with ``clock_now``, else for one
+        as long as a migration's. ``received`` is the ``time.monotonic()`` at which the state came;
+        ``on_phase`` is called when a part is done.
 
         Raises:
             StreamError: the state is not one of this machine; the message names what differs.
@@ -346,6 +354,8 @@ class Machine:
         devices = self.devices.decode(state.devices)
         on_phase("devices-decoded")
         clock_at = clock_read_at(state.platform, received)
+        if clock_now:
+            clock_at = time.monotonic() - away_for(state.platform, received)
         reset, self._reset_msrs = self._reset_msrs or [cpustate.NO_RESET_MSRS] * len(self.vcpus), []
         told = self._board.xsave_components
         components = cpustate.ALL_COMPONENTS if told is None else told

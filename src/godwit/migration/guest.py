@@ -53,11 +53,18 @@ class Guest:
         return self.machine.save({ADDRESSES: msgspec.Raw(msgspec.msgpack.encode(books))})
 
     def load(
-        self, state: MachineState, received: float, on_phase: OnPhase, *, kept: bool = False
+        self,
+        state: MachineState,
+        received: float,
+        on_phase: OnPhase,
+        *,
+        kept: bool = False,
+        clock_now: bool = False,
     ) -> None:
         """Take over a saved state, while paused, as :meth:`.Machine.load` does.
 
-        The address books' ages count the time for which the state was ``kept``.
+        The address books' ages count the time for which the state was ``kept``, and so does the
+        guest's clock with ``clock_now``.
 
         Raises:
             StreamError: the state is not one of this guest; the message names what differs.
@@ -68,7 +75,7 @@ class Guest:
         books = saved.decode(state.sections[ADDRESSES], _Books)
         if books.keys() != {uplink.nic.id for uplink in self.uplinks}:
             raise StreamError(f"section {ADDRESSES}: not of the NICs that this machine has")
-        self.machine.load(state, received, on_phase)
+        self.machine.load(state, received, on_phase, clock_now=clock_now)
         now = self._now()
         away = away_for(state.platform, received) if kept else 0.0
         for uplink in self.uplinks:

@@ -38,6 +38,7 @@ class Incoming(ABC):
         times: Times = TIMES,
         *,
         kept: bool = False,
+        clock_now: bool = False,
     ) -> None:
         self._guest = guest
         #: The guest comes from a file, and may come from there more than once.
@@ -46,7 +47,7 @@ class Incoming(ABC):
         self._on_failed = on_failed
         self._times = times
         self.packets: PacketDestination | None = None
-        self._receiver = Receiver(guest, times, kept=kept)
+        self._receiver = Receiver(guest, times, kept=kept, clock_now=clock_now)
         self._closing = threading.Event()
         self.owned = False
         self._thread = threading.Thread(target=self._main, name="incoming", daemon=True)

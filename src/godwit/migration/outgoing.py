@@ -24,6 +24,7 @@ from .ram.dirty_log import DirtyLog, split_zeros
 from .ram.page_runs import chunks, pages_in, union
 from .ram.throttle import Throttle
 from .report import Report, Round
+from .sink import Sink, StreamSink
 from .syncing import Syncing
 from .times import TIMES, Times
 from .wire import messages
@@ -36,7 +37,15 @@ Parameters = Callable[[], MigrationParameters]
 
 
 class Outgoing(ABC):
-    """A migration out of this VM, in a thread of its own, where ``on_status`` is called."""
+    """A migration out of this VM, in a thread of its own, where ``on_status`` is called.
+
+    Attributes:
+        ends_vm: the VM ends by itself once the guest is gone.
+    """
+
+    ends_vm = False
+    #: The state in which the guest stands still for it.
+    _stopped_as = RunState.FINISH_MIGRATE
 
     def __init__(
         self,
@@ -121,6 +130,11 @@ class Outgoing(ABC):
             raise MigrationError(self._given_up)
 
     @property
+    def needs_guest(self) -> bool:
+        """True while the migration fails if the guest ends."""
+        return self.active
+
+    @property
     def completion(self) -> str:
         """The message for the operator once the migration has completed."""
         return "the guest has migrated"
@@ -177,6 +191,11 @@ class Outgoing(ABC):
         """Prepare for the guest, which is about to go on here."""
 
     @property
+    def _sink(self) -> Sink:
+        """The taker of the guest's bytes."""
+        return StreamSink(self._peer, self._machine.memory)
+
+    @property
     def _peer(self) -> Connection:
         if self._connection is None:
             raise LinkLost("there is no connection to the destination")
@@ -193,7 +212,7 @@ class Outgoing(ABC):
 
     def _introduce(self) -> None:
         """Send what will come, start the dirty log, and look up which pages exist."""
-        self._peer.send(Kind.HELLO, describe(self._machine, self._token, self._cookie))
+        self._sink.hello(describe(self._machine, self._token, self._cookie))
         self.report.phase("hello")
         # Logging starts before the first page is read: what changes afterwards is sent again.
         self._log.start()
@@ -205,8 +224,7 @@ class Outgoing(ABC):
         """Send RAM while the guest runs, until little enough is left for the stop."""
         self._syncing.start()
         runs = self._to_send
-        for part in _tables(runs):
-            self._peer.send_parts([messages.message(Kind.PREFAULT, messages.encode_runs(part))])
+        self._sink.coming(runs)
         judge = Convergence()
         looked = self._times.now()
         while True:
@@ -234,7 +252,7 @@ class Outgoing(ABC):
 
         ``looked`` is when the dirty log was looked at before, by the migration's clock.
         """
-        throttle, sent_before = self._throttle.percent, self._peer.sent
+        throttle, sent_before = self._throttle.percent, self._sink.sent
         before = self._times.now()
         first = not self.report.rounds
         sent = zeros = 0
@@ -242,16 +260,16 @@ class Outgoing(ABC):
         # looks at the next one was no quicker where it was measured: both CPUs are busy by then.)
         for chunk in chunks(runs):
             data, zero = split_zeros(self._machine, chunk)
-            if zero and not first:  # at first, the destination's RAM is zeros anyway
-                self._peer.send_parts([messages.message(Kind.ZERO, messages.encode_runs(zero))])
+            if zero:
+                self._sink.zeros(zero, first)
             self._send_pages(data)
             sent += pages_in(data)
             zeros += pages_in(zero)
-        self._peer.send(Kind.ROUND)
+        self._sink.end_of_round()
         ms = (self._times.now() - before) * 1000
         left = self._log.take()
         now = self._times.now()
-        dirty, carried = pages_in(left), self._peer.sent - sent_before
+        dirty, carried = pages_in(left), self._sink.sent - sent_before
         done = Round(sent, zeros, ms, carried, dirty, (now - looked) * 1000, throttle)
         self.report.rounds.append(done)
         self.report.remaining = dirty * PAGE
@@ -273,10 +291,11 @@ class Outgoing(ABC):
         self._syncing.end()
         with self._machine.lock:
             self._before = self._states.current  # the operator may have paused it meanwhile
-            self._states.set(RunState.FINISH_MIGRATE)
+            self._states.set(self._stopped_as)
             # Until now the guest ran, and others were notified.
             self.report.stopped = self._times.now()
-            self._peer.deadline = self.report.stopped + self._longest_stop()
+            if self._connection is not None:
+                self._connection.deadline = self.report.stopped + self._longest_stop()
             self._machine.pause(self.report.phase)
         self._unthrottle()
         if self._machine.exited is not None:
@@ -294,13 +313,12 @@ class Outgoing(ABC):
         state = self._guest.save()
         self.report.phase("save")
         # The state goes first: the destination loads it while the last pages are looked up here.
-        payload = saved.encode(state)
-        self._peer.send_parts([messages.header(Kind.STATE, len(payload)), payload])
+        self._sink.state(saved.encode(state))
         # A page that was dirty before the stop and after it is sent once, as it is now.
         runs = union(self._to_send, self._log.take())
         self.report.phase("dirty-log")
         self._send_pages(runs)
-        self._peer.send(Kind.ROUND)
+        self._sink.end_of_round()
         self.report.rounds.append(Round(self._sent_early + pages_in(runs), 0, 0.0))
         self.report.remaining = 0
         self.report.phase("send")
@@ -363,7 +381,7 @@ class Outgoing(ABC):
 
     def _return(self) -> None:
         with self._machine.lock:
-            stopped = self._states.current is RunState.FINISH_MIGRATE and not self._committed
+            stopped = self._states.current is self._stopped_as and not self._committed
             if not stopped:
                 return
             if self._machine.exited is not None:
@@ -404,12 +422,8 @@ class Outgoing(ABC):
         most = max(1, min(messages.MAX_PAGES, limit // 4 // PAGE)) if limit else messages.MAX_PAGES
         for chunk in chunks(runs, most, messages.MAX_RUNS):
             self._check_given_up()
-            table = messages.encode_runs(chunk)
-            size = len(table) + pages_in(chunk) * PAGE
-            parts: list[bytes | memoryview] = [messages.header(Kind.RAM, size) + table]
-            parts += self._machine.memory.views(chunk)
-            self._peer.send_parts(parts)
-            self.report.bytes_sent = self._peer.sent
+            size = self._sink.pages(chunk)
+            self.report.bytes_sent = self._sink.sent
             self._pace(size)
 
     def _pace(self, size: int) -> None:
@@ -422,7 +436,3 @@ class Outgoing(ABC):
         self._budget_start = max(self._budget_start, now - 0.05) + size / limit
         if self._budget_start > now:
             self._cancelled.wait(self._budget_start - now)
-
-
-def _tables(runs: list[Run]) -> list[list[Run]]:
-    return [runs[i : i + 4096] for i in range(0, len(runs), 4096)]

@@ -25,7 +25,7 @@ class Receiver:
     """A loader of a guest, whose RAM is populated from :meth:`start` on, before anything comes.
 
     The guest was ``kept`` somewhere for a time that only the real-time clock knows, or comes right
-    from its source.
+    from its source. ``clock_now``: the guest's clocks make up for that time.
 
     Attributes:
         phases: name of a phase -> ms since the state came, at the phase's end.
@@ -33,9 +33,12 @@ class Receiver:
         begun: a message has come by which the machine changes.
     """
 
-    def __init__(self, guest: Guest, times: Times = TIMES, *, kept: bool = False) -> None:
+    def __init__(
+        self, guest: Guest, times: Times = TIMES, *, kept: bool = False, clock_now: bool = False
+    ) -> None:
         self._guest = guest
         self._kept = kept
+        self._clock_now = clock_now
         self._memory = guest.machine.memory
         self._times = times
         self._prefault = Prefault(self._memory)
@@ -82,12 +85,9 @@ class Receiver:
                 self.realtime.begin()
                 connection.on_wait = self.realtime.expire  # the message may trickle in
                 payload = connection.read(length)
-                self._received_at = self._times.now()
                 if loaded:
                     raise StreamError("message STATE: a second one")
-                state = saved.decode(payload, MachineState)
-                self.phase("decoded")
-                self._load(state)
+                self._take_state(payload)
                 loaded = True
             elif kind in (Kind.PREFAULT, Kind.ZERO):
                 self._receive_runs(connection, kind, length)
@@ -96,16 +96,40 @@ class Receiver:
                     raise StreamError("message ROUND has a payload")
                 self._prefault.finish()
                 if loaded:
-                    for nic in self._guest.nics:
-                        # What waits in the tap is older than the guest's arrival.
-                        nic.rx_backlog.drain()
-                    self.phase("loaded")
+                    self._settle()
                     return
             elif kind is Kind.FAILED:
                 reason = saved.decode(connection.read(length), messages.Reason).reason
                 raise MigrationError(f"the source gave up: {reason}")
             else:
                 raise StreamError(f"message {kind.name} where RAM was due")
+
+    def expect_pages(self, runs: list[Run]) -> None:
+        """Populate these pages next, which somebody else will bring."""
+        self._want(runs)
+        self._prefault.use(self._views(runs))
+
+    def load(self, payload: bytes) -> None:
+        """Load a state whose RAM is here.
+
+        Raises:
+            StreamError, MigrationError: the state is wrong.
+        """
+        self.realtime.begin()
+        self._take_state(payload)
+        self._settle()
+
+    def _take_state(self, payload: bytes | bytearray) -> None:
+        self._received_at = self._times.now()
+        state = saved.decode(payload, MachineState)
+        self.phase("decoded")
+        self._load(state)
+
+    def _settle(self) -> None:
+        for nic in self._guest.nics:
+            # What waits in the tap is older than the guest's arrival.
+            nic.rx_backlog.drain()
+        self.phase("loaded")
 
     def _receive_runs(self, connection: Connection, kind: Kind, length: int) -> None:
         payload = connection.read(length)
@@ -152,5 +176,7 @@ class Receiver:
     def _load(self, state: MachineState) -> None:
         """Load the state, and find everything that can be wrong there before READY."""
         self._prefault.finish()
-        self._guest.load(state, self._received_at, self.phase, kept=self._kept)
+        self._guest.load(
+            state, self._received_at, self.phase, kept=self._kept, clock_now=self._clock_now
+        )
         self.phase("state-loaded")

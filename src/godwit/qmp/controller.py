@@ -66,6 +66,16 @@ class MigrationController(Protocol):
             StateError: the VM waits already.
         """
 
+    def save(self, path: str, keep_running: bool, compress: str) -> None:
+        """Start a save of the guest into the file at ``path``, with or without a compression.
+
+        Raises:
+            ConfigError: the path is wrong, or there is no such compression.
+            StateError: a migration is under way, the guest is dead, or a device may be in no
+                snapshot of a guest that runs on.
+            The rest is reported by events, as of a migration.
+        """
+
     def migration_info(self) -> dict[str, object]:
         """Return the present or last migration as query-migrate shows it, empty if none was."""
 

@@ -38,7 +38,7 @@ _S = RunState
 #: The one table: state -> states it may be left for. A state may not be "left" for itself.
 TRANSITIONS: dict[RunState, frozenset[RunState]] = {
     _S.PRELAUNCH: frozenset({_S.RUNNING, _S.INMIGRATE, _S.RESTORE_VM, _S.SHUTDOWN}),
-    _S.INMIGRATE: frozenset({_S.PRELAUNCH_MIGRATE, _S.SHUTDOWN, _S.INTERNAL_ERROR}),
+    _S.INMIGRATE: frozenset({_S.PRELAUNCH_MIGRATE, _S.RESTORE_VM, _S.SHUTDOWN, _S.INTERNAL_ERROR}),
     _S.PRELAUNCH_MIGRATE: frozenset({_S.RUNNING, _S.SHUTDOWN, _S.INTERNAL_ERROR}),
     _S.RUNNING: frozenset(
         {
@@ -91,7 +91,19 @@ TRANSITIONS: dict[RunState, frozenset[RunState]] = {
         }
     ),
     _S.POSTMIGRATE: frozenset({_S.SHUTDOWN}),
-    _S.SAVE_VM: frozenset({_S.RUNNING, _S.PAUSED, _S.IO_ERROR, _S.SHUTDOWN, _S.INTERNAL_ERROR}),
+    # The guest runs on after a save that succeeded, as after one that failed.
+    _S.SAVE_VM: frozenset(
+        {
+            _S.RUNNING,
+            _S.PRELAUNCH,
+            _S.PAUSED,
+            _S.IO_ERROR,
+            _S.SHUTDOWN,
+            _S.GUEST_PANICKED,
+            _S.INTERNAL_ERROR,
+        }
+    ),
+    # A guest from a file is one from elsewhere: left for the state from which it is announced.
     _S.RESTORE_VM: frozenset({_S.PRELAUNCH_MIGRATE, _S.SHUTDOWN, _S.INTERNAL_ERROR}),
     _S.SHUTDOWN: frozenset(),
     _S.GUEST_PANICKED: frozenset({_S.SHUTDOWN}),

@@ -14,12 +14,14 @@ from godwit.errors import GodwitError, MigrationError, StateError
 from godwit.hw.device import ChecksKept, Relocatable, Renews
 from godwit.machine.machine import Machine
 from godwit.spec.parameters import MigrationParameters
+from godwit.spec.restore import FULL, Restore
 from godwit.spec.runstate import RunState, RunStates
 
 if TYPE_CHECKING:
     from godwit.migration.guest import Guest
     from godwit.migration.incoming import Incoming
     from godwit.migration.outgoing import Outgoing
+    from godwit.migration.snapshot.saver import Manner
     from godwit.migration.times import Times
     from godwit.migration.wire.address import Address, Credentials
 
@@ -30,11 +32,13 @@ class Migrations:
     """The present or last migration out of a VM, and the one by which its guest came.
 
     ``now`` is the clock of the uplinks; ``times`` are a migration's, by default the usual ones;
-    ``credentials`` are what both ends of a migration are shown.
+    ``credentials`` are what both ends of a migration are shown; ``restore`` is for guests from
+    files.
     What only a migration needs is imported by the first one, not by a guest that boots.
 
     The callbacks are called in the migrations' threads: ``on_status(outgoing, status)`` for each
-    status of a migration out, ``on_incoming_failed(error)`` when no guest will come.
+    status of a migration out, ``on_incoming_failed(error)`` when no guest will come,
+    ``on_damaged(error)`` when RAM that was restored lazily is wrong, and the guest paused for it.
 
     Attributes:
         parameters: the operator's parameters, replaced as a whole.
@@ -53,6 +57,8 @@ class Migrations:
         autostart: bool = True,
         times: Times | None = None,
         credentials: Credentials | None = None,
+        restore: Restore = FULL,
+        on_damaged: Callable[[GodwitError], None] = lambda error: None,
     ) -> None:
         self._machine = machine
         self._uplinks = uplinks
@@ -62,6 +68,8 @@ class Migrations:
         self._on_incoming_failed = on_incoming_failed
         self._times = times
         self._credentials = credentials
+        self._restore = restore
+        self._on_damaged = on_damaged
         self.parameters = MigrationParameters()
         self.autostart = autostart
         self._closing = False
@@ -81,6 +89,32 @@ class Migrations:
             ConfigError: the URI is wrong, or leaves this host without ``insecure``.
             StateError: a migration is under way, or the guest is dead.
         """
+        self._check_free()
+        if uri.startswith("file:"):
+            from godwit.migration.snapshot.saver import PLAIN
+
+            self._start(self._saver(uri, PLAIN))
+        else:
+            self._start(self._source(uri, insecure))
+
+    def save(self, path: str, keep_running: bool, compress: str) -> None:
+        """Start a save of the guest into the file at ``path``.
+
+        The VM ends with a save after which the guest does not run on.
+
+        Raises:
+            ConfigError: the path is wrong, or there is no such compression.
+            StateError: a migration is under way, the guest is dead, or a device may be in no
+                snapshot of a guest that runs on.
+        """
+        from godwit.migration.snapshot.saver import Manner
+
+        self._check_free()
+        if keep_running:
+            self._machine.devices.check_copy()
+        self._start(self._saver(f"file:{path}", Manner(keep_running, compress, ends_vm=True)))
+
+    def _check_free(self) -> None:
         if self.active:
             raise StateError(
                 "a migration is under way already; see query-migrate, or migrate_cancel"
@@ -88,36 +122,40 @@ class Migrations:
         exited = self._machine.exited
         if exited is not None:
             raise StateError(f"the guest is dead ({exited[1]}); there is nothing to migrate")
-        self._outgoing = outgoing = self._make_outgoing(uri, insecure)
+
+    def _start(self, outgoing: Outgoing) -> None:
+        self._outgoing = outgoing
         self._on_status(outgoing, "setup")
         outgoing.start()
 
-    def _make_outgoing(self, uri: str, insecure: bool) -> Outgoing:
-        def report(status: str) -> None:
-            self._on_status(outgoing, status)
+    def _saver(self, uri: str, manner: Manner) -> Outgoing:
+        from godwit.migration.snapshot.saver import Saver, path_of
 
-        outgoing: Outgoing
-        common = self._guest(), self._states
-        times = self._known_times()
-        if uri.startswith("file:"):
-            from godwit.migration.snapshot import Saver, path_of
+        saver: Outgoing = Saver(
+            self._guest(),
+            self._states,
+            path_of(uri),
+            lambda: self.parameters,
+            lambda status: self._on_status(saver, status),
+            self._known_times(),
+            manner,
+        )
+        return saver
 
-            path = path_of(uri)
-            outgoing = Saver(*common, path, lambda: self.parameters, report, times)
-        else:
-            from godwit.migration.source import Source
+    def _source(self, uri: str, insecure: bool) -> Outgoing:
+        from godwit.migration.source import Source
 
-            address = self._address(uri, insecure)
-            packets = self._incoming.packets if self._incoming is not None else None
-            outgoing = Source(
-                *common,
-                address,
-                lambda: self.parameters,
-                report,
-                lambda: packets is not None and packets.holding,
-                times,
-            )
-        return outgoing
+        packets = self._incoming.packets if self._incoming is not None else None
+        source: Outgoing = Source(
+            self._guest(),
+            self._states,
+            self._address(uri, insecure),
+            lambda: self.parameters,
+            lambda status: self._on_status(source, status),
+            lambda: packets is not None and packets.holding,
+            self._known_times(),
+        )
+        return source
 
     def cancel(self) -> None:
         """Give up the present migration out, if there is one.
@@ -135,7 +173,7 @@ class Migrations:
         Returns False if there is none.
         """
         outgoing = self._outgoing
-        if outgoing is None or not outgoing.active:
+        if outgoing is None or not outgoing.needs_guest:
             return False
         outgoing.give_up(f"{why} during its migration")
         outgoing.when_over(then)
@@ -158,9 +196,13 @@ class Migrations:
         times = self._known_times()
         ends = self._take_over, self._on_incoming_failed
         if uri.startswith("file:"):
-            from godwit.migration.snapshot import Restorer, path_of
+            from godwit.migration.snapshot.restorer import Restorer
+            from godwit.migration.snapshot.saver import path_of
 
-            self._incoming = Restorer(self._guest(), path_of(uri), *ends, times)
+            self._incoming = Restorer(
+                self._guest(), path_of(uri), *ends, times, self._restore, self._on_damaged
+            )
+            self._states.set(_S.RESTORE_VM)
         else:
             from godwit.migration.destination import Destination
 
@@ -243,7 +285,7 @@ class Migrations:
             return info
         if self._incoming is None:
             return {}
-        arrived = self._states.current is not _S.INMIGRATE
+        arrived = self._states.current not in (_S.INMIGRATE, _S.RESTORE_VM)
         own: dict[str, object] = {
             "destination-phases": dict(self._incoming.phases),
             "runstates": runstates,

@@ -26,6 +26,7 @@ from godwit.spec import events
 from godwit.spec.config import NicConfig
 from godwit.spec.events import Event
 from godwit.spec.parameters import AnnounceParameters, MigrationParameters
+from godwit.spec.restore import FULL, Restore
 from godwit.spec.runstate import RunState, RunStates
 
 from .limited_reports import LimitedReports
@@ -71,6 +72,7 @@ class Vmm:
         log: Callable[[str], None] = lambda text: None,
         times: Times | None = None,
         credentials: Credentials | None = None,
+        restore: Restore = FULL,
     ) -> None:
         self._loop = loop
         self._autostart = autostart
@@ -98,6 +100,8 @@ class Vmm:
             autostart=autostart,
             times=times,
             credentials=credentials,
+            restore=restore,
+            on_damaged=self._damaged,
         )
         try:
             self.machine.on_panic = self._panicked
@@ -258,6 +262,10 @@ class Vmm:
         """Start a migration of the guest to ``uri``, which may be a file."""
         self.migrations.migrate(uri, insecure)
 
+    def save(self, path: str, keep_running: bool, compress: str) -> None:
+        """Start a save of the guest into the file at ``path``."""
+        self.migrations.save(path, keep_running, compress)
+
     def migrate_incoming(self, uri: str, insecure: bool) -> None:
         """Wait for a guest at ``uri``, or load one from a file."""
         self.states.require(_S.INMIGRATE)
@@ -356,6 +364,8 @@ class Vmm:
         self._emit(*events.migration(status))
         if status == "completed":
             self._log(outgoing.completion)
+            if outgoing.ends_vm:
+                self._loop.call_soon(lambda: self._end(_S.SHUTDOWN, events.Reason.HOST_QUIT, 0))
         elif status == "failed":
             where = "stays here" if outgoing.returned else "may run at the destination"
             self._log(f"the guest {where}; the migration failed: {outgoing.report.error}")
@@ -368,6 +378,21 @@ class Vmm:
             self._end(_S.SHUTDOWN, events.Reason.HOST_ERROR, 1)
 
         self._emit(*events.migration("failed"))
+        self._loop.call_soon(end)
+
+    def _damaged(self, error: GodwitError) -> None:
+        """End the VM because its guest's RAM is wrong, in the thread that checks it."""
+
+        def end() -> None:
+            if self.states.current in _FINAL:
+                return
+            if self.migrations.fail_for_exit(str(error), lambda: self._damaged(error)):
+                return
+            self._log(f"the guest was stopped: {error}")
+            with self.machine.lock:
+                self.machine.pause()
+            self._end(_S.INTERNAL_ERROR, events.Reason.HOST_ERROR, EXIT_INTERNAL_ERROR)
+
         self._loop.call_soon(end)
 
     def _vcpu_exited(self, reason: StopReason, detail: str) -> None:

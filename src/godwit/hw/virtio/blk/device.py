@@ -16,6 +16,7 @@ from godwit.hw.device import (
     Counts,
     IoError,
     OwnsHostState,
+    RefusesCopies,
     ReportsIoErrors,
     Slot,
 )
@@ -75,7 +76,7 @@ class BlkState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stamp: Stamp | None
 
 
-class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, ReportsIoErrors):
+class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, ReportsIoErrors):
     """A disk with the content of ``image``, which the disk owns."""
 
     kind = "virtio-blk"
@@ -300,6 +301,15 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, ReportsIoErrors
                 f"disk image '{self._image.path}' was written after the guest was saved, and its "
                 "file systems would not survive that; restore with a copy of the image from then"
             )
+
+    def why_no_copy(self) -> str | None:
+        """Refuse a copy of the guest that finds its disk as the guest went on to write it."""
+        if self._image.readonly:
+            return None
+        return (
+            f"the guest goes on writing its disk image '{self._image.path}', and its copy would "
+            "find that with another memory"
+        )
 
     def _present_stamp(self) -> Stamp | None:
         return None if self._image.is_device else Stamp(*self._image.stamp)
