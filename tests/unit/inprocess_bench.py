@@ -2,13 +2,14 @@
 
 import os
 import threading
+from collections.abc import Callable
 
 from godwit.host.loop import Loop
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.virtio.net.backend import Ring
 from godwit.hw.virtio.net.userspace import UserspaceBackend
-from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
+from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Chain, Virtqueue
 from tests.fakes.driver import Driver, Part
 from tests.fakes.tap import FakeTap
 
@@ -26,10 +27,17 @@ class Bench:
         self.tap = FakeTap()
         self.errors: list[str] = []
         self.refused: set[bytes] = set()
+        self.passes: Callable[[Chain], bool] = lambda chain: True
         lock = threading.RLock()
         self.backlog = RxBacklog(self.tap, lock)
         self.backend = UserspaceBackend(
-            self.tap, self.backlog, self.loop, lock, self._accepts, self._guest_error
+            self.tap,
+            self.backlog,
+            self.loop,
+            lock,
+            self._accepts,
+            self._guest_error,
+            lambda chain: self.passes(chain),
         )
         event_idx = bool(features & F_EVENT_IDX)
         self.drivers = [

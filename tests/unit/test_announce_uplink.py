@@ -216,7 +216,7 @@ def test_info_of_a_nic_that_never_was_announced() -> None:
             "answers": 0,
             "proof": None, "proved-ms": None, "unproved": [], "claims": 0,
             "verified-ms": None, "unverified": [],
-            "error": None, "watched": False, "malformed": 0,
+            "error": None, "watched": False, "malformed": 0, "quarantined": False, "held-back": 0,
             "addresses": [{"mac": mac, "vlans": [], "ip": None, "seen-ms": None, "host-ms": None}],
         }
     ]  # fmt: skip

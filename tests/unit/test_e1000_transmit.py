@@ -476,3 +476,19 @@ def test_whatever_is_in_the_ring_the_vm_lives(
             assert len(frame) >= HEADER + 14
     finally:
         bench.close()
+
+
+def test_a_frame_that_is_held_back_is_reported_and_not_sent(bench: Bench) -> None:
+    seen: list[bytes] = []
+
+    def gate(frame: bytes) -> bool:
+        seen.append(frame)
+        return len(seen) > 1
+
+    bench.nic.gate = gate
+    frame = bytes(range(200)) * 5
+    bench.driver.send(frame)
+    bench.driver.send(frame)
+    assert seen == [frame[:256]] * 2
+    assert bench.tap.get() is not None
+    assert bench.tap.get() is None

@@ -8,7 +8,7 @@ import pytest
 from godwit.hw.device import LogsDirtyPages
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.net import offloads
-from godwit.hw.virtio.queue import F_INDIRECT_DESC
+from godwit.hw.virtio.queue import F_INDIRECT_DESC, Chain
 from inprocess_bench import ALL, HEADER, MERGE, Bench, make_frame
 from tests.fakes.driver import Part
 
@@ -147,3 +147,24 @@ def test_what_arrives_is_marked_for_a_migration(bench: Bench) -> None:
     bench.serve()
     assert buffers[0][0].address // 4096 in bench.memory.take_log()
     bench.memory.stop_log()
+
+
+def test_a_frame_that_is_held_back_is_used_up_and_not_sent(bench: Bench) -> None:
+    seen: list[bytes] = []
+
+    def passes(chain: Chain) -> bool:
+        seen.append(chain.read(1 << 16))
+        return len(seen) % 2 == 0
+
+    bench.passes = passes
+    for number in range(4):
+        bench.tx.add_out(bytes(HEADER), make_frame(number))
+    bench.kick(1)
+    bench.serve()
+    assert seen == [bytes(HEADER) + make_frame(number) for number in range(4)]
+    assert [bench.tap.get() for _ in range(3)] == [
+        bytes(HEADER) + make_frame(1),
+        bytes(HEADER) + make_frame(3),
+        None,
+    ]
+    assert len(bench.tx.take_all()) == 4

@@ -34,6 +34,8 @@ from .uplink import Uplink
 MIGRATION = "migration"
 #: The id of the announcement at a source whose guest stays after all.
 RETURNED = "returned"
+#: The ids of announcements of a copied guest, by NIC, begin with this.
+OPENED = "opened"
 _ON_DEMAND = "id:"
 #: Announcements on demand that may be under way at once, each with an id of its own.
 MAX_ON_DEMAND = 16
@@ -117,7 +119,7 @@ class Announcer:
                     self._cancel(key)
             elif old is RunState.PRELAUNCH_MIGRATE:
                 try:
-                    self._start(MIGRATION, tuple(self._uplinks))
+                    self._start(MIGRATION, self._own())
                 except Exception as error:
                     # The guest runs here: an error that got out of this transition would look
                     # like a guest that did not arrive, and its source would let it run as well.
@@ -129,6 +131,12 @@ class Announcer:
         with self._rounds_lock:
             if self._running:
                 self._start(RETURNED, tuple(self._uplinks))
+
+    def opened(self, nic: str) -> None:
+        """Announce a copied guest's NIC that uses an address of its own for the first time."""
+        with self._rounds_lock:
+            if self._running:
+                self._start(f"{OPENED}:{nic}", (nic,))
 
     def announce_self(
         self,
@@ -216,6 +224,11 @@ class Announcer:
         return [self._info(record) for record in self.records()]
 
     # --- inside -----------------------------------------------------------------------------------
+    def _own(self) -> tuple[str, ...]:
+        """Return the NICs whose addresses are this guest's own, and not those of its original."""
+        uplinks = self._uplinks.items()
+        return tuple(id for id, one in uplinks if one.gate is None or one.gate.open)
+
     def _check_number(self) -> None:
         """Refuse one more announcement on demand: each ack and each change of a port walks all."""
         self._forget_over()
@@ -267,6 +280,8 @@ class Announcer:
             "error": record.error,
             "watched": uplink.watched,
             "malformed": uplink.observer.malformed,
+            "quarantined": uplink.gate is not None and not uplink.gate.open,
+            "held-back": 0 if uplink.gate is None else uplink.gate.held,
             "addresses": addresses,
         }
 
@@ -290,7 +305,7 @@ class Announcer:
         if schedule is not None:  # as many rounds as the operator asked for
             options = msgspec.structs.replace(options, patience=0)
         self._forget_over()
-        if not parameters.rounds:
+        if not parameters.rounds or not names:
             return
         self._current[key] = announcement = _Announcement()
         for name in names:

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from godwit.host.net.ethernet import ETH_ALEN, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, ETH_P_RARP
+from godwit.hw.nic.nic import GATE_LOOK
 
 from .dissect import Malformed, is_host_ip, is_host_mac, split
 
 #: Addresses learned from frames that were held back, at most.
 MAX_LEARNED = 1024
-#: All that is looked at of a frame, bytes.
-LOOK = 256
 _ICMPV6, _ADVERTISEMENT = 58, 136
 
 
@@ -40,8 +39,8 @@ class Gate:
         self.held = 0
 
     def passes(self, frame: bytes) -> bool:
-        """Return whether an Ethernet frame may leave, by its first :data:`LOOK` bytes."""
-        own = self._own(frame[:LOOK])
+        """Return whether an Ethernet frame may leave, by its first :data:`.GATE_LOOK` bytes."""
+        own = self._own(frame[:GATE_LOOK])
         if own is None:
             self.held += 1
             return False

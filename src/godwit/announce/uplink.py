@@ -8,7 +8,7 @@ distinguish the host's frames from the guest's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
@@ -23,6 +23,10 @@ from .entries import Address, Entry, Peer, Tags, announcements
 from .memberships import Membership, report
 from .observer import Observer
 from .policy import Policy
+from .saved import AddressBookState
+
+if TYPE_CHECKING:
+    from .gate import Gate
 
 #: Networks that are switched back, at most, the most important first.
 _MAX_SWITCHED_BACK = 64
@@ -78,6 +82,7 @@ class Uplink:
             one network, only the one that the guest used last announces the address.
         port: the tap's port in the host's network.
         policy: which addresses the host may announce.
+        gate: holds frames of a copied guest back; None: the guest is no copy.
         on_seen: called for each announcement of the guest's own that was seen.
     """
 
@@ -90,6 +95,7 @@ class Uplink:
         self.siblings: Sequence[Uplink] = ()
         self.port: PortState = AlwaysReady()
         self.policy = policy or Policy()
+        self.gate: Gate | None = None
         self._clock = clock
         self._host_announced: dict[Address, float] = {}
 
@@ -233,6 +239,19 @@ class Uplink:
             frames.layer2_update(mac, tags, cookie(number))
             for number, (mac, tags) in enumerate(places)
         ]
+
+    def hold_back(self, state: AddressBookState, on_own: Callable[[bytes], None]) -> None:
+        """Let nothing leave by the addresses of a guest that this one is a copy of.
+
+        ``state`` is the original's address book; ``on_own`` as of :class:`.gate.Gate`.
+        """
+        from .gate import Gate  # for the few that are copies
+
+        table = self.nic.rx_filter().unicast_table
+        macs = {entry.mac for entry in state.entries} | {self.nic.mac, *table}
+        ips = (entry.ip for entry in state.entries if entry.ip is not None)
+        self.gate = Gate(macs, ips, on_own)
+        self.nic.gate = self.gate.passes
 
     def switch_back(self) -> None:
         """Have switches learn that the guest is here, and pass over a frame that fails."""

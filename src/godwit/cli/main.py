@@ -157,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
         "(default %(default)s)",
     )
     run.add_argument(
+        "--clone",
+        action="store_true",
+        help="a guest from a file is a copy beside its original: its NICs let nothing out that has "
+        "one of the original's MAC or IP addresses, and show drivers that reset them new MACs",
+    )
+    run.add_argument(
         "--no-autostart", action="store_true", help="load, and wait for QMP's cont to run"
     )
     run.add_argument(

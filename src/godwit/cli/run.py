@@ -24,7 +24,14 @@ from godwit.host.loop import Loop
 from godwit.hw.console import Console
 from godwit.machine.board import Board
 from godwit.machine.vcpu import install_kick_handler
-from godwit.spec.config import VmConfig, parse_cpu, parse_devices, parse_memory, parse_smbios
+from godwit.spec.config import (
+    VmConfig,
+    as_copy,
+    parse_cpu,
+    parse_devices,
+    parse_memory,
+    parse_smbios,
+)
 from godwit.spec.machine_types import DEFAULT, machine_type
 from godwit.spec.restore import Restore
 
@@ -43,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         GodwitError: the VM could not be made.
     """
     memory, shared = parse_memory(arguments.memory)
+    restore, devices = _restore(arguments), parse_devices(arguments.devices)
     config = VmConfig(
         memory=memory,
         shared_memory=shared,
@@ -51,11 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
         kernel=arguments.kernel,
         initrd=arguments.initrd,
         command_line=arguments.append,
-        devices=parse_devices(arguments.devices),
+        devices=as_copy(devices) if restore.clone else devices,
         machine=machine_type(arguments.machine or DEFAULT),
         system=parse_smbios(arguments.smbios, arguments.oem_string),
     )
-    restore = _restore(arguments)
     if arguments.kernel is None and arguments.incoming is None:
         raise ConfigError(
             "nothing to run; give --kernel to boot, or --incoming to wait for a guest"
@@ -156,10 +163,11 @@ def _restore(arguments: argparse.Namespace) -> Restore:
     Raises:
         ConfigError: no guest can come from a file.
     """
-    restore = Restore(arguments.restore == "lazy", arguments.restore_clock == "now")
+    now = arguments.restore_clock == "now"
+    restore = Restore(arguments.restore == "lazy", now, arguments.clone)
     if any(restore) and (arguments.incoming or "").partition(":")[0] not in ("file", "defer"):
         raise ConfigError(
-            "--restore and --restore-clock are for a guest from a file; give them with "
+            "--restore, --restore-clock and --clone are for a guest from a file; give them with "
             "--incoming file:PATH, or leave them out"
         )
     return restore

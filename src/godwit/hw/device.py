@@ -289,6 +289,19 @@ class Relocatable(ABC):
         """Have the guest learn so when it runs next, while paused, after :meth:`Device.load`."""
 
 
+class HasIdentity(ABC):
+    """A part with an identity on the host or in the network, which a copy of a guest cannot share.
+
+    Attributes:
+        identity: the names of the properties in which a copy differs.
+    """
+
+    identity: ClassVar[frozenset[str]]
+
+    def be_copy(self) -> None:
+        """Keep the identity that is configured here, whatever the saved one: before the load."""
+
+
 class RefusesCopies(ABC):
     """A part of which two guests may be worse off than one: of the guest itself, and of a copy."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 
@@ -18,20 +19,29 @@ from godwit.spec import saved
 ADDRESSES = "addresses"
 #: The address book of each NIC, by the NIC's id.
 _Books = dict[str, AddressBookState]
+#: Receives a NIC's id and MAC address.
+OnOwn = Callable[[str, bytes], None]
 
 
 class Guest:
     """The machine, and for each of its NICs, in order, the uplink.
 
-    ``now`` is the clock by which the address books' entries age.
+    ``now`` is the clock by which the address books' entries age. With ``on_own`` a guest that is
+    loaded is a copy, whose original keeps its addresses: called with a NIC's id and MAC address
+    once the copy uses one of its own there, by the thread that carries frames.
     """
 
     def __init__(
-        self, machine: Machine, uplinks: Sequence[Uplink], now: Callable[[], float]
+        self,
+        machine: Machine,
+        uplinks: Sequence[Uplink],
+        now: Callable[[], float],
+        on_own: OnOwn | None = None,
     ) -> None:
         self.machine = machine
         self.uplinks = uplinks
         self._now = now
+        self._on_own = on_own
 
     @property
     def nics(self) -> list[Nic]:
@@ -79,6 +89,9 @@ class Guest:
         now = self._now()
         away = away_for(state.platform, received) if kept else 0.0
         for uplink in self.uplinks:
+            if self._on_own is not None:
+                uplink.hold_back(books[uplink.nic.id], partial(self._on_own, uplink.nic.id))
+                continue
             with uplink.observer.book(now) as book:
                 book.load(books[uplink.nic.id], now - away)
                 book.forget_old(now)

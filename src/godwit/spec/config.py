@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -184,6 +185,26 @@ def default_mac(tap: str, index: int) -> bytes:
     52:54:00 is what KVM guests use; the rest comes from the tap's name.
     """
     return b"\x52\x54\x00" + zlib.crc32(f"{tap}/{index}".encode()).to_bytes(4, "big")[1:]
+
+
+def as_copy(devices: Sequence[DeviceConfig]) -> tuple[DeviceConfig, ...]:
+    """Return the devices of a guest that is a copy of one, which may run beside its copies.
+
+    A NIC without ``mac=`` gets an address at random. Its frames pass this process, which holds
+    some of them back.
+    """
+    nics = [config for config in devices if isinstance(config, NicConfig)]
+    given = {nic.id: nic.mac for index, nic in enumerate(nics) if nic.mac != _default(nic, index)}
+    return tuple(
+        config._replace(vhost=False, mac=given.get(config.id) or b"\x52\x54\x00" + os.urandom(3))
+        if isinstance(config, NicConfig)
+        else config
+        for config in devices
+    )
+
+
+def _default(nic: NicConfig, index: int) -> bytes:
+    return default_mac(nic.tap, index)
 
 
 def parse_memory(text: str) -> tuple[int, bool]:

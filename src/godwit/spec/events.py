@@ -50,6 +50,11 @@ class Event(StrEnum):
         "a NIC's tap was deleted: the guest runs on, and has no network until it moves",
         *("nic", "tap"),
     )
+    NIC_OPENED = (
+        "NIC_OPENED",
+        "a copy of a guest (--clone) uses an address of its own on the NIC, and is announced",
+        *("nic", "mac"),
+    )
     NIC_TAP_ANEW = (
         "NIC_TAP_ANEW",
         "an interface has the name of a tap that was lost; the NIC is not attached to it",

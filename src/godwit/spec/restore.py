@@ -12,6 +12,8 @@ class Restore(NamedTuple):
     """RAM is the file, page by page as touched, and checked meanwhile; or else read before."""
     clock_now: bool = False
     """The guest's clocks go on from now; or else from when the guest was saved."""
+    clone: bool = False
+    """The guest is a copy beside the original, and uses none of the original's addresses."""
 
 
 FULL = Restore()

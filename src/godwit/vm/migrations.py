@@ -18,7 +18,7 @@ from godwit.spec.restore import FULL, Restore
 from godwit.spec.runstate import RunState, RunStates
 
 if TYPE_CHECKING:
-    from godwit.migration.guest import Guest
+    from godwit.migration.guest import Guest, OnOwn
     from godwit.migration.incoming import Incoming
     from godwit.migration.outgoing import Outgoing
     from godwit.migration.snapshot.saver import Manner
@@ -39,6 +39,8 @@ class Migrations:
     The callbacks are called in the migrations' threads: ``on_status(outgoing, status)`` for each
     status of a migration out, ``on_incoming_failed(error)`` when no guest will come,
     ``on_damaged(error)`` when RAM that was restored lazily is wrong, and the guest paused for it.
+    ``on_own(nic, mac)`` is called by the thread that carries frames, when a copy of a guest uses an
+    address of its own.
 
     Attributes:
         parameters: the operator's parameters, replaced as a whole.
@@ -59,6 +61,7 @@ class Migrations:
         credentials: Credentials | None = None,
         restore: Restore = FULL,
         on_damaged: Callable[[GodwitError], None] = lambda error: None,
+        on_own: OnOwn = lambda nic, mac: None,
     ) -> None:
         self._machine = machine
         self._uplinks = uplinks
@@ -70,6 +73,7 @@ class Migrations:
         self._credentials = credentials
         self._restore = restore
         self._on_damaged = on_damaged
+        self._on_own = on_own
         self.parameters = MigrationParameters()
         self.autostart = autostart
         self._closing = False
@@ -219,7 +223,8 @@ class Migrations:
     def _guest(self) -> Guest:
         from godwit.migration.guest import Guest
 
-        return Guest(self._machine, self._uplinks, self._now)
+        on_own = self._on_own if self._restore.clone else None
+        return Guest(self._machine, self._uplinks, self._now, on_own)
 
     def _address(self, uri: str, insecure: bool) -> Address:
         from godwit.migration.wire.address import NONE, Address

@@ -102,6 +102,7 @@ class Vmm:
             credentials=credentials,
             restore=restore,
             on_damaged=self._damaged,
+            on_own=self._own_address,
         )
         try:
             self.machine.on_panic = self._panicked
@@ -319,6 +320,14 @@ class Vmm:
             )
 
         return lambda: self._loop.call_soon(report)  # perhaps under the NIC's lock
+
+    def _own_address(self, nic: str, mac: bytes) -> None:
+        def opened() -> None:
+            self._emit(*Event.NIC_OPENED.of(nic=nic, mac=mac.hex(":")))
+            self._log(f"{nic}: the copied guest uses {mac.hex(':')}, an address of its own")
+            self.announcer.opened(nic)
+
+        self._loop.call_soon(opened)  # under the NIC's lock
 
     def _tap_anew(self, name: str) -> None:
         tap = next(nic.tap for nic in self.machine.nics if nic.id == name)

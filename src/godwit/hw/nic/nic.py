@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
+
+from godwit.hw.device import HasIdentity
 
 from .rx_backlog import RxBacklog
+
+#: The bytes of a frame that a gate looks at.
+GATE_LOOK = 256
 
 
 class RxFilterInfo(NamedTuple):
@@ -35,7 +40,7 @@ class RxFilterInfo(NamedTuple):
     vlan_table: tuple[int, ...]
 
 
-class Nic(ABC):
+class Nic(HasIdentity):
     """A network card on a tap, whatever its model.
 
     Attributes:
@@ -55,6 +60,9 @@ class Nic(ABC):
     rx_backlog: RxBacklog
     on_ack: Callable[[], None]
     on_filter: Callable[[], None]
+    #: Returns whether a frame (Ethernet, its beginning) may leave; None: every frame may.
+    gate: Callable[[bytes], bool] | None = None
+    identity: ClassVar[frozenset[str]] = frozenset({"mac"})
 
     @property
     @abstractmethod

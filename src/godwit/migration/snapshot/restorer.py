@@ -47,6 +47,7 @@ class Restorer(Incoming):
         on_damaged: Callable[[GodwitError], None] = lambda error: None,
     ) -> None:
         self._lazy: Lazy | None = None
+        self._copied = restore.clone
         with ExitStack() as undo:
             self._snapshot = Snapshot(path)
             undo.callback(self._snapshot.close)
@@ -83,7 +84,7 @@ class Restorer(Incoming):
         machine, snapshot = self._guest.machine, self._snapshot
         snapshot.look(machine.config.machine.name, machine.memory.size)
         hello = saved.decode(snapshot.index.hello, messages.Hello)
-        check(hello, machine, kept=True)
+        check(hello, machine, kept=True, copied=self._copied)
         adopt(hello, machine)
         self._check_closing()
         if self._lazy is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from godwit.errors import HostError, StreamError
 from godwit.host.boot import boot_id
-from godwit.hw.device import Device, Negotiates, ReservesAhead
+from godwit.hw.device import Device, HasIdentity, Negotiates, ReservesAhead
 from godwit.machine import cpu
 from godwit.machine.machine import Machine
 from godwit.machine.state import VERSION
@@ -40,15 +40,20 @@ def describe(machine: Machine, token: bytes, cookie: bytes = b"") -> Hello:
     )
 
 
-def check(hello: Hello, machine: Machine, *, kept: bool = False) -> None:
+def check(hello: Hello, machine: Machine, *, kept: bool = False, copied: bool = False) -> None:
     """Refuse what this machine cannot become, before the guest is stopped.
 
-    The guest was ``kept`` in a file, or runs at its source.
+    The guest was ``kept`` in a file, or runs at its source. One that is ``copied`` gets an identity
+    of its own.
 
     Raises:
         StreamError: the machines differ; the message names each difference.
     """
-    _follow(hello, machine)
+    if copied:
+        for part in machine.devices.having(HasIdentity):
+            part.be_copy()
+    else:
+        _follow(hello, machine)
     own = describe(machine, hello.token)
     differences = [
         f"{name}: {theirs} at the source, {ours} here"
@@ -60,7 +65,7 @@ def check(hello: Hello, machine: Machine, *, kept: bool = False) -> None:
         )
         if theirs != ours
     ]
-    differences += _device_differences(hello, own, machine)
+    differences += _device_differences(hello, own, machine, copied)
     if differences:
         raise StreamError("the machines differ: " + "; ".join(differences))
     problems = [] if hello.cpu is None else cpu.problems(machine.board, hello.cpu)
@@ -102,7 +107,7 @@ def adopt(hello: Hello, machine: Machine) -> None:
         cpu.adopt(machine.board, hello.cpu)
 
 
-def _device_differences(hello: Hello, own: Hello, machine: Machine) -> Iterator[str]:
+def _device_differences(hello: Hello, own: Hello, machine: Machine, copied: bool) -> Iterator[str]:
     theirs = {device.id: device for device in hello.devices}
     if len(theirs) != len(hello.devices):
         yield "two devices at the source have one id"
@@ -113,7 +118,9 @@ def _device_differences(hello: Hello, own: Hello, machine: Machine) -> Iterator[
         yield f"device {id} ({ours[id].kind}): here, missing at the source"
     for device in machine.devices:
         if device.id in theirs:
-            yield from _differences(theirs[device.id], ours[device.id])
+            part = machine.devices.part(device, HasIdentity) if copied else None
+            identity = part.identity if part is not None else frozenset()
+            yield from _differences(theirs[device.id], ours[device.id], identity)
             missing = theirs[device.id].negotiated & ~_offered(machine, device)
             if missing:
                 yield (
@@ -122,7 +129,7 @@ def _device_differences(hello: Hello, own: Hello, machine: Machine) -> Iterator[
                 )
 
 
-def _differences(theirs: HelloDevice, ours: HelloDevice) -> Iterator[str]:
+def _differences(theirs: HelloDevice, ours: HelloDevice, identity: frozenset[str]) -> Iterator[str]:
     pairs = [("kind", theirs.kind, ours.kind), ("version", theirs.version, ours.version)]
     if theirs.kind == ours.kind:
         names = dict.fromkeys([*ours.properties, *theirs.properties])
@@ -131,7 +138,13 @@ def _differences(theirs: HelloDevice, ours: HelloDevice) -> Iterator[str]:
             for name in names
         ]
     for name, their, our in pairs:
-        if their != our:
+        if name in identity:
+            if their == our:
+                yield (
+                    f"device {ours.id}, {name}: {their} is the original's, which the copy cannot "
+                    "have too; give another, or none for one at random"
+                )
+        elif their != our:
             yield f"device {ours.id}, {name}: {their} at the source, {our} here"
 
 

@@ -72,6 +72,8 @@ class AnnounceInfo(msgspec.Struct, rename="kebab", frozen=True):
     error: str | None
     watched: bool
     malformed: int
+    quarantined: bool
+    held_back: int
     addresses: list[AnnouncedAddress]
 
 

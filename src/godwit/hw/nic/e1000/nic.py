@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 
 from godwit.errors import ConfigError
 from godwit.host.loop import SoonCall
-from godwit.host.net.tap import Tap
+from godwit.host.net.tap import HEADER, Tap
 from godwit.hw.device import Counts, Device, Slot, guarded
-from godwit.hw.nic.nic import Nic, RxFilterInfo
+from godwit.hw.nic.nic import GATE_LOOK, Nic, RxFilterInfo
 from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.nic.tap_reader import TapReader
 from godwit.spec.config import DeviceConfig, NicConfig
@@ -110,7 +110,8 @@ class E1000(Device, Nic, Counts):
         Raises:
             OSError: the tap did not take the frame.
         """
-        self._tap.send(frame)
+        if self.gate is None or self.gate(frame):
+            self._tap.send(frame)
 
     def rx_filter(self) -> RxFilterInfo:
         """Return what the receive filter takes."""
@@ -209,6 +210,8 @@ class E1000(Device, Nic, Counts):
             self._transmit()
 
     def _send(self, frame: bytes) -> None:
+        if self.gate is not None and not self.gate(frame[HEADER : HEADER + GATE_LOOK]):
+            return
         try:
             os.write(self._tap.fd, frame)
             self._sent += 1

@@ -14,14 +14,14 @@ import msgspec
 from godwit.errors import GuestError, StreamError
 from godwit.host.eventfd import drain
 from godwit.host.loop import Loop
-from godwit.host.net.tap import Tap, mtu_problem
+from godwit.host.net.tap import HEADER, Tap, mtu_problem
 from godwit.hw.device import Counts, Slot
 from godwit.hw.memory import GuestMemory
-from godwit.hw.nic.nic import Nic, RxFilterInfo
+from godwit.hw.nic.nic import GATE_LOOK, Nic, RxFilterInfo
 from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.virtio.device import VirtioDevice
 from godwit.hw.virtio.pci import VirtioPci
-from godwit.hw.virtio.queue import Virtqueue
+from godwit.hw.virtio.queue import Chain, Virtqueue
 from godwit.spec.config import QUEUE_SIZE, DeviceConfig, NicConfig
 from godwit.spec.saved import Mac
 
@@ -156,7 +156,8 @@ class VirtioNet(VirtioDevice, Nic, Counts):
         Raises:
             OSError: the tap did not take the frame.
         """
-        self._tap.send(frame)
+        if self.gate is None or self.gate(frame):
+            self._tap.send(frame)
 
     def rx_filter(self) -> RxFilterInfo:
         """Return what the driver asked for on the control queue."""
@@ -171,6 +172,10 @@ class VirtioNet(VirtioDevice, Nic, Counts):
     def accepts(self, frame: memoryview) -> bool:
         """Return whether the driver's filter takes ``frame``, for the userspace backend."""
         return self.control.filter.accepts(frame, self.mac, bool(self.negotiated & F_CTRL_VLAN))
+
+    def passes(self, chain: Chain) -> bool:
+        """Return whether a frame of the guest's may leave, for the userspace backend."""
+        return self.gate is None or self.gate(chain.read(HEADER + GATE_LOOK)[HEADER:])
 
     # --- VirtioDevice -----------------------------------------------------------------------------
     def config(self) -> bytes:
@@ -302,5 +307,11 @@ def _userspace(tap: Tap, slot: Slot) -> MakeBackend:
     from .userspace import UserspaceBackend
 
     return lambda net: UserspaceBackend(
-        tap, net.rx_backlog, slot.loop, net.lock, net.accepts, lambda m: net.on_guest_error(m)
+        tap,
+        net.rx_backlog,
+        slot.loop,
+        net.lock,
+        net.accepts,
+        lambda m: net.on_guest_error(m),
+        net.passes,
     )

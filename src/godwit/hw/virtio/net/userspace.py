@@ -35,11 +35,13 @@ class UserspaceBackend:
         lock: threading.RLock,
         accepts: Accepts,
         on_guest_error: Callable[[str], None],
+        passes: Callable[[Chain], bool] = lambda chain: True,
     ) -> None:
         self._tap = tap
         self._loop = loop
         self._lock = lock
         self._reader = TapReader(tap, backlog, loop, accepts, self._receive_frame)
+        self._passes = passes
         self._on_guest_error = on_guest_error
         self.features = offloads.offered(tap.offloads) | F_MRG_RXBUF
         self._rx: Ring | None = None
@@ -115,6 +117,8 @@ class UserspaceBackend:
     def _send_chain(self, chain: Chain) -> None:
         if chain.readable_size() > MAX_FRAME:
             raise GuestError(f"a frame of {chain.readable_size()} bytes")
+        if not self._passes(chain):
+            return
         try:
             os.writev(self._tap.fd, chain.readable)
         except OSError:

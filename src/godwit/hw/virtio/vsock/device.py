@@ -21,6 +21,7 @@ from godwit.host.vhost import LOG_PAGE
 from godwit.host.vhost_vsock import DEVICE, FIRST_CID, LAST_CID, VhostVsock
 from godwit.hw.device import (
     Counts,
+    HasIdentity,
     LogsDirtyPages,
     OwnsHostState,
     Relocatable,
@@ -54,7 +55,9 @@ class VsockState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cid: Annotated[int, msgspec.Meta(ge=FIRST_CID, le=LAST_CID)] | None
 
 
-class VirtioVsock(VirtioDevice, OwnsHostState, ReservesAhead, Relocatable, LogsDirtyPages, Counts):
+class VirtioVsock(
+    VirtioDevice, OwnsHostState, ReservesAhead, Relocatable, HasIdentity, LogsDirtyPages, Counts
+):
     """The socket device with a CID, or with any free one (None).
 
     ``open_device`` opens one of the kernel's devices.
@@ -66,6 +69,7 @@ class VirtioVsock(VirtioDevice, OwnsHostState, ReservesAhead, Relocatable, LogsD
     kind = "virtio-vsock"
     State = VsockState
     device_id = 19
+    identity = frozenset({"cid"})
     class_code = 0x078000  # communication, as QEMU's (hw/virtio/vhost-vsock-pci.c)
 
     def __init__(
@@ -85,6 +89,7 @@ class VirtioVsock(VirtioDevice, OwnsHostState, ReservesAhead, Relocatable, LogsD
         self._rings = Rings(self, loop, memory)
         self._device: VhostVsock | None = None
         self._has_cid = False
+        self._copied = False
         self._reset_due = False
         self._resets = 0
         self._supported = 0
@@ -114,6 +119,10 @@ class VirtioVsock(VirtioDevice, OwnsHostState, ReservesAhead, Relocatable, LogsD
         if self._any_cid and isinstance(cid, int) and FIRST_CID <= cid <= LAST_CID:
             with self.lock:
                 self.cid = cid
+
+    def be_copy(self) -> None:
+        """Keep the CID of here: the guest reads it again after the reset of its connections."""
+        self._copied = True
 
     def reserve(self, same_host: bool) -> None:
         """Take the CID now, unless the source is on this very host.
@@ -248,6 +257,8 @@ class VirtioVsock(VirtioDevice, OwnsHostState, ReservesAhead, Relocatable, LogsD
         Raises:
             StreamError: the guest has another CID than is configured here.
         """
+        if self._copied:
+            return
         if self._any_cid:
             self.follow({"cid": state.cid})
         if state.cid != self.cid:
