@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from godwit.announce import frames
-from godwit.errors import GodwitError
+from godwit.errors import GodwitError, StateError
 from godwit.host.net.tap import HEADER
 from godwit.spec.config import NicConfig, as_copy, default_mac, parse_devices
 from godwit.spec.restore import Restore
@@ -84,6 +84,8 @@ def test_nothing_of_the_originals_leaves_and_its_own_does(saved: Path, model: st
         assert copy.tap.get() is None
         assert uplink.gate.held == 3
         assert not copy.own
+        with pytest.raises(StateError, match="nic0.*original's addresses"):
+            copy.migrations.migrate("unix:/nowhere", False)
         uplink.send(own := frames.gratuitous_arp(NEW, NEW4, VLAN))
         assert (copy.tap.get() or b"")[HEADER:] == own
         assert copy.own == [("nic0", NEW)]

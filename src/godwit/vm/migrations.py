@@ -126,6 +126,12 @@ class Migrations:
         exited = self._machine.exited
         if exited is not None:
             raise StateError(f"the guest is dead ({exited[1]}); there is nothing to migrate")
+        for uplink in self._uplinks:
+            if uplink.gate is not None and not uplink.gate.open:
+                raise StateError(
+                    f"{uplink.nic.id}: the guest is a copy that still has its original's addresses, "
+                    "which nothing would hold back elsewhere; give it its own first"
+                )
 
     def _start(self, outgoing: Outgoing) -> None:
         self._outgoing = outgoing
