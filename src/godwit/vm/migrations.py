@@ -129,8 +129,8 @@ class Migrations:
         for uplink in self._uplinks:
             if uplink.gate is not None and not uplink.gate.open:
                 raise StateError(
-                    f"{uplink.nic.id}: the guest is a copy that still has its original's addresses, "
-                    "which nothing would hold back elsewhere; give it its own first"
+                    f"{uplink.nic.id}: the guest is a copy, and still has its original's "
+                    "addresses, which nothing would hold back elsewhere; give it its own first"
                 )
 
     def _start(self, outgoing: Outgoing) -> None:
