@@ -121,6 +121,17 @@ class Shell:
     netns: str
     user: str = "root"
     address: str = "10.0.0.2"
+    cid: int | None = None
+    """Reached by vsock, and not by the network."""
+
+    @property
+    def answers(self) -> bool:
+        """Whether the guest is reached."""
+        try:
+            self.run("true", 30)
+        except LabError:
+            return False
+        return True
 
     def run(self, command: str, timeout_s: float = 120.0) -> str:
         """Run a command, and return what it prints.
@@ -131,6 +142,8 @@ class Shell:
         options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR")
         more: Sequence[str] = [word for option in options for word in ("-o", option)]
         argv = ["ssh", *more, "-o", "ConnectTimeout=30", "-i", str(self.key)]
+        if self.cid is not None:
+            argv += ["-o", f"ProxyCommand=socat - VSOCK-CONNECT:{self.cid}:22"]
         argv += [f"{self.user}@{self.address}", command]
         try:
             done = subprocess.run(

@@ -5,7 +5,9 @@ Judges: fio's own verify, the guest's kernel log, and fsck on the image afterwar
 
 from __future__ import annotations
 
+import json
 import random
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,10 +36,17 @@ class Debian:
 
     bench: Bench
     image: Path
-    disk: tuple[str, str]
+    disk: tuple[str, ...]
     shell: debian.Shell
     argv: list[str]
     vm: Watched
+
+    @property
+    def cid(self) -> int:
+        """Its CID, which goes with it."""
+        devices = self.vm.qmp.execute("query-devices")
+        (cid,) = [d["properties"]["cid"] for d in devices if d["kind"] == "virtio-vsock"]
+        return int(cid)
 
     def target(self) -> Watched:
         """A process on the other host that waits for it, and has the same image."""
@@ -83,7 +92,7 @@ def guest(bench: Bench) -> Iterator[Debian]:
     disk = image.copy(bench.folder / "debian.raw")
     disk.chmod(0o600)
     key = debian.make_key(bench.folder)
-    given = ("--disk", f"path={disk},discard=on")
+    given = ("--disk", f"path={disk},discard=on", "--vsock", "cid=auto")
     argv = [*image.boot, *debian.identity("lab-guest", key), *given]
     vm = bench.run(bench.net.a, *argv, memory=_MEMORY)
     guest = Debian(bench, disk, given, debian.Shell(key, bench.net.client.netns), argv, vm)
@@ -104,6 +113,21 @@ def test_it_boots_and_knows_who_it_is(guest: Debian) -> None:
     assert shell.run("findmnt -no SOURCE /").strip() == "/dev/vda"
 
 
+def test_it_is_reached_without_a_network(guest: Debian) -> None:
+    shell = debian.Shell(guest.shell.key, guest.shell.netns, cid=guest.cid)
+    wait_for(lambda: shell.answers, 120)
+    nic = "$(basename $(dirname /sys/class/net/*/device))"
+    shell.run(f"ip link set {nic} down")
+    assert shell.run("hostname").strip() == "lab-guest"
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as agent:
+        agent.settimeout(60)
+        agent.connect((guest.cid, 1234))
+        agent.sendall(b'{"execute": "guest-get-host-name"}\n')
+        assert json.loads(agent.makefile().readline()) == {"return": {"host-name": "lab-guest"}}
+    shell.run(f"ip link set {nic} up")
+    wait_for(lambda: guest.shell.answers, 120)
+
+
 def test_it_moves_while_fio_writes_and_checks(guest: Debian) -> None:
     guest.start_fio()
     for _ in range(3):
@@ -113,6 +137,8 @@ def test_it_moves_while_fio_writes_and_checks(guest: Debian) -> None:
         assert info["status"] == "completed", info
         guest.bench.retire(guest.vm)
         guest.vm = target
+        by_vsock = debian.Shell(guest.shell.key, guest.shell.netns, cid=guest.cid)
+        assert by_vsock.run("hostname").strip() == "lab-guest"
         assert guest.fio_runs(), guest.shell.run("cat /var/tmp/fio.txt; journalctl -u verify -n 20")
     guest.shell.run("systemctl kill --signal=INT verify")
     wait_for(lambda: not guest.fio_runs(), 120)
