@@ -135,7 +135,7 @@ def test_a_guest_that_goes_into_a_file_with_its_vm(
 
     def end() -> None:
         vm.server.emit("MIGRATION", {"status": "completed"})
-        vm.loop.call_soon(vm.loop.stop)
+        vm.loop.call_soon(vm.server.close)
 
     vm.answers = [_report().info()]
     vm.when_asked = end
@@ -148,7 +148,7 @@ def test_a_vm_that_ends_while_its_guest_is_saved(
     vm: _Migrating, capsys: pytest.CaptureFixture[str]
 ) -> None:
     vm.answers = [_report().info()]
-    vm.when_asked = vm.loop.stop
+    vm.when_asked = vm.server.close
     assert main.main(["save", "--qmp", str(vm.path), "guest"]) == 1
     assert capsys.readouterr().out == ""
 
