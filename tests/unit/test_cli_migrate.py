@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,14 @@ class _Migrating(Vm):
     """A VM whose migrations end as they are told to."""
 
     answers: list[dict[str, Any]]
+    asked: dict[str, Any]
+    when_asked: Callable[[], object] = staticmethod(lambda: None)
 
     def execute(self, name: str, arguments: Any) -> object:
         if name == "query-migrate":
-            return self.answers.pop(0)
+            self.loop.call_soon(self.when_asked)
+            return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        self.asked = dict(arguments)
         self.server.emit("MIGRATION", {"status": "active"})
         return super().execute(name, arguments)
 
@@ -122,6 +126,41 @@ def test_a_guest_that_stays(vm: _Migrating, capsys: pytest.CaptureFixture[str]) 
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "godwit: failed: the peer refused:?]0;owned? RAM differs\n"
+
+
+def test_a_guest_that_goes_into_a_file_with_its_vm(
+    vm: _Migrating, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The VM may be gone before somebody asks it for its report."""
+
+    def end() -> None:
+        vm.server.emit("MIGRATION", {"status": "completed"})
+        vm.loop.call_soon(vm.server.close)
+
+    vm.answers = [_report().info()]
+    vm.when_asked = end
+    assert main.main(["save", "--qmp", str(vm.path), "guest"]) == 0
+    assert vm.asked == {"path": f"{os.getcwd()}/guest", "keep-running": False}
+    assert capsys.readouterr().err == ""
+
+
+def test_a_vm_that_ends_while_its_guest_is_saved(
+    vm: _Migrating, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vm.answers = [_report().info()]
+    vm.when_asked = vm.server.close
+    assert main.main(["save", "--qmp", str(vm.path), "guest"]) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_a_copy(vm: _Migrating, capsys: pytest.CaptureFixture[str]) -> None:
+    done = _report()
+    done.status, done.downtime_ms = "completed", 30.0
+    vm.answers = [done.info()]
+    options = ["--keep-running", "--compress", "zstd"]
+    assert main.main(["save", "--qmp", str(vm.path), *options, "/there/guest"]) == 0
+    assert vm.asked == {"path": "/there/guest", "keep-running": True, "compress": "zstd"}
+    assert "downtime        30.0 ms\n" in capsys.readouterr().out
 
 
 def test_no_vm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

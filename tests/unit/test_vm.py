@@ -22,6 +22,7 @@ from godwit.migration.outgoing import Outgoing
 from godwit.qmp.commands.migration import MigrationInfo, OwnInfo
 from godwit.spec.machine_types import DEFAULT, machine_type
 from godwit.spec.parameters import MigrationParameters
+from godwit.spec.restore import Restore
 from godwit.spec.runstate import RunState
 from godwit.vm.vm import EXIT_INTERNAL_ERROR, EXIT_RESET, EXIT_TRIPLE_FAULT, Vmm
 from migration_bench import IMPATIENT
@@ -277,6 +278,53 @@ def test_a_guest_that_is_saved_comes_back_from_its_file(tmp_path: Path) -> None:
     assert running.wait(60)
     assert other.vm.machine.memory.read(3 << 20, 11) == b"in the file"
     one.close()
+    other.close()
+
+
+def test_a_guest_that_is_saved_takes_its_vm_along(place: Place, tmp_path: Path) -> None:
+    place.vm.start()
+    place.vm.save(str(tmp_path / "guest"), False, "")
+    place.finish_migration()
+    place.run_until(lambda: bool(place.named("SHUTDOWN")))
+    assert place.named("SHUTDOWN") == [{"guest": False, "reason": "host-qmp-quit"}]
+    assert (place.vm.exit_code, place.vm.states.current) == (0, S.SHUTDOWN)
+    assert place.text[-1].endswith(f"--incoming file:{tmp_path}/guest brings it back")
+
+
+def test_a_guest_that_runs_on_is_not_announced_and_its_copy_is(
+    pair: tuple[Place, Place], tmp_path: Path
+) -> None:
+    one, other = pair
+    one.vm.start()
+    one.vm.save(str(tmp_path / "guest"), True, "")
+    one.finish_migration()
+    assert one.vm.states.history == [S.PRELAUNCH, S.RUNNING, S.SAVE_VM, S.RUNNING]
+    assert one.vm.machine.running
+    assert "a copy of it" in one.text[-1]
+    assert not one.named("ANNOUNCE_STARTED")
+    running = threading.Event()
+    other.vm.states.listen(lambda old, new: running.set() if new is S.RUNNING else None)
+    other.vm.await_guest(f"file:{tmp_path / 'guest'}", False)
+    assert running.wait(60)
+    assert other.named("ANNOUNCE_STARTED")
+
+
+def test_a_guest_whose_ram_is_damaged_ends_with_its_vm(place: Place, tmp_path: Path) -> None:
+    place.vm.start()
+    place.vm.machine.memory.write(3 << 20, b"in the file")
+    path = tmp_path / "guest"
+    place.vm.save(str(path), True, "")
+    place.finish_migration()
+    with open(path, "r+b") as file:
+        file.seek((2 << 20) + (3 << 20))
+        file.write(b"x")
+    other = Place(restore=Restore(lazy=True))
+    other.vm.await_guest(f"file:{path}", False)
+    other.run_until(lambda: bool(other.named("SHUTDOWN")))
+    assert (other.vm.exit_code, other.vm.states.current) == (EXIT_INTERNAL_ERROR, S.INTERNAL_ERROR)
+    assert not other.vm.machine.running
+    assert "was altered" in other.text[-1]
+    assert "offset 5242880" in other.text[-1]
     other.close()
 
 
