@@ -17,6 +17,8 @@ def test_guests_move_between_the_backends(bench: Bench) -> None:
     wait = ("--incoming", "defer", "--no-reboot")
     targets = [bench.run(b, *wait, nic="vhost=off"), bench.run(a, *wait)]
     targets.append(bench.run(b, *wait, nic="vhost=off"))
+    for target in targets:  # a slow CPU is no deaf guest
+        target.qmp.execute("migrate-set-parameters", {"announce-deadline": 10_000})
     guest = bench.boot(nic="vhost=off", keep=targets)
     bench.answers()
     checksum = guest.agent.mem_start(16)

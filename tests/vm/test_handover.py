@@ -24,8 +24,11 @@ def _handover(vm: Watched) -> dict[str, int]:
 
 
 def test_there_and_back(bench: Bench, guest: Guest) -> None:
-    packets = 0
-    for target in bench.targets(guest, 2):
+    packets = moves = 0
+    # In a short stop on two busy CPUs the sender may have had no turn; hardly in ten.
+    while moves < 2 or (not packets and moves < 10):
+        moves += 1
+        target = bench.target(guest)
         with numbered(bench, guest) as flows:
             moved = bench.move(guest, target)
         assert flows.broken() == {}
@@ -35,7 +38,6 @@ def test_there_and_back(bench: Bench, guest: Guest) -> None:
         arrived = _handover(target)
         assert arrived["packets"] == forwarded["packets"]
         assert arrived["refused"] == 0
-    # In a short stop on two busy CPUs the sender may have had no turn; hardly in two.
     assert packets > 0
 
 
