@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,8 @@ class Shell:
     netns: str
     user: str = "root"
     address: str = "10.0.0.2"
-    cid: int | None = None
-    """Reached by vsock, and not by the network."""
+    qmp: Path | None = None
+    """The VM's, by which the guest is reached by vsock, and not by the network."""
 
     @property
     def answers(self) -> bool:
@@ -142,8 +143,9 @@ class Shell:
         options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR")
         more: Sequence[str] = [word for option in options for word in ("-o", option)]
         argv = ["ssh", *more, "-o", "ConnectTimeout=30", "-i", str(self.key)]
-        if self.cid is not None:
-            argv += ["-o", f"ProxyCommand=socat - VSOCK-CONNECT:{self.cid}:22"]
+        if self.qmp is not None:
+            console = f"{sys.executable} -m godwit.cli.main console --qmp {self.qmp} --port 22"
+            argv += ["-o", f"ProxyCommand={console}"]
         argv += [f"{self.user}@{self.address}", command]
         try:
             done = subprocess.run(

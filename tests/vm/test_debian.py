@@ -48,6 +48,10 @@ class Debian:
         (cid,) = [d["properties"]["cid"] for d in devices if d["kind"] == "virtio-vsock"]
         return int(cid)
 
+    @property
+    def by_vsock(self) -> debian.Shell:
+        return debian.Shell(self.shell.key, self.shell.netns, qmp=self.vm.qmp_path)
+
     def target(self) -> Watched:
         """A process on the other host that waits for it, and has the same image."""
         host = self.bench.other(self.vm)
@@ -114,7 +118,7 @@ def test_it_boots_and_knows_who_it_is(guest: Debian) -> None:
 
 
 def test_it_is_reached_without_a_network(guest: Debian) -> None:
-    shell = debian.Shell(guest.shell.key, guest.shell.netns, cid=guest.cid)
+    shell = guest.by_vsock
     wait_for(lambda: shell.answers, 120)
     nic = "$(basename $(dirname /sys/class/net/*/device))"
     shell.run(f"ip link set {nic} down")
@@ -137,8 +141,7 @@ def test_it_moves_while_fio_writes_and_checks(guest: Debian) -> None:
         assert info["status"] == "completed", info
         guest.bench.retire(guest.vm)
         guest.vm = target
-        by_vsock = debian.Shell(guest.shell.key, guest.shell.netns, cid=guest.cid)
-        assert by_vsock.run("hostname").strip() == "lab-guest"
+        assert guest.by_vsock.run("hostname").strip() == "lab-guest"
         assert guest.fio_runs(), guest.shell.run("cat /var/tmp/fio.txt; journalctl -u verify -n 20")
     guest.shell.run("systemctl kill --signal=INT verify")
     wait_for(lambda: not guest.fio_runs(), 120)

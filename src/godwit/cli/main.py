@@ -214,6 +214,11 @@ def _parser() -> argparse.ArgumentParser:
     save.add_argument("file", metavar="FILE", help="'godwit run --incoming file:FILE' restores it")
     save.set_defaults(action=_save)
 
+    console = sub.add_parser("console", help="reach a program in a guest without a network")
+    console.add_argument("--qmp", required=True, help="the QMP socket of the guest's VM")
+    console.add_argument("--port", required=True, type=_port, help="its vsock port: 22 for ssh")
+    console.set_defaults(action=_console)
+
     pki = sub.add_parser("pki", help="make certificates for migrations by tls:")
     pki.add_argument("folder", metavar="DIR", help="where they go: DIR/ca, and DIR/HOST for each")
     pki.add_argument("hosts", metavar="HOST", nargs="+", help="a host's name or address")
@@ -248,6 +253,18 @@ def _save(arguments: argparse.Namespace) -> int:
     from .migrate import save
 
     return save(arguments.qmp, arguments.file, arguments.keep_running, arguments.compress)
+
+
+def _console(arguments: argparse.Namespace) -> int:
+    from .console import console
+
+    return console(arguments.qmp, arguments.port)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 <= int(text) < 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number up to 4294967295")
+    return int(text)
 
 
 def _pki(arguments: argparse.Namespace) -> int:
