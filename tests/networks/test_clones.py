@@ -67,7 +67,10 @@ def test_two_copies_and_their_original(
     commands = [bench.folder / f"command-{name}" for name in ("original", "0", "1")]
     for path in commands:
         _command(path)
-    guest = bench.boot("--disk", f"path={commands[0]},readonly", nic=nic)
+    # The cloud kernels have no e1000.
+    kernel, memory = ("full-6.12", "256M") if nic else ("cloud-6.12", "128M")
+    disk = ("--disk", f"path={commands[0]},readonly")
+    guest = bench.boot(*disk, nic=nic, kernel=kernel, memory=memory, deadline=200.0)
     agent = guest.agent
     agent.sh(_LISTENS)
     bench.answers()
@@ -84,6 +87,7 @@ def test_two_copies_and_their_original(
             *(bench.net.b, "--incoming", f"file:{path}", "--clone", "--disk", disk),
             nic=nic,
             mac=mac,
+            memory=memory,
         )
         copies.append((vm, mac, address))
     for vm, _, _ in copies:
