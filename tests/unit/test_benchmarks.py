@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import machines, memory, plan, result, show, stats
+from benchmarks.disk import Disk
 from lab.errors import LabError
 
 
@@ -269,3 +270,28 @@ def test_what_the_time_cut_off_has_not_failed() -> None:
     assert stats.failures(rows)["samples"] == {}
     planned = [plan.Job("hot", plan.QEMU, 0, ("hot",))]
     assert plan.left(planned, rows * plan.ATTEMPTS) == planned
+
+
+# --- disks ----------------------------------------------------------------------------------------
+def test_a_disks_rates_are_compared_and_marked() -> None:
+    rows = [
+        row(plan.GODWIT, "fio", fio={"seq_read": 190e6, "rand_read_1": 4e6}),
+        row(plan.QEMU, "fio", fio={"seq_read": 200e6, "rand_read_1": 2e6}),
+    ]
+    quantities = stats.quantities(rows)
+    assert quantities["disk_seq_read"] == {plan.GODWIT: [190.0], plan.QEMU: [200.0]}
+    ratios = stats.ratios(quantities)
+    assert ratios["disk_rand_read_1"] == 2.0
+    (mark,) = (mark for mark in stats.MARKS if mark.name == "disk_seq_read")
+    assert mark.holds(ratios["disk_seq_read"])
+    assert not mark.holds(0.89)
+
+
+def test_both_vmms_get_the_same_disk() -> None:
+    disk = Disk(Path("/run/x.raw"), readonly=True)
+    assert disk.godwit() == ["--disk", "path=/run/x.raw,readonly"]
+    drive, device = disk.qemu(1)[1], disk.qemu(1)[3]
+    assert "file=/run/x.raw" in drive
+    assert "cache=writeback" in drive
+    assert "readonly=on" in drive
+    assert device == "virtio-blk-pci,drive=disk1"
