@@ -99,7 +99,7 @@ def identity(hostname: str, key: Path) -> list[str]:
     )
     user = 'u op 1000 "Operator" /home/op /bin/bash\n'
     return [
-        *("--machine", "godwit-0.3", "--smbios", f"serial=ds=nocloud;h={hostname};i={hostname}"),
+        *("--smbios", f"serial=ds=nocloud;h={hostname};i={hostname}"),
         *_credential("tmpfiles.extra", files),
         *_credential("sysusers.extra", user),
         *_credential("ssh.authorized_keys.root", public),

@@ -59,4 +59,6 @@ STREAMS = (
     Stream("godwit-0.1", "virtio-net", "cloud-6.12", "128M"),
     Stream("godwit-0.2", "virtio-net", "cloud-6.12", "128M"),
     Stream("godwit-0.2", "e1000", "full-6.12", "256M"),  # the cloud kernels have no e1000
+    Stream("godwit-0.3", "virtio-net", "cloud-6.12", "128M"),
+    Stream("godwit-0.3", "e1000", "full-6.12", "256M"),
 )

@@ -44,6 +44,8 @@ def test_its_devices_are_the_platforms_and_those_of_the_configuration(host: Host
         ("serial0", "serial"),
         ("power0", "power"),
         ("pci0", "pci-host"),
+        ("panic0", "pvpanic"),
+        ("generation0", "vmgenid"),
         ("nic0", "virtio-net"),
         ("old", "e1000"),
         ("dice", "virtio-rng"),

@@ -55,7 +55,7 @@ class Debian:
     def target(self) -> Watched:
         """A process on the other host that waits for it, and has the same image."""
         host = self.bench.other(self.vm)
-        argv = ("--incoming", "defer", *self.disk, "--machine", "godwit-0.3")
+        argv = ("--incoming", "defer", *self.disk)
         vm = self.bench.run(host, *argv, memory=_MEMORY)
         vm.qmp.execute("query-status")
         return vm

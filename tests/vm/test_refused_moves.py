@@ -12,6 +12,7 @@ from godwit.client.qmp import CommandRefused
 from godwit.errors import PeerRefused
 from godwit.migration.wire import messages
 from godwit.migration.wire.sockets import SocketConnection
+from godwit.spec.machine_types import DEFAULT
 from lab.scenario import MAC
 
 pytestmark = ONE_BACKEND
@@ -22,7 +23,7 @@ _DIFFERENT: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
     "vCPUs": ({"cpus": 1}, ("vCPUs: 2 at the source, 1 here",)),
     "MAC": ({"mac": "52:54:00:67:77:02"}, ("nic0, mac", MAC, "52:54:00:67:77:02")),
     "features": ({"nic": "guest-announce=off"}, ("nic0", "features", f"{1 << 21:#x}")),
-    "machine type": ({"machine": "godwit-0.1"}, ("machine type", "godwit-0.2", "godwit-0.1")),
+    "machine type": ({"machine": "godwit-0.1"}, ("machine type", DEFAULT, "godwit-0.1")),
 }
 
 
@@ -69,7 +70,7 @@ def test_who_refused_one_guest_takes_the_right_one(bench: Bench, guest: Guest) -
     sock = socket.socket(socket.AF_UNIX)  # root's: a source would not give its guest to a user
     sock.connect(uri.removeprefix("unix:"))
     line = SocketConnection(sock)
-    hello = messages.Hello("godwit-0.2", bytes(16), 2, [(0, 64 << 20)], [], 1)
+    hello = messages.Hello(DEFAULT, bytes(16), 2, [(0, 64 << 20)], [], 1)
     line.send(messages.Kind.HELLO, hello)
     with pytest.raises(PeerRefused, match=r"RAM.*device nic0 .*missing at the source"):
         line.expect_struct(messages.Kind.WELCOME, messages.Welcome)

@@ -32,8 +32,7 @@ _TYPES = {
     )
 }
 
-#: Not the newest: that one grows until it is released.
-DEFAULT = "godwit-0.2"
+DEFAULT = "godwit-0.3"
 
 
 def names() -> list[str]:
