@@ -166,6 +166,11 @@ class Driver:
             return not read_u16(self.memory, self.used) & 1
         return (self.added - self.avail_event() - 1) & 0xFFFF < (self.added - old) & 0xFFFF
 
+    def repeat_head(self) -> None:
+        """Have the head that was freed last used next, as Linux has."""
+        self._free.insert(0, self._free.pop())
+        self._free.insert(0, self._free.pop())
+
     # --- taking back ------------------------------------------------------------------------------
     def take(self) -> tuple[int, int] | None:
         """Take the next used (head, bytes written), or None, and free its descriptors."""

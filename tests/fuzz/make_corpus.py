@@ -22,6 +22,7 @@ from . import (
     fuzz_snapshot,
     fuzz_stream,
     fuzz_tls_and_first_messages,
+    fuzz_vhost_user,
     fuzz_virtio,
     records,
 )
@@ -46,6 +47,7 @@ def main() -> None:
         "migrations": _migrations(),
         "vcpus": _vcpus(),
         "tls_and_first_messages": _first_messages(),
+        "vhost_user": _vhost_user(),
     }.items():
         folder = CORPUS / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -327,6 +329,22 @@ def _control() -> Inputs:
         "together": everything + request(0, 0, b"\1", 0x20) * 3 + request(0, 1, b"\0"),
         "indirect": everything + request(0, 0, b"\1", 0x12),
         "no-answer": everything + request(0, 0, b"\1", 8) + request(0, 0, b"\1"),
+    }
+
+
+def _vhost_user() -> Inputs:
+    conversation, honest = fuzz_vhost_user.conversation, fuzz_vhost_user.HONEST
+    number, answer = fuzz_vhost_user.number, fuzz_vhost_user.answer
+    changed = (2).to_bytes(4, "little") + (9).to_bytes(4, "little") + bytes(4)
+    return {
+        "honest": conversation(honest),
+        "config-changes": conversation(honest, changed),
+        "half-a-message": conversation(honest, changed[:7]),
+        "no-descriptor": conversation(honest, fds=0),
+        "three-descriptors": conversation(honest, fds=3),
+        "no-protocol-features": conversation([answer(1, number(1 << 32)), *honest[3:]]),
+        "position-beyond": conversation([*honest[:6], answer(11, bytes(4) + b"\0\0\1\0")]),
+        "cut": conversation(honest)[:60],
     }
 
 

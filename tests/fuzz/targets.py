@@ -19,6 +19,7 @@ NAMES = (
     "migrations",
     "vcpus",
     "tls_and_first_messages",
+    "vhost_user",
 )
 
 

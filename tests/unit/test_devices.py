@@ -21,6 +21,7 @@ import tests.fakes.e1000 as e1000_driver
 from blk_bench import make_image
 from godwit.errors import StreamError
 from godwit.host.image import Image
+from godwit.host.vhost_user import BackEnd
 from godwit.hw import layout
 from godwit.hw.device import Counts, Device, Devices, HasSetupHints, LogsDirtyPages, Negotiates
 from godwit.hw.memory import GuestMemory
@@ -35,17 +36,28 @@ from godwit.hw.virtio.net.userspace import UserspaceBackend
 from godwit.hw.virtio.net.vhost import VhostBackend
 from godwit.hw.virtio.pci import VirtioPci
 from godwit.hw.virtio.rng import VirtioRng
+from godwit.hw.virtio.vhost_user.device import VirtioVhostUser
 from godwit.hw.virtio.vsock.device import VirtioVsock
 from godwit.spec import saved
+from godwit.spec.back_ends import VhostUserConfig
 from godwit.spec.config import DiskConfig
 from tests.fakes.driver import Part
 from tests.fakes.slot import Board
 from tests.fakes.tap import FakeTap
 from tests.fakes.vhost import FakeVhost
+from tests.fakes.vhost_user import FakeBackEnd
 from tests.fakes.vhost_vsock import FakeVhostVsock
 from virtio_bench import MAC, SLOT, Guest
 
 ETHERNET = b"\xff" * 6 + MAC + b"\x08\0" + bytes(46)
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[GuestMemory]:
+    """A guest's RAM, shared with processes that serve devices."""
+    memory = GuestMemory(32 << 20, shared=True)
+    yield memory
+    memory.close()
 
 
 class Rig:
@@ -57,6 +69,7 @@ class Rig:
         self.vm, self.loop = self.board.vm, self.board.loop
         self.ports, self.mmio, self.bus = self.board.ports, self.board.mmio, self.board.bus
         self.tap = FakeTap()
+        self.back_end = FakeBackEnd()
         self.output = bytearray()
         self.level = False
         self.off = 0
@@ -79,6 +92,7 @@ class Rig:
         self.pause()
         self.device.close()
         self.device.close()
+        self.back_end.kill()
         self.tap.close()
         self.board.close()
 
@@ -312,6 +326,36 @@ def _event_without_a_buffer(rig: Rig) -> Check:
     return check
 
 
+def _vhost_user(config: VhostUserConfig) -> Callable[[Rig], Device]:
+    def make(rig: Rig) -> Device:
+        def connect(config: VhostUserConfig) -> BackEnd:
+            return BackEnd(rig.back_end.connect())
+
+        device = VirtioVhostUser(config, rig.memory, rig.loop, connect)
+        return VirtioPci(device, rig.board.slot(SLOT))
+
+    return make
+
+
+def _request_to_back_end(rig: Rig) -> Check:
+    rig.back_end.hold = True
+    guest = _probe(rig)
+    data = _add_read(rig, guest)
+    deadline = time.monotonic() + 10
+    while not rig.back_end.taken:
+        assert time.monotonic() < deadline, "the request was not taken"
+        time.sleep(0.001)
+    rig.pci.pause()
+    rig.back_end.hold = False  # while the pause is waited for
+
+    def check(other: Rig) -> None:
+        _await_used(guest)
+        assert other.memory.read(data, 8) == pack("<Q", 3)
+        assert other.memory.read(data + 512, 1) == b"\0"
+
+    return check
+
+
 def _make_serial(rig: Rig) -> Device:
     return Serial(rig, rig.set_level)
 
@@ -388,6 +432,14 @@ CASES = {
     "virtio-blk": Case(_make_blk, _drive_blk, _request_to_disk),
     "virtio-rng": Case(_make_rng, _drive_rng, _request_beyond_the_limit),
     "virtio-vsock": Case(_make_vsock, _drive_vsock, _event_without_a_buffer),
+    "vhost-user-blk": Case(
+        _vhost_user(VhostUserConfig("disk0", "vhost-user-blk", "/disk")),
+        *(_drive_blk, _request_to_back_end),
+    ),
+    "vhost-user-fs": Case(
+        _vhost_user(VhostUserConfig("share0", "vhost-user-fs", "/share", tag="src")),
+        *(_drive_blk, _request_to_back_end),
+    ),
     "serial": Case(_make_serial, _drive_serial, _input_that_nobody_read),
     "power": Case(_make_power, _drive_power, _button_that_nobody_saw),
     "pci-host": Case(_make_pci, _drive_pci, _half_an_access),

@@ -74,7 +74,7 @@ def test_a_guest_is_on_its_way_before_its_devices_are_imported() -> None:
     assert {name for name in modules if name.startswith(("host.", "spec."))} == {
         *("host.ioctl", "host.kvm", "host.loop", "host.memory"),
         *("host.sandbox", "host.sandbox.landlock", "host.sandbox.privileges"),
-        *("spec.config", "spec.machine_types", "spec.restore", "spec.values"),
+        *("spec.back_ends", "spec.config", "spec.machine_types", "spec.restore", "spec.values"),
         *("host.kvm.abi", "host.kvm.cpuid", "host.kvm.handles", "host.kvm.probe"),
     }
 

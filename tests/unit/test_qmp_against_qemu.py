@@ -68,7 +68,7 @@ def ours() -> Reader:
 
 #: Commands and events of Godwit's own.
 _OWN_COMMANDS = {"query-announce", "query-devices", "godwit-save"}
-_OWN_EVENTS = ("ANNOUNCE_", "NIC_", "RUN_STATE", "GUEST_ERROR", "EVENTS_LOST")
+_OWN_EVENTS = ("ANNOUNCE_", "NIC_", "RUN_STATE", "GUEST_ERROR", "EVENTS_LOST", "BACK_END_")
 #: Values of enumerations and members of results that QEMU has not.
 _OWN_VALUES = {"prelaunch-migrate"}
 _OWN_MEMBERS = {"godwit"}

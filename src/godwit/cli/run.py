@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from godwit.errors import ConfigError
+from godwit.errors import ConfigError, GodwitError
 from godwit.host.loop import Loop
 from godwit.hw.console import Console
 from godwit.machine.board import Board
 from godwit.machine.vcpu import install_kick_handler
 from godwit.spec.config import (
+    DeviceConfig,
+    DiskConfig,
     VmConfig,
     as_copy,
     parse_cpu,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from godwit.migration.wire.address import Credentials
     from godwit.vm.vm import Vmm
 
+    from .back_ends import BackEnds
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Run a VM until its end, and return the exit code.
@@ -50,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         GodwitError: the VM could not be made.
     """
     memory, shared = parse_memory(arguments.memory)
-    restore, devices = _restore(arguments), parse_devices(arguments.devices)
+    restore, devices = _restore(arguments), _devices(arguments)
     config = VmConfig(
         memory=memory,
         shared_memory=shared,
@@ -70,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     sandbox = Sandbox(arguments, config.devices)
     # Opened before the sandbox is entered, which has no right to make files.
     console = _open_console(arguments.console)
+    back_ends = _start_back_ends(config)
     sandbox.enter()
     install_kick_handler()
     # A vCPU's exit waits for the interpreter at most this long behind another Python thread.
@@ -81,9 +86,44 @@ def run(arguments: argparse.Namespace) -> int:
                 board.boot()
                 if not arguments.no_autostart:
                     board.start_early()
-            return _run(board, arguments, sandbox, console, restore)
+            return _run(board, arguments, sandbox, console, back_ends, restore)
+    except GodwitError as error:
+        if back_ends is None:
+            raise
+        raise back_ends.explained(error) from error
     finally:
         gc.enable()
+        if back_ends is not None:
+            back_ends.close()
+
+
+def _devices(arguments: argparse.Namespace) -> tuple[DeviceConfig, ...]:
+    """Return the devices of the command line, each disk with its format.
+
+    Raises:
+        ConfigError: a value is wrong, or a disk's format is not to be guessed.
+    """
+    devices = parse_devices(arguments.devices)
+    if any(isinstance(device, DiskConfig) for device in devices):
+        from .formats import with_formats
+
+        devices = with_formats(devices)
+    return devices
+
+
+def _start_back_ends(config: VmConfig) -> BackEnds | None:
+    """Start the programs behind devices, if there are such devices.
+
+    Raises:
+        ConfigError: a program, or what is to be served, is not there.
+    """
+    if all(getattr(device, "serves", None) is None for device in config.devices):
+        return None
+    from .back_ends import BackEnds
+
+    back_ends = BackEnds(config.devices)
+    config.devices = back_ends.devices
+    return back_ends
 
 
 def _run(
@@ -91,6 +131,7 @@ def _run(
     arguments: argparse.Namespace,
     sandbox: Sandbox,
     console_fd: int,
+    back_ends: BackEnds | None,
     restore: Restore,
 ) -> int:
     """Make the rest of the VM, for a guest that may run already, and run the loop."""
@@ -129,6 +170,8 @@ def _run(
             credentials=_credentials(arguments),
             restore=restore,
         )
+        if back_ends is not None:
+            back_ends.watch(loop, internal.add)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # In the loop: the signal may have come while this very thread holds a lock.
             signal.signal(number, lambda *_: loop.call_soon(vmm.end_by_signal))

@@ -17,6 +17,7 @@ from contextlib import suppress
 from godwit.errors import ConfigError, HostError
 from godwit.host.sandbox import landlock, privileges
 from godwit.host.sandbox.landlock import DEVICE, IMAGE, READ, SOCKETS, WORK, Rule
+from godwit.spec.back_ends import ImageFile, VhostUserConfig
 from godwit.spec.config import DeviceConfig, DiskConfig
 
 #: Read by the C library: names, time zone, what a program loads.
@@ -138,6 +139,9 @@ class Sandbox:
                 yield Rule(path, READ)
         for disk in (config for config in self._devices if isinstance(config, DiskConfig)):
             yield Rule(disk.path, READ if disk.readonly else IMAGE)
+        for served in (one for one in self._devices if isinstance(one, VhostUserConfig)):
+            if isinstance(served.serves, ImageFile):
+                yield Rule(served.serves.path, READ)
         kind, _, path = (given.incoming or "").partition(":")
         if kind == "file":
             yield Rule(path, READ)

@@ -95,8 +95,12 @@ class Loop:
         fd: int,
         readable: Callable[[], None] | None = None,
         writable: Callable[[], None] | None = None,
+        *,
+        hung_up: Callable[[], None] | None = None,
     ) -> None:
         """Call back while ``fd`` is readable or writable, and forget earlier callbacks of ``fd``.
+
+        ``hung_up`` alone is called once its peer is gone, whatever else there is to be read.
 
         Raises:
             PermissionError: ``fd`` is a regular file, which epoll does not take.
@@ -107,7 +111,7 @@ class Loop:
                 self._epoll.modify(fd, mask)
             else:
                 self._epoll.register(fd, mask)
-            self._watched[fd] = (readable, writable)
+            self._watched[fd] = (readable or hung_up, writable)
 
     def unwatch(self, fd: int) -> None:
         """Stop watching ``fd``, if it is watched.

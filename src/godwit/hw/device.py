@@ -310,6 +310,22 @@ class RefusesCopies(ABC):
         """Return why no snapshot may be taken of a guest that runs on, or None if one may."""
 
 
+class HasBackEnd(ABC):
+    """A part whose work another process does, which may end and come back."""
+
+    #: Called with the reason when the process is lost, and with None once it is back, from any
+    #: thread and perhaps under the device's lock.
+    on_back_end: Callable[[str | None], None]
+
+
+class Unmovable(ABC):
+    """A part that may tie its guest to this host."""
+
+    @abstractmethod
+    def unmovable(self, into_file: bool) -> str | None:
+        """Return why the guest cannot migrate, or be saved ``into_file``, and the remedy."""
+
+
 class Counts(ABC):
     """A part that counts what it does."""
 

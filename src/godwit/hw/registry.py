@@ -9,7 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from godwit.errors import ConfigError
-from godwit.spec.config import DeviceConfig, DiskConfig, NicConfig, RngConfig, VsockConfig
+from godwit.spec.back_ends import VhostUserConfig
+from godwit.spec.config import (
+    DeviceConfig,
+    DiskConfig,
+    NicConfig,
+    RngConfig,
+    VsockConfig,
+)
 
 from .device import Device, Slot
 
@@ -26,6 +33,8 @@ KINDS: dict[str, Kind] = {
     "e1000": Kind(NicConfig, "nic.e1000.nic"),
     "virtio-blk": Kind(DiskConfig, "virtio.blk.device"),
     "virtio-rng": Kind(RngConfig, "virtio.rng"),
+    "vhost-user-blk": Kind(VhostUserConfig, "virtio.vhost_user.make"),
+    "vhost-user-fs": Kind(VhostUserConfig, "virtio.vhost_user.make"),
     "virtio-vsock": Kind(VsockConfig, "virtio.vsock.device"),
 }
 

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from godwit.errors import ConfigError
 
+from .back_ends import FORMATS, VhostUserConfig, parse_device, parse_share
 from .machine_types import DEFAULT, MachineType, machine_type
 from .values import Values, format_mac, parse_mac, parse_size
 
@@ -76,7 +77,7 @@ class DiskConfig(NamedTuple):
     """One disk as its operator describes it."""
 
     id: str
-    #: A raw file or block device.
+    #: A raw file or block device, or an image in another format.
     path: str
     readonly: bool = False
     #: What the guest reads as the disk's identity, at most 20 bytes.
@@ -88,6 +89,8 @@ class DiskConfig(NamedTuple):
     on_error: OnError = OnError.ENOSPC
     queues: int = 1
     queue_size: int = QUEUE_SIZE
+    #: The image's format; None: the one that its first bytes show.
+    format: str | None = None
     kind: str = "virtio-blk"
 
 
@@ -168,6 +171,14 @@ class VmConfig:
         vsocks = [device for device in devices if isinstance(device, VsockConfig)]
         if len(vsocks) > 1:
             raise ConfigError(f"{len(vsocks)} times --vsock; a guest's kernel has one address")
+        for device in devices:
+            if isinstance(device, VhostUserConfig) and not shared_memory:
+                raise ConfigError(
+                    f"device '{device.id}': another process serves it, which needs shared RAM; "
+                    "give --memory SIZE,shared=on"
+                )
+        tags = [d.tag for d in devices if isinstance(d, VhostUserConfig) and d.tag]
+        _check_own("shares", "tag", tags)
         _check_own("devices", "id", [device.id for device in devices])
         _check_own("NICs", "tap", [nic.tap for nic in nics])
         _check_own("NICs", "mac", [format_mac(nic.mac) for nic in nics])
@@ -329,19 +340,19 @@ def parse_disk(text: str, index: int) -> DiskConfig:
     """Return the disk that ``--disk`` describes, the VM's ``index``-th.
 
     Like ``path=disk.raw,readonly,serial=...,cache=none,discard=on,on-error=stop``; also ``id=``,
-    ``queues=``, ``queue-size=``.
+    ``queues=``, ``queue-size=``, ``format=``.
 
     Raises:
         ConfigError: a key or value is wrong; the message names it, and what may stand there.
     """
     known = (
         *("path", "readonly", "serial", "cache", "discard", "on-error"),
-        *("queues", "queue-size", "id"),
+        *("queues", "queue-size", "id", "format"),
     )
     values = Values("--disk", text, known, ("readonly", "discard"))
     path, serial = values.get("path") or "", values.get("serial") or ""
     if not path or "\0" in path:
-        raise ConfigError(f"--disk {text!r}: path= needs the name of a raw file or block device")
+        raise ConfigError(f"--disk {text!r}: path= needs the name of an image or block device")
     if len(serial.encode(errors="replace")) > 20 or not (serial.isascii() and serial.isprintable()):
         raise ConfigError(f"--disk: serial={serial[:40]!r}; give at most 20 ASCII characters")
     size = values.number("queue-size", 16, 1024) or QUEUE_SIZE
@@ -357,6 +368,7 @@ def parse_disk(text: str, index: int) -> DiskConfig:
         on_error=OnError(values.choice("on-error", (OnError.ENOSPC, *OnError))),
         queues=values.number("queues", 1, 16) or 1,
         queue_size=size,
+        format=values.choice("format", FORMATS) if values.get("format") is not None else None,
     )
 
 
@@ -394,8 +406,18 @@ DEVICE_OPTIONS = {
     "--disk": DeviceOption(
         parse_disk,
         "path=FILE[,KEY=VALUE...]",
-        "a disk, from a raw file or block device; keys: readonly, serial, cache=writeback|none, "
-        "discard=on|off, on-error=report|stop|enospc, queues, queue-size, id",
+        "a disk, from an image or block device; keys: readonly, serial, cache=writeback|none, "
+        "discard=on|off, on-error=report|stop|enospc, queues, queue-size, id, format=raw|qcow2|...",
+    ),
+    "--share": DeviceOption(
+        parse_share,
+        "path=DIR,tag=TAG[,readonly]",
+        "a folder of the host (virtiofsd serves it); the guest: mount -t virtiofs TAG /mnt",
+    ),
+    "--device": DeviceOption(
+        parse_device,
+        "vhost-user,socket=PATH,type=blk|fs[,...]",
+        "a device that another process serves by vhost-user; keys: queues, id, tag (of type=fs)",
     ),
     "--rng": DeviceOption(
         parse_rng,

@@ -81,6 +81,12 @@ class Event(StrEnum):
         "a disk met an error of the host's; the guest is told, or the VM stops until its cont",
         *("device", "operation", "action", "nospace", "reason"),
     )
+    BACK_END_LOST = (
+        "BACK_END_LOST",
+        "the process that served a device is gone; the device waits for another",
+        *("device", "why"),
+    )
+    BACK_END_BACK = "BACK_END_BACK", "a process serves the device again", "device"
     POWERDOWN = "POWERDOWN", "the power button was pressed, which the guest may ignore"
     EVENTS_LOST = (
         "EVENTS_LOST",

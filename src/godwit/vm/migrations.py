@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from godwit.announce.uplink import Uplink
 from godwit.errors import GodwitError, MigrationError, StateError
-from godwit.hw.device import ChecksKept, Relocatable, Renews
+from godwit.hw.device import ChecksKept, Relocatable, Renews, Unmovable
 from godwit.machine.machine import Machine
 from godwit.spec.parameters import MigrationParameters
 from godwit.spec.restore import FULL, Restore
@@ -91,9 +91,9 @@ class Migrations:
 
         Raises:
             ConfigError: the URI is wrong, or leaves this host without ``insecure``.
-            StateError: a migration is under way, or the guest is dead.
+            StateError: a migration is under way, the guest is dead, or a device keeps it here.
         """
-        self._check_free()
+        self._check_free(uri.startswith("file:"))
         if uri.startswith("file:"):
             from godwit.migration.snapshot.saver import PLAIN
 
@@ -113,12 +113,12 @@ class Migrations:
         """
         from godwit.migration.snapshot.saver import Manner
 
-        self._check_free()
+        self._check_free(into_file=True)
         if keep_running:
             self._machine.devices.check_copy()
         self._start(self._saver(f"file:{path}", Manner(keep_running, compress, ends_vm=True)))
 
-    def _check_free(self) -> None:
+    def _check_free(self, into_file: bool) -> None:
         if self.active:
             raise StateError(
                 "a migration is under way already; see query-migrate, or migrate_cancel"
@@ -126,6 +126,10 @@ class Migrations:
         exited = self._machine.exited
         if exited is not None:
             raise StateError(f"the guest is dead ({exited[1]}); there is nothing to migrate")
+        for part in self._machine.devices.having(Unmovable):
+            reason = part.unmovable(into_file)
+            if reason is not None:
+                raise StateError(f"the guest cannot leave this host: {reason}")
         for uplink in self._uplinks:
             if uplink.gate is not None and not uplink.gate.open:
                 raise StateError(

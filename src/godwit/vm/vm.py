@@ -17,7 +17,7 @@ from godwit.announce.uplink import Uplink
 from godwit.errors import ConfigError, GodwitError
 from godwit.host.loop import Loop
 from godwit.hw.console import Console
-from godwit.hw.device import Counts, IoError, ReportsIoErrors
+from godwit.hw.device import Counts, HasBackEnd, IoError, ReportsIoErrors
 from godwit.hw.nic.nic import Nic, RxFilterInfo
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine
@@ -124,6 +124,10 @@ class Vmm:
                 self.states.listen(self._server.run_state_changed)
             for part in self.machine.devices.having(ReportsIoErrors):
                 part.on_io_error = self._io_failed
+            for device in self.machine.devices:
+                served = self.machine.devices.part(device, HasBackEnd)
+                if served is not None:
+                    served.on_back_end = self._back_end_changed(device.id)
             for nic in self.machine.nics:
                 nic.on_ack = self._acked(nic.id)
                 nic.on_filter = self._filter_changed(nic.id)
@@ -345,6 +349,17 @@ class Vmm:
             f"{device}: the guest broke the device's rules ({message}){more}; "
             "its driver must reset it"
         )
+
+    def _back_end_changed(self, device: str) -> Callable[[str | None], None]:
+        def report(why: str | None) -> None:
+            if why is None:
+                self._emit(*Event.BACK_END_BACK.of(device=device))
+                self._log(f"{device}: its back end is back")
+            else:
+                self._emit(*Event.BACK_END_LOST.of(device=device, why=why))
+                self._log(f"{device}: its back end is lost ({why}); the device waits")
+
+        return lambda why: self._loop.call_soon(lambda: report(why))
 
     def _io_failed(self, error: IoError) -> None:
         """Report an error of a disk, at a rate, and stop the VM if that is wanted."""

@@ -135,6 +135,43 @@ class Virtqueue:
         self.last_used = self._used16[1]
         self._signalled = None
 
+    def settle(self) -> bool:
+        """Take the used index as the position, and return whether nothing is in flight there."""
+        self.resync_used()
+        self.last_avail = self.last_used
+        return self._avail[1] == self.last_used
+
+    def go_on_behind_used(self) -> bool:
+        """Go on with the buffer behind the last used one, or return False if that is unknown.
+
+        Whoever served the ring is gone, and kept no record. If the buffers were used in the order
+        in which they became available, as far as both rings show, none was taken and left but those
+        that follow. Unless some were left long ago, and all others used: both rings would be
+        shifted by so many, which is not seen where the buffers repeat.
+        """
+        self.settle()
+        pending = self._avail[1] - self.last_used & 0xFFFF
+        if not pending:
+            return True
+        if pending > self.size:
+            return False
+        shown = range(self.last_used - self.size + pending, self.last_used)
+        return self._shifted_by(0, shown) and not any(
+            self._shifted_by(left, shown) for left in range(1, pending + 1)
+        )
+
+    def _shifted_by(self, left: int, shown: range) -> bool:
+        """Return whether the used buffers are those made available so many positions later."""
+        return all(
+            self._used32[2 * (at % self.size)] & 0xFFFF == self._avail[2 + (at + left) % self.size]
+            for at in shown
+        )
+
+    @property
+    def used_index(self) -> int:
+        """The used index in the ring, where another device advances it."""
+        return int(self._used16[1])
+
     def pop(self) -> Chain | None:
         """Return the next buffer, or None after asking the driver to notify.
 

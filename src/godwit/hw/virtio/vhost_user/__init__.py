@@ -1,0 +1,1 @@
+"""Devices that another process serves by vhost-user: disks, shared folders."""

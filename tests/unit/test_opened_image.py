@@ -1,0 +1,201 @@
+"""An image that qemu-storage-daemon opens and closes: the commands, their order, and failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from godwit.errors import HostError
+from godwit.host import storage_daemon
+from godwit.host.storage_daemon import StorageDaemon
+from godwit.hw.virtio.vhost_user.image import OpenedImage
+from godwit.spec.back_ends import ImageFile
+
+
+class Daemon:
+    """A monitor in a thread, with the nodes of a daemon that exports nothing."""
+
+    def __init__(self) -> None:
+        self.ours, self._theirs = socket.socketpair()
+        self.nodes = {"nothing", "disk"}
+        self.shows = "nothing"
+        self.got: list[tuple[str, Any]] = []
+        #: By command and node: what the daemon answers.
+        self.fails: dict[tuple[str, str], str] = {}
+        self.raw: bytes | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with suppress(ConnectionError):  # closed with an answer on its way
+            self._serve()
+
+    def _serve(self) -> None:
+        self._send({"QMP": {"version": {}, "capabilities": []}})
+        with self._theirs.makefile("r") as lines:
+            for line in lines:
+                request = json.loads(line)
+                given = request["arguments"]
+                self.got.append((request["execute"], given))
+                if self.raw is not None:
+                    self._theirs.sendall(self.raw)
+                    self._theirs.shutdown(socket.SHUT_RDWR)
+                    return
+                self._send({"event": "SOMETHING", "data": {}})
+                self._send(self._done(request["execute"], given))
+
+    def _send(self, value: Any) -> None:
+        self._theirs.sendall(json.dumps(value).encode() + b"\r\n")
+
+    def _done(self, command: str, given: Any) -> Any:
+        node = given.get("node-name", "")
+        if command == "blockdev-reopen":
+            (given,) = given["options"]
+            node = given["file"]
+        if (command, node) in self.fails:
+            return {"error": {"class": "GenericError", "desc": self.fails[command, node]}}
+        if command == "blockdev-add":
+            assert node not in self.nodes
+            assert given.get("file", "nothing") in self.nodes
+            self.nodes.add(node)
+        elif command == "blockdev-reopen":
+            assert (given["node-name"], given["driver"]) == ("disk", "raw")
+            assert node in self.nodes
+            self.shows = node
+        elif command == "blockdev-del":
+            assert node != self.shows
+            self.nodes.remove(node)
+        return {"return": {}}
+
+    def close(self) -> None:
+        self.ours.close()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        self._theirs.close()
+
+
+@pytest.fixture
+def daemon() -> Iterator[Daemon]:
+    """A daemon that runs."""
+    daemon = Daemon()
+    yield daemon
+    daemon.close()
+
+
+@pytest.fixture
+def image(daemon: Daemon, tmp_path: Path) -> Iterator[OpenedImage]:
+    """An image of that daemon."""
+    path = tmp_path / "image.qcow2"
+    path.write_bytes(b"QFI\xfb")
+    file = ImageFile(str(path), "qcow2", direct=True, discard=True, size=1 << 20)
+    image = OpenedImage(file, StorageDaemon(daemon.ours))
+    yield image
+    image.close()
+    image.close()
+
+
+def test_it_is_opened_and_closed(daemon: Daemon, image: OpenedImage, tmp_path: Path) -> None:
+    for _ in range(2):
+        image.acquire()
+        image.acquire()
+        assert daemon.nodes == {"nothing", "disk", "file", "image"}
+        assert daemon.shows == "image"
+        image.sync()
+        image.release()
+        image.release()
+        assert daemon.nodes == {"nothing", "disk"}
+        assert daemon.shows == "nothing"
+    commands = [command for command, _ in daemon.got]
+    assert commands[0] == "qmp_capabilities"
+    turn = ["blockdev-add"] * 2 + ["blockdev-reopen"] * 2 + ["blockdev-del"] * 2
+    assert commands[1:] == turn * 2
+    options = {"read-only": False, "discard": "unmap", "cache": {"direct": True}}
+    file = {"node-name": "file", "driver": "file", "filename": str(tmp_path / "image.qcow2")}
+    assert daemon.got[1][1] == {**file, **options}
+    assert daemon.got[2][1] == {
+        "node-name": "image",
+        "driver": "qcow2",
+        "file": "file",
+        **options,
+    }
+    shown = {"driver": "raw", "node-name": "disk", "file": "image", **options}
+    assert daemon.got[3][1] == {"options": [shown]}
+
+
+@pytest.mark.parametrize(
+    "step", [("blockdev-add", "file"), ("blockdev-add", "image"), ("blockdev-reopen", "image")]
+)
+def test_what_cannot_be_opened_is_not_half_open(
+    daemon: Daemon, image: OpenedImage, step: tuple[str, str]
+) -> None:
+    daemon.fails[step] = "no"
+    with pytest.raises(HostError, match="no"):
+        image.acquire()
+    assert daemon.nodes == {"nothing", "disk"}
+    daemon.fails.clear()
+    image.acquire()
+    assert daemon.shows == "image"
+
+
+def test_the_reason_is_the_daemons(daemon: Daemon, image: OpenedImage) -> None:
+    daemon.fails["blockdev-add", "file"] = 'Failed to get "write" lock'
+    with pytest.raises(HostError, match=r"disk image '.*image\.qcow2': Failed to get \"write\" lo"):
+        image.acquire()
+
+
+def test_a_lost_write_fails_the_release(
+    daemon: Daemon, image: OpenedImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image.acquire()
+
+    def fail(fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        image.sync()
+    for _ in range(2):
+        with pytest.raises(HostError, match="cannot be flushed: Input/output error"):
+            image.release()
+    image.acquire()
+    assert daemon.shows == "image"
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"", "it has ended"),
+        (b"{\n", "truncated"),
+        (b'{"return": {}', "it has ended"),
+        (b'{"error": 7}\n', "Expected `object"),
+        (b"x" * (1 << 18), "too long"),
+    ],
+    ids=range(5),
+)
+def test_a_daemon_that_answers_nonsense(
+    daemon: Daemon, image: OpenedImage, answer: bytes, says: str
+) -> None:
+    daemon.raw = answer
+    with pytest.raises(HostError, match=says):
+        image.acquire()
+
+
+def test_a_silent_daemon_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_daemon, "_ANSWER_S", 0.05)
+    ours, theirs = socket.socketpair()
+    with theirs, pytest.raises(HostError, match="does not answer qmp_capabilities: timed out"):
+        StorageDaemon(ours).execute("blockdev-add")
+    assert ours.fileno() == -1
+
+
+def test_there_is_no_such_image(daemon: Daemon) -> None:
+    with pytest.raises(HostError, match="disk image '/none': No such file"):
+        OpenedImage(ImageFile("/none", "qcow2", size=1), StorageDaemon(daemon.ours))

@@ -1,0 +1,233 @@
+"""The back end of QEMU serves a device here, without a VM: what the fake one was made after."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from struct import pack
+from typing import Any, cast
+
+import pytest
+
+from godwit.cli.back_ends import BackEnds
+from godwit.cli.formats import with_formats
+from godwit.errors import HostError
+from godwit.host.storage_daemon import StorageDaemon
+from godwit.host.vhost_user import BackEnd
+from godwit.hw.memory import GuestMemory
+from godwit.hw.virtio.pci import VirtioPci
+from godwit.hw.virtio.vhost_user.device import VirtioVhostUser
+from godwit.hw.virtio.vhost_user.image import OpenedImage
+from godwit.spec.back_ends import ImageFile, VhostUserConfig
+from godwit.spec.config import DeviceConfig, parse_devices
+from tests.fakes.driver import Driver, Part
+from tests.fakes.slot import Board
+from virtio_bench import SLOT, Guest
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("qemu-storage-daemon") is None, reason="qemu-storage-daemon is not installed"
+)
+PATIENCE = 20.0
+_IN, _OUT, _FLUSH = 0, 1, 4
+SECTORS = 2048
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[GuestMemory]:
+    """A guest's RAM, shared with the back end."""
+    memory = GuestMemory(32 << 20, shared=True)
+    yield memory
+    memory.close()
+
+
+class Disk:
+    """A disk that a program started for it serves, and its guest."""
+
+    def __init__(self, memory: GuestMemory, option: str) -> None:
+        self.board = board = Board(memory)
+        self.memory, self.vm, self.loop = memory, board.vm, board.loop
+        self.ports, self.mmio, self.bus = board.ports, board.mmio, board.bus
+        devices: tuple[DeviceConfig, ...] = with_formats(parse_devices([("--disk", option)]))
+        self.programs = BackEnds(devices)
+        config = self.programs.devices[0]
+        assert isinstance(config, VhostUserConfig)
+        assert isinstance(config.serves, ImageFile)
+        self.image = None
+        if config.control >= 0:
+            daemon = StorageDaemon(socket.socket(fileno=config.control))
+            self.image = OpenedImage(config.serves, daemon)
+
+        def connect(config: VhostUserConfig) -> BackEnd:
+            return BackEnd(socket.socket(fileno=config.connection))
+
+        self.device = VirtioVhostUser(config, memory, board.loop, connect, self.image)
+        self.pci = VirtioPci(self.device, board.slot(SLOT))
+        self.guest = Guest(cast(Any, self))
+
+    @property
+    def driver(self) -> Driver:
+        return self.guest.queues[0]
+
+    def start(self) -> None:
+        if self.image is not None:
+            self.image.acquire()
+        self.pci.resume()
+
+    def add(self, kind: int, sector: int, data: bytes | int) -> tuple[int, int]:
+        driver = self.driver
+        parts = [Part(driver.place(pack("<IIQ", kind, 0, sector)), 16)]
+        at = driver.place(data)
+        size = len(data) if isinstance(data, bytes) else data
+        parts += [Part(at, size, kind == _IN)] if size else []
+        status = driver.place(b"\xee")
+        driver.add([*parts, Part(status, 1, True)])
+        self.guest.kick(0)
+        return at, status
+
+    def used(self, count: int = 1) -> None:
+        fd = self.pci.msix.fds[1]
+        deadline = time.monotonic() + PATIENCE
+        while count:
+            if self.driver.take() is not None:
+                count -= 1
+                continue
+            assert time.monotonic() < deadline, "the request was not finished"
+            select.select([fd], [], [], 0.05)
+
+    def do(self, kind: int, sector: int, data: bytes | int) -> bytes:
+        at, status = self.add(kind, sector, data)
+        self.used()
+        assert self.memory.read(status, 1) == b"\0"
+        return self.memory.read(at, data) if isinstance(data, int) else b""
+
+    def pause(self) -> None:
+        self.pci.pause()
+        assert self.pci.paused(PATIENCE)
+
+    def close(self) -> None:
+        self.pause()
+        self.pci.close()
+        self.programs.close()
+        self.board.close()
+
+
+def _image(path: Path, kind: str) -> Path:
+    words = ["create", "-q", "-f", kind, str(path), str(SECTORS * 512)]
+    subprocess.run(["qemu-img", *words], check=True)
+    return path
+
+
+def _content(path: Path) -> bytes:
+    raw = path.with_suffix(".check")
+    subprocess.run(["qemu-img", "convert", "-O", "raw", str(path), str(raw)], check=True)
+    return raw.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["vmdk", "qcow2"])
+def test_it_reads_writes_pauses_and_ends(memory: GuestMemory, tmp_path: Path, kind: str) -> None:
+    path = _image(tmp_path / "disk", kind)
+    disk = Disk(memory, f"path={path},format={kind}")
+    disk.start()
+    disk.guest.probe()
+    assert disk.device.properties() == {"queues": 1, "size": SECTORS * 512}
+    data = os.urandom(4096)
+    disk.do(_OUT, 8, data)
+    assert disk.do(_IN, 8, 4096) == data
+    disk.do(_FLUSH, 0, 0)
+    for _ in range(3):
+        more = [(disk.add(_IN, 8, 4096), disk.driver.added)[0] for _ in range(8)]
+        disk.pause()  # what was taken is finished
+        state = disk.pci.save()
+        assert state.transport.queues[0].last_avail == state.transport.queues[0].last_used
+        disk.pci.resume()
+        disk.used(8)
+        assert all(memory.read(at, 4096) == data for at, _ in more)
+    disk.guest.probe()  # a reset, and another driver
+    disk.do(_OUT, 100, data)
+    assert disk.board.errors == []
+    disk.close()
+    content = _content(path)
+    assert content[4096:8192] == data
+    assert content[51200 : 51200 + 4096] == data
+
+
+def test_what_it_writes_is_logged(memory: GuestMemory, tmp_path: Path) -> None:
+    path = _image(tmp_path / "disk", "qcow2")
+    disk = Disk(memory, f"path={path}")
+    disk.start()
+    disk.guest.probe()
+
+    def logged(address: int) -> bool:
+        return bool(log[address // 4096 // 8] & 1 << address // 4096 % 8)
+
+    for _ in range(2):
+        disk.device.start_log()
+        for sector in range(4):
+            at, status = disk.add(_IN, sector, 8192)
+            disk.used()
+            log = disk.device.take_log()
+            assert logged(at)
+            assert logged(at + 8191)
+            assert logged(status)
+            assert logged(disk.driver.used)
+        assert not any(disk.device.take_log())
+        disk.device.stop_log()
+        disk.do(_IN, 0, 512)
+        assert not any(disk.device.take_log())
+    assert disk.board.errors == []
+    disk.close()
+
+
+def test_a_qcow2_image_goes_from_one_to_the_other(memory: GuestMemory, tmp_path: Path) -> None:
+    path = _image(tmp_path / "disk", "qcow2")
+    one, other = Disk(memory, f"path={path}"), Disk(memory, f"path={path}")
+    one.start()
+    one.guest.probe()
+    data = os.urandom(4096)
+    one.do(_OUT, 8, data)
+    one.pause()
+    assert other.image is not None
+    with pytest.raises(HostError, match='Failed to get "write" lock'):
+        other.image.acquire()
+    state = one.pci.save()
+    assert one.image is not None
+    one.image.release()
+    other.pci.load(state)
+    other.guest.queues, other.guest.msix_at = one.guest.queues, one.guest.msix_at
+    other.start()
+    assert other.do(_IN, 8, 4096) == data
+    other.do(_OUT, 16, data)
+    with pytest.raises(HostError, match='Failed to get "write" lock'):
+        one.image.acquire()
+    one.close()
+    other.close()
+    content = _content(path)
+    assert content[4096:8192] == content[8192:12288] == data
+
+
+def test_it_is_lost(memory: GuestMemory, tmp_path: Path) -> None:
+    path = _image(tmp_path / "disk", "qcow2")
+    disk = Disk(memory, f"path={path}")
+    disk.start()
+    disk.guest.probe()
+    changes: list[str | None] = []
+    disk.device.on_back_end = changes.append
+    disk.do(_OUT, 8, bytes(512))
+    disk.programs.close()
+    deadline = time.monotonic() + PATIENCE
+    while not changes:
+        assert time.monotonic() < deadline
+        disk.loop.run_once(0.05)
+    disk.add(_OUT, 8, bytes(512))
+    disk.pause()
+    assert "is gone" in (disk.device.unmovable(False) or "")
+    assert disk.image is not None
+    with pytest.raises(HostError, match="qemu-storage-daemon does not answer"):
+        disk.image.release()
+    disk.close()

@@ -1,0 +1,328 @@
+"""Devices that QEMU's own back ends serve: a disk that moves, and back ends that die."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from vm_bench import Bench
+
+from lab import guest as guest_image
+from lab import kernels
+from lab.agent import Agent
+from lab.scenario import wait_for
+
+_SIZE = 8 << 20
+
+
+@pytest.fixture
+def image(bench: Bench, request: pytest.FixtureRequest) -> Iterator[Path]:
+    path = bench.folder / f"{hashlib.md5(request.node.name.encode()).hexdigest()}.raw"
+    path.write_bytes(os.urandom(_SIZE))
+    yield path
+    bench.drop_guest()
+    path.unlink()
+
+
+class Storage:
+    """A qemu-storage-daemon that serves an image at a socket, for anybody to connect."""
+
+    def __init__(self, image: Path, socket: Path) -> None:
+        self.socket = socket
+        # Both ends of a migration have the image open; only the one with the guest uses it.
+        file = f"driver=file,node-name=disk,filename={image},locking=off"
+        export = f"type=vhost-user-blk,id=x,node-name=disk,writable=on,addr.path={socket}"
+        argv = ["qemu-storage-daemon", "--blockdev", file]
+        argv += ["--export", f"{export},addr.type=unix"]
+        self._process = subprocess.Popen(argv, umask=0)
+        wait_for(socket.exists, 30)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self.socket.unlink(missing_ok=True)
+
+
+@contextmanager
+def _storage(image: Path, socket: Path) -> Iterator[Storage]:
+    storage = Storage(image, socket)
+    try:
+        yield storage
+    finally:
+        storage.kill()
+
+
+def _device(storage: Storage) -> tuple[str, str]:
+    return "--device", f"vhost-user,socket={storage.socket},type=blk"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest_inside(agent: Agent) -> str:
+    """Of the disk itself, not of what the guest has cached."""
+    agent.sh("sync; echo 3 > /proc/sys/vm/drop_caches")
+    return agent.sh("sha256sum /dev/vda", 120).split()[0]
+
+
+def _rounds(agent: Agent) -> int:
+    return int(agent.sh("cat /tmp/rounds 2>/dev/null || echo 0") or 0)
+
+
+@contextmanager
+def _writing(agent: Agent, waits: bool = False) -> Iterator[None]:
+    """While the block runs, the guest writes, one request after the other; no write fails."""
+    agent.sh(
+        "(n=0; while [ ! -e /tmp/stop ]; do dd if=/dev/urandom of=/dev/vda bs=64k seek=64 count=8 "
+        "conv=fsync 2>/dev/null || touch /tmp/broken; n=$((n+1)); echo $n > /tmp/rounds; done) "
+        "> /dev/null 2>&1 &"
+    )
+    if not waits:
+        _goes_on(agent)
+    yield
+    _goes_on(agent)
+    agent.sh("touch /tmp/stop")
+    wait_for(lambda: agent.sh("ps | grep -c '[d]d if=' || true").strip() == "0", 30)
+    agent.sh("[ ! -e /tmp/broken ]; rm /tmp/stop")
+
+
+def _goes_on(agent: Agent) -> None:
+    before = _rounds(agent)
+    wait_for(lambda: _rounds(agent) > before + 2, 60)
+
+
+@pytest.mark.parametrize("kernel", ["cloud-6.12", "cloud-6.1"])
+def test_a_disk_moves_while_it_is_written(bench: Bench, image: Path, kernel: str) -> None:
+    here, there = bench.folder / "here.sock", bench.folder / "there.sock"
+    with _storage(image, here) as source, _storage(image, there) as destination:
+        shared = {"memory": "128M,shared=on"}
+        target = bench.run(bench.net.b, "--incoming", "defer", *_device(destination), **shared)
+        guest = bench.boot(*_device(source), kernel=kernel, keep=[target], **shared)
+        agent = guest.agent
+        agent.sh("modprobe virtio_blk")
+        assert int(agent.sh("cat /sys/block/vda/size")) == _SIZE // 512
+        assert _digest_inside(agent) == _digest(image)
+        with _writing(agent):
+            bench.move(guest, target)
+        assert _digest_inside(agent) == _digest(image)
+        assert target.news("GUEST_ERROR", "BACK_END_LOST") == []
+        agent.power_off()
+        assert target.wait(60) == 0
+
+
+def test_a_back_end_that_dies_is_replaced(bench: Bench, image: Path) -> None:
+    socket = bench.folder / "disk.sock"
+    storage = Storage(image, socket)
+    try:
+        guest = bench.boot(*_device(storage), memory="128M,shared=on")
+        agent, vm = guest.agent, guest.vm
+        agent.sh("modprobe virtio_blk")
+        assert _digest_inside(agent) == _digest(image)
+        storage.kill()  # with nothing in flight, as it keeps no record
+        vm.event("BACK_END_LOST", lambda data: data["device"] == "vhost-user0")
+        with _writing(agent, waits=True):
+            # A guest whose disk is gone does not leave.
+            with pytest.raises(Exception, match="the back end of 'vhost-user0' is gone"):
+                vm.qmp.execute("migrate", {"uri": f"file:{bench.folder / 'never'}"})
+            agent.ping(10)
+            storage = Storage(image, socket)
+            vm.event("BACK_END_BACK")
+        assert _digest_inside(agent) == _digest(image)
+        assert vm.news("GUEST_ERROR") == []
+        (found,) = [d for d in vm.qmp.execute("query-devices") if d["id"] == "vhost-user0"]
+        assert found["counters"]["losses"] == 1
+    finally:
+        storage.kill()
+
+
+@pytest.fixture
+def share(bench: Bench) -> Iterator[Path]:
+    path = bench.folder / "a, share"
+    path.mkdir()
+    (path / "from-host").write_text("hello")
+    yield path
+    bench.drop_guest()
+    shutil.rmtree(path)
+
+
+def _share(path: Path, tag: str, more: str = "") -> tuple[str, str]:
+    return "--share", f"path={str(path).replace(',', ',,')},tag={tag}{more}"
+
+
+def _mount(agent: Agent, tag: str) -> None:
+    agent.sh(f"modprobe virtiofs; mkdir -p /{tag}; mount -t virtiofs {tag} /{tag}")
+
+
+@pytest.mark.parametrize("kernel", ["cloud-6.12", "cloud-6.1"])
+def test_a_folder_is_shared(bench: Bench, share: Path, kernel: str) -> None:
+    guest = bench.boot(
+        *(*_share(share, "work"), *_share(share, "look", ",readonly")),
+        kernel=kernel,
+        memory="128M,shared=on",
+    )
+    agent, vm = guest.agent, guest.vm
+    _mount(agent, "work")
+    _mount(agent, "look")
+    assert agent.sh("cat /work/from-host /look/from-host") == "hellohello"
+    agent.sh("head -c 3000000 /dev/urandom > /work/big; sync")
+    digest = agent.sh("sha256sum /look/big").split()[0]
+    assert digest == _digest(share / "big")
+    (share / "later").write_text("from the host")
+    assert agent.sh("cat /work/later") == "from the host"
+    assert agent.sh("touch /look/new 2>/dev/null || echo refused") == "refused"
+    assert agent.sh("rm /work/big; ls /work").split() == ["from-host", "later"]
+
+    # What keeps the guest here is named before the stop.
+    vm.mark()
+    with pytest.raises(Exception, match=r"'share0' is a share \(tag 'work'\)"):
+        vm.qmp.execute("migrate", {"uri": "unix:/nowhere", "insecure": True})
+    with pytest.raises(Exception, match="run the guest without it"):
+        vm.qmp.execute("migrate", {"uri": f"file:{bench.folder / 'never'}"})
+    assert vm.news("STOP") == []
+    vm.qmp.execute("stop")
+    vm.qmp.execute("cont")
+    assert agent.sh("cat /work/from-host") == "hello"
+
+    # It dies, and the guest lives; it ends with the VM.
+    children = _children(vm.pid)
+    assert len(children) == 2
+    os.kill(children[0], signal.SIGKILL)
+    vm.event("BACK_END_LOST")
+    agent.ping(10)
+    assert vm.quit() == 0
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children), 10)
+
+
+def _children(pid: int) -> list[int]:
+    """The programs that a VM has started."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_programs_end_with_a_vm_that_is_killed(bench: Bench, share: Path) -> None:
+    vm = bench.run(
+        *(bench.net.b, "--incoming", "defer", *_share(share, "work")), memory="128M,shared=on"
+    )
+    vm.qmp.execute("query-status")
+    (child,) = _children(vm.pid)
+    os.kill(vm.pid, signal.SIGKILL)
+    wait_for(lambda: not Path(f"/proc/{child}").exists(), 10)
+    vm.wait(10)
+
+
+# --- images that are not raw ----------------------------------------------------------------------
+@pytest.fixture
+def qcow2(bench: Bench) -> Iterator[Path]:
+    path = bench.folder / "disk.qcow2"
+    _qemu_img("create", "-q", "-f", "qcow2", str(path), f"{_SIZE}")
+    yield path
+    bench.drop_guest()
+    path.unlink()
+
+
+def _qemu_img(*words: str) -> str:
+    done = subprocess.run(["qemu-img", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_qcow2_image_is_a_disk(bench: Bench, qcow2: Path) -> None:
+    disk = "--disk", f"path={qcow2},discard=on"
+    guest = bench.boot(*disk, memory="128M,shared=on")
+    agent, vm = guest.agent, guest.vm
+    agent.sh("modprobe virtio_blk")
+    assert int(agent.sh("cat /sys/block/vda/size")) == _SIZE // 512
+    agent.sh("dd if=/dev/urandom of=/dev/vda bs=64k count=40 conv=fsync 2>/dev/null")
+    digest = _digest_inside(agent)
+    with pytest.raises(Exception, match=r"'disk0' is a disk image .*qemu-img convert -O raw"):
+        vm.qmp.execute("migrate", {"uri": f"file:{bench.folder / 'never'}"})
+    # In use: another VM is refused in the program's own words.
+    other = bench.run(bench.net.b, *_bootable(), *disk, memory="128M,shared=on")
+    assert other.wait(60) != 0
+    assert 'Failed to get "write" lock' in other.console
+    vm.qmp.execute("stop")
+    vm.qmp.execute("cont")
+    assert _digest_inside(agent) == digest
+    # Not synced, but the image is closed in good order.
+    agent.sh("dd if=/dev/urandom of=/dev/vda bs=64k seek=100 count=4 oflag=direct 2>/dev/null")
+    digest = _digest_inside(agent)
+    agent.power_off()
+    assert vm.wait(60) == 0
+    _qemu_img("check", "-q", str(qcow2))  # the lock is free once the VM has ended
+    raw = qcow2.with_suffix(".raw")
+    _qemu_img("convert", "-O", "raw", str(qcow2), str(raw))
+    assert _digest(raw) == digest
+    raw.unlink()
+
+
+def _bootable() -> list[str]:
+    kernel = kernels.cached("cloud-6.12")
+    assert kernel is not None
+    argv = ["--kernel", str(kernel.vmlinuz), "--initrd", str(guest_image.build(kernel))]
+    return [*argv, "--append", f"{guest_image.CMDLINE} godwit.net=off"]
+
+
+def test_a_qcow2_image_goes_over_with_its_guest(bench: Bench, qcow2: Path) -> None:
+    given = {"memory": "128M,shared=on"}
+    disk = "--disk", f"path={qcow2},discard=on"
+    target = bench.run(bench.net.b, "--incoming", "defer", *disk, **given)
+    back = bench.run(bench.net.a, "--incoming", "defer", *disk, **given)
+    guest = bench.boot(*disk, keep=[target, back], **given)
+    agent = guest.agent
+    agent.sh("modprobe virtio_blk")
+    agent.sh("dd if=/dev/urandom of=/dev/vda bs=64k count=40 conv=fsync 2>/dev/null")
+    with _writing(agent):
+        # One that fails first: the image is opened again where the guest goes on.
+        wrong = bench.run(bench.net.b, "--incoming", "defer", **given)
+        guest.vm.start_migration(bench.listen(wrong))
+        assert guest.vm.wait_migration()["status"] == "failed"
+        _goes_on(agent)
+        bench.move(guest, target)
+        _goes_on(agent)
+        bench.move(guest, back)
+    digest = _digest_inside(agent)
+    assert back.news("GUEST_ERROR", "BACK_END_LOST") == []
+    agent.power_off()
+    assert back.wait(60) == 0
+    target.wait(60)
+    _qemu_img("check", "-q", str(qcow2))
+    raw = qcow2.with_suffix(".raw")
+    _qemu_img("convert", "-O", "raw", str(qcow2), str(raw))
+    assert _digest(raw) == digest
+    raw.unlink()
+
+
+def test_an_image_in_another_format_stays(bench: Bench) -> None:
+    path = bench.folder / "disk.vmdk"
+    _qemu_img("create", "-q", "-f", "vmdk", str(path), f"{_SIZE}")
+    disk = "--disk", f"path={path},format=vmdk"
+    guest = bench.boot(*disk, memory="128M,shared=on")
+    agent, vm = guest.agent, guest.vm
+    agent.sh("modprobe virtio_blk")
+    assert int(agent.sh("cat /sys/block/vda/size")) == _SIZE // 512
+    with pytest.raises(Exception, match=r"'disk0' is a disk image .*qemu-img convert -O raw"):
+        vm.qmp.execute("migrate", {"uri": "unix:/nowhere", "insecure": True})
+    bench.drop_guest()
+    path.unlink()
+
+
+def test_ram_that_is_not_shared_is_refused(bench: Bench) -> None:
+    vm = bench.run(
+        bench.net.b, "--incoming", "defer", "--device", "vhost-user,socket=/nowhere,type=blk"
+    )
+    assert vm.wait(60) == 1
+    assert "give --memory SIZE,shared=on" in vm.console
+    vm = bench.run(
+        bench.net.b,
+        *("--incoming", "defer", "--device", "vhost-user,socket=/nowhere,type=blk"),
+        memory="128M,shared=on",
+    )
+    assert vm.wait(60) == 1
+    assert "the vhost-user back end at '/nowhere': No such file or directory" in vm.console
