@@ -8,7 +8,7 @@ from struct import pack
 from typing import Any, cast
 
 from godwit.host.image import Image
-from godwit.hw.device import IoError
+from godwit.hw.capabilities import IoError
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.blk.device import VirtioBlk
 from godwit.hw.virtio.pci import VirtioPci

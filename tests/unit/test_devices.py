@@ -23,7 +23,9 @@ from godwit.errors import StreamError
 from godwit.host.image import Image
 from godwit.host.vhost_user import BackEnd
 from godwit.hw import layout
-from godwit.hw.device import Counts, Device, Devices, HasSetupHints, LogsDirtyPages, Negotiates
+from godwit.hw.capabilities import Counts, HasSetupHints, LogsDirtyPages, Negotiates
+from godwit.hw.device import Device
+from godwit.hw.devices import Devices
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.e1000.nic import E1000
 from godwit.hw.nic.nic import Nic

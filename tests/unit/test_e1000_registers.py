@@ -6,7 +6,7 @@ import pytest
 
 from e1000_bench import BAR, GSI, INTX_OFF, IO, MAC, MASTER, MEMORY, PORT, Bench, make_frame
 from godwit.errors import ConfigError
-from godwit.hw.device import LogsDirtyPages, Negotiates
+from godwit.hw.capabilities import LogsDirtyPages, Negotiates
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.e1000 import regs
 from godwit.hw.nic.e1000.nic import make

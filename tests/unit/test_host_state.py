@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from godwit.errors import HostError, StateError
-from godwit.hw.device import OwnsHostState, RefusesCopies
+from godwit.hw.capabilities import OwnsHostState, RefusesCopies
 from godwit.migration.times import Times
 from godwit.spec.runstate import RunState
 from migration_bench import Migration

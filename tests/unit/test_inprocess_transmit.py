@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from godwit.hw.device import LogsDirtyPages
+from godwit.hw.capabilities import LogsDirtyPages
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.net import offloads
 from godwit.hw.virtio.queue import F_INDIRECT_DESC, Chain

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from godwit.errors import ConfigError, KvmError, StreamError
 from godwit.host.kvm import abi
 from godwit.hw import layout
-from godwit.hw.device import Counts, LogsDirtyPages
+from godwit.hw.capabilities import Counts, LogsDirtyPages
 from godwit.machine import machine as module
 from godwit.machine.state import MachineState
 from godwit.machine.vcpu import StopReason

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from godwit.errors import StreamError
-from godwit.hw.device import SetupHints
+from godwit.hw.capabilities import SetupHints
 from godwit.hw.memory import PAGE
 from godwit.hw.power import PowerState
 from godwit.hw.serial import SerialState

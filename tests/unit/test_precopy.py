@@ -16,7 +16,7 @@ import pytest
 from msgspec.structs import replace
 
 from godwit.errors import LinkLost
-from godwit.hw.device import Devices
+from godwit.hw.devices import Devices
 from godwit.hw.memory import PAGE, GuestMemory
 from godwit.machine.machine import Machine, OnPhase
 from godwit.migration.guest import Guest

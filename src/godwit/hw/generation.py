@@ -13,7 +13,8 @@ from collections.abc import Callable
 import msgspec
 
 from . import acpi
-from .device import Device, Renews
+from .capabilities import Renews
+from .device import Device
 from .memory import GuestMemory
 
 SIZE = 16

@@ -16,8 +16,10 @@ from godwit.host.kvm import abi, clocks, cpustate
 from godwit.host.kvm.handles import Vcpu
 from godwit.host.loop import Loop
 from godwit.hw import acpi, layout, power, registry, serial
+from godwit.hw.capabilities import HasSetupHints, SetupHints
 from godwit.hw.console import Console
-from godwit.hw.device import Device, Devices, HasSetupHints, OnGuestError, SetupHints, Slot
+from godwit.hw.device import Device, OnGuestError, Slot
+from godwit.hw.devices import Devices
 from godwit.hw.generation import Generation
 from godwit.hw.irq import IntxLines, Routes
 from godwit.hw.nic.nic import Nic

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 
 from godwit.host.kvm.cpustate import PlatformState, VcpuState
-from godwit.hw.device import DeviceState
+from godwit.hw.devices import DeviceState
 
 #: Version of :class:`MachineState` itself; each device has its own.
 VERSION = 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from godwit.hw.device import Devices, OwnsHostState
+from godwit.hw.capabilities import OwnsHostState
+from godwit.hw.devices import Devices
 
 from .times import Times
 

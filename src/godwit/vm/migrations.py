@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from godwit.announce.uplink import Uplink
 from godwit.errors import GodwitError, MigrationError, StateError
-from godwit.hw.device import ChecksKept, Relocatable, Renews, Unmovable
+from godwit.hw.capabilities import ChecksKept, Relocatable, Renews, Unmovable
 from godwit.machine.machine import Machine
 from godwit.spec.parameters import MigrationParameters
 from godwit.spec.restore import FULL, Restore

@@ -16,8 +16,8 @@ from godwit.announce.policy import parse_policy
 from godwit.announce.uplink import Uplink
 from godwit.errors import ConfigError, GodwitError
 from godwit.host.loop import Loop
+from godwit.hw.capabilities import Counts, HasBackEnd, IoError, ReportsIoErrors
 from godwit.hw.console import Console
-from godwit.hw.device import Counts, HasBackEnd, IoError, ReportsIoErrors
 from godwit.hw.nic.nic import Nic, RxFilterInfo
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
-from godwit.hw.device import HasIdentity
+from godwit.hw.capabilities import HasIdentity
 
 from .rx_backlog import RxBacklog
 

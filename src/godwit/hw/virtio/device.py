@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import msgspec
 
 from godwit.hw import device as hw_device
-from godwit.hw.device import Negotiates
+from godwit.hw.capabilities import Negotiates
 
 from .queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Generic, TypeVar
 import msgspec
 
 from godwit.errors import GuestError, StreamError
-from godwit.hw.device import Device, HasSetupHints, SetupHints, Slot
+from godwit.hw.capabilities import HasSetupHints, SetupHints
+from godwit.hw.device import Device, Slot
 from godwit.hw.irq import Msix, MsixState
 from godwit.hw.pci import PciFunction, PciState
 from godwit.spec.saved import U64

@@ -14,7 +14,8 @@ import msgspec
 from godwit.errors import GuestError
 from godwit.host.eventfd import drain
 from godwit.host.loop import Loop, Timer
-from godwit.hw.device import Counts, Slot
+from godwit.hw.capabilities import Counts
+from godwit.hw.device import Slot
 from godwit.hw.memory import GuestMemory
 from godwit.spec.config import DeviceConfig, RngConfig
 

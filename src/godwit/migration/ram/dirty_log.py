@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from godwit.host.ioctl import address_of
-from godwit.hw.device import LogsDirtyPages
+from godwit.hw.capabilities import LogsDirtyPages
 from godwit.hw.memory import PAGE, Region
 from godwit.machine.machine import Machine
 from godwit.migration.wire.messages import Run

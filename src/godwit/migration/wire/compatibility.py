@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from godwit.errors import HostError, StreamError
 from godwit.host.boot import boot_id
-from godwit.hw.device import Device, HasIdentity, Negotiates, ReservesAhead
+from godwit.hw.capabilities import HasIdentity, Negotiates, ReservesAhead
+from godwit.hw.device import Device
 from godwit.machine import cpu
 from godwit.machine.machine import Machine
 from godwit.machine.state import VERSION

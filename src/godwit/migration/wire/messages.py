@@ -18,8 +18,9 @@ from typing import Annotated
 import msgspec
 
 from godwit.errors import StreamError
+from godwit.hw.capabilities import SetupHints
 from godwit.hw.cpu.description import Cpu
-from godwit.hw.device import Name, SetupHints
+from godwit.hw.devices import Name
 from godwit.hw.memory import PAGE
 from godwit.spec.saved import U64
 

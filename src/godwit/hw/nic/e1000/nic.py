@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from godwit.errors import ConfigError
 from godwit.host.loop import SoonCall
 from godwit.host.net.tap import HEADER, Tap
-from godwit.hw.device import Counts, Device, Slot, guarded
+from godwit.hw.capabilities import Counts
+from godwit.hw.device import Device, Slot, guarded
 from godwit.hw.nic.nic import GATE_LOOK, Nic, RxFilterInfo
 from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.nic.tap_reader import TapReader

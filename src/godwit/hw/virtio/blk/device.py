@@ -11,15 +11,15 @@ import msgspec
 
 from godwit.errors import GuestError, HostError, StreamError
 from godwit.host.image import SECTOR, Image
-from godwit.hw.device import (
+from godwit.hw.capabilities import (
     ChecksKept,
     Counts,
     IoError,
     OwnsHostState,
     RefusesCopies,
     ReportsIoErrors,
-    Slot,
 )
+from godwit.hw.device import Slot
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.budget import Budget
 from godwit.hw.virtio.device import VirtioDevice

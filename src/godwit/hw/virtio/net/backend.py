@@ -21,7 +21,7 @@ class Backend(Protocol):
     """A carrier of frames between a tap and two virtqueues, called under the device's lock.
 
     Frames for the guest come from the NIC's rx backlog, which asks the tap. A backend that writes
-    guest memory by itself has :class:`godwit.hw.device.LogsDirtyPages`.
+    guest memory by itself has :class:`godwit.hw.capabilities.LogsDirtyPages`.
     """
 
     #: virtio-net feature bits that this backend and its tap can carry.

@@ -15,7 +15,8 @@ from godwit.errors import GuestError, StreamError
 from godwit.host.eventfd import drain
 from godwit.host.loop import Loop
 from godwit.host.net.tap import HEADER, Tap, mtu_problem
-from godwit.hw.device import Counts, Slot
+from godwit.hw.capabilities import Counts
+from godwit.hw.device import Slot
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.nic import GATE_LOOK, Nic, RxFilterInfo
 from godwit.hw.nic.rx_backlog import RxBacklog

@@ -17,7 +17,8 @@ from godwit.host.ioctl import address_of
 from godwit.host.loop import Loop, SoonCall
 from godwit.host.net.tap import Tap
 from godwit.host.vhost import DEVICE, F_LOG_ALL, LOG_PAGE, VhostNet
-from godwit.hw.device import LogsDirtyPages, guarded
+from godwit.hw.capabilities import LogsDirtyPages
+from godwit.hw.device import guarded
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.nic.tap_reader import BUDGET, BUDGET_BYTES

@@ -17,7 +17,7 @@ from godwit.errors import GuestError, HostError
 from godwit.host.ioctl import address_of
 from godwit.host.loop import Loop
 from godwit.host.vhost_user import F_LOG_ALL, P_LOG_SHMFD, BackEnd, Inflight
-from godwit.hw.device import Counts, HasBackEnd, LogsDirtyPages, RefusesCopies, Unmovable
+from godwit.hw.capabilities import Counts, HasBackEnd, LogsDirtyPages, RefusesCopies, Unmovable
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.device import F_VERSION_1, TRANSPORT_FEATURES, VirtioDevice
 from godwit.hw.virtio.queue import Virtqueue

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from godwit.errors import HostError
 from godwit.host.storage_daemon import StorageDaemon
-from godwit.hw.device import OwnsHostState
+from godwit.hw.capabilities import OwnsHostState
 from godwit.spec.back_ends import ImageFile
 
 

@@ -19,15 +19,15 @@ from godwit.host.eventfd import drain
 from godwit.host.loop import Loop
 from godwit.host.vhost import LOG_PAGE
 from godwit.host.vhost_vsock import DEVICE, FIRST_CID, LAST_CID, VhostVsock
-from godwit.hw.device import (
+from godwit.hw.capabilities import (
     Counts,
     HasIdentity,
     LogsDirtyPages,
     OwnsHostState,
     Relocatable,
     ReservesAhead,
-    Slot,
 )
+from godwit.hw.device import Slot
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.device import TRANSPORT_FEATURES, VirtioDevice
 from godwit.hw.virtio.pci import VirtioPci
