@@ -134,7 +134,7 @@ def test_it_is_reached_without_a_network(guest: Debian) -> None:
 
 def test_it_moves_while_fio_writes_and_checks(guest: Debian) -> None:
     guest.start_fio()
-    for _ in range(3):
+    for _ in range(2):
         target = guest.target()
         guest.vm.start_migration(guest.bench.listen(target))
         info = guest.vm.wait_migration(120)
