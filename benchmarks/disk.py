@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +43,10 @@ class Disk:
         return ["-drive", drive, "-device", f"virtio-blk-pci,drive=disk{number}"]
 
 
-def make(folder: Path) -> tuple[Disk, Disk]:
+def make(folder: Path, qcow2: bool) -> tuple[Disk, Disk]:
     """Return the disks of a guest: the system with fio, and a filled one in ``folder``.
+
+    Godwit has a ``qcow2`` image served by qemu-storage-daemon.
 
     Raises:
         LabError: the system's image was not built.
@@ -56,7 +59,11 @@ def make(folder: Path) -> tuple[Disk, Disk]:
     with path.open("wb") as file:
         for _ in range(_SIZE_MB):
             file.write(block)
-    return Disk(system.disk, readonly=True), Disk(path)
+    if qcow2:
+        raw, path = path, folder / "data.qcow2"
+        subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, path], check=True)
+        raw.unlink()
+    return Disk(system.disk, readonly=True), Disk(path, format="qcow2" if qcow2 else "raw")
 
 
 def measure(agent: Agent, seconds: float) -> dict[str, float]:

@@ -44,7 +44,7 @@ class Rows:
 
 
 #: Part -> method, where the name of the part is no name of a method.
-_METHODS = {"2g": "large", "idle-again": "idle_again"}
+_METHODS = {"2g": "large", "idle-again": "idle_again", "fio-qcow2": "fio"}
 
 
 def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
@@ -65,8 +65,8 @@ def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
                     sample = parts.limit()
                 else:
                     if guest is None:
-                        if job.guest == "disk":
-                            image = replace(image, disks=disk.make(folder))
+                        if job.guest in ("disk", "qcow2"):
+                            image = replace(image, disks=disk.make(folder, job.guest == "qcow2"))
                         net = stack.enter_context(Network())
                         guest = parts.Measured(job, rates, image, net, folder, stack)
                     sample = getattr(guest, _METHODS.get(part, part))()

@@ -113,7 +113,8 @@ def _godwit(
     nic = f"tap={host.tap},mac={MAC}"
     if vmm == IN_PROCESS:
         nic += ",vhost=off"
-    argv = [*first, "--memory", f"{memory_mb}M", "--cpus", str(CPUS), "--nic", nic]
+    shared = ",shared=on" if any(disk.format != "raw" for disk in image.disks) else ""
+    argv = [*first, "--memory", f"{memory_mb}M{shared}", "--cpus", str(CPUS), "--nic", nic]
     if vmm == BASE:
         return Base(name, folder, argv, host.netns, Path(image.base))
     return LabVm(name, folder, argv, host.netns)

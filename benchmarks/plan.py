@@ -16,7 +16,7 @@ BASE = "base"
 IN_PROCESS = "godwit-in-process"
 
 #: Guests by name -> RAM, MB.
-MEMORY_MB = {"small": 128, "hot": 512, "large": 2048, "in-process": 128, "disk": 256}
+MEMORY_MB = {"small": 128, "hot": 512, "large": 2048, "in-process": 128, "disk": 256, "qcow2": 256}
 #: Their parts, in order. All but boot, memory, network and limit are migrations.
 PARTS = {
     "small": ("boot", "memory", "network", "idle", "idle-again", "udp", "tcp"),
@@ -24,6 +24,7 @@ PARTS = {
     "large": ("2g", "limit"),
     "in-process": ("network",),
     "disk": ("fio",),
+    "qcow2": ("fio-qcow2",),
 }
 #: Part that migrates -> the load. An idle guest migrates twice, with pings in two networks one
 #: after the other, or each network's gap would have one sample or two.
@@ -36,7 +37,7 @@ MIGRATIONS = {
     "2g": "2g",
 }
 #: Time that a job may take in the emulated lab, seconds: twice the usual.
-DEADLINE_S = {"small": 140, "hot": 60, "large": 110, "in-process": 60, "disk": 150}
+DEADLINE_S = {"small": 140, "hot": 60, "large": 110, "in-process": 60, "disk": 150, "qcow2": 150}
 
 CPUS = 2
 HOT_MB = 64
@@ -97,7 +98,8 @@ def jobs(repetitions: int, compared: Sequence[str] = (QEMU,)) -> list[Job]:
                 parts = tuple(part for part in parts if part != "udp")
             found += _turns(guest, number, parts, compared)
         if number < DISK_REPETITIONS:
-            found += _turns("disk", number, PARTS["disk"], compared)
+            for guest in ("disk", "qcow2"):
+                found += _turns(guest, number, PARTS[guest], compared)
         if number % 3 == 0 and QEMU in compared:  # held against its vhost-net
             found.append(Job("in-process", IN_PROCESS, number, PARTS["in-process"]))
     return found

@@ -126,6 +126,7 @@ _FIRST = (
     "gap",
     "bytes",
     "disk",
+    "qcow2",
 )
 
 

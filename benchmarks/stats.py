@@ -10,6 +10,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from .disk import WORK
 from .plan import BASE, GODWIT, IN_PROCESS, MIGRATIONS, QEMU
 
 Row = Mapping[str, Any]
@@ -94,9 +95,9 @@ def quantities(rows: Iterable[Row]) -> dict[str, Values]:
             found[f"throughput_{kind}_to_guest"][vmm].append(row["out"] / 1e6)
             found[f"throughput_{kind}_from_guest"][vmm].append(row["in"] / 1e6)
             found[f"round_trip_{kind}"][vmm].append(row["round_trip_ms"])
-        elif part == "fio":
+        elif part in ("fio", "fio-qcow2"):
             for name, rate in row["fio"].items():
-                found[f"disk_{name}"][vmm].append(rate / 1e6)
+                found[f"{row['guest']}_{name}"][vmm].append(rate / 1e6)
         elif part in MIGRATIONS:
             for name, value in _of_migration(row):
                 found[name][vmm].append(value)
@@ -168,6 +169,7 @@ MARKS = (
     Mark("throughput_vhost", 0.95, 1.0, higher=True),
     Mark("disk_seq_read", 0.9, 1.0, higher=True),
     Mark("disk_seq_write", 0.9, 1.0, higher=True),
+    *(Mark(f"qcow2_{work}", 0.9, 1.0, higher=True) for work in WORK),
 )
 #: The mark of the copy's rate by the plain socket loop's.
 LIMIT = Mark("copy_2g", 0.6, 0.85, higher=True)
