@@ -127,6 +127,7 @@ _FIRST = (
     "bytes",
     "disk",
     "qcow2",
+    "qcow2",
 )
 
 
