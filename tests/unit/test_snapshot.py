@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from godwit.errors import ConfigError, GodwitError, StreamError
+from godwit.host.kvm import clocks, cpustate
 from godwit.hw import memory as hw_memory
 from godwit.hw.memory import PAGE
 from godwit.migration.snapshot import compression, format
@@ -262,6 +263,26 @@ def test_only_absolute_paths() -> None:
             path_of(uri)
     with pytest.raises(ConfigError, match="no file can have that name"):
         path_of("file:/run/\ud800")
+
+
+# --- clocks ---------------------------------------------------------------------------------------
+def test_clocks_go_on_from_the_save_or_from_now(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hour, real = 3600 * 10**9, clocks.host_clocks
+    monkeypatch.setattr(clocks, "host_clocks", lambda: (real()[0] + hour, real()[1]))
+
+    def restored(restore: Restore) -> tuple[int, int]:
+        side = There(whole, restore)
+        side.check()
+        state = side.machine.save()
+        side.close()
+        return state.platform.clock_ns, cpustate.tsc_of(state.vcpus[0])
+
+    (clock, tsc), (clock_now, tsc_now) = restored(FULL), restored(Restore(clock_now=True))
+    assert clock_now - clock == pytest.approx(hour, abs=60 * 10**9)
+    # The fake's TSC has 1 GHz.
+    assert tsc_now - tsc == pytest.approx(clock_now - clock, abs=10**6)
 
 
 # --- lazily ---------------------------------------------------------------------------------------
