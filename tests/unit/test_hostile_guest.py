@@ -216,7 +216,7 @@ def test_a_frame_never_takes_more_pieces_than_writev_would(memory: GuestMemory) 
     driver = Driver(memory, 256, 0x10_0000, event_idx=False, capacity=0x8_0000)
     queue = Virtqueue(memory, 256)
     driver.set_up(queue, inprocess_bench.MERGE | F_INDIRECT_DESC)
-    _indirect(memory, TABLE, [(DATA + at, 1, WRITE) for at in range(1000)])
+    _indirect(memory, TABLE, [(DATA + 2 * at, 1, WRITE) for at in range(1000)])
     _offer(memory, driver, 1000)
     assert place(queue, bytes(12) + bytes(60_000), merge=True)  # 61 buffers would do
     assert driver.used_index() == 0

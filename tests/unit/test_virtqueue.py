@@ -1,8 +1,14 @@
 """The device's side of a split virtqueue, against a driver that keeps the rules."""
 
+from __future__ import annotations
+
+import random
+import struct
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from godwit.errors import GuestError
 from godwit.hw.memory import GuestMemory
@@ -285,3 +291,54 @@ def _go_to(driver: Driver, queue: Virtqueue, index: int) -> None:
     queue.last_avail = queue.last_used = index & 0xFFFF
     write_u16(driver.memory, driver.avail + 2, index & 0xFFFF)
     write_u16(driver.memory, driver.used + 2, index & 0xFFFF)
+
+
+@given(
+    pieces=st.lists(
+        st.tuples(st.integers(0, 5), st.sampled_from([0, 1, 5, 16]), st.booleans()), min_size=1
+    ),
+    order=st.randoms(use_true_random=False),
+    straight=st.booleans(),
+)
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_an_indirect_table_is_read_alike_in_any_form(
+    memory: GuestMemory,
+    pieces: list[tuple[int, int, bool]],
+    order: random.Random,
+    straight: bool,
+) -> None:
+    """A table in its usual form has a way of its own, in which neighbours become one."""
+    table, data = 0x20_0000, 0x30_0000
+    places = list(range(len(pieces)))
+    if not straight:
+        order.shuffle(places)
+    for place, (block, length, write), following in zip(
+        places, pieces, [*places[1:], 0], strict=True
+    ):
+        flags = (2 if write else 0) | (1 if place != places[-1] else 0)
+        fields = struct.pack("<QIHH", data + 16 * block, length, flags, following)
+        memory.write(table + 16 * place, fields)
+    driver = Driver(memory, 16, 0x10_0000)
+    queue = Virtqueue(memory, 16)
+    driver.set_up(queue, F_INDIRECT_DESC)
+    driver.set_descriptor(0, table, 16 * len(pieces), 4)
+
+    def walked(quick: bool) -> tuple[object, ...] | str:
+        with pytest.MonkeyPatch.context() as patch:
+            if not quick:
+                patch.setattr(Virtqueue, "_straight", lambda *_: None)
+            try:
+                chain = queue.again(0)
+            except GuestError as error:
+                return str(error)
+        marked = sorted({page for at, n in chain.writable_at for page in range(at, at + n)})
+        return (
+            b"".join(chain.readable),
+            sum(map(len, chain.writable)),
+            b"".join(chain.writable),
+            marked,
+        )
+
+    assert walked(True) == walked(False)

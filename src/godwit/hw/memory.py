@@ -241,6 +241,19 @@ class GuestMemory:
             found.append(low[address:stop] if inside else self.view(address, pages * PAGE))
         return found
 
+    def spans(self, spans: Iterable[tuple[int, int, int]]) -> list[memoryview]:
+        """Return the bytes of spans (guest address, its end, anything), for reading.
+
+        Raises:
+            GuestError: some of the bytes are not RAM.
+        """
+        low = self.regions[0].view if self.regions else memoryview(b"")
+        size = len(low)
+        return [
+            low[start:end] if end <= size else self.view(start, end - start)
+            for start, end, _ in spans
+        ]
+
     def writable(self, address: int, length: int) -> memoryview:
         """Return the bytes of RAM themselves, for writing before the next round.
 
@@ -287,6 +300,11 @@ class GuestMemory:
                 return set()
             self._dirty = set()
             return taken
+
+    @property
+    def logging(self) -> bool:
+        """True while a migration logs the pages that the VMM writes."""
+        return self._dirty is not None
 
     def mark_dirty(self, address: int, length: int) -> None:
         """Note that the VMM wrote to these pages, if a migration logs."""

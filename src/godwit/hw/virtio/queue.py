@@ -234,6 +234,8 @@ class Virtqueue:
         self._pushed = True
 
     def _mark(self, chain: Chain, written: int) -> None:
+        if not self._memory.logging:
+            return
         for address, length in chain.writable_at:
             if written <= 0:
                 break
@@ -274,6 +276,35 @@ class Virtqueue:
         self.desc, self.avail, self.used = state.desc, state.avail, state.used
         self.last_avail, self.last_used = state.last_avail, state.last_used
 
+    def _straight(self, head: int, table: memoryview) -> Chain | None:
+        """Return the buffer of an indirect table, if each descriptor is behind the one before.
+
+        So Linux writes its tables, some of them of hundreds. Pieces that are neighbours in memory
+        become one. None for any other form, and for whatever breaks a rule.
+        """
+        runs: list[tuple[int, int, int]] = []  # guest address, its end, writable
+        start = end = -1
+        writable = 0
+        for number, (address, length, flags, following) in enumerate(_DESC.iter_unpack(table), 1):
+            if address != end or flags & _WRITE != writable:
+                if end >= 0:
+                    runs.append((start, end, writable))
+                if flags & _WRITE < writable:
+                    return None
+                start, writable = address, flags & _WRITE
+            end = address + length
+            if flags != writable | _NEXT or following != number:
+                break
+        else:
+            return None
+        if flags != writable:
+            return None
+        runs.append((start, end, writable))
+        views = self._memory.spans(runs)
+        at = [(start, end - start) for start, end, writable in runs if writable]
+        first = len(runs) - len(at)
+        return Chain(head, views[:first], views[first:], at)
+
     def _walk(self, head: int) -> Chain:
         table, size = self._table, self.size
         if table is None:
@@ -295,6 +326,10 @@ class Virtqueue:
                 if not length or length % 16:
                     raise GuestError(f"indirect table of {length} bytes")
                 table, size = self._memory.view(address, length), length // 16
+                if head == index and size <= _MAX_INDIRECT:
+                    chain = self._straight(head, table)
+                    if chain is not None:
+                        return chain
                 index, seen, indirect, limit = 0, 0, True, min(size, _MAX_INDIRECT)
                 continue
             view = self._memory.view(address, length)
