@@ -21,6 +21,8 @@ _UNMAP = 1
 ID_SIZE = 20
 #: What one request may move at the most: Linux asks for no more than a few MB.
 _MOST = 64 << 20
+#: Bytes that are copied in a time worth no change of threads.
+_QUICK = 128 << 10
 #: Segments of a discard or write zeroes, and sectors of each.
 MAX_SEGMENTS, MAX_DISCARD, MAX_ZEROES = 16, 1 << 22, (64 << 20) // SECTOR
 
@@ -108,9 +110,11 @@ class Doer:
         self._discards = discards
 
     def quick(self, request: Request) -> Done | Failed | None:
-        """Do a request that does not wait for a disk, or return None."""
+        """Do a request that neither waits for a disk nor copies for long, or return None."""
         if self._image.direct:
             return None
+        if sum(map(len, request.inward or request.outward)) > _QUICK:
+            return None  # other threads copy the next ones meanwhile
         if request.kind == IN:
             try:
                 return self._read(request, os.RWF_NOWAIT)
