@@ -156,8 +156,10 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
         if self._known:
             self._check_used()
         self.started = True
-        self._drain.forget()
-        self._ask(self._begin)
+        if self._drain.waiting:
+            self._drain.end()  # the back end goes on, as a pause came to nothing
+        else:
+            self._ask(self._begin)
 
     def _check_used(self) -> None:
         """Refuse rings other than they were left.
@@ -176,23 +178,16 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
                 )
 
     def stop(self) -> None:
-        """Take the queues back, while requests that the back end took may still be done."""
+        """Have no more work done, but what is available already."""
         if self.started:
             self.started = False
             if self._serving:
-                self._ask(self._take_back)
-                self._serving = False
-
-    def _take_back(self, back_end: BackEnd) -> None:
-        self._drain.begin()
-        for index in self._enabled():
-            back_end.set_call(index, self._drain.call)
-            position = back_end.stop_ring(index)
-            self.queues[index].last_avail = position
-            self._drain.wait_for(index, position)
+                self._drain.begin(self._enabled())
+                self._kick()  # what the guest had no time to notify
+                self._drained()
 
     def stopped(self, timeout: float) -> bool:
-        """Wait until what the back end took is done, at most ``timeout`` seconds."""
+        """Wait until what is available is done, at most ``timeout`` seconds."""
         until = time.monotonic() + timeout
         while not self._drained():
             left = until - time.monotonic()
@@ -201,6 +196,25 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             self._drain.sleep(left)
         return True
 
+    def _drained(self) -> bool:
+        """Take the queues back once all is done, and return whether so."""
+        with self.lock:
+            if self._drain.waiting:
+                if not self._drain.is_over():
+                    return False
+                self._ask(self._take_back)
+            return True
+
+    def _take_back(self, back_end: BackEnd) -> None:
+        positions = {index: back_end.stop_ring(index) for index in self._enabled()}
+        self._serving, self._known = False, True
+        self._drain.end()
+        for index, position in positions.items():
+            self.queues[index].resync_used()
+            self.queues[index].last_avail = position
+        with self.guarded():
+            self._drain.check(positions.items())
+
     def _give_up(self) -> bool:
         with self.lock:
             hopeless = self._drain.is_hopeless()
@@ -208,17 +222,9 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
                 self._link.lose("it does not finish its requests")
             return hopeless
 
-    def _drained(self) -> bool:
-        with self.lock:
-            if self._drain.pending:
-                with self.guarded():
-                    self._drain.look()
-                self._known = not self._drain.pending
-            return not self._drain.pending
-
     def reset(self) -> None:
         """Forget what was in flight."""
-        self._drain.forget()
+        self._drain.end()
         self._known = True
         self._drop_inflight()
 
@@ -233,7 +239,6 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             self._link.close()
             self._drop_inflight()
             self._log.close()
-            self._drain.close()
             if self._image is not None:
                 self._image.close()
 
@@ -286,6 +291,10 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             back_end.set_call(index, self.transport.queue_fd(index))
         back_end.enable(self._enabled())
 
+    def _kick(self) -> None:
+        for index in self._enabled():
+            os.eventfd_write(self.transport.kick_fd(index), 1)
+
     def _features(self) -> int:
         return self.negotiated | (F_LOG_ALL if self._log.on else 0)
 
@@ -298,7 +307,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
     def lost(self, why: str) -> None:
         """Wait for another back end."""
         self._serving = False
-        self._drain.forget()
+        self._drain.end()
         if not self._known:
             self._known = all(self.queues[index].settle() for index in self._enabled())
         self.on_back_end(why)
@@ -320,8 +329,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
                 self._find_positions()
             if self.started:
                 self._ask(self._begin)
-                for index in self._enabled():
-                    os.eventfd_write(self.transport.kick_fd(index), 1)
+                self._kick()
 
     def config_changed(self, back_end: BackEnd) -> None:
         """Show the guest what has changed.
