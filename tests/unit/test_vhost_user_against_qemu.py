@@ -157,6 +157,17 @@ def test_it_reads_writes_pauses_and_ends(memory: GuestMemory, tmp_path: Path, ki
     assert content[51200 : 51200 + 4096] == data
 
 
+def test_a_driver_without_interrupts(memory: GuestMemory, tmp_path: Path) -> None:
+    disk = Disk(memory, f"path={_image(tmp_path / 'disk', 'qcow2')}")
+    disk.start()
+    disk.guest.probe(vectors=False)
+    for sector in range(8):
+        assert disk.do(_IN, sector, 512) == bytes(512)
+    disk.guest.probe()
+    assert disk.do(_IN, 0, 512) == bytes(512)
+    disk.close()
+
+
 def test_what_it_writes_is_logged(memory: GuestMemory, tmp_path: Path) -> None:
     path = _image(tmp_path / "disk", "qcow2")
     disk = Disk(memory, f"path={path}")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from godwit.errors import GuestError, HostError
+from godwit.host import eventfd
 from godwit.host.ioctl import address_of
 from godwit.host.loop import Loop
 from godwit.host.vhost_user import F_LOG_ALL, P_LOG_SHMFD, BackEnd, Inflight
@@ -81,6 +82,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
         self._can_log = bool(back_end.features & F_LOG_ALL and back_end.protocol & P_LOG_SHMFD)
         self._log = Log(memory.regions[-1].end)
         self._drain = Drain(self.queues)
+        self._nobody = eventfd.make()
         again = None if config.serves is not None else lambda: connect(config)
         self._link = Link(back_end, again, self, loop, self.lock)
 
@@ -153,29 +155,13 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             return
         if not self._enabled():
             raise GuestError("the driver is ready, but set up no queue")
-        if self._known:
-            self._check_used()
+        if self._known:  # a back end goes on from the used index, which the guest can write
+            self._drain.check((at, self.queues[at].last_avail) for at in self._enabled())
         self.started = True
         if self._drain.waiting:
             self._drain.end()  # the back end goes on, as a pause came to nothing
         else:
             self._ask(self._begin)
-
-    def _check_used(self) -> None:
-        """Refuse rings other than they were left.
-
-        A back end goes on from the used index, which the guest can write.
-
-        Raises:
-            GuestError: a used index is not where the device has come to.
-        """
-        for index in self._enabled():
-            queue = self.queues[index]
-            if queue.used_index != queue.last_avail:
-                raise GuestError(
-                    f"queue {index}: used index {queue.used_index}, and nothing is in flight at "
-                    f"{queue.last_avail}"
-                )
 
     def stop(self) -> None:
         """Have no more work done, but what is available already."""
@@ -231,7 +217,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
     def vector_changed(self, index: int) -> None:
         """Interrupt by another eventfd for a queue."""
         if self._serving:
-            self._ask(lambda back_end: back_end.set_call(index, self.transport.queue_fd(index)))
+            self._ask(lambda back_end: back_end.set_call(index, self._call_fd(index)))
 
     def close(self) -> None:
         """Give the back end and all else back."""
@@ -241,6 +227,9 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             self._log.close()
             if self._image is not None:
                 self._image.close()
+            if self._nobody >= 0:
+                os.close(self._nobody)
+                self._nobody = -1
 
     def save(self) -> VhostUserState:
         """Return the (empty) saved state.
@@ -288,12 +277,20 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             back_end.start_ring(index, queue.size, queue.last_avail, parts, kick)
             if self._log.on:
                 back_end.set_addresses(index, parts, True, queue.used)
-            back_end.set_call(index, self.transport.queue_fd(index))
+            back_end.set_call(index, self._call_fd(index))
         back_end.enable(self._enabled())
 
     def _kick(self) -> None:
         for index in self._enabled():
             os.eventfd_write(self.transport.kick_fd(index), 1)
+
+    def _call_fd(self, index: int) -> int:
+        """Return the eventfd of a queue's interrupt, or one that interrupts nobody.
+
+        libvhost-user gives up where it has none to signal.
+        """
+        fd = self.transport.queue_fd(index)
+        return fd if fd >= 0 else self._nobody
 
     def _features(self) -> int:
         return self.negotiated | (F_LOG_ALL if self._log.on else 0)

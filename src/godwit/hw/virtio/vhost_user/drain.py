@@ -46,7 +46,7 @@ class Drain:
         return not any(0 < queue.pending <= queue.size for queue in self._queues.values())
 
     def check(self, positions: Iterable[tuple[int, int]]) -> None:
-        """Check the rings against the positions which the back end has come to, after the wait.
+        """Check the used rings against positions, by queue, at which nothing is in flight.
 
         Raises:
             GuestError: a used index is not there.
