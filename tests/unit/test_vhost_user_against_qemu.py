@@ -168,6 +168,27 @@ def test_a_driver_without_interrupts(memory: GuestMemory, tmp_path: Path) -> Non
     disk.close()
 
 
+def test_two_queues(memory: GuestMemory, tmp_path: Path) -> None:
+    disk = Disk(memory, f"path={_image(tmp_path / 'disk', 'qcow2')},queues=2")
+    disk.start()
+    disk.guest.probe()
+    assert len(disk.guest.queues) == 2
+    assert disk.guest.device_config()[:8] == pack("<Q", SECTORS)
+    driver = disk.guest.queues[1]
+    for _ in range(4):
+        status = driver.place(b"\xee")
+        header = driver.place(pack("<IIQ", _IN, 0, 1))
+        driver.add([Part(header, 16), Part(driver.place(512), 512, True), Part(status, 1, True)])
+        disk.guest.kick(1)
+        disk.do(_IN, 0, 512)
+        disk.pause()
+        assert driver.take() is not None
+        assert memory.read(status, 1) == b"\0"
+        disk.pci.resume()
+    assert disk.board.errors == []
+    disk.close()
+
+
 def test_what_it_writes_is_logged(memory: GuestMemory, tmp_path: Path) -> None:
     path = _image(tmp_path / "disk", "qcow2")
     disk = Disk(memory, f"path={path}")
