@@ -247,7 +247,7 @@ def test_a_format_is_found(tmp_path: Path, content: bytes, raw: bool) -> None:
     if raw:
         assert found == disk
     else:
-        image = ImageFile(str(path), "qcow2", True, True, True, 1 << 30)
+        image = ImageFile(str(path), "qcow2", True, True, True, 1 << 30, True)
         assert found == VhostUserConfig("disk0", "vhost-user-blk", serves=image)
 
 

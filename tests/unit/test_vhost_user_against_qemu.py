@@ -18,6 +18,7 @@ import pytest
 from godwit.cli.back_ends import BackEnds
 from godwit.cli.formats import with_formats
 from godwit.errors import HostError
+from godwit.host.sandbox import landlock
 from godwit.host.storage_daemon import StorageDaemon
 from godwit.host.vhost_user import BackEnd
 from godwit.hw.memory import GuestMemory
@@ -155,6 +156,60 @@ def test_it_reads_writes_pauses_and_ends(memory: GuestMemory, tmp_path: Path, ki
     content = _content(path)
     assert content[4096:8192] == data
     assert content[51200 : 51200 + 4096] == data
+
+
+def test_a_driver_without_interrupts(memory: GuestMemory, tmp_path: Path) -> None:
+    disk = Disk(memory, f"path={_image(tmp_path / 'disk', 'qcow2')}")
+    disk.start()
+    disk.guest.probe(vectors=False)
+    for sector in range(8):
+        assert disk.do(_IN, sector, 512) == bytes(512)
+    disk.guest.probe()
+    assert disk.do(_IN, 0, 512) == bytes(512)
+    disk.close()
+
+
+def test_it_has_its_image_alone(memory: GuestMemory, tmp_path: Path) -> None:
+    """The program is confined to the image, and cannot open a file beside it."""
+    if not landlock.version():
+        pytest.skip("this kernel has no Landlock")
+    path, other = _image(tmp_path / "disk", "qcow2"), _image(tmp_path / "other", "qcow2")
+    disk = Disk(memory, f"path={path}")
+    assert disk.image is not None
+    daemon = disk.image._daemon
+    node = {"node-name": "x", "driver": "file", "read-only": True}
+    for wrong in (str(other), "/etc/passwd"):
+        with pytest.raises(HostError, match="Permission denied"):
+            daemon.execute("blockdev-add", **node, filename=wrong)
+    disk.start()
+    disk.close()
+    # One that names a further file is not: it needs that.
+    words = ["create", "-q", "-f", "qcow2", "-b", str(path), "-F", "qcow2", str(other)]
+    subprocess.run(["qemu-img", *words], check=True)
+    disk = Disk(memory, f"path={other},format=qcow2")
+    disk.start()
+    disk.close()
+
+
+def test_two_queues(memory: GuestMemory, tmp_path: Path) -> None:
+    disk = Disk(memory, f"path={_image(tmp_path / 'disk', 'qcow2')},queues=2")
+    disk.start()
+    disk.guest.probe()
+    assert len(disk.guest.queues) == 2
+    assert disk.guest.device_config()[:8] == pack("<Q", SECTORS)
+    driver = disk.guest.queues[1]
+    for _ in range(4):
+        status = driver.place(b"\xee")
+        header = driver.place(pack("<IIQ", _IN, 0, 1))
+        driver.add([Part(header, 16), Part(driver.place(512), 512, True), Part(status, 1, True)])
+        disk.guest.kick(1)
+        disk.do(_IN, 0, 512)
+        disk.pause()
+        assert driver.take() is not None
+        assert memory.read(status, 1) == b"\0"
+        disk.pci.resume()
+    assert disk.board.errors == []
+    disk.close()
 
 
 def test_what_it_writes_is_logged(memory: GuestMemory, tmp_path: Path) -> None:

@@ -17,8 +17,12 @@ from typing import NamedTuple
 from godwit.errors import ConfigError, GodwitError
 from godwit.host.child import Child, show_read_only
 from godwit.host.loop import Loop
+from godwit.host.sandbox import landlock, privileges
+from godwit.host.sandbox.landlock import DEVICE, IMAGE, READ, WORK, Rule
 from godwit.spec.back_ends import ImageFile, Share, VhostUserConfig
 from godwit.spec.config import DeviceConfig
+
+from .sandbox import LIBRARIES
 
 #: Where virtiofsd is: of Debian 13 and others (written in Rust), and of Debian 12 (in C).
 _VIRTIOFSD, _VIRTIOFSD_IN_C = "/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"
@@ -45,12 +49,15 @@ class BackEnds:
     Attributes:
         devices: the configurations, with their connections.
 
+    Unless ``confine`` is off, a program gets no other file than its image, if the image names none.
+
     Raises:
         ConfigError: a program is not installed, or what is to be served is not there.
     """
 
-    def __init__(self, devices: Sequence[DeviceConfig]) -> None:
+    def __init__(self, devices: Sequence[DeviceConfig], confine: bool = True) -> None:
         self._programs: dict[str, Program] = {}
+        self._confine = confine
         self.devices = tuple(map(self._started, devices))
 
     def _started(self, config: DeviceConfig) -> DeviceConfig:
@@ -58,8 +65,10 @@ class BackEnds:
             return config
         listening, connection = _connected()
         with listening:
-            start = _share if isinstance(config.serves, Share) else _image
-            program = start(config, listening.fileno())
+            if isinstance(config.serves, Share):
+                program = _share(config, listening.fileno())
+            else:
+                program = _image(config, listening.fileno(), self._confine)
         self._programs[config.id] = program
         control = -1
         if program.control is not None and getattr(config.serves, "size", None) is not None:
@@ -160,7 +169,7 @@ def _prepare(share: Share) -> Callable[[], None]:
 
 
 # --- qemu-storage-daemon --------------------------------------------------------------------------
-def _image(config: VhostUserConfig, fd: int) -> Program:
+def _image(config: VhostUserConfig, fd: int, confine: bool) -> Program:
     image = config.serves
     assert isinstance(image, ImageFile)
     if not os.access(_STORAGE, os.X_OK):
@@ -179,13 +188,28 @@ def _image(config: VhostUserConfig, fd: int) -> Program:
             *("--export", export, "--chardev", f"socket,id=qmp,fd={theirs.fileno()}"),
             *("--monitor", "chardev=qmp"),
         ]
-        child = Child([_STORAGE, *words], [fd, theirs.fileno()])
+        prepare = partial(_confine, image.path) if confine and image.alone else lambda: None
+        child = Child([_STORAGE, *words], [fd, theirs.fileno()], prepare)
     noise = [
         f"{_STORAGE}: ",
         "qemu-storage-daemon: ",
         *(f"--blockdev {n}: " for n in _nodes(image)),
     ]
     return Program("qemu-storage-daemon", child, control, [*noise, f"--export {export}: "])
+
+
+def _confine(path: str) -> None:
+    """Leave this process, which is to be the program, the image and what programs load.
+
+    Raises:
+        OSError, HostError: the kernel refuses.
+    """
+    privileges.no_new_privileges()
+    if landlock.version():
+        given = (_STORAGE, *LIBRARIES, "/etc/ld.so.cache", "/proc", "/sys", "/dev/urandom")
+        # It tries on /dev/null which locks there are, and would take weaker ones.
+        more = Rule("/dev/null", DEVICE), Rule(path, IMAGE | WORK)
+        landlock.restrict([*(Rule(name, READ) for name in given), *more])
 
 
 def _nodes(image: ImageFile) -> tuple[str, str]:

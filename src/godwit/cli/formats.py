@@ -40,7 +40,8 @@ def _format(disk: DiskConfig) -> DeviceConfig:
             raise ConfigError(f"--disk path={disk.path}: {key}= is for raw images; leave it out")
     direct = disk.cache == "none"
     size = _size(disk.path, head) if found == "qcow2" else None
-    image = ImageFile(disk.path, found, disk.readonly, direct, disk.discard, size)
+    alone = size is not None and not _names_files(head)
+    image = ImageFile(disk.path, found, disk.readonly, direct, disk.discard, size, alone)
     return VhostUserConfig(disk.id, "vhost-user-blk", queues=disk.queues, serves=image)
 
 
@@ -68,13 +69,20 @@ def _found(path: str, head: bytes) -> str:
     """
     if not head.startswith(_MAGIC) or len(head) < _FEATURES.size:
         return "raw"
-    _, version, backing, _ = _QCOW2.unpack_from(head)
-    if backing or (version > 2 and _FEATURES.unpack(head)[0] & _EXTERNAL_DATA):
+    if _names_files(head):
         raise ConfigError(
             f"--disk path={path}: it looks like qcow2 that names a further file, which a guest may "
             "have written there; give format=qcow2 if it is yours, or format=raw"
         )
     return "qcow2"
+
+
+def _names_files(head: bytes) -> bool:
+    """Return whether a qcow2 image has a backing file, or keeps data elsewhere."""
+    _, version, backing, _ = _QCOW2.unpack_from(head)
+    if version > 2 and len(head) >= _FEATURES.size:
+        return bool(backing or _FEATURES.unpack(head)[0] & _EXTERNAL_DATA)
+    return bool(backing)
 
 
 def _size(path: str, head: bytes) -> int:

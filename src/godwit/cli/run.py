@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     sandbox = Sandbox(arguments, config.devices)
     # Opened before the sandbox is entered, which has no right to make files.
     console = _open_console(arguments.console)
-    back_ends = _start_back_ends(config)
+    back_ends = _start_back_ends(config, arguments.sandbox != "off")
     sandbox.enter()
     install_kick_handler()
     # A vCPU's exit waits for the interpreter at most this long behind another Python thread.
@@ -111,7 +111,7 @@ def _devices(arguments: argparse.Namespace) -> tuple[DeviceConfig, ...]:
     return devices
 
 
-def _start_back_ends(config: VmConfig) -> BackEnds | None:
+def _start_back_ends(config: VmConfig, confine: bool) -> BackEnds | None:
     """Start the programs behind devices, if there are such devices.
 
     Raises:
@@ -121,7 +121,7 @@ def _start_back_ends(config: VmConfig) -> BackEnds | None:
         return None
     from .back_ends import BackEnds
 
-    back_ends = BackEnds(config.devices)
+    back_ends = BackEnds(config.devices, confine)
     config.devices = back_ends.devices
     return back_ends
 

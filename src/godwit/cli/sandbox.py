@@ -31,7 +31,7 @@ _MIGRATIONS = 4
 _RESOLVERS = ("/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf")
 #: What is in the folder of certificates: see migration/wire/tls.py.
 TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
-_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 
 
 class Sandbox:
@@ -125,7 +125,7 @@ class Sandbox:
         """Yield what the configuration names, and what Python and the C library read."""
         given = self._arguments
         etc = (f"/etc/{name}" for name in _ETC)
-        for path in (*_LIBRARIES, *_python(), *etc, *_RESOLVERS, "/proc"):
+        for path in (*LIBRARIES, *_python(), *etc, *_RESOLVERS, "/proc"):
             yield Rule(path, READ)
         for device in ("/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/null"):
             yield Rule(device, DEVICE)

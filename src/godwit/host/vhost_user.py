@@ -34,7 +34,6 @@ _INFLIGHT = Struct("=QQHH4x")  # mmap size, mmap offset, queues, queue size
 
 _VERSION, _REPLY, _NEED_REPLY = 1, 1 << 2, 1 << 3
 _FLAGS = _VERSION | _REPLY
-_NO_FD = 1 << 8
 #: Descriptors of a message at the most (VHOST_MEMORY_BASELINE_NREGIONS).
 _MOST_FDS = 8
 #: Bytes of a back end's own message that are read.
@@ -205,11 +204,8 @@ class BackEnd:
         self._send(_SET_ADDR, _ADDRESS.pack(index, int(log), *parts, used_in_guest))
 
     def set_call(self, index: int, fd: int) -> None:
-        """Set the eventfd by which a ring interrupts the guest, -1 for none."""
-        if fd < 0:
-            self._send(_SET_CALL, _U64.pack(index | _NO_FD))
-        else:
-            self._send(_SET_CALL, _U64.pack(index), [fd])
+        """Set the eventfd by which a ring interrupts the guest."""
+        self._send(_SET_CALL, _U64.pack(index), [fd])
 
     def enable(self, indexes: Iterable[int]) -> None:
         """Have the back end serve the rings, and see what was sent before taken."""

@@ -30,6 +30,8 @@ class ImageFile(NamedTuple):
     discard: bool = False
     #: Bytes of the disk; None: not known before the image is open, which then is from the start.
     size: int | None = None
+    #: It names no further file, as far as is known.
+    alone: bool = False
 
 
 class VhostUserConfig(NamedTuple):

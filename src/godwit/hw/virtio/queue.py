@@ -168,6 +168,11 @@ class Virtqueue:
         )
 
     @property
+    def pending(self) -> int:
+        """The number of buffers that are available and not used, by the rings."""
+        return int(self._avail[1]) - int(self._used16[1]) & 0xFFFF
+
+    @property
     def used_index(self) -> int:
         """The used index in the ring, where another device advances it."""
         return int(self._used16[1])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from godwit.errors import GuestError, HostError
+from godwit.host import eventfd
 from godwit.host.ioctl import address_of
 from godwit.host.loop import Loop
 from godwit.host.vhost_user import F_LOG_ALL, P_LOG_SHMFD, BackEnd, Inflight
@@ -81,6 +82,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
         self._can_log = bool(back_end.features & F_LOG_ALL and back_end.protocol & P_LOG_SHMFD)
         self._log = Log(memory.regions[-1].end)
         self._drain = Drain(self.queues)
+        self._nobody = eventfd.make()
         again = None if config.serves is not None else lambda: connect(config)
         self._link = Link(back_end, again, self, loop, self.lock)
 
@@ -153,46 +155,25 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             return
         if not self._enabled():
             raise GuestError("the driver is ready, but set up no queue")
-        if self._known:
-            self._check_used()
+        if self._known:  # a back end goes on from the used index, which the guest can write
+            self._drain.check((at, self.queues[at].last_avail) for at in self._enabled())
         self.started = True
-        self._drain.forget()
-        self._ask(self._begin)
-
-    def _check_used(self) -> None:
-        """Refuse rings other than they were left.
-
-        A back end goes on from the used index, which the guest can write.
-
-        Raises:
-            GuestError: a used index is not where the device has come to.
-        """
-        for index in self._enabled():
-            queue = self.queues[index]
-            if queue.used_index != queue.last_avail:
-                raise GuestError(
-                    f"queue {index}: used index {queue.used_index}, and nothing is in flight at "
-                    f"{queue.last_avail}"
-                )
+        if self._drain.waiting:
+            self._drain.end()  # the back end goes on, as a pause came to nothing
+        else:
+            self._ask(self._begin)
 
     def stop(self) -> None:
-        """Take the queues back, while requests that the back end took may still be done."""
+        """Have no more work done, but what is available already."""
         if self.started:
             self.started = False
             if self._serving:
-                self._ask(self._take_back)
-                self._serving = False
-
-    def _take_back(self, back_end: BackEnd) -> None:
-        self._drain.begin()
-        for index in self._enabled():
-            back_end.set_call(index, self._drain.call)
-            position = back_end.stop_ring(index)
-            self.queues[index].last_avail = position
-            self._drain.wait_for(index, position)
+                self._drain.begin(self._enabled())
+                self._kick()  # what the guest had no time to notify
+                self._drained()
 
     def stopped(self, timeout: float) -> bool:
-        """Wait until what the back end took is done, at most ``timeout`` seconds."""
+        """Wait until what is available is done, at most ``timeout`` seconds."""
         until = time.monotonic() + timeout
         while not self._drained():
             left = until - time.monotonic()
@@ -201,6 +182,25 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             self._drain.sleep(left)
         return True
 
+    def _drained(self) -> bool:
+        """Take the queues back once all is done, and return whether so."""
+        with self.lock:
+            if self._drain.waiting:
+                if not self._drain.is_over():
+                    return False
+                self._ask(self._take_back)
+            return True
+
+    def _take_back(self, back_end: BackEnd) -> None:
+        positions = {index: back_end.stop_ring(index) for index in self._enabled()}
+        self._serving, self._known = False, True
+        self._drain.end()
+        for index, position in positions.items():
+            self.queues[index].resync_used()
+            self.queues[index].last_avail = position
+        with self.guarded():
+            self._drain.check(positions.items())
+
     def _give_up(self) -> bool:
         with self.lock:
             hopeless = self._drain.is_hopeless()
@@ -208,24 +208,16 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
                 self._link.lose("it does not finish its requests")
             return hopeless
 
-    def _drained(self) -> bool:
-        with self.lock:
-            if self._drain.pending:
-                with self.guarded():
-                    self._drain.look()
-                self._known = not self._drain.pending
-            return not self._drain.pending
-
     def reset(self) -> None:
         """Forget what was in flight."""
-        self._drain.forget()
+        self._drain.end()
         self._known = True
         self._drop_inflight()
 
     def vector_changed(self, index: int) -> None:
         """Interrupt by another eventfd for a queue."""
         if self._serving:
-            self._ask(lambda back_end: back_end.set_call(index, self.transport.queue_fd(index)))
+            self._ask(lambda back_end: back_end.set_call(index, self._call_fd(index)))
 
     def close(self) -> None:
         """Give the back end and all else back."""
@@ -233,9 +225,11 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             self._link.close()
             self._drop_inflight()
             self._log.close()
-            self._drain.close()
             if self._image is not None:
                 self._image.close()
+            if self._nobody >= 0:
+                os.close(self._nobody)
+                self._nobody = -1
 
     def save(self) -> VhostUserState:
         """Return the (empty) saved state.
@@ -283,8 +277,20 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             back_end.start_ring(index, queue.size, queue.last_avail, parts, kick)
             if self._log.on:
                 back_end.set_addresses(index, parts, True, queue.used)
-            back_end.set_call(index, self.transport.queue_fd(index))
+            back_end.set_call(index, self._call_fd(index))
         back_end.enable(self._enabled())
+
+    def _kick(self) -> None:
+        for index in self._enabled():
+            os.eventfd_write(self.transport.kick_fd(index), 1)
+
+    def _call_fd(self, index: int) -> int:
+        """Return the eventfd of a queue's interrupt, or one that interrupts nobody.
+
+        libvhost-user gives up where it has none to signal.
+        """
+        fd = self.transport.queue_fd(index)
+        return fd if fd >= 0 else self._nobody
 
     def _features(self) -> int:
         return self.negotiated | (F_LOG_ALL if self._log.on else 0)
@@ -298,7 +304,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
     def lost(self, why: str) -> None:
         """Wait for another back end."""
         self._serving = False
-        self._drain.forget()
+        self._drain.end()
         if not self._known:
             self._known = all(self.queues[index].settle() for index in self._enabled())
         self.on_back_end(why)
@@ -320,8 +326,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
                 self._find_positions()
             if self.started:
                 self._ask(self._begin)
-                for index in self._enabled():
-                    os.eventfd_write(self.transport.kick_fd(index), 1)
+                self._kick()
 
     def config_changed(self, back_end: BackEnd) -> None:
         """Show the guest what has changed.

@@ -1,79 +1,69 @@
-"""The wait for requests that a back end took, once the rings were taken back."""
+"""The wait for requests that a back end has taken, or will take, before rings are taken back.
+
+By the protocol a back end gives a ring back at once (GET_VRING_BASE), and may finish requests
+later. QEMU's (libvhost-user) loses these requests then: it has closed the ring's eventfd, and gives
+up when it wants to signal there. So nothing may be in flight by then.
+"""
 
 from __future__ import annotations
 
-import os
-import select
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from godwit.errors import GuestError
-from godwit.host import eventfd
 from godwit.hw.virtio.queue import Virtqueue
 
-#: How often the used rings are looked at, seconds.
-_LOOK_S = 0.02
+#: How often the rings are looked at, seconds.
+_LOOK_S = 0.001
 #: How long requests may take at a reset until the back end is given up, seconds.
 _DRAIN_S = 20.0
 
 
 class Drain:
-    """The rings whose used index has not come to the back end's position yet.
-
-    Attributes:
-        call: an eventfd for the back end to signal meanwhile.
-    """
+    """The rings whose requests are waited for: all that are available, as nobody adds more."""
 
     def __init__(self, queues: Sequence[Virtqueue]) -> None:
-        self.call = eventfd.make()
-        self._queues = queues
-        self._positions: dict[int, int] = {}
+        self._all = queues
+        self._queues: dict[int, Virtqueue] = {}
         self._until = 0.0
         #: Used indices at which an earlier wait was given up, and this one, by queue.
         self._stuck_before: dict[int, int] = {}
         self._stuck: dict[int, int] = {}
 
     @property
-    def pending(self) -> bool:
-        """True while requests are waited for."""
-        return bool(self._positions)
+    def waiting(self) -> bool:
+        """True from :meth:`begin` to :meth:`end`."""
+        return bool(self._queues)
 
-    def begin(self) -> None:
-        """Begin another wait, for rings to be named."""
+    def begin(self, indexes: Iterable[int]) -> None:
+        """Begin to wait for these rings."""
+        self._queues = {index: self._all[index] for index in indexes}
         self._until = time.monotonic() + _DRAIN_S
         self._stuck_before, self._stuck = self._stuck, {}
 
-    def wait_for(self, index: int, position: int) -> None:
-        """Have a ring waited for until the used index is at a position."""
-        self._positions[index] = position
+    def is_over(self) -> bool:
+        """Return whether all is done, or a guest wrote an index by which nothing can be told."""
+        return not any(0 < queue.pending <= queue.size for queue in self._queues.values())
 
-    def forget(self) -> None:
-        """Forget the rings, and wait for nothing more."""
-        self._positions.clear()
-
-    def look(self) -> None:
-        """Look at the used rings for what was finished.
+    def check(self, positions: Iterable[tuple[int, int]]) -> None:
+        """Check the used rings against positions, by queue, at which nothing is in flight.
 
         Raises:
-            GuestError: a used index is where no back end can have come from.
+            GuestError: a used index is not there.
         """
-        for index, position in list(self._positions.items()):
-            queue = self._queues[index]
-            left = position - queue.used_index & 0xFFFF
-            if left and left <= queue.size:
-                continue
-            queue.resync_used()
-            del self._positions[index]
-            if left:
-                raise GuestError(f"queue {index}: used index {queue.used_index}, not {position}")
+        for index, position in positions:
+            used = self._all[index].used_index
+            if used != position:
+                raise GuestError(f"queue {index}: used index {used}, not {position}")
+
+    def end(self) -> None:
+        """Wait for nothing more, for now."""
+        self._queues = {}
 
     def sleep(self, timeout: float) -> None:
-        """Wait for a signal of the back end, or until another look is due."""
-        # A back end may have closed the eventfd with the ring: so a look from time to time.
-        called = select.poll()
-        called.register(self.call, select.POLLIN)
-        called.poll(1000 * min(timeout, _LOOK_S))
-        eventfd.drain(self.call)
+        """Wait until another look is due."""
+        # Not for the eventfd of the guest's interrupt: a driver may want none.
+        time.sleep(min(timeout, _LOOK_S))
 
     def is_hopeless(self) -> bool:
         """Return whether nothing was finished since an earlier wait, or all takes too long.
@@ -81,11 +71,5 @@ class Drain:
         A driver is waiting for the end of a reset, and a guest could write the used index and
         never be paused.
         """
-        self._stuck = {index: self._queues[index].used_index for index in self._positions}
+        self._stuck = {index: queue.used_index for index, queue in self._queues.items()}
         return self._stuck == self._stuck_before or time.monotonic() >= self._until
-
-    def close(self) -> None:
-        """Give the eventfd back, unless given back already."""
-        if self.call >= 0:
-            os.close(self.call)
-            self.call = -1
