@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from vm_bench import Bench, Watched
 
+from godwit.client.qmp import VmGone
 from lab import debian
 from lab.scenario import wait_for
 
@@ -183,8 +184,8 @@ def kill_one(guest: Debian, dice: random.Random) -> None:
     if victim is target:
         wait_for(lambda: _settled(source), 120)
     else:
-        wait_for(lambda: not target.alive or target.status() == "running", 120)
-    if survivor.alive and survivor.status() == "running":
+        wait_for(lambda: _status(target) in ("gone", "running"), 120)
+    if _status(survivor) == "running":
         guest.vm = survivor
         assert guest.fio_runs(), guest.shell.run("cat /var/tmp/fio.txt; journalctl -u verify -n 20")
     else:
@@ -192,6 +193,14 @@ def kill_one(guest: Debian, dice: random.Random) -> None:
             vm.close()
         guest.vm = victim
         guest.replay()
+
+
+def _status(vm: Watched) -> str:
+    """Its status, or 'gone': a destination ends if its source does before the commit."""
+    try:
+        return vm.status() if vm.alive else "gone"
+    except VmGone:
+        return "gone"
 
 
 def _settled(source: Watched) -> bool:
