@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from godwit.host.loop import Loop
 from godwit.hw.memory import GuestMemory
@@ -27,7 +27,7 @@ class Bench:
         self.tap = FakeTap()
         self.errors: list[str] = []
         self.refused: set[bytes] = set()
-        self.passes: Callable[[Chain], bool] = lambda chain: True
+        self.outgoing: Callable[[Chain], Sequence[bytes | memoryview]] = lambda c: c.readable
         lock = threading.RLock()
         self.backlog = RxBacklog(self.tap, lock)
         self.backend = UserspaceBackend(
@@ -37,7 +37,7 @@ class Bench:
             lock,
             self._accepts,
             self._guest_error,
-            lambda chain: self.passes(chain),
+            lambda chain: self.outgoing(chain),
         )
         event_idx = bool(features & F_EVENT_IDX)
         self.drivers = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scapy.layers.dhcp import BOOTP, DHCP
 from scapy.layers.inet import IP, UDP
-from scapy.layers.inet6 import IPv6
+from scapy.layers.inet6 import ICMPv6MLReport2, IPv6
 from scapy.layers.l2 import Dot1Q, Ether
 
 from godwit.announce import frames, gate
@@ -22,7 +22,9 @@ class Watched:
 
     def __init__(self) -> None:
         self.own: list[bytes] = []
-        self.gate = gate.Gate((OLD, OLD_MORE), (OLD4, OLD6), self.own.append)
+        self.now = 1000.0
+        self.original = gate.Original((OLD, OLD_MORE), (OLD4, OLD6))
+        self.gate = gate.Gate(self.original, self.own.append, lambda: self.now)
 
     def passes(self, frame: bytes) -> bool:
         return self.gate.passes(frame)
@@ -138,3 +140,83 @@ def test_cut_off_frames(watched: Watched, length: int) -> None:
     assert not watched.own
     assert not watched.passes(bytes(12)[:length])
     assert not watched.passes((b"\xff" * 6 + b"\x01" + bytes(5) + b"\x08\x00")[:length])
+
+
+def test_link_local_is_no_identity(watched: Watched) -> None:
+    link = frames.link_local(NEW)
+    assert watched.passes(frames.unsolicited_na(NEW, link))
+    assert watched.passes(frames.solicitation(NEW, link, PEER6))
+    assert watched.passes(frames.gratuitous_arp(NEW, bytes((169, 254, 3, 4))))
+    assert not watched.gate.open
+
+
+def test_a_copy_is_settled_after_a_quiet_minute(watched: Watched) -> None:
+    assert not watched.gate.settled
+    assert watched.passes(frames.gratuitous_arp(NEW, NEW4))
+    assert watched.gate.settled
+    assert not watched.passes(frames.gratuitous_arp(NEW, OLD4))
+    assert not watched.gate.settled
+    watched.now += gate.QUIET_S
+    assert watched.gate.settled
+
+
+def test_gates_of_one_copy_share_what_they_know(watched: Watched) -> None:
+    other = gate.Gate(watched.original, lambda mac: None, lambda: 0.0)
+    third = bytes((10, 0, 7, 7))
+    assert not other.passes(frames.gratuitous_arp(OLD, third))
+    assert not watched.passes(frames.gratuitous_arp(NEW, third))
+
+
+def test_a_copy_talks_to_its_original(watched: Watched) -> None:
+    reply = frames.ethernet(OLD, NEW, (), 0x0806, _arp_reply(NEW, NEW4, OLD, OLD4))
+    assert watched.passes(reply)
+    assert watched.passes(_ip(NEW, "10.0.0.77"))
+    assert watched.passes(frames.solicitation(NEW, NEW6, OLD6, VLAN))
+
+
+def _arp_reply(sha: bytes, spa: bytes, tha: bytes, tpa: bytes) -> bytes:
+    return bytes.fromhex("0001080006040002") + sha + spa + tha + tpa
+
+
+def _behind(frame: bytes, kind: int, length: int = 0) -> bytes:
+    """The IPv6 packet of an untagged frame, behind an extension header."""
+    at = 14
+    size = int.from_bytes(frame[at + 4 : at + 6], "big") + 8 * (length + 1)
+    head = frame[: at + 4] + size.to_bytes(2, "big") + bytes((kind,)) + frame[at + 7 : at + 40]
+    return head + bytes((frame[at + 6], length)) + bytes(6 + 8 * length) + frame[at + 40 :]
+
+
+@pytest.mark.parametrize("kind", [0, 43, 60])
+def test_an_advertisement_does_not_hide(watched: Watched, kind: int) -> None:
+    assert not watched.passes(_behind(frames.unsolicited_na(NEW, OLD6), kind))
+    assert not watched.passes(_behind(frames.unsolicited_na(NEW, OLD6), kind, 3))
+    assert not watched.passes(_behind(_behind(frames.unsolicited_na(NEW, OLD6), kind), 0))
+    assert not watched.passes(_behind(frames.unsolicited_na(NEW, NEW6), kind)), "nobody sends that"
+    report = bytes(Ether(src=NEW.hex(":")) / IPv6(src="::", dst="ff02::16") / ICMPv6MLReport2())
+    assert watched.passes(_behind(report, 0))
+
+
+def test_an_option_far_behind(watched: Watched) -> None:
+    na = frames.unsolicited_na(NEW, NEW6)
+    nonces = bytes((14, 1, *range(6))) * 60
+    longer = na[:18] + (len(na) - 54 + 480 + 8).to_bytes(2, "big") + na[20:78]
+    assert not watched.passes(longer + nonces + bytes((2, 1)) + OLD)
+
+
+@pytest.mark.parametrize(
+    ("frame", "good", "bad"),
+    [
+        (_ip(NEW, "10.0.0.77"), 14 + 20 + 6, 14 + 12),
+        (_ip(NEW, "10.0.0.77", 100), 18 + 20 + 6, 18 + 14),
+        (_ip(NEW, "fd00::77"), 14 + 40 + 6, 14 + 22),
+        (frames.gratuitous_arp(NEW, NEW4), None, 28),
+        (frames.unsolicited_na(NEW, NEW6), None, 14 + 40 + 8 + 14),
+    ],
+)
+def test_a_checksum_is_not_stored_into_an_address(
+    watched: Watched, frame: bytes, good: int | None, bad: int
+) -> None:
+    """The tap's header has the kernel store two bytes of the guest's making after the look."""
+    assert watched.gate.passes(frame, good)
+    assert not watched.gate.passes(frame, bad)
+    assert not watched.gate.passes(frame, 6)

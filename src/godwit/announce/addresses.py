@@ -79,6 +79,8 @@ class AddressBook:
         self.claims = 0
         self.version = 0
         self._limit = limit
+        #: IP addresses that were forgotten for their age, the oldest first.
+        self._former: dict[bytes, None] = {}
         self._peers_limit = peers_limit
         self._max_age = max_age_s
         # Each in the order of last_seen. _fixed has the configured address, then the filter's.
@@ -198,7 +200,7 @@ class AddressBook:
         oldest = now - self._max_age
         for entries in (self._own, self._others):
             for key in [key for key, entry in entries.items() if entry.last_seen < oldest]:
-                del entries[key]
+                self._former_too(entries.pop(key).ip)
                 self.version += 1
         for key in [key for key, at in self._elsewhere.items() if at < oldest]:
             del self._elsewhere[key]
@@ -206,6 +208,14 @@ class AddressBook:
         for peers in (self._met_once, self._met):
             for key in [key for key, peer in peers.items() if peer.last_seen < oldest]:
                 del peers[key]
+
+    def _former_too(self, ip: bytes | None) -> None:
+        """Remember an address that is forgotten, and forget the oldest of those for good."""
+        if ip is not None:
+            self._former.pop(ip, None)
+            self._former[ip] = None
+            if len(self._former) > saved.MAX_FORMER:
+                del self._former[next(iter(self._former))]
 
     # --- what is known ----------------------------------------------------------------------------
     def entries(self) -> list[Entry]:
@@ -313,6 +323,7 @@ class AddressBook:
                 for (tags, mac), at in self._elsewhere.items()
             ],
             self.memberships.save(now),
+            list(self._former),
         )
 
     def load(self, state: AddressBookState, now: float) -> None:

@@ -120,6 +120,7 @@ class Announcer:
             elif old is RunState.PRELAUNCH_MIGRATE:
                 try:
                     self._start(MIGRATION, self._own())
+                    self._ask_copies()
                 except Exception as error:
                     # The guest runs here: an error that got out of this transition would look
                     # like a guest that did not arrive, and its source would let it run as well.
@@ -228,6 +229,12 @@ class Announcer:
         """Return the NICs whose addresses are this guest's own, and not those of its original."""
         uplinks = self._uplinks.items()
         return tuple(id for id, one in uplinks if one.gate is None or one.gate.open)
+
+    def _ask_copies(self) -> None:
+        """Have a copied guest announce itself: held back, which shows the gate what it has."""
+        for uplink in self._uplinks.values():
+            if uplink.gate is not None and not uplink.gate.open:
+                uplink.nic.announce()
 
     def _check_number(self) -> None:
         """Refuse one more announcement on demand: each ack and each change of a port walks all."""

@@ -17,6 +17,8 @@ from .frames import Tag
 MAX_ENTRIES = 512
 #: Peers learned from frames, at most.
 MAX_PEERS = 128
+#: IP addresses that were forgotten for their age, at most.
+MAX_FORMER = 256
 #: MAC addresses of the guest's that were seen elsewhere, at most.
 MAX_ELSEWHERE = 64
 #: Multicast memberships, and of one, the sources that alone are wanted, at most.
@@ -96,6 +98,8 @@ class AddressBookState(_Saved, frozen=True):
     peers: Annotated[list[SavedPeer], msgspec.Meta(max_length=MAX_PEERS)]
     elsewhere: Annotated[list[SavedElsewhere], msgspec.Meta(max_length=MAX_ELSEWHERE)] = []
     memberships: Annotated[list[SavedMembership], msgspec.Meta(max_length=MAX_MEMBERSHIPS)] = []
+    #: IP addresses that were forgotten for their age, for a copy that must not use them.
+    former: Annotated[list[_Ip], msgspec.Meta(max_length=MAX_FORMER)] = []
 
 
 def from_tags(tags: Sequence[Tag]) -> list[_Tag]:
@@ -133,6 +137,8 @@ def check(state: AddressBookState) -> None:
         met.add((tuple(peer.tags), peer.ip))
         if len(met) == index:
             raise StreamError(f"{where}: the peer is there twice")
+    for index, ip in enumerate(state.former):
+        _check_ip(ip, f"former[{index}]")
     for index, elsewhere in enumerate(state.elsewhere):
         _check_mac(elsewhere.mac, f"elsewhere[{index}]")
     for index, membership in enumerate(state.memberships):

@@ -23,10 +23,9 @@ from .entries import Address, Entry, Peer, Tags, announcements
 from .memberships import Membership, report
 from .observer import Observer
 from .policy import Policy
-from .saved import AddressBookState
 
 if TYPE_CHECKING:
-    from .gate import Gate
+    from .gate import Gate, Original
 
 #: Networks that are switched back, at most, the most important first.
 _MAX_SWITCHED_BACK = 64
@@ -240,17 +239,14 @@ class Uplink:
             for number, (mac, tags) in enumerate(places)
         ]
 
-    def hold_back(self, state: AddressBookState, on_own: Callable[[bytes], None]) -> None:
+    def hold_back(self, original: Original, on_own: Callable[[bytes], None]) -> None:
         """Let nothing leave by the addresses of a guest that this one is a copy of.
 
-        ``state`` is the original's address book; ``on_own`` as of :class:`.gate.Gate`.
+        ``on_own`` is as of :class:`.gate.Gate`.
         """
         from .gate import Gate  # for the few that are copies
 
-        table = self.nic.rx_filter().unicast_table
-        macs = {entry.mac for entry in state.entries} | {self.nic.mac, *table}
-        ips = (entry.ip for entry in state.entries if entry.ip is not None)
-        self.gate = Gate(macs, ips, on_own)
+        self.gate = Gate(original, on_own, self._clock.now)
         self.nic.gate = self.gate.passes
 
     def switch_back(self) -> None:

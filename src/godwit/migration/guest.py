@@ -86,13 +86,26 @@ class Guest:
         if books.keys() != {uplink.nic.id for uplink in self.uplinks}:
             raise StreamError(f"section {ADDRESSES}: not of the NICs that this machine has")
         self.machine.load(state, received, on_phase, clock_now=clock_now)
+        if self._on_own is not None:
+            self._hold_back(books, self._on_own)
         now = self._now()
         away = away_for(state.platform, received) if kept else 0.0
         for uplink in self.uplinks:
-            if self._on_own is not None:
-                uplink.hold_back(books[uplink.nic.id], partial(self._on_own, uplink.nic.id))
-                continue
-            with uplink.observer.book(now) as book:
-                book.load(books[uplink.nic.id], now - away)
-                book.forget_old(now)
+            if self._on_own is None:
+                with uplink.observer.book(now) as book:
+                    book.load(books[uplink.nic.id], now - away)
+                    book.forget_old(now)
             uplink.observer.guest_here(True)
+
+    def _hold_back(self, books: _Books, on_own: OnOwn) -> None:
+        """Have no NIC use an address that any of the original's had."""
+        from godwit.announce.gate import Original  # for the few that are copies
+
+        entries = [entry for book in books.values() for entry in book.entries]
+        macs = {entry.mac for entry in entries}
+        for nic in self.nics:
+            macs |= {nic.mac, *nic.rx_filter().unicast_table}
+        ips = {entry.ip for entry in entries if entry.ip is not None}
+        original = Original(macs, ips.union(*(book.former for book in books.values())))
+        for uplink in self.uplinks:
+            uplink.hold_back(original, partial(on_own, uplink.nic.id))

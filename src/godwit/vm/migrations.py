@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from godwit.announce.uplink import Uplink
-from godwit.errors import GodwitError, MigrationError, StateError
+from godwit.errors import ConfigError, GodwitError, MigrationError, StateError
 from godwit.hw.capabilities import ChecksKept, Relocatable, Renews, Unmovable
 from godwit.machine.machine import Machine
 from godwit.spec.parameters import MigrationParameters
@@ -131,10 +131,11 @@ class Migrations:
             if reason is not None:
                 raise StateError(f"the guest cannot leave this host: {reason}")
         for uplink in self._uplinks:
-            if uplink.gate is not None and not uplink.gate.open:
+            if uplink.gate is not None and not uplink.gate.settled:
                 raise StateError(
-                    f"{uplink.nic.id}: the guest is a copy, and still has its original's "
-                    "addresses, which nothing would hold back elsewhere; give it its own first"
+                    f"{uplink.nic.id}: the guest is a copy, and has used its original's addresses "
+                    "within the last minute, which nothing would hold back elsewhere; give it its "
+                    "own first"
                 )
 
     def _start(self, outgoing: Outgoing) -> None:
@@ -207,6 +208,11 @@ class Migrations:
         """
         if self._incoming is not None:
             raise StateError("the VM waits for a guest already")
+        if any(self._restore) and not uri.startswith("file:"):
+            raise ConfigError(
+                f"'{uri}' brings a guest that runs, and --restore, --restore-clock and --clone "
+                "are for one from a file; start the VM without them"
+            )
         times = self._known_times()
         ends = self._take_over, self._on_incoming_failed
         if uri.startswith("file:"):

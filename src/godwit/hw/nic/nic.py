@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from struct import Struct
 from typing import ClassVar, NamedTuple
 
+from godwit.host.net.tap import HEADER
 from godwit.hw.capabilities import HasIdentity
 
 from .rx_backlog import RxBacklog
 
-#: The bytes of a frame that a gate looks at.
-GATE_LOOK = 256
+#: A virtio_net_hdr's flags, and the places of a checksum that is to be computed
+#: (include/uapi/linux/virtio_net.h).
+_CHECKSUM = Struct("<B5xHH")
+_NEEDS_CSUM = 1
 
 
 class RxFilterInfo(NamedTuple):
@@ -60,14 +64,22 @@ class Nic(HasIdentity):
     rx_backlog: RxBacklog
     on_ack: Callable[[], None]
     on_filter: Callable[[], None]
-    #: Returns whether a frame (Ethernet, its beginning) may leave; None: every frame may.
-    gate: Callable[[bytes], bool] | None = None
+    #: Returns whether a frame (Ethernet) may leave, where the kernel will store a checksum at an
+    #: offset or not; None: every frame may.
+    gate: Callable[[bytes, int | None], bool] | None = None
     identity: ClassVar[frozenset[str]] = frozenset({"mac"})
 
     @property
     @abstractmethod
     def mac(self) -> bytes:
         """The MAC address in force, six bytes: the guest's, if the guest set one."""
+
+    def lets_out(self, data: bytes) -> bool:
+        """Return whether a frame of the guest's, behind its virtio_net_hdr, may leave."""
+        if self.gate is None:
+            return True
+        flags, start, offset = _CHECKSUM.unpack_from(data)
+        return self.gate(data[HEADER:], start + offset if flags & _NEEDS_CSUM else None)
 
     def problems(self) -> list[str]:
         """Return what the guest was promised and this host cannot give, in words."""

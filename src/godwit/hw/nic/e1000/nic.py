@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 
 from godwit.errors import ConfigError
 from godwit.host.loop import SoonCall
-from godwit.host.net.tap import HEADER, Tap
+from godwit.host.net.tap import Tap
 from godwit.hw.capabilities import Counts
 from godwit.hw.device import Device, Slot, guarded
-from godwit.hw.nic.nic import GATE_LOOK, Nic, RxFilterInfo
+from godwit.hw.nic.nic import Nic, RxFilterInfo
 from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.nic.tap_reader import TapReader
 from godwit.spec.config import DeviceConfig, NicConfig
@@ -111,7 +111,7 @@ class E1000(Device, Nic, Counts):
         Raises:
             OSError: the tap did not take the frame.
         """
-        if self.gate is None or self.gate(frame):
+        if self.gate is None or self.gate(frame, None):
             self._tap.send(frame)
 
     def rx_filter(self) -> RxFilterInfo:
@@ -211,7 +211,7 @@ class E1000(Device, Nic, Counts):
             self._transmit()
 
     def _send(self, frame: bytes) -> None:
-        if self.gate is not None and not self.gate(frame[HEADER : HEADER + GATE_LOOK]):
+        if not self.lets_out(frame):
             return
         try:
             os.write(self._tap.fd, frame)

@@ -14,11 +14,11 @@ import msgspec
 from godwit.errors import GuestError, StreamError
 from godwit.host.eventfd import drain
 from godwit.host.loop import Loop
-from godwit.host.net.tap import HEADER, Tap, mtu_problem
+from godwit.host.net.tap import HEADER, MAX_FRAME, Tap, mtu_problem
 from godwit.hw.capabilities import Counts
 from godwit.hw.device import Slot
 from godwit.hw.memory import GuestMemory
-from godwit.hw.nic.nic import GATE_LOOK, Nic, RxFilterInfo
+from godwit.hw.nic.nic import Nic, RxFilterInfo
 from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.virtio.device import VirtioDevice
 from godwit.hw.virtio.pci import VirtioPci
@@ -157,7 +157,7 @@ class VirtioNet(VirtioDevice, Nic, Counts):
         Raises:
             OSError: the tap did not take the frame.
         """
-        if self.gate is None or self.gate(frame):
+        if self.gate is None or self.gate(frame, None):
             self._tap.send(frame)
 
     def rx_filter(self) -> RxFilterInfo:
@@ -174,9 +174,15 @@ class VirtioNet(VirtioDevice, Nic, Counts):
         """Return whether the driver's filter takes ``frame``, for the userspace backend."""
         return self.control.filter.accepts(frame, self.mac, bool(self.negotiated & F_CTRL_VLAN))
 
-    def passes(self, chain: Chain) -> bool:
-        """Return whether a frame of the guest's may leave, for the userspace backend."""
-        return self.gate is None or self.gate(chain.read(HEADER + GATE_LOOK)[HEADER:])
+    def outgoing(self, chain: Chain) -> Sequence[bytes | memoryview]:
+        """Return the parts of a frame of the guest's, or none if the frame may not leave.
+
+        Of a frame that is looked at, a copy: the guest may change its memory behind the look.
+        """
+        if self.gate is None:
+            return chain.readable
+        data = chain.read(MAX_FRAME)
+        return [data] if len(data) > HEADER and self.lets_out(data) else []
 
     # --- VirtioDevice -----------------------------------------------------------------------------
     def config(self) -> bytes:
@@ -314,5 +320,5 @@ def _userspace(tap: Tap, slot: Slot) -> MakeBackend:
         net.lock,
         net.accepts,
         lambda m: net.on_guest_error(m),
-        net.passes,
+        net.outgoing,
     )

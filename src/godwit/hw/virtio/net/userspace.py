@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from godwit.errors import GuestError
 from godwit.host.eventfd import drain
@@ -23,6 +23,9 @@ from . import offloads
 from .backend import F_MRG_RXBUF, Ring
 from .rx_ring import notify, place
 
+#: Returns the parts of a frame that are sent, or none.
+Outgoing = Callable[[Chain], Sequence[bytes | memoryview]]
+
 
 class UserspaceBackend:
     """A tap served by this process: a :class:`.backend.Backend`."""
@@ -35,13 +38,13 @@ class UserspaceBackend:
         lock: threading.RLock,
         accepts: Accepts,
         on_guest_error: Callable[[str], None],
-        passes: Callable[[Chain], bool] = lambda chain: True,
+        outgoing: Outgoing = lambda chain: chain.readable,
     ) -> None:
         self._tap = tap
         self._loop = loop
         self._lock = lock
         self._reader = TapReader(tap, backlog, loop, accepts, self._receive_frame)
-        self._passes = passes
+        self._outgoing = outgoing
         self._on_guest_error = on_guest_error
         self.features = offloads.offered(tap.offloads) | F_MRG_RXBUF
         self._rx: Ring | None = None
@@ -117,10 +120,11 @@ class UserspaceBackend:
     def _send_chain(self, chain: Chain) -> None:
         if chain.readable_size() > MAX_FRAME:
             raise GuestError(f"a frame of {chain.readable_size()} bytes")
-        if not self._passes(chain):
+        parts = self._outgoing(chain)
+        if not parts:
             return
         try:
-            os.writev(self._tap.fd, chain.readable)
+            os.writev(self._tap.fd, parts)
         except OSError:
             # The tap is down or its queue is full, or the header makes no sense: a NIC drops the
             # frame, and so do we.
