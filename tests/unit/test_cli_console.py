@@ -74,6 +74,34 @@ def test_it_ends_with_the_guest(piped: Ends) -> None:
     assert not piped.thread.is_alive()
 
 
+def test_a_guest_that_only_talks_does_not_stop_the_escape(typed: Ends) -> None:
+    typed.guest.setblocking(False)
+    try:
+        while True:  # more than all buffers on the way hold
+            typed.guest.send(bytes(1 << 16))
+    except BlockingIOError:
+        pass
+    os.write(typed.keys, b"x" * 4096)
+    os.write(typed.keys, b"\x1d")
+    typed.thread.join(10)
+    assert not typed.thread.is_alive()
+
+
+def test_a_reader_that_left_ends_it(piped: Ends) -> None:
+    os.close(piped.screen)
+    piped.guest.sendall(b"for nobody")
+    piped.thread.join(10)
+    assert not piped.thread.is_alive()
+
+
+def test_a_reset_ends_it(piped: Ends) -> None:
+    piped.guest.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    os.write(piped.keys, b"unread")
+    piped.guest.close()
+    piped.thread.join(10)
+    assert not piped.thread.is_alive()
+
+
 def test_the_escape_leaves(typed: Ends) -> None:
     os.write(typed.keys, b"\x1d")
     typed.thread.join(10)

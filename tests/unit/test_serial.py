@@ -296,3 +296,33 @@ def test_reset(port: Port) -> None:
     port.uart.receive(b"x")
     port.uart.reset()
     assert port.uart.save() == Port().uart.save()
+
+
+def test_a_driver_that_loops_fills_no_memory(port: Port) -> None:
+    port.uart.receive(bytes(65_530))
+    port.write(IER, 1)
+    port.write(IER, 0)
+    for _ in range(5000):
+        port.write(MCR, LOOP)
+        for _ in range(16):
+            port.write(RX_THR, 0x55)
+        port.write(MCR, 0)
+        port.write(IIR_FCR, 3)
+    for _ in range(20):
+        port.write(MCR, LOOP)
+        port.write(RX_THR, 0x55)
+    state = decode(encode(port.uart.save()), SerialState)
+    assert len(state.received) <= 65_536
+    other = Port()
+    other.uart.load(state)
+
+
+def test_a_looped_receiver_does_not_hear_the_line(port: Port) -> None:
+    port.write(IER, 1)
+    port.write(MCR, LOOP)
+    port.uart.receive(b"typed")
+    assert typed(port) == b""
+    port.write(RX_THR, 0x55)
+    assert typed(port) == b"U"
+    port.write(MCR, 0)
+    assert typed(port) == b"typed"

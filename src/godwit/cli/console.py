@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
@@ -10,7 +9,7 @@ import sys
 import termios
 import tty
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from godwit.client.qmp import Client
 from godwit.errors import ConfigError, HostError
@@ -18,6 +17,10 @@ from godwit.errors import ConfigError, HostError
 from .keyboard import ESCAPE
 
 _CHUNK = 1 << 16
+#: Bytes read ahead of their reader, so that the escape is found behind them.
+_AHEAD = 1 << 20
+#: A pipe that is writable takes so many bytes without a wait (pipe(7), PIPE_BUF).
+_PIECE = 4096
 #: How long a guest may take to accept, seconds.
 _CONNECT_S = 10.0
 
@@ -35,10 +38,15 @@ def console(qmp: str, port: int) -> int:
     cids = [d["properties"]["cid"] for d in devices if d["kind"] == "virtio-vsock"]
     if not cids:
         raise ConfigError(f"the VM at '{qmp}' has no vsock; start it with --vsock cid=auto")
-    with _connected(int(cids[0]), port) as stream, _raw(sys.stdin.fileno()) as terminal:
+    if cids[0] is None:
+        raise ConfigError(f"the VM at '{qmp}' waits for its guest, and has no CID so far")
+    if sys.stdin is None or sys.stdout is None:
+        raise ConfigError("there is no standard input or output; give both, /dev/null too")
+    source, sink = sys.stdin.fileno(), sys.stdout.fileno()
+    with _connected(int(cids[0]), port) as stream, _raw(source) as terminal:
         if terminal:
             print("ctrl-] leaves", file=sys.stderr, end="\r\n")
-        carry(stream, sys.stdin.fileno(), sys.stdout.fileno(), escape=terminal)
+        carry(stream, source, sink, escape=terminal)
     return 0
 
 
@@ -74,35 +82,65 @@ def _raw(fd: int) -> Iterator[bool]:
 def carry(stream: socket.socket, source: int, sink: int, *, escape: bool) -> None:
     """Carry bytes both ways until the guest ends, or with ``escape`` until ctrl-] is typed.
 
-    The end of ``source`` is passed on, and what the guest still says is waited for.
+    The end of ``source`` is passed on, and what the guest still says is waited for. Each way waits
+    for itself alone.
     """
-    fds = [stream.fileno(), source]
-    while True:
-        ready = select.select(fds, [], [])[0]
-        if stream.fileno() in ready:
-            try:
-                data = stream.recv(_CHUNK)
-            except ConnectionResetError:
-                return  # as a migration does
-            if not data:
+    stream.setblocking(False)
+    there, here = Way(source, stream.fileno()), Way(stream.fileno(), sink)
+    while not here.over:
+        reads = [way.source for way in (there, here) if way.reads]
+        writes = [way.sink for way in (there, here) if way.waiting]
+        readable, writable, _ = select.select(reads, writes, [])
+        if source in readable:
+            there.read()
+            if escape and ESCAPE in there.waiting:
                 return
-            _write(sink, data)
-        if source in ready:
-            data = os.read(source, _CHUNK)
-            if escape and ESCAPE in data:
-                return
-            try:
-                if data:
-                    stream.sendall(data)
-                else:
-                    fds.remove(source)
-                    stream.shutdown(socket.SHUT_WR)
-            except OSError as error:
-                if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
-                    raise
-                return
+        if stream.fileno() in readable:
+            here.read()
+        for way in (there, here):
+            if way.waiting and way.sink in writable:
+                way.write()
+        if there.over and not there.told:
+            there.told = True
+            with suppress(OSError):  # it has gone already
+                stream.shutdown(socket.SHUT_WR)
 
 
-def _write(fd: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
+class Way:
+    """One direction of a carrier, with the bytes that were read and not written."""
+
+    def __init__(self, source: int, sink: int) -> None:
+        self.source, self.sink = source, sink
+        self.waiting = bytearray()
+        self.ended = self.told = False
+
+    @property
+    def reads(self) -> bool:
+        """True while there may be more to read, and space for more."""
+        return not self.ended and len(self.waiting) < _AHEAD
+
+    @property
+    def over(self) -> bool:
+        """True once the source has ended and all is written, or the sink is gone."""
+        return self.ended and not self.waiting
+
+    def read(self) -> None:
+        """Read some bytes, and take an error for the end."""
+        try:
+            data = os.read(self.source, _CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""  # as a migration resets the connection, and a terminal hangs up
+        self.waiting += data
+        self.ended = not data
+
+    def write(self) -> None:
+        """Write some bytes, and end this way where nobody takes them."""
+        try:
+            del self.waiting[: os.write(self.sink, self.waiting[:_PIECE])]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.waiting.clear()
+            self.ended = True

@@ -136,6 +136,8 @@ class Serial(Device):
             self.on_room()
 
     def _wanted(self) -> bool:
+        if self._mcr & _MCR_LOOP:
+            return False  # the receiver hears the transmitter, and not the line
         polls = not self._interrupts_known
         held = self._rts_known and not self._mcr & _MCR_RTS
         return bool(self._ier & _IER_RX or polls) and not held
@@ -201,7 +203,7 @@ class Serial(Device):
                     self._dll = value
                     return
                 if self._mcr & _MCR_LOOP:
-                    if len(self._rx) < _FIFO:
+                    if len(self._rx) < _FIFO and len(self._rx) + len(self._line) < _RX_LIMIT:
                         self._rx.append(value)
                 else:
                     self._sink.write(bytes((value,)))
@@ -221,7 +223,8 @@ class Serial(Device):
                 self._fcr = value & 0xC9
                 if value & 2:
                     if not self._ier & _IER_RX:  # nobody asked for them yet
-                        self._line.extendleft(reversed(self._rx))
+                        room = _RX_LIMIT - len(self._line)  # a driver that loops has more
+                        self._line.extendleft(reversed([*self._rx][:room]))
                     self._rx.clear()
             elif offset == 3:
                 self._lcr = value
