@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
             help=device.help,
         )
     run.add_argument(
-        "--machine", default=None, help="machine type: godwit-0.1 to 0.3 (default: 0.2)"
+        "--machine", default=None, help="machine type: godwit-0.1 to 0.3 (default: 0.3)"
     )
     run.add_argument("--qmp", metavar="PATH", help="QMP's Unix socket")
     run.add_argument(
