@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from godwit.errors import ConfigError, GuestError
@@ -241,18 +241,17 @@ class GuestMemory:
             found.append(low[address:stop] if inside else self.view(address, pages * PAGE))
         return found
 
-    def spans(self, spans: Iterable[tuple[int, int, int]]) -> list[memoryview]:
-        """Return the bytes of spans (guest address, its end, anything), for reading.
+    def spans(self, addresses: Sequence[int], lengths: Sequence[int]) -> list[memoryview]:
+        """Return the bytes of spans (guest addresses and lengths), for reading.
 
         Raises:
             GuestError: some of the bytes are not RAM.
         """
         low = self.regions[0].view if self.regions else memoryview(b"")
-        size = len(low)
-        return [
-            low[start:end] if end <= size else self.view(start, end - start)
-            for start, end, _ in spans
-        ]
+        pairs = zip(addresses, lengths, strict=True)
+        if max(addresses) + max(lengths) <= len(low):  # all of RAM, in a small guest
+            return [low[start : start + length] for start, length in pairs]
+        return [self.view(start, length) for start, length in pairs]
 
     def writable(self, address: int, length: int) -> memoryview:
         """Return the bytes of RAM themselves, for writing before the next round.

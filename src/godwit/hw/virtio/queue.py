@@ -6,6 +6,7 @@ Indices run free over 16 bits and wrap at 65,536; ring positions are the index m
 from __future__ import annotations
 
 import threading
+from functools import lru_cache
 from struct import Struct
 from typing import NamedTuple
 
@@ -24,6 +25,12 @@ _MAX_INDIRECT = 1024
 
 F_INDIRECT_DESC = 1 << 28
 F_EVENT_IDX = 1 << 29
+
+
+@lru_cache(maxsize=256)
+def _descriptors(count: int) -> Struct:
+    """Return the layout of so many descriptors, one after the other."""
+    return Struct("<" + "QIHH" * count)
 
 
 class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -284,30 +291,22 @@ class Virtqueue:
     def _straight(self, head: int, table: memoryview) -> Chain | None:
         """Return the buffer of an indirect table, if each descriptor is behind the one before.
 
-        So Linux writes its tables, some of them of hundreds. Pieces that are neighbours in memory
-        become one. None for any other form, and for whatever breaks a rule.
+        So Linux writes its tables, some of hundreds of descriptors, which are read in one go here.
+        None for any other form, and for whatever breaks a rule.
         """
-        runs: list[tuple[int, int, int]] = []  # guest address, its end, writable
-        start = end = -1
-        writable = 0
-        for number, (address, length, flags, following) in enumerate(_DESC.iter_unpack(table), 1):
-            if address != end or flags & _WRITE != writable:
-                if end >= 0:
-                    runs.append((start, end, writable))
-                if flags & _WRITE < writable:
-                    return None
-                start, writable = address, flags & _WRITE
-            end = address + length
-            if flags != writable | _NEXT or following != number:
-                break
-        else:
+        count = len(table) // 16
+        flat = _descriptors(count).unpack(table)
+        addresses, lengths, flags, following = flat[0::4], flat[1::4], flat[2::4], flat[3::4]
+        last = flags[-1]
+        writable = flags.count(_NEXT | _WRITE) + (last == _WRITE)
+        first = count - writable
+        rest = (_NEXT | _WRITE,) * (writable - 1) if writable else ()
+        if last not in (0, _WRITE) or flags[:-1] != (_NEXT,) * (count - 1 - len(rest)) + rest:
             return None
-        if flags != writable:
+        if following[:-1] != tuple(range(1, count)):
             return None
-        runs.append((start, end, writable))
-        views = self._memory.spans(runs)
-        at = [(start, end - start) for start, end, writable in runs if writable]
-        first = len(runs) - len(at)
+        views = self._memory.spans(addresses, lengths)
+        at = list(zip(addresses[first:], lengths[first:], strict=True))
         return Chain(head, views[:first], views[first:], at)
 
     def _walk(self, head: int) -> Chain:
