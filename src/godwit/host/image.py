@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 import stat
+import threading
 from collections.abc import Callable, Sequence
 from struct import Struct
 
@@ -75,8 +76,12 @@ class Image:
             self.close()
             raise
         self._locked = False
+        #: The kernel reports a lost write once: to the first of several flushes, so one is at work.
+        self._flushing = threading.Lock()
         #: An error of a write that the kernel had taken: each flush fails from then on.
         self._lost: OSError | None = None
+        #: Something may have been written since the last flush began.
+        self._written = True
 
     # --- making sure ------------------------------------------------------------------------------
     def _present_size(self) -> int:
@@ -150,7 +155,7 @@ class Image:
                 f"disk image '{self.path}': another process uses it; end that VM or tool first"
                 + ("" if self.readonly else ", or give readonly=on to all that only read it")
             )
-        self._locked = True
+        self._locked = self._written = True
         self._forget_cached()
 
     def unlock(self) -> None:
@@ -198,7 +203,10 @@ class Image:
         """
         if not self.is_device and os.fstat(self._fd).st_size < self.size:
             raise _truncated(self.path)
-        self._transfer(os.pwritev, at, parts, 0)
+        try:
+            self._transfer(os.pwritev, at, parts, 0)
+        finally:
+            self._written = True
 
     def _transfer(self, call: _Call, at: int, parts: Sequence[memoryview], flags: int) -> None:
         """Read or write all of the parts.
@@ -239,20 +247,24 @@ class Image:
                 _copy(parts, buffer, out=True)
 
     def flush(self) -> None:
-        """Flush all data written to the image to the disk.
+        """Flush all data written to the image to the disk, after a flush that is under way.
 
         Raises:
-            OSError: the host cannot, or could not before: it tells of that once only.
+            OSError: the host cannot, or could not before: the kernel reports that once only.
         """
         if self.readonly:
             return
-        if self._lost is not None:
-            raise self._lost
-        try:
-            os.fdatasync(self._fd)
-        except OSError as error:
-            self._lost = error
-            raise
+        with self._flushing:
+            if self._lost is not None:
+                raise OSError(self._lost.errno, self._lost.strerror) from self._lost
+            if not self._written:
+                return  # the flush that was waited for had all of it
+            self._written = False  # first: what is written meanwhile is for the next flush
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                self._lost = error
+                raise
 
     def discard(self, at: int, size: int) -> None:
         """Give ``size`` bytes at ``at`` back to a host with support for discarding."""
@@ -285,8 +297,10 @@ class Image:
     def _allocate(self, mode: int, at: int, size: int) -> None:
         if not self.is_device and os.fstat(self._fd).st_size < self.size:
             raise _truncated(self.path)
-        if _libc.fallocate(self._fd, mode, at, size):
-            number = ctypes.get_errno()
+        failed = _libc.fallocate(self._fd, mode, at, size)
+        number = ctypes.get_errno()
+        self._written = True
+        if failed:
             raise OSError(number, os.strerror(number))
 
     def close(self) -> None:
