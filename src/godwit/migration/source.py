@@ -136,7 +136,7 @@ class Source(Outgoing):
 
     def _commit(self) -> None:
         """Hand the guest over, which from here on may not run here until we know."""
-        self._machine.devices.release()
+        self._release()
         with self._decision:
             self._check_given_up()
             self._committed = self._exposed = True
@@ -156,6 +156,10 @@ class Source(Outgoing):
             self._peer.send(Kind.ACK)
         except LinkLost:
             pass  # then the destination goes on listening, which harms nobody
+
+    def _check_stop(self) -> None:
+        self._realtime.expire()
+        super()._check_stop()
 
     def _await_started(self) -> messages.Started:
         """Send packets after the guest until the destination sends STARTED."""

@@ -213,7 +213,7 @@ class Saver(Outgoing):
         """Make the file whole, and rename the file, with which the guest is there."""
         name = self._finish_file()
         if not self._keeps:
-            self._machine.devices.release()
+            self._release()
         with self._decision:
             self._check_given_up()
             try:
