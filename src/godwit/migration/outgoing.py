@@ -39,6 +39,9 @@ Parameters = Callable[[], MigrationParameters]
 class Outgoing(ABC):
     """A migration out of this VM, in a thread of its own, where ``on_status`` is called.
 
+    ``checked()`` returns whether all is known of the guest's RAM, or raises GodwitError if that is
+    wrong: it is called again and again before anything of the guest leaves.
+
     Attributes:
         ends_vm: the VM ends by itself once the guest is gone.
     """
@@ -54,8 +57,10 @@ class Outgoing(ABC):
         parameters: Parameters,
         on_status: Callable[[str], None],
         times: Times = TIMES,
+        checked: Callable[[], bool] = lambda: True,
     ) -> None:
         self._guest = guest
+        self._checked = checked
         self._machine = machine = guest.machine
         self._states = states
         self._parameters = parameters
@@ -156,6 +161,15 @@ class Outgoing(ABC):
         self._thread.join(timeout)
 
     # --- phases -----------------------------------------------------------------------------------
+    def _await_check(self) -> None:
+        """Wait until the guest's RAM is known to be right: damage would leave with new checksums.
+
+        First of all, as the guest runs meanwhile, and neither a log nor a peer waits.
+        """
+        while not self._checked():
+            self._cancelled.wait(self._times.look)
+            self._check_given_up()
+
     @abstractmethod
     def _phases(self) -> tuple[Callable[[], None], ...]:
         """Return the phases in their order, of which the last one hands the guest over."""

@@ -54,8 +54,9 @@ class Source(Outgoing):
         on_status: Callable[[str], None],
         holding: Callable[[], bool] = lambda: False,
         times: Times = TIMES,
+        checked: Callable[[], bool] = lambda: True,
     ) -> None:
-        super().__init__(guest, states, parameters, on_status, times)
+        super().__init__(guest, states, parameters, on_status, times, checked)
         self._holding = holding
         self._address = address
         self._first: WaitingConnection | None = None
@@ -80,6 +81,7 @@ class Source(Outgoing):
     def _phases(self) -> tuple[Callable[[], None], ...]:
         return (
             self._await_previous,
+            self._await_check,
             self._hello,
             self._precopy,
             self._stop,

@@ -83,8 +83,9 @@ class Saver(Outgoing):
         on_status: Callable[[str], None],
         times: Times = TIMES,
         manner: Manner = PLAIN,
+        checked: Callable[[], bool] = lambda: True,
     ) -> None:
-        super().__init__(guest, states, parameters, on_status, times)
+        super().__init__(guest, states, parameters, on_status, times, checked)
         self._path = path
         self._manner = manner
         self._keeps = manner.keep_running
@@ -146,9 +147,10 @@ class Saver(Outgoing):
 
     # --- phases -----------------------------------------------------------------------------------
     def _phases(self) -> tuple[Callable[[], None], ...]:
+        begin = self._await_check, self._open, self._precopy
         if self._keeps:
-            return self._open, self._precopy, self._stop, self._final, self._go_on, self._publish
-        return self._open, self._precopy, self._settle, self._stop, self._final, self._publish
+            return *begin, self._stop, self._final, self._go_on, self._publish
+        return *begin, self._settle, self._stop, self._final, self._publish
 
     def _open(self) -> None:
         self._check_alive()
