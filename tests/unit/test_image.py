@@ -84,6 +84,44 @@ def test_one_writer_alone_has_an_image(path: Path, opened: Callable[..., Image])
     other.lock()
 
 
+def test_an_image_that_another_wrote_meanwhile_is_not_gone_on_with(
+    path: Path, opened: Callable[..., Image]
+) -> None:
+    mine, third = opened(path), opened(path)
+    mine.lock()
+    mine.write(0, [memoryview(b"m" * 512)])
+    mine.unlock()
+    third.lock()
+    with pytest.raises(HostError, match="another process uses it"):
+        mine.lock()
+    third.flush()
+    third.unlock()  # as a destination that failed, and did not write
+    mine.lock()
+    mine.unlock()
+    before = path.stat().st_mtime_ns
+    third.lock()
+    third.write(0, [memoryview(b"x" * 512)])
+    os.utime(path, ns=(0, before + 4_000_000))  # whatever the clock's steps
+    third.unlock()
+    for _ in range(2):
+        with pytest.raises(HostError, match=r"was written by another .* end this VM"):
+            mine.lock()
+    third.lock()  # nothing is left locked
+
+
+def test_an_image_whose_file_does_not_show_who_wrote_is_gone_on_with(
+    path: Path, opened: Callable[..., Image]
+) -> None:
+    image, reader = opened(path), opened(path, readonly=True)
+    image.is_device = True
+    for one in (image, reader):
+        one.lock()
+        one.unlock()
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 4_000_000))
+        one.lock()
+        one.unlock()
+
+
 def test_readers_share_an_image_that_nobody_writes(
     path: Path, opened: Callable[..., Image]
 ) -> None:

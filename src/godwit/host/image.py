@@ -76,6 +76,8 @@ class Image:
             self.close()
             raise
         self._locked = False
+        #: Inode, size and time of the last change when the lock was given back.
+        self._left: tuple[int, int, int] | None = None
         #: The kernel reports a lost write once: to the first of several flushes, so one is at work.
         self._flushing = threading.Lock()
         #: An error of a write that the kernel had taken: each flush fails from then on.
@@ -131,10 +133,21 @@ class Image:
         """Take the lock, against writers and against readers of data written here.
 
         Raises:
-            HostError: another has it.
+            HostError: another has it, or has written the image since the lock was given back.
         """
         if self._locked:
             return
+        self._take_lock()
+        if self._left not in (None, self._present()):
+            self._give_lock()
+            raise HostError(
+                f"disk image '{self.path}' was written by another while the guest had given it up, "
+                "and its file systems would not survive that; end this VM, and boot it anew"
+            )
+        self._locked = self._written = True
+        self._forget_cached()
+
+    def _take_lock(self) -> None:
         does = (_READS,) if self.readonly else (_READS, _WRITES)
         alone = (_WRITES, _RESIZES)
         try:
@@ -150,17 +163,27 @@ class Image:
                 ) from error
             taken = True
         if taken:
-            self.unlock()
+            self._give_lock()
             raise HostError(
                 f"disk image '{self.path}': another process uses it; end that VM or tool first"
                 + ("" if self.readonly else ", or give readonly=on to all that only read it")
             )
-        self._locked = self._written = True
-        self._forget_cached()
 
     def unlock(self) -> None:
-        """Give back the lock, if the image has one."""
+        """Give back the lock, if the image has one, once all is flushed."""
+        if self._locked:
+            self._left = self._present()
         self._locked = False
+        self._give_lock()
+
+    def _present(self) -> tuple[int, int, int] | None:
+        """Return what shows that somebody wrote, or None for an image where nothing does."""
+        if self.is_device or self.readonly:
+            return None
+        status = os.fstat(self._fd)
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _give_lock(self) -> None:
         self._set_lock(fcntl.F_UNLCK, _DOES, _ALONE + 100 - _DOES)
 
     def _set_lock(self, kind: int, at: int, length: int = 1) -> None:
