@@ -400,6 +400,28 @@ def test_a_disk_written_after_the_guest_was_saved_is_refused(
     other.close()
 
 
+def test_the_same_file_on_another_host_is_known_again(
+    disk: Callable[..., Disk], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = disk()
+    one.pause()
+    state, fstat = one.pci.save(), os.fstat
+
+    def elsewhere(fd: int) -> os.stat_result:
+        found = fstat(fd)
+        return os.stat_result((*found[:2], found.st_dev + 1, *found[3:]), _times(found))
+
+    def _times(found: os.stat_result) -> dict[str, int]:
+        return {"st_mtime_ns": found.st_mtime_ns}
+
+    monkeypatch.setattr(os, "fstat", elsewhere)
+    one.pci.load(state)
+    one.blk.check_kept()
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 4_000_000))
+    with pytest.raises(HostError, match="was written after the guest was saved"):
+        one.blk.check_kept()
+
+
 def _wait(condition: Callable[[], bool]) -> None:
     """Wait until a worker has done its work."""
     until = threading.Event()

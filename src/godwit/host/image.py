@@ -123,10 +123,14 @@ class Image:
             )
 
     @property
-    def stamp(self) -> tuple[int, int, int]:
-        """The file's device, inode, and time of the last change in ns."""
+    def stamp(self) -> tuple[int, int]:
+        """The file's inode, and the time of the last change in ns.
+
+        Not the file system's number: that differs on another host, and after a reboot, for NFS and
+        Btrfs.
+        """
         status = os.fstat(self._fd)
-        return status.st_dev, status.st_ino, status.st_mtime_ns
+        return status.st_ino, status.st_mtime_ns
 
     # --- the lock ---------------------------------------------------------------------------------
     def lock(self) -> None:

@@ -61,9 +61,8 @@ class Retry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Stamp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The device, inode and time of the last change of an image, by which a later write shows."""
+    """The inode and the time of the last change of an image, by which a later write shows."""
 
-    device: U64
     inode: U64
     changed_ns: U64
 
@@ -288,7 +287,7 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, 
     def check_kept(self) -> None:
         """Refuse a disk written after the guest was saved.
 
-        A copy of the image, which has another inode, is taken to be from that time.
+        A copy of the image, which has another inode or the same time, is taken to be from then.
 
         Raises:
             HostError: the image was written since.
@@ -296,10 +295,11 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, 
         now, then = self._present_stamp(), self._stamp
         if now is None or then is None or self._image.readonly:
             return
-        if (now.device, now.inode) == (then.device, then.inode) and now != then:
+        if now.inode == then.inode and now != then:
             raise HostError(
                 f"disk image '{self._image.path}' was written after the guest was saved, and its "
-                "file systems would not survive that; restore with a copy of the image from then"
+                "file systems would not survive that; restore with a copy of the image from then "
+                "(cp -p)"
             )
 
     def why_no_copy(self) -> str | None:
