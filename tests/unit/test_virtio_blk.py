@@ -321,6 +321,68 @@ def test_a_full_disk_stops_the_vm_and_is_tried_again(
     assert path.read_bytes()[9 * 512 : 10 * 512] == data
 
 
+@pytest.mark.parametrize("on_error", list(OnError))
+def test_a_flush_that_fails_never_stops_the_vm(
+    disk: Callable[..., Disk], path: Path, monkeypatch: pytest.MonkeyPatch, on_error: OnError
+) -> None:
+    one = disk(on_error=on_error)
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", full)
+        assert one.request(FLUSH)[0] == IOERR
+    assert one.request(FLUSH)[0] == IOERR, "for good: what was lost is lost"
+    assert [(e.operation, e.action, e.nospace) for e in one.io_errors] == [
+        ("write", "report", True)
+    ] * 2
+    assert one.request(OUT, 0, out=bytes(512))[0] == OK
+
+
+WITHOUT_FLUSH = 1 << 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "out"),
+    [
+        (OUT, bytes(512)),
+        (WRITE_ZEROES, pack("<QII", 1, 1, 0)),
+        (DISCARD, pack("<QII", 128, 256, 0)),
+    ],
+)
+def test_what_a_driver_writes_that_cannot_flush_is_flushed(
+    disk: Callable[..., Disk], monkeypatch: pytest.MonkeyPatch, kind: int, out: bytes
+) -> None:
+    one = disk(discard=True)
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    assert one.request(kind, 1, out=out)[0] == OK
+    assert not synced
+    one.guest.probe(WITHOUT_FLUSH)
+    assert one.request(kind, 1, out=out)[0] == OK
+    assert len(synced) == 1
+    one.request(IN, 1, into=512)
+    assert len(synced) == 1
+    one.guest.probe()
+    assert one.request(kind, 1, out=out)[0] == OK
+    assert len(synced) == 1
+
+
+def test_a_write_whose_flush_fails_is_reported(
+    disk: Callable[..., Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = disk(on_error=OnError.STOP)
+    one.guest.probe(WITHOUT_FLUSH)
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    assert one.request(OUT, 1, out=bytes(512))[0] == IOERR
+    assert [(e.operation, e.action) for e in one.io_errors] == [("write", "report")]
+
+
 def test_what_is_to_be_tried_again_migrates(
     disk: Callable[..., Disk], path: Path, memory: GuestMemory
 ) -> None:

@@ -99,10 +99,11 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, 
         self._image = image
         self._config = self._make_config(config)
         self.on_io_error: Callable[[IoError], None] = lambda error: None
+        self._doer = Doer(image, config.serial.encode(), config.discard)
         self._workers = Workers(
             config.id,
             self.lock,
-            Doer(image, config.serial.encode(), config.discard),
+            self._doer,
             self._take,
             self._finish,
             image.direct,
@@ -158,6 +159,9 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, 
         kicks = [self.transport.kick_fd(i) for i, queue in enumerate(self.queues) if queue.enabled]
         if not kicks:
             raise GuestError("the driver is ready, but set up no queue")
+        # A driver that did not take the feature cannot flush, and takes a write for written
+        # (virtio 1.2, 5.2.6.2).
+        self._doer.writes_through = not self.negotiated & F_FLUSH
         self.started = True
         self._to_retry += self._retries
         self._retries.clear()
@@ -232,6 +236,7 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, 
         """Return how the guest is told of what the host could not do, or None to try it again."""
         nospace = end.error.errno in (errno.ENOSPC, errno.EDQUOT)
         stop = self._on_error is OnError.STOP or (self._on_error is OnError.ENOSPC and nospace)
+        stop = stop and not end.final
         self._counts["errors"] += 1
         reason = end.error.strerror or str(end.error)
         action = "stop" if stop else "report"
