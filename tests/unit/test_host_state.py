@@ -6,11 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from godwit.errors import HostError, StateError
 from godwit.hw.capabilities import OwnsHostState, RefusesCopies
+from godwit.hw.device import Device
+from godwit.hw.devices import Devices
 from godwit.migration.times import Times
 from godwit.spec.runstate import RunState
 from migration_bench import Migration
@@ -52,6 +55,25 @@ class Part(OwnsHostState):
         self.lock.log.append(f"{self.name} acquires")
 
 
+class Holder:
+    """A device that is nothing but such a part."""
+
+    kind = "part"
+
+    def __init__(self, part: Part) -> None:
+        self.id, self._part = part.name, part
+
+    def parts(self) -> tuple[Part]:
+        return (self._part,)
+
+
+def _devices(*parts: Part) -> Devices:
+    devices = Devices()
+    for part in parts:
+        devices.add(cast(Device, Holder(part)))
+    return devices
+
+
 class Rig:
     """A migration whose NICs have such a part."""
 
@@ -75,6 +97,44 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     rig = Rig(tmp_path)
     yield rig
     rig.close()
+
+
+def test_what_others_lose_by_comes_last() -> None:
+    log: list[str] = []
+    connections, disk = Part("connections", Lock()), Part("disk", Lock())
+    connections.last = True
+    connections.lock.log = disk.lock.log = log
+    devices = _devices(connections, disk)
+    disk.refuses = "another has the disk"
+    for _ in range(3):
+        with pytest.raises(HostError, match=r"^device 'disk': another has the disk$"):
+            devices.acquire()
+    assert log == []
+    disk.refuses = None
+    devices.acquire()
+    disk.keeps = "it cannot be flushed"
+    with pytest.raises(HostError, match=r"^device 'disk': it cannot be flushed$"):
+        devices.release()
+    assert connections.lock.owner is connections
+    disk.keeps = None
+    devices.release()
+    assert log == [f"{n} {d}" for d in ("acquires", "releases") for n in ("disk", "connections")]
+
+
+def test_what_is_taken_in_vain_is_given_back_and_nothing_else() -> None:
+    held, taken, odd, missing = (Part(name, Lock()) for name in ("held", "taken", "odd", "missing"))
+    devices = _devices(held, taken, odd, missing)
+    devices.acquire()
+    for part in (taken, odd, missing):
+        part.lock.owner = None
+        devices._held.discard(part)
+    missing.refuses, odd.keeps = "another has it", "it is stuck"
+    says = "device 'missing': another has it; and then device 'odd': it is stuck"
+    with pytest.raises(HostError, match=rf"^{says}$"):
+        devices.acquire()
+    assert held.lock.owner is held
+    assert taken.lock.owner is None
+    assert "held releases" not in held.lock.log
 
 
 def test_it_goes_over_at_the_commit(rig: Rig) -> None:

@@ -96,7 +96,12 @@ class OwnsHostState(ABC):
 
     A cold boot acquires it. A source releases it right before COMMIT, a destination acquires it at
     COMMIT, and a source whose guest stays acquires it again.
+
+    Attributes:
+        last: to give it up and take it back has effects of its own, so all others come first.
     """
+
+    last = False
 
     @abstractmethod
     def sync(self) -> None:
