@@ -427,6 +427,15 @@ def test_the_lock_goes_over(disk: Callable[..., Disk], path: Path, memory: Guest
     one.blk.acquire()
 
 
+def test_the_image_is_known_by_its_file(
+    disk: Callable[..., Disk], path: Path, tmp_path: Path
+) -> None:
+    one, status = disk(), path.stat()
+    assert one.blk.is_file(status.st_dev, status.st_ino)
+    other = make_image(tmp_path / "other.raw").stat()
+    assert not one.blk.is_file(other.st_dev, other.st_ino)
+
+
 def test_a_disk_that_cannot_be_flushed_is_not_given_up(
     disk: Callable[..., Disk], monkeypatch: pytest.MonkeyPatch
 ) -> None:

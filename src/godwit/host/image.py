@@ -132,6 +132,12 @@ class Image:
         status = os.fstat(self._fd)
         return status.st_ino, status.st_mtime_ns
 
+    @property
+    def identity(self) -> tuple[int, int]:
+        """The file system's number on this host, and the file's inode."""
+        status = os.fstat(self._fd)
+        return status.st_dev, status.st_ino
+
     # --- the lock ---------------------------------------------------------------------------------
     def lock(self) -> None:
         """Take the lock, against writers and against readers of data written here.

@@ -136,6 +136,14 @@ class ChecksKept(ABC):
         """
 
 
+class HasFile(ABC):
+    """A part whose content is a file of the host's, which nothing may replace meanwhile."""
+
+    @abstractmethod
+    def is_file(self, device: int, inode: int) -> bool:
+        """Return whether the file is this one: the numbers of its file system and its inode."""
+
+
 class IoError(NamedTuple):
     """An error of the host's that a device met while it did what the guest wanted."""
 

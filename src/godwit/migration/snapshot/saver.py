@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from godwit.errors import ConfigError, LinkLost, MigrationError
 from godwit.host import sandbox
+from godwit.hw.capabilities import HasFile
 from godwit.hw.memory import PAGE
 from godwit.spec import saved
 from godwit.spec.parameters import ConvergenceParameters, OnNoConvergence
@@ -157,9 +158,24 @@ class Saver(Outgoing):
         path = self._path
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise MigrationError(f"'{path}' exists and is no regular file; name another")
+        self._spare_disks()
         self._file = _FileSink(Image(self._make(), str(path), self._machine.memory))
         self._introduce()
         self._status("active")
+
+    def _spare_disks(self) -> None:
+        """Refuse to replace a file that a disk of this VM is.
+
+        Raises:
+            MigrationError: the path is such a file, by whatever name.
+        """
+        try:
+            status = self._path.stat()
+        except OSError:
+            return  # there is none, or none that can be replaced
+        for part in self._machine.devices.having(HasFile):
+            if part.is_file(status.st_dev, status.st_ino):
+                raise MigrationError(f"'{self._path}' is a disk of this VM; name another file")
 
     def _make(self) -> int:
         """Make a partial file, for its owner alone, as the guest's memory goes there."""

@@ -14,6 +14,7 @@ from godwit.host.image import SECTOR, Image
 from godwit.hw.capabilities import (
     ChecksKept,
     Counts,
+    HasFile,
     IoError,
     OwnsHostState,
     RefusesCopies,
@@ -75,7 +76,9 @@ class BlkState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stamp: Stamp | None
 
 
-class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, ReportsIoErrors):
+class VirtioBlk(
+    VirtioDevice, Counts, OwnsHostState, HasFile, ChecksKept, RefusesCopies, ReportsIoErrors
+):
     """A disk with the content of ``image``, which the disk owns."""
 
     kind = "virtio-blk"
@@ -306,6 +309,10 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, 
                 "file systems would not survive that; restore with a copy of the image from then "
                 "(cp -p)"
             )
+
+    def is_file(self, device: int, inode: int) -> bool:
+        """Return whether the image is this file."""
+        return self._image.identity == (device, inode)
 
     def why_no_copy(self) -> str | None:
         """Refuse a copy of the guest that finds its disk as the guest went on to write it."""
