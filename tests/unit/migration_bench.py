@@ -126,7 +126,7 @@ class Migration:
             def holding(self) -> bool:
                 return holding()
 
-        previous = SimpleNamespace(packets=Packets(), close=lambda: None)
+        previous = SimpleNamespace(packets=Packets(), close=lambda: None, checked=lambda: True)
         self.here.migrations._incoming = cast(Incoming, previous)
 
     def begin(self) -> None:

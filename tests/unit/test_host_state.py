@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from godwit.errors import HostError, StateError
 from godwit.hw.capabilities import OwnsHostState, RefusesCopies
+from godwit.hw.device import Device
+from godwit.hw.devices import Devices
 from godwit.migration.times import Times
 from godwit.spec.runstate import RunState
 from migration_bench import Migration
@@ -50,6 +55,25 @@ class Part(OwnsHostState):
         self.lock.log.append(f"{self.name} acquires")
 
 
+class Holder:
+    """A device that is nothing but such a part."""
+
+    kind = "part"
+
+    def __init__(self, part: Part) -> None:
+        self.id, self._part = part.name, part
+
+    def parts(self) -> tuple[Part]:
+        return (self._part,)
+
+
+def _devices(*parts: Part) -> Devices:
+    devices = Devices()
+    for part in parts:
+        devices.add(cast(Device, Holder(part)))
+    return devices
+
+
 class Rig:
     """A migration whose NICs have such a part."""
 
@@ -73,6 +97,44 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     rig = Rig(tmp_path)
     yield rig
     rig.close()
+
+
+def test_what_others_lose_by_comes_last() -> None:
+    log: list[str] = []
+    connections, disk = Part("connections", Lock()), Part("disk", Lock())
+    connections.last = True
+    connections.lock.log = disk.lock.log = log
+    devices = _devices(connections, disk)
+    disk.refuses = "another has the disk"
+    for _ in range(3):
+        with pytest.raises(HostError, match=r"^device 'disk': another has the disk$"):
+            devices.acquire()
+    assert log == []
+    disk.refuses = None
+    devices.acquire()
+    disk.keeps = "it cannot be flushed"
+    with pytest.raises(HostError, match=r"^device 'disk': it cannot be flushed$"):
+        devices.release()
+    assert connections.lock.owner is connections
+    disk.keeps = None
+    devices.release()
+    assert log == [f"{n} {d}" for d in ("acquires", "releases") for n in ("disk", "connections")]
+
+
+def test_what_is_taken_in_vain_is_given_back_and_nothing_else() -> None:
+    held, taken, odd, missing = (Part(name, Lock()) for name in ("held", "taken", "odd", "missing"))
+    devices = _devices(held, taken, odd, missing)
+    devices.acquire()
+    for part in (taken, odd, missing):
+        part.lock.owner = None
+        devices._held.discard(part)
+    missing.refuses, odd.keeps = "another has it", "it is stuck"
+    says = "device 'missing': another has it; and then device 'odd': it is stuck"
+    with pytest.raises(HostError, match=rf"^{says}$"):
+        devices.acquire()
+    assert held.lock.owner is held
+    assert taken.lock.owner is None
+    assert "held releases" not in held.lock.log
 
 
 def test_it_goes_over_at_the_commit(rig: Rig) -> None:
@@ -127,6 +189,83 @@ def test_a_guest_that_cannot_have_it_back_stays_stopped_until_it_can(
     rig.here.refuses = None
     rig.migration.here.machine.resume()
     assert rig.lock.owner is rig.here
+
+
+class Hanging:
+    """The storage of the source's part, which hangs once the guest has stopped."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.inside, self.goes_on = threading.Event(), threading.Event()
+        self.over = threading.Event()
+        self._sync = rig.here.sync
+        rig.here.sync = self.sync  # type: ignore[method-assign]
+
+    def sync(self) -> None:
+        self._sync()
+        if threading.current_thread().name == "last-sync":
+            self.inside.set()
+            self.goes_on.wait(60)
+            self.over.set()
+
+
+def _cancel(rig: Rig) -> None:
+    rig.migration.here.migrations.cancel()
+
+
+def _let_time_pass(rig: Rig) -> None:
+    source = rig.migration.source
+    source._times = source._times._replace(now=lambda: time.monotonic() + 1000)
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "says"),
+    [
+        (_cancel, "cancelled", None),
+        (_let_time_pass, "failed", "disks were not flushed in the time"),
+    ],
+)
+def test_a_flush_that_hangs_does_not_hold_the_guest(
+    rig: Rig, end: Callable[[Rig], None], status: str, says: str | None
+) -> None:
+    storage = Hanging(rig)
+    rig.migration.begin()
+    assert storage.inside.wait(30)
+    end(rig)
+    rig.migration.finish()
+    assert rig.migration.here.statuses[-1] == status
+    assert (says or "") in (rig.migration.source.report.error or "")
+    assert rig.migration.running == (True, False)
+    assert rig.migration.here.states.current is RunState.RUNNING
+    storage.goes_on.set()  # and its late end changes nothing
+    assert storage.over.wait(30)
+    assert rig.lock.owner is rig.here
+    assert "source releases" not in rig.lock.log
+
+
+def test_a_save_whose_flush_hangs_can_be_cancelled(rig: Rig, tmp_path: Path) -> None:
+    storage, side = Hanging(rig), rig.migration.here
+    side.migrations.save(str(tmp_path / "guest"), False, "")
+    outgoing = side.migrations._outgoing
+    assert outgoing is not None
+    assert storage.inside.wait(30)
+    assert outgoing.cancel()
+    outgoing.join(60)
+    assert side.statuses[-1] == "cancelled"
+    assert side.machine.running
+    assert rig.lock.owner is rig.here
+    storage.goes_on.set()
+    assert storage.over.wait(30)
+
+
+def test_a_sync_with_a_bug_fails_the_migration(rig: Rig) -> None:
+    def sync() -> None:
+        if threading.current_thread().name == "last-sync":
+            raise RuntimeError("a bug")
+
+    rig.here.sync = sync  # type: ignore[method-assign]
+    rig.migration.run()
+    assert rig.migration.running == (True, False)
+    assert "a bug" in (rig.migration.source.report.error or "")
 
 
 def _save(rig: Rig, path: Path, keep_running: bool) -> str:

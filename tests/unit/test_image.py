@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -81,6 +82,44 @@ def test_one_writer_alone_has_an_image(path: Path, opened: Callable[..., Image])
     one.lock()
     one.close()
     other.lock()
+
+
+def test_an_image_that_another_wrote_meanwhile_is_not_gone_on_with(
+    path: Path, opened: Callable[..., Image]
+) -> None:
+    mine, third = opened(path), opened(path)
+    mine.lock()
+    mine.write(0, [memoryview(b"m" * 512)])
+    mine.unlock()
+    third.lock()
+    with pytest.raises(HostError, match="another process uses it"):
+        mine.lock()
+    third.flush()
+    third.unlock()  # as a destination that failed, and did not write
+    mine.lock()
+    mine.unlock()
+    before = path.stat().st_mtime_ns
+    third.lock()
+    third.write(0, [memoryview(b"x" * 512)])
+    os.utime(path, ns=(0, before + 4_000_000))  # whatever the clock's steps
+    third.unlock()
+    for _ in range(2):
+        with pytest.raises(HostError, match=r"was written by another .* end this VM"):
+            mine.lock()
+    third.lock()  # nothing is left locked
+
+
+def test_an_image_whose_file_does_not_show_who_wrote_is_gone_on_with(
+    path: Path, opened: Callable[..., Image]
+) -> None:
+    image, reader = opened(path), opened(path, readonly=True)
+    image.is_device = True
+    for one in (image, reader):
+        one.lock()
+        one.unlock()
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 4_000_000))
+        one.lock()
+        one.unlock()
 
 
 def test_readers_share_an_image_that_nobody_writes(
@@ -206,3 +245,62 @@ def test_a_flush_that_failed_once_fails_for_good(
     for _ in range(2):  # the kernel tells of a lost write once, and the guest must not miss it
         with pytest.raises(OSError, match="Input/output error"):
             image.flush()
+
+
+def test_of_two_flushes_at_once_none_misses_a_lost_write(
+    path: Path, opened: Callable[..., Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = opened(path)
+    inside, goes_on = threading.Event(), threading.Event()
+    calls, failures = [], []
+
+    def fdatasync(fd: int) -> None:
+        calls.append(fd)
+        inside.set()
+        assert goes_on.wait(10)
+        if len(calls) == 1:  # errseq: the first is told, and no other
+            raise OSError(errno.EIO, "Input/output error")
+
+    def flush() -> None:
+        try:
+            image.flush()
+        except OSError as error:
+            failures.append(error.errno)
+
+    monkeypatch.setattr(module.os, "fdatasync", fdatasync)
+    flushes = [threading.Thread(target=flush) for _ in range(2)]
+    flushes[0].start()
+    assert inside.wait(10)
+    flushes[1].start()
+    goes_on.set()
+    for one in flushes:
+        one.join()
+    assert failures == [errno.EIO] * 2
+    assert len(calls) == 1
+
+
+def test_what_is_written_during_a_flush_is_for_the_next(
+    path: Path, opened: Callable[..., Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = opened(path)
+    calls = []
+
+    def fdatasync(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 1:
+            image.write(0, [memoryview(bytes(512))])
+
+    monkeypatch.setattr(module.os, "fdatasync", fdatasync)
+    for done in (1, 2, 2):
+        image.flush()
+        assert len(calls) == done
+    for change in (
+        lambda: image.write(0, [memoryview(bytes(512))]),
+        lambda: image.write_zeroes(0, 512, unmap=False),
+        lambda: image.discard(0, 512),
+        image.lock,  # what another process has written is flushed too
+    ):
+        change()
+        before = len(calls)
+        image.flush()
+        assert len(calls) == before + 1

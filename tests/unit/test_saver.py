@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from godwit.hw.capabilities import HasFile
 from godwit.hw.memory import PAGE
 from godwit.migration.guest import Guest
 from godwit.migration.outgoing import Outgoing
@@ -95,6 +96,42 @@ def test_the_guest_is_in_the_file(save: Save, path: Path) -> None:
     assert 4 * PAGE <= save.saver.report.bytes_sent < 64 * PAGE
     assert list(path.parent.iterdir()) == [path]
     assert str(path) in save.saver.completion
+
+
+class DiskOf(HasFile):
+    """A disk on a file."""
+
+    def __init__(self, path: Path) -> None:
+        status = path.stat()
+        self._identity = status.st_dev, status.st_ino
+
+    def is_file(self, device: int, inode: int) -> bool:
+        return (device, inode) == self._identity
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_disk_of_the_vm_is_not_replaced(
+    save: Save, path: Path, tmp_path: Path, linked: bool
+) -> None:
+    image = tmp_path / "disk.raw" if linked else path
+    image.write_bytes(bytes(512))
+    if linked:
+        os.link(image, path)
+    devices = save.machine.devices
+    first = next(iter(devices))
+    parts = (*first.parts(), DiskOf(image))
+    first.parts = lambda: parts  # type: ignore[method-assign]
+    devices._found.clear()
+    save.run()
+    assert save.statuses[-1] == "failed"
+    assert f"'{path}' is a disk of this VM" in (save.saver.report.error or "")
+    assert path.read_bytes() == bytes(512)
+    assert (save.machine.running, save.states.current) == (True, S.RUNNING)
+    path.unlink()
+    path.write_bytes(b"another's")  # in its place there may be something else
+    if linked:
+        save.again()
+        assert save.statuses[-1] == "completed"
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])

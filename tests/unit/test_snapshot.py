@@ -14,11 +14,14 @@ from typing import Any
 
 import pytest
 
-from godwit.errors import ConfigError, GodwitError, StreamError
+from godwit.errors import ConfigError, GodwitError, KvmError, StreamError
 from godwit.host.kvm import clocks, cpustate
 from godwit.hw import memory as hw_memory
 from godwit.hw.memory import PAGE
+from godwit.machine.machine import Machine
+from godwit.migration.outgoing import Outgoing
 from godwit.migration.snapshot import compression, format
+from godwit.migration.snapshot import lazy as lazy_module
 from godwit.migration.snapshot.format import CHUNK, RAM_AT, Header
 from godwit.migration.snapshot.lazy import Lazy
 from godwit.migration.snapshot.reader import Snapshot
@@ -342,6 +345,88 @@ def test_a_guest_whose_ram_was_altered_is_stopped(whole: Path, tmp_path: Path, a
     assert side.damaged.wait(60)
     assert not side.machine.running
     assert "altered" in str(side.damage[0])
+    side.close()
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of a large file: after its first chunk it rests until somebody waits for it."""
+    monkeypatch.setattr(lazy_module, "_REST", 1e6)
+
+
+def _leave(side: There, path: Path, keep_running: bool) -> Outgoing:
+    side.migrations.save(str(path), keep_running, "")
+    outgoing = side.migrations._outgoing
+    assert outgoing is not None
+    return outgoing
+
+
+@pytest.mark.parametrize("keep_running", [False, True])
+@pytest.mark.usefixtures("slow")
+def test_damage_that_is_not_found_yet_does_not_leave(
+    whole: Path, tmp_path: Path, keep_running: bool
+) -> None:
+    side = There(_changed(whole, tmp_path / "changed", RAM_AT + 4000 * PAGE + 5, b"?"), LAZY)
+    assert not side.damage
+    outgoing = _leave(side, tmp_path / "again", keep_running)
+    outgoing.join(60)
+    assert side.statuses[-1] == "failed"
+    assert "was altered" in str(outgoing.report.error)
+    assert not (tmp_path / "again").exists()
+    assert side.damaged.wait(60)
+    assert not side.machine.running
+    side.migrations.migrate(f"unix:{tmp_path / 'nobody'}", False)
+    assert side.migrations._outgoing is not None
+    side.migrations._outgoing.join(60)
+    assert "was altered" in str(side.migrations._outgoing.report.error)
+    side.close()
+
+
+@pytest.mark.usefixtures("slow")
+def test_who_leaves_hurries_the_check(lazy: There, tmp_path: Path) -> None:
+    _leave(lazy, tmp_path / "again", False).join(60)
+    assert lazy.statuses[-1] == "completed"
+    again = There(tmp_path / "again")
+    again.check()
+    again.close()
+
+
+def test_a_save_that_waits_for_the_check_can_be_cancelled(
+    lazy: There, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = threading.Event()
+
+    def never() -> bool:
+        asked.set()
+        return False
+
+    monkeypatch.setattr(lazy.migrations, "_checked", never)
+    outgoing = _leave(lazy, tmp_path / "again", False)
+    assert asked.wait(60)
+    assert outgoing.cancel()
+    outgoing.join(60)
+    assert lazy.statuses[-1] == "cancelled"
+    assert lazy.machine.running
+
+
+@pytest.mark.parametrize("times", [1, 2, 99])
+def test_damage_is_reported_whatever_keeps_the_guest_from_a_pause(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    pause, refused = Machine.pause, []
+
+    def busy(machine: Machine, *given: Any) -> None:
+        if threading.current_thread().name == "snapshot" and len(refused) < times:
+            refused.append(1)
+            raise KvmError("device 'disk0' did not finish its work in 10 s; the guest goes on")
+        pause(machine, *given)
+
+    monkeypatch.setattr(Machine, "pause", busy)
+    monkeypatch.setattr(lazy_module, "_AGAIN_S", 0.0)
+    side = There(_changed(whole, tmp_path / "changed", RAM_AT + 70 * PAGE, b"?"), LAZY)
+    assert side.damaged.wait(60)
+    assert len(refused) == min(times, 3)
+    assert side.machine.running == (times > 2)
     side.close()
 
 

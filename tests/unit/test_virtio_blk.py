@@ -321,6 +321,68 @@ def test_a_full_disk_stops_the_vm_and_is_tried_again(
     assert path.read_bytes()[9 * 512 : 10 * 512] == data
 
 
+@pytest.mark.parametrize("on_error", list(OnError))
+def test_a_flush_that_fails_never_stops_the_vm(
+    disk: Callable[..., Disk], path: Path, monkeypatch: pytest.MonkeyPatch, on_error: OnError
+) -> None:
+    one = disk(on_error=on_error)
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", full)
+        assert one.request(FLUSH)[0] == IOERR
+    assert one.request(FLUSH)[0] == IOERR, "for good: what was lost is lost"
+    assert [(e.operation, e.action, e.nospace) for e in one.io_errors] == [
+        ("write", "report", True)
+    ] * 2
+    assert one.request(OUT, 0, out=bytes(512))[0] == OK
+
+
+WITHOUT_FLUSH = 1 << 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "out"),
+    [
+        (OUT, bytes(512)),
+        (WRITE_ZEROES, pack("<QII", 1, 1, 0)),
+        (DISCARD, pack("<QII", 128, 256, 0)),
+    ],
+)
+def test_what_a_driver_writes_that_cannot_flush_is_flushed(
+    disk: Callable[..., Disk], monkeypatch: pytest.MonkeyPatch, kind: int, out: bytes
+) -> None:
+    one = disk(discard=True)
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    assert one.request(kind, 1, out=out)[0] == OK
+    assert not synced
+    one.guest.probe(WITHOUT_FLUSH)
+    assert one.request(kind, 1, out=out)[0] == OK
+    assert len(synced) == 1
+    one.request(IN, 1, into=512)
+    assert len(synced) == 1
+    one.guest.probe()
+    assert one.request(kind, 1, out=out)[0] == OK
+    assert len(synced) == 1
+
+
+def test_a_write_whose_flush_fails_is_reported(
+    disk: Callable[..., Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = disk(on_error=OnError.STOP)
+    one.guest.probe(WITHOUT_FLUSH)
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    assert one.request(OUT, 1, out=bytes(512))[0] == IOERR
+    assert [(e.operation, e.action) for e in one.io_errors] == [("write", "report")]
+
+
 def test_what_is_to_be_tried_again_migrates(
     disk: Callable[..., Disk], path: Path, memory: GuestMemory
 ) -> None:
@@ -365,6 +427,15 @@ def test_the_lock_goes_over(disk: Callable[..., Disk], path: Path, memory: Guest
     one.blk.acquire()
 
 
+def test_the_image_is_known_by_its_file(
+    disk: Callable[..., Disk], path: Path, tmp_path: Path
+) -> None:
+    one, status = disk(), path.stat()
+    assert one.blk.is_file(status.st_dev, status.st_ino)
+    other = make_image(tmp_path / "other.raw").stat()
+    assert not one.blk.is_file(other.st_dev, other.st_ino)
+
+
 def test_a_disk_that_cannot_be_flushed_is_not_given_up(
     disk: Callable[..., Disk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +469,28 @@ def test_a_disk_written_after_the_guest_was_saved_is_refused(
     other.pci.load(state)
     other.blk.check_kept()
     other.close()
+
+
+def test_the_same_file_on_another_host_is_known_again(
+    disk: Callable[..., Disk], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = disk()
+    one.pause()
+    state, fstat = one.pci.save(), os.fstat
+
+    def elsewhere(fd: int) -> os.stat_result:
+        found = fstat(fd)
+        return os.stat_result((*found[:2], found.st_dev + 1, *found[3:]), _times(found))
+
+    def _times(found: os.stat_result) -> dict[str, int]:
+        return {"st_mtime_ns": found.st_mtime_ns}
+
+    monkeypatch.setattr(os, "fstat", elsewhere)
+    one.pci.load(state)
+    one.blk.check_kept()
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 4_000_000))
+    with pytest.raises(HostError, match="was written after the guest was saved"):
+        one.blk.check_kept()
 
 
 def _wait(condition: Callable[[], bool]) -> None:

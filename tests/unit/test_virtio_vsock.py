@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -118,6 +119,21 @@ def test_a_cid_is_one_guests(memory: GuestMemory, bench: Bench) -> None:
     other.vsock.acquire()
     assert bench.taken[7] in other.opened
     other.close()
+
+
+def test_a_cid_that_could_not_be_taken_back_keeps_the_guest_here(bench: Bench) -> None:
+    bench.vsock.acquire()
+    while bench.vsock.unmovable(False) is None:
+        bench.vsock.release()
+        assert bench.vsock.unmovable(False) is None, "it has left, and may come back"
+        bench.vsock.acquire()
+    assert len(bench.opened) == 5
+    says = "the CID was given up 4 times .* restart the VM"
+    for into_file in (False, True):
+        assert re.search(says, bench.vsock.unmovable(into_file) or "")
+    with pytest.raises(HostError, match=says):
+        bench.vsock.release()
+    assert bench.kernel is bench.opened[0], "and the CID is here"
 
 
 def test_auto_finds_one_that_is_free(memory: GuestMemory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import fcntl
 import mmap
 import os
 import stat
+import threading
 from collections.abc import Callable, Sequence
 from struct import Struct
 
@@ -75,8 +76,14 @@ class Image:
             self.close()
             raise
         self._locked = False
+        #: Inode, size and time of the last change when the lock was given back.
+        self._left: tuple[int, int, int] | None = None
+        #: The kernel reports a lost write once: to the first of several flushes, so one is at work.
+        self._flushing = threading.Lock()
         #: An error of a write that the kernel had taken: each flush fails from then on.
         self._lost: OSError | None = None
+        #: Something may have been written since the last flush began.
+        self._written = True
 
     # --- making sure ------------------------------------------------------------------------------
     def _present_size(self) -> int:
@@ -116,20 +123,41 @@ class Image:
             )
 
     @property
-    def stamp(self) -> tuple[int, int, int]:
-        """The file's device, inode, and time of the last change in ns."""
+    def stamp(self) -> tuple[int, int]:
+        """The file's inode, and the time of the last change in ns.
+
+        Not the file system's number: that differs on another host, and after a reboot, for NFS and
+        Btrfs.
+        """
         status = os.fstat(self._fd)
-        return status.st_dev, status.st_ino, status.st_mtime_ns
+        return status.st_ino, status.st_mtime_ns
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """The file system's number on this host, and the file's inode."""
+        status = os.fstat(self._fd)
+        return status.st_dev, status.st_ino
 
     # --- the lock ---------------------------------------------------------------------------------
     def lock(self) -> None:
         """Take the lock, against writers and against readers of data written here.
 
         Raises:
-            HostError: another has it.
+            HostError: another has it, or has written the image since the lock was given back.
         """
         if self._locked:
             return
+        self._take_lock()
+        if self._left not in (None, self._present()):
+            self._give_lock()
+            raise HostError(
+                f"disk image '{self.path}' was written by another while the guest had given it up, "
+                "and its file systems would not survive that; end this VM, and boot it anew"
+            )
+        self._locked = self._written = True
+        self._forget_cached()
+
+    def _take_lock(self) -> None:
         does = (_READS,) if self.readonly else (_READS, _WRITES)
         alone = (_WRITES, _RESIZES)
         try:
@@ -145,17 +173,27 @@ class Image:
                 ) from error
             taken = True
         if taken:
-            self.unlock()
+            self._give_lock()
             raise HostError(
                 f"disk image '{self.path}': another process uses it; end that VM or tool first"
                 + ("" if self.readonly else ", or give readonly=on to all that only read it")
             )
-        self._locked = True
-        self._forget_cached()
 
     def unlock(self) -> None:
-        """Give back the lock, if the image has one."""
+        """Give back the lock, if the image has one, once all is flushed."""
+        if self._locked:
+            self._left = self._present()
         self._locked = False
+        self._give_lock()
+
+    def _present(self) -> tuple[int, int, int] | None:
+        """Return what shows that somebody wrote, or None for an image where nothing does."""
+        if self.is_device or self.readonly:
+            return None
+        status = os.fstat(self._fd)
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _give_lock(self) -> None:
         self._set_lock(fcntl.F_UNLCK, _DOES, _ALONE + 100 - _DOES)
 
     def _set_lock(self, kind: int, at: int, length: int = 1) -> None:
@@ -198,7 +236,10 @@ class Image:
         """
         if not self.is_device and os.fstat(self._fd).st_size < self.size:
             raise _truncated(self.path)
-        self._transfer(os.pwritev, at, parts, 0)
+        try:
+            self._transfer(os.pwritev, at, parts, 0)
+        finally:
+            self._written = True
 
     def _transfer(self, call: _Call, at: int, parts: Sequence[memoryview], flags: int) -> None:
         """Read or write all of the parts.
@@ -239,20 +280,24 @@ class Image:
                 _copy(parts, buffer, out=True)
 
     def flush(self) -> None:
-        """Flush all data written to the image to the disk.
+        """Flush all data written to the image to the disk, after a flush that is under way.
 
         Raises:
-            OSError: the host cannot, or could not before: it tells of that once only.
+            OSError: the host cannot, or could not before: the kernel reports that once only.
         """
         if self.readonly:
             return
-        if self._lost is not None:
-            raise self._lost
-        try:
-            os.fdatasync(self._fd)
-        except OSError as error:
-            self._lost = error
-            raise
+        with self._flushing:
+            if self._lost is not None:
+                raise OSError(self._lost.errno, self._lost.strerror) from self._lost
+            if not self._written:
+                return  # the flush that was waited for had all of it
+            self._written = False  # first: what is written meanwhile is for the next flush
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                self._lost = error
+                raise
 
     def discard(self, at: int, size: int) -> None:
         """Give ``size`` bytes at ``at`` back to a host with support for discarding."""
@@ -285,8 +330,10 @@ class Image:
     def _allocate(self, mode: int, at: int, size: int) -> None:
         if not self.is_device and os.fstat(self._fd).st_size < self.size:
             raise _truncated(self.path)
-        if _libc.fallocate(self._fd, mode, at, size):
-            number = ctypes.get_errno()
+        failed = _libc.fallocate(self._fd, mode, at, size)
+        number = ctypes.get_errno()
+        self._written = True
+        if failed:
             raise OSError(number, os.strerror(number))
 
     def close(self) -> None:

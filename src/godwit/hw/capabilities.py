@@ -96,7 +96,12 @@ class OwnsHostState(ABC):
 
     A cold boot acquires it. A source releases it right before COMMIT, a destination acquires it at
     COMMIT, and a source whose guest stays acquires it again.
+
+    Attributes:
+        last: to give it up and take it back has effects of its own, so all others come first.
     """
+
+    last = False
 
     @abstractmethod
     def sync(self) -> None:
@@ -129,6 +134,14 @@ class ChecksKept(ABC):
         Raises:
             HostError: going on would harm what the guest keeps here; the message has the remedy.
         """
+
+
+class HasFile(ABC):
+    """A part whose content is a file of the host's, which nothing may replace meanwhile."""
+
+    @abstractmethod
+    def is_file(self, device: int, inode: int) -> bool:
+        """Return whether the file is this one: the numbers of its file system and its inode."""
 
 
 class IoError(NamedTuple):

@@ -35,6 +35,8 @@ class Devices:
     def __init__(self) -> None:
         self._devices: dict[str, Device] = {}
         self._found: dict[Any, list[Any]] = {}
+        #: The parts whose last acquire or release was an acquire.
+        self._held: set[OwnsHostState] = set()
 
     def add(self, device: Device) -> None:
         """Add a device, whose id is new."""
@@ -64,18 +66,39 @@ class Devices:
         Raises:
             HostError: another has it; the message names the device.
         """
-        taken: list[OwnsHostState] = []
-        for device in self:
-            part = self.part(device, OwnsHostState)
-            if part is None:
-                continue
+        taken: list[tuple[Device, OwnsHostState]] = []
+        for device, part in self._owners():
             try:
                 part.acquire()
             except HostError as error:
-                for other in taken:
-                    other.release()
-                raise HostError(f"device '{device.id}': {error}") from error
-            taken.append(part)
+                problems = "".join(f"; {problem}" for problem in self._give_back(taken))
+                raise HostError(f"device '{device.id}': {error}{problems}") from error
+            if part not in self._held:
+                taken.append((device, part))
+                self._held.add(part)
+
+    def _owners(self) -> list[tuple[Device, OwnsHostState]]:
+        """Return the devices that have what one VM alone may have, in the order of taking it."""
+        found = ((device, self.part(device, OwnsHostState)) for device in self)
+        owners = [(device, part) for device, part in found if part is not None]
+        return sorted(owners, key=lambda owner: owner[1].last)
+
+    def _give_back(self, taken: Iterable[tuple[Device, OwnsHostState]]) -> list[str]:
+        """Give up parts, the others as well if one cannot be, and return the errors."""
+        problems = []
+        for device, part in taken:
+            try:
+                self._release(device, part)
+            except HostError as problem:
+                problems.append(f"and then {problem}")
+        return problems
+
+    def _release(self, device: Device, part: OwnsHostState) -> None:
+        try:
+            part.release()
+        except HostError as error:
+            raise HostError(f"device '{device.id}': {error}") from error
+        self._held.discard(part)
 
     def release(self) -> None:
         """Give up what one VM alone may have, while paused.
@@ -83,13 +106,8 @@ class Devices:
         Raises:
             HostError: a device cannot; the message names the device, and the guest has to go on.
         """
-        for device in self:
-            part = self.part(device, OwnsHostState)
-            if part is not None:
-                try:
-                    part.release()
-                except HostError as error:
-                    raise HostError(f"device '{device.id}': {error}") from error
+        for device, part in self._owners():
+            self._release(device, part)
 
     def check_copy(self) -> None:
         """Check that a guest that runs on can be in a snapshot as well.

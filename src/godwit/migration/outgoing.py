@@ -39,6 +39,9 @@ Parameters = Callable[[], MigrationParameters]
 class Outgoing(ABC):
     """A migration out of this VM, in a thread of its own, where ``on_status`` is called.
 
+    ``checked()`` returns whether all is known of the guest's RAM, or raises GodwitError if that is
+    wrong: it is called again and again before anything of the guest leaves.
+
     Attributes:
         ends_vm: the VM ends by itself once the guest is gone.
     """
@@ -54,8 +57,10 @@ class Outgoing(ABC):
         parameters: Parameters,
         on_status: Callable[[str], None],
         times: Times = TIMES,
+        checked: Callable[[], bool] = lambda: True,
     ) -> None:
         self._guest = guest
+        self._checked = checked
         self._machine = machine = guest.machine
         self._states = states
         self._parameters = parameters
@@ -81,6 +86,8 @@ class Outgoing(ABC):
         self._sent_early = 0  # pages of the last round that were sent before the stop
         self._throttle = Throttle(lambda: machine.vcpus)
         self._syncing = Syncing(machine.devices, times)
+        #: When the guest goes on here whatever happens, by the migration's clock.
+        self._stop_ends = float("inf")
         self._budget_start = times.now()
         self.report = Report(now=times.now, ram_total=machine.memory.size)
         self._connection: Connection | None = None
@@ -154,6 +161,15 @@ class Outgoing(ABC):
         self._thread.join(timeout)
 
     # --- phases -----------------------------------------------------------------------------------
+    def _await_check(self) -> None:
+        """Wait until the guest's RAM is known to be right: damage would leave with new checksums.
+
+        First of all, as the guest runs meanwhile, and neither a log nor a peer waits.
+        """
+        while not self._checked():
+            self._cancelled.wait(self._times.look)
+            self._check_given_up()
+
     @abstractmethod
     def _phases(self) -> tuple[Callable[[], None], ...]:
         """Return the phases in their order, of which the last one hands the guest over."""
@@ -294,8 +310,9 @@ class Outgoing(ABC):
             self._states.set(self._stopped_as)
             # Until now the guest ran, and others were notified.
             self.report.stopped = self._times.now()
+            self._stop_ends = self.report.stopped + self._longest_stop()
             if self._connection is not None:
-                self._connection.deadline = self.report.stopped + self._longest_stop()
+                self._connection.deadline = self._stop_ends
             self._machine.pause(self.report.phase)
         self._unthrottle()
         if self._machine.exited is not None:
@@ -322,7 +339,26 @@ class Outgoing(ABC):
         self.report.rounds.append(Round(self._sent_early + pages_in(runs), 0, 0.0))
         self.report.remaining = 0
         self.report.phase("send")
-        self._syncing.once()  # while the destination loads
+        self._syncing.begin_last()  # while the destination loads
+
+    def _release(self) -> None:
+        """Give up what one VM alone may have, once the disks are flushed.
+
+        Raises:
+            GodwitError: they cannot be, or not for as long as the guest may be stopped, or the
+                migration was given up meanwhile.
+        """
+        self._syncing.await_last(self._check_stop)
+        self._machine.devices.release()
+
+    def _check_stop(self) -> None:
+        """Raise MigrationError if the guest was stopped for long enough, or all was given up."""
+        self._check_given_up()
+        if self._times.now() >= self._stop_ends:
+            raise MigrationError(
+                "the guest's disks were not flushed in the time for the whole of the stop: "
+                "their storage hangs, or is slow"
+            )
 
     # --- ends -------------------------------------------------------------------------------------
     def _finish(self, status: str, error: str | None = None) -> None:

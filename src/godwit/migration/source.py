@@ -54,8 +54,9 @@ class Source(Outgoing):
         on_status: Callable[[str], None],
         holding: Callable[[], bool] = lambda: False,
         times: Times = TIMES,
+        checked: Callable[[], bool] = lambda: True,
     ) -> None:
-        super().__init__(guest, states, parameters, on_status, times)
+        super().__init__(guest, states, parameters, on_status, times, checked)
         self._holding = holding
         self._address = address
         self._first: WaitingConnection | None = None
@@ -80,6 +81,7 @@ class Source(Outgoing):
     def _phases(self) -> tuple[Callable[[], None], ...]:
         return (
             self._await_previous,
+            self._await_check,
             self._hello,
             self._precopy,
             self._stop,
@@ -136,7 +138,7 @@ class Source(Outgoing):
 
     def _commit(self) -> None:
         """Hand the guest over, which from here on may not run here until we know."""
-        self._machine.devices.release()
+        self._release()
         with self._decision:
             self._check_given_up()
             self._committed = self._exposed = True
@@ -156,6 +158,10 @@ class Source(Outgoing):
             self._peer.send(Kind.ACK)
         except LinkLost:
             pass  # then the destination goes on listening, which harms nobody
+
+    def _check_stop(self) -> None:
+        self._realtime.expire()
+        super()._check_stop()
 
     def _await_started(self) -> messages.Started:
         """Send packets after the guest until the destination sends STARTED."""

@@ -154,6 +154,7 @@ class Migrations:
             lambda status: self._on_status(saver, status),
             self._known_times(),
             manner,
+            self._checked,
         )
         return saver
 
@@ -169,8 +170,13 @@ class Migrations:
             lambda status: self._on_status(source, status),
             lambda: packets is not None and packets.holding,
             self._known_times(),
+            self._checked,
         )
         return source
+
+    def _checked(self) -> bool:
+        """Return whether the guest is known to have come undamaged, or raise StreamError."""
+        return self._incoming is None or self._incoming.checked()
 
     def cancel(self) -> None:
         """Give up the present migration out, if there is one.

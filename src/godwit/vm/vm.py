@@ -8,13 +8,14 @@ above all) acts after the VM has started, never before.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from godwit.announce.announcer import Announcer
 from godwit.announce.monitors import Monitors
 from godwit.announce.policy import parse_policy
 from godwit.announce.uplink import Uplink
-from godwit.errors import ConfigError, GodwitError
+from godwit.errors import ConfigError, GodwitError, KvmError
 from godwit.host.loop import Loop
 from godwit.hw.capabilities import Counts, HasBackEnd, IoError, ReportsIoErrors
 from godwit.hw.console import Console
@@ -413,7 +414,7 @@ class Vmm:
             if self.migrations.fail_for_exit(str(error), lambda: self._damaged(error)):
                 return
             self._log(f"the guest was stopped: {error}")
-            with self.machine.lock:
+            with suppress(KvmError), self.machine.lock:  # else with the process
                 self.machine.pause()
             self._end(_S.INTERNAL_ERROR, events.Reason.HOST_ERROR, EXIT_INTERNAL_ERROR)
 

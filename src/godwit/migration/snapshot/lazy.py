@@ -29,6 +29,8 @@ _GAP = 16 << 20
 _REST = 3.0
 #: Between two tries to pause a guest whose device is busy, seconds.
 _AGAIN_S = 1.0
+#: A guest that cannot be paused so many times, each of which takes its time, ends with its VM.
+_TRIES = 3
 
 
 class _Closed(GodwitError):
@@ -57,6 +59,8 @@ class Lazy:
         self._now = now
         self._turned = now()
         self._closing = self._wanted = self._detached = False
+        self._checked = threading.Event()
+        self._damage: StreamError | None = None
         self._thread = threading.Thread(target=self._main, name="snapshot", daemon=True)
         if machine.memory.fd is not None:
             raise ConfigError(
@@ -97,6 +101,20 @@ class Lazy:
         """Begin to check RAM in a thread."""
         self._thread.start()
 
+    def hurry(self) -> bool:
+        """Have the check rest no more, and return whether all of RAM was checked by now.
+
+        Raises:
+            StreamError: RAM is wrong.
+        """
+        if not self._checked.is_set():
+            with suppress(OSError):  # by which each rest is over, as nobody drains it meanwhile
+                os.eventfd_write(self._wake, 1)
+            return False
+        if self._damage is not None:
+            raise StreamError(str(self._damage)) from self._damage
+        return True
+
     def close(self) -> None:
         """End the check, as RAM may not be used any more."""
         self._closing = True
@@ -114,6 +132,7 @@ class Lazy:
         self._turned = self._now()
         try:
             self._snapshot.check_ram(self._rest)
+            self._checked.set()
             self._turn()
             while not self._detached:
                 # If it was asked for in vain, because a device was busy or memory short: again.
@@ -126,9 +145,29 @@ class Lazy:
         except _Closed:
             pass
         except StreamError as error:
-            with self._machine.lock:
-                self._machine.pause()
-            self._on_damaged(named(self._snapshot.path, error))
+            self._damage = damage = named(self._snapshot.path, error)
+            self._checked.set()  # first: nothing of the guest leaves from now on
+            try:
+                self._stop_guest()
+            finally:
+                self._on_damaged(damage)
+        finally:
+            if not self._checked.is_set():
+                self._damage = StreamError("the check of its RAM has ended before the end")
+                self._checked.set()
+
+    def _stop_guest(self) -> None:
+        """Pause the guest, some time after a device that is busy or a vCPU that is late."""
+        for _ in range(_TRIES):
+            try:
+                with self._machine.lock:
+                    self._machine.pause()
+                return
+            except KvmError:
+                if self._closing:
+                    return
+                select.select([self._wake], [], [], _AGAIN_S)
+                eventfd.drain(self._wake)
 
     def _rest(self) -> None:
         """Do what was asked for between two chunks, and rest unless somebody waits for the end."""

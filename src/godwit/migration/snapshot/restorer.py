@@ -64,6 +64,14 @@ class Restorer(Incoming):
             self._receiver.start()
         self._thread.start()
 
+    def checked(self) -> bool:
+        """Return whether all of RAM was checked, which is hurried from now on.
+
+        Raises:
+            StreamError: RAM is wrong.
+        """
+        return self._lazy is None or self._lazy.hurry()
+
     def close(self) -> None:
         """Load no further, and check no further what was loaded."""
         super().close()

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from godwit.errors import ConfigError, LinkLost, MigrationError
 from godwit.host import sandbox
+from godwit.hw.capabilities import HasFile
 from godwit.hw.memory import PAGE
 from godwit.spec import saved
 from godwit.spec.parameters import ConvergenceParameters, OnNoConvergence
@@ -83,8 +84,9 @@ class Saver(Outgoing):
         on_status: Callable[[str], None],
         times: Times = TIMES,
         manner: Manner = PLAIN,
+        checked: Callable[[], bool] = lambda: True,
     ) -> None:
-        super().__init__(guest, states, parameters, on_status, times)
+        super().__init__(guest, states, parameters, on_status, times, checked)
         self._path = path
         self._manner = manner
         self._keeps = manner.keep_running
@@ -146,18 +148,34 @@ class Saver(Outgoing):
 
     # --- phases -----------------------------------------------------------------------------------
     def _phases(self) -> tuple[Callable[[], None], ...]:
+        begin = self._await_check, self._open, self._precopy
         if self._keeps:
-            return self._open, self._precopy, self._stop, self._final, self._go_on, self._publish
-        return self._open, self._precopy, self._settle, self._stop, self._final, self._publish
+            return *begin, self._stop, self._final, self._go_on, self._publish
+        return *begin, self._settle, self._stop, self._final, self._publish
 
     def _open(self) -> None:
         self._check_alive()
         path = self._path
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise MigrationError(f"'{path}' exists and is no regular file; name another")
+        self._spare_disks()
         self._file = _FileSink(Image(self._make(), str(path), self._machine.memory))
         self._introduce()
         self._status("active")
+
+    def _spare_disks(self) -> None:
+        """Refuse to replace a file that a disk of this VM is.
+
+        Raises:
+            MigrationError: the path is such a file, by whatever name.
+        """
+        try:
+            status = self._path.stat()
+        except OSError:
+            return  # there is none, or none that can be replaced
+        for part in self._machine.devices.having(HasFile):
+            if part.is_file(status.st_dev, status.st_ino):
+                raise MigrationError(f"'{self._path}' is a disk of this VM; name another file")
 
     def _make(self) -> int:
         """Make a partial file, for its owner alone, as the guest's memory goes there."""
@@ -213,7 +231,7 @@ class Saver(Outgoing):
         """Make the file whole, and rename the file, with which the guest is there."""
         name = self._finish_file()
         if not self._keeps:
-            self._machine.devices.release()
+            self._release()
         with self._decision:
             self._check_given_up()
             try:

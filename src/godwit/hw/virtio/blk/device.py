@@ -14,6 +14,7 @@ from godwit.host.image import SECTOR, Image
 from godwit.hw.capabilities import (
     ChecksKept,
     Counts,
+    HasFile,
     IoError,
     OwnsHostState,
     RefusesCopies,
@@ -61,9 +62,8 @@ class Retry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Stamp(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The device, inode and time of the last change of an image, by which a later write shows."""
+    """The inode and the time of the last change of an image, by which a later write shows."""
 
-    device: U64
     inode: U64
     changed_ns: U64
 
@@ -76,7 +76,9 @@ class BlkState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stamp: Stamp | None
 
 
-class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, ReportsIoErrors):
+class VirtioBlk(
+    VirtioDevice, Counts, OwnsHostState, HasFile, ChecksKept, RefusesCopies, ReportsIoErrors
+):
     """A disk with the content of ``image``, which the disk owns."""
 
     kind = "virtio-blk"
@@ -100,10 +102,11 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, 
         self._image = image
         self._config = self._make_config(config)
         self.on_io_error: Callable[[IoError], None] = lambda error: None
+        self._doer = Doer(image, config.serial.encode(), config.discard)
         self._workers = Workers(
             config.id,
             self.lock,
-            Doer(image, config.serial.encode(), config.discard),
+            self._doer,
             self._take,
             self._finish,
             image.direct,
@@ -159,6 +162,9 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, 
         kicks = [self.transport.kick_fd(i) for i, queue in enumerate(self.queues) if queue.enabled]
         if not kicks:
             raise GuestError("the driver is ready, but set up no queue")
+        # A driver that did not take the feature cannot flush, and takes a write for written
+        # (virtio 1.2, 5.2.6.2).
+        self._doer.writes_through = not self.negotiated & F_FLUSH
         self.started = True
         self._to_retry += self._retries
         self._retries.clear()
@@ -233,6 +239,7 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, 
         """Return how the guest is told of what the host could not do, or None to try it again."""
         nospace = end.error.errno in (errno.ENOSPC, errno.EDQUOT)
         stop = self._on_error is OnError.STOP or (self._on_error is OnError.ENOSPC and nospace)
+        stop = stop and not end.final
         self._counts["errors"] += 1
         reason = end.error.strerror or str(end.error)
         action = "stop" if stop else "report"
@@ -288,7 +295,7 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, 
     def check_kept(self) -> None:
         """Refuse a disk written after the guest was saved.
 
-        A copy of the image, which has another inode, is taken to be from that time.
+        A copy of the image, which has another inode or the same time, is taken to be from then.
 
         Raises:
             HostError: the image was written since.
@@ -296,11 +303,16 @@ class VirtioBlk(VirtioDevice, Counts, OwnsHostState, ChecksKept, RefusesCopies, 
         now, then = self._present_stamp(), self._stamp
         if now is None or then is None or self._image.readonly:
             return
-        if (now.device, now.inode) == (then.device, then.inode) and now != then:
+        if now.inode == then.inode and now != then:
             raise HostError(
                 f"disk image '{self._image.path}' was written after the guest was saved, and its "
-                "file systems would not survive that; restore with a copy of the image from then"
+                "file systems would not survive that; restore with a copy of the image from then "
+                "(cp -p)"
             )
+
+    def is_file(self, device: int, inode: int) -> bool:
+        """Return whether the image is this file."""
+        return self._image.identity == (device, inode)
 
     def why_no_copy(self) -> str | None:
         """Refuse a copy of the guest that finds its disk as the guest went on to write it."""

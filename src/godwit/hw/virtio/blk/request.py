@@ -58,6 +58,8 @@ class Failed(NamedTuple):
 
     request: Request
     error: OSError
+    #: Trying again is in vain: the kernel reports a lost write once, and each flush fails then.
+    final: bool = False
 
 
 def parse(queue: int, chain: Chain) -> Request:
@@ -102,12 +104,17 @@ def _joined(parts: Sequence[memoryview]) -> list[memoryview]:
 
 
 class Doer:
-    """The image and the identity of a disk, on which requests are done."""
+    """The image and the identity of a disk, on which requests are done.
+
+    Attributes:
+        writes_through: what is written is on the disk at the end of its request.
+    """
 
     def __init__(self, image: Image, identity: bytes, discards: bool) -> None:
         self._image = image
         self._identity = identity
         self._discards = discards
+        self.writes_through = False
 
     def quick(self, request: Request) -> Done | Failed | None:
         """Do a request that neither waits for a disk nor copies for long, or return None."""
@@ -122,14 +129,23 @@ class Doer:
                 # EOPNOTSUPP: the file system cannot tell.
                 waits = error.errno in (errno.EAGAIN, errno.EOPNOTSUPP)
                 return None if waits else Failed(request, error)
-        return self.do(request) if request.kind in (OUT, GET_ID) else None
+        quick = request.kind == GET_ID or (request.kind == OUT and not self.writes_through)
+        return self.do(request) if quick else None
 
     def do(self, request: Request) -> Done | Failed:
         """Do a request, however long it takes."""
         try:
-            return self._do(request)
+            end = self._do(request)
         except OSError as error:
             return Failed(request, error)
+        writes = request.kind in (OUT, DISCARD, WRITE_ZEROES)
+        if end.status or not (request.kind == FLUSH or (writes and self.writes_through)):
+            return end
+        try:
+            self._image.flush()
+        except OSError as error:
+            return Failed(request, error, final=True)
+        return end
 
     def _do(self, request: Request) -> Done:
         kind = request.kind
@@ -142,7 +158,6 @@ class Doer:
         ):
             return Done(request, UNSUPPORTED)
         if kind == FLUSH:
-            self._image.flush()
             return Done(request, OK)
         if self._image.readonly:
             return Done(request, IOERR)

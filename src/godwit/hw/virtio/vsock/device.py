@@ -26,6 +26,7 @@ from godwit.hw.capabilities import (
     OwnsHostState,
     Relocatable,
     ReservesAhead,
+    Unmovable,
 )
 from godwit.hw.device import Slot
 from godwit.hw.memory import GuestMemory
@@ -44,6 +45,10 @@ _RESET_EVENT = bytes(4)  # VIRTIO_VSOCK_EVENT_TRANSPORT_RESET is 0 (5.10.6.7)
 #: Devices that are opened at the start, as a VM in its sandbox can open none: one for each time
 #: that the CID is given up, and the guest goes on here all the same.
 _SPARES = 4
+_EXHAUSTED = (
+    f"the CID was given up {_SPARES} times for migrations that failed, and cannot be again; "
+    "restart the VM"
+)
 #: How many CIDs are tried, and where the first of them lies: at random, so that guests of two hosts
 #: seldom have the same, and may come to one host.
 _TRIES, _BEGIN, _END = 64, 1 << 10, 1 << 31
@@ -56,7 +61,14 @@ class VsockState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VirtioVsock(
-    VirtioDevice, OwnsHostState, ReservesAhead, Relocatable, HasIdentity, LogsDirtyPages, Counts
+    VirtioDevice,
+    OwnsHostState,
+    Unmovable,
+    ReservesAhead,
+    Relocatable,
+    HasIdentity,
+    LogsDirtyPages,
+    Counts,
 ):
     """The socket device with a CID, or with any free one (None).
 
@@ -70,6 +82,7 @@ class VirtioVsock(
     State = VsockState
     device_id = 19
     identity = frozenset({"cid"})
+    last = True  # with the CID the connections are lost
     class_code = 0x078000  # communication, as QEMU's (hw/virtio/vhost-vsock-pci.c)
 
     def __init__(
@@ -147,12 +160,15 @@ class VirtioVsock(
             if self._device is None or not self._has_cid:
                 return
             if not self._spares:
-                raise HostError(
-                    f"the CID was given up {_SPARES} times for migrations that failed, and cannot "
-                    "be again; restart the VM, or migrate the guest without --vsock"
-                )
+                raise HostError(_EXHAUSTED)
             self._device.close()
             self._device, self._has_cid = None, False
+
+    def unmovable(self, into_file: bool) -> str | None:
+        """Refuse a CID that could not be taken back if the guest had to stay."""
+        with self.lock:
+            exhausted = self._device is not None and not self._spares
+        return f"{self.id}: {_EXHAUSTED}" if exhausted else None
 
     def acquire(self) -> None:
         """Take the CID, or a free one where any will do.
