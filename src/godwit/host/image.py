@@ -31,8 +31,9 @@ _SIZE = ior(0x12, 114, 8)  # BLKGETSIZE64
 _LOGICAL = io(0x12, 104)  # BLKSSZGET
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16  # linux/falloc.h
 _ZEROS = bytes(1 << 20)
+_TMPFS = 0x01021994
 #: File systems of this host alone (statfs(2)): ext4, XFS, Btrfs, tmpfs, overlayfs, F2FS, ZFS.
-_LOCAL = (0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0x794C7630, 0xF2F52010, 0x2FC12FC1)
+_LOCAL = (0xEF53, 0x58465342, 0x9123683E, _TMPFS, 0x794C7630, 0xF2F52010, 0x2FC12FC1)
 
 #: preadv or pwritev: descriptor, buffers, offset, flags.
 _Call = Callable[[int, Sequence[memoryview], int, int], int]
@@ -46,6 +47,7 @@ class Image:
 
     Attributes:
         size: bytes, a multiple of 512.
+        in_memory: the image is in memory (tmpfs), where no read waits for a disk.
         block: bytes of the smallest piece that can be read or written.
         direct: the host's page cache is passed by.
 
@@ -75,6 +77,7 @@ class Image:
         except BaseException:
             self.close()
             raise
+        self.in_memory = not self.is_device and _file_system(self._fd) == _TMPFS
         self._locked = False
         #: Inode, size and time of the last change when the lock was given back.
         self._left: tuple[int, int, int] | None = None

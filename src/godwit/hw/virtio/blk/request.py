@@ -122,14 +122,14 @@ class Doer:
             return None
         if sum(map(len, request.inward or request.outward)) > _QUICK:
             return None  # other threads copy the next ones meanwhile
-        if request.kind == IN:
+        if request.kind == IN and not self._image.in_memory:  # tmpfs takes no RWF_NOWAIT
             try:
                 return self._read(request, os.RWF_NOWAIT)
             except OSError as error:
                 # EOPNOTSUPP: the file system cannot tell.
                 waits = error.errno in (errno.EAGAIN, errno.EOPNOTSUPP)
                 return None if waits else Failed(request, error)
-        quick = request.kind == GET_ID or (request.kind == OUT and not self.writes_through)
+        quick = request.kind in (GET_ID, IN) or (request.kind == OUT and not self.writes_through)
         return self.do(request) if quick else None
 
     def do(self, request: Request) -> Done | Failed:
