@@ -169,6 +169,54 @@ def test_a_lost_write_fails_the_release(
     assert daemon.shows == "image"
 
 
+class _Lock:
+    """A lock that reports who comes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.came = threading.Semaphore(0)
+
+    def __enter__(self) -> None:
+        self.came.release()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_of_two_flushes_at_once_each_knows_of_a_lost_write(
+    image: OpenedImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel reports it once for a descriptor, and the other flush is a success."""
+    image.acquire()
+    lock, go_on, errors = _Lock(), threading.Event(), [OSError(5, "Input/output error")]
+    monkeypatch.setattr(image, "_flushing", lock)
+
+    def fdatasync(_: int) -> None:
+        if errors:
+            error = errors.pop()
+            assert go_on.wait(20)
+            raise error
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    refusals: list[str] = []
+
+    def release() -> None:
+        try:
+            image.release()
+        except HostError as error:
+            refusals.append(str(error))
+
+    threads = [threading.Thread(target=act) for act in (image.sync, release)]
+    for thread in threads:
+        thread.start()
+        assert lock.came.acquire(timeout=20)
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert "cannot be flushed: Input/output error" in refusals[0]
+
+
 @pytest.mark.parametrize(
     ("answer", "says"),
     [

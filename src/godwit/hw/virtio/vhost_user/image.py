@@ -8,6 +8,7 @@ place of nothing; to release it, the reverse. The device notices none of that.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -28,6 +29,7 @@ class OpenedImage(OwnsHostState):
         self._image = image
         self._daemon = daemon
         self._open = False
+        self._flushing = threading.Lock()
         #: An error of a write that the kernel had taken, and reports once.
         self._lost: OSError | None = None
         try:
@@ -37,10 +39,20 @@ class OpenedImage(OwnsHostState):
 
     def sync(self) -> None:
         """Flush what the daemon has written to the disk."""
-        try:
-            os.fdatasync(self._fd)
-        except OSError as error:
-            self._lost = error  # and a release fails
+        self._flush()  # if it fails, so does a release
+
+    def _flush(self) -> OSError | None:
+        """Flush, and return the error of this or an earlier time.
+
+        Of two at once the kernel would report an error to one alone, and the other be done first.
+        """
+        with self._flushing:
+            if self._lost is None:
+                try:
+                    os.fdatasync(self._fd)
+                except OSError as error:
+                    self._lost = error
+            return self._lost
 
     def release(self) -> None:
         """Close the image, by which all is flushed and the lock is free.
@@ -52,7 +64,7 @@ class OpenedImage(OwnsHostState):
             self._show("nothing")
             self._open = False
             self._close("image", "file")
-            self.sync()  # the daemon's own errors at the end go nowhere
+            self._flush()  # the daemon's own errors at the end go nowhere
         if self._lost is not None:
             raise HostError(
                 f"disk image '{self._image.path}' cannot be flushed: {self._lost.strerror}"
