@@ -286,3 +286,47 @@ def test_it_is_lost(memory: GuestMemory, tmp_path: Path) -> None:
     with pytest.raises(HostError, match="qemu-storage-daemon does not answer"):
         disk.image.release()
     disk.close()
+
+
+def _silence(*_: object) -> None:
+    raise TimeoutError("timed out")
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["late", "refused"])
+def test_a_release_that_failed_leaves_the_guest_its_disk(
+    memory: GuestMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """The storage stalls for longer than is waited for, and the migration fails."""
+    path = _image(tmp_path / "disk", "qcow2")
+    disk = Disk(memory, f"path={path}")
+    assert disk.image is not None
+    disk.start()
+    disk.guest.probe()
+    data = os.urandom(4096)
+    disk.do(_OUT, 8, data)
+    disk.pause()
+    if late:
+        with monkeypatch.context() as patch:
+            patch.setattr(StorageDaemon, "_answer", _silence)
+            with pytest.raises(HostError, match=r"may still be open: .* timed out"):
+                disk.image.release()  # done nevertheless
+            with pytest.raises(HostError, match="nobody knows whether it is open"):
+                disk.image.acquire()
+    else:
+        daemon = disk.image._daemon
+        daemon.execute("blockdev-add", node_name="user", driver="raw", file="image")
+        with pytest.raises(HostError, match=r"may still be open: .* in use"):
+            disk.image.release()
+        daemon.execute("blockdev-del", node_name="user")
+    disk.image.acquire()
+    disk.pci.resume()
+    assert disk.do(_IN, 8, 4096) == data
+    disk.do(_OUT, 16, data)
+    disk.pause()
+    for _ in range(2):
+        disk.image.release()
+        disk.image.acquire()
+    disk.pci.resume()
+    assert disk.do(_IN, 16, 4096) == data
+    disk.close()
+    assert _content(path)[4096:12288] == data * 2
