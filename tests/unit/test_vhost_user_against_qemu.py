@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -20,7 +21,7 @@ from godwit.cli.formats import with_formats
 from godwit.errors import HostError
 from godwit.host.sandbox import landlock
 from godwit.host.storage_daemon import StorageDaemon
-from godwit.host.vhost_user import BackEnd
+from godwit.host.vhost_user import BackEnd, connect
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.pci import VirtioPci
 from godwit.hw.virtio.vhost_user.device import VirtioVhostUser
@@ -330,3 +331,27 @@ def test_a_release_that_failed_leaves_the_guest_its_disk(
     assert disk.do(_IN, 16, 4096) == data
     disk.close()
     assert _content(path)[4096:12288] == data * 2
+
+
+def test_the_documents_example_leaves_nothing_in_this_hosts_cache(tmp_path: Path) -> None:
+    """Its image is opened with O_DIRECT: another host may read it after a migration."""
+    text = Path("docs/devices.md").read_text().replace("\\\n", "")
+    (line,) = (line for line in text.splitlines() if "qemu-storage-daemon --blockdev" in line)
+    image, listens = tmp_path / "disk.raw", tmp_path / "disk.sock"
+    image.write_bytes(bytes(SECTORS * 512))
+    try:
+        os.close(os.open(image, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system has no O_DIRECT")
+    words = line.replace("disk.raw", str(image)).replace("/run/disk.sock", str(listens)).split()
+    with subprocess.Popen([*words, "--daemonize", "--pidfile", str(tmp_path / "pid")]) as started:
+        assert started.wait(PATIENCE) == 0
+    pid = int((tmp_path / "pid").read_text())
+    try:
+        with connect(str(listens)):
+            files = Path(f"/proc/{pid}/fd").iterdir()
+            (fd,) = (file.name for file in files if file.readlink() == image)
+            flags = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().split("flags:")[1].split()[0]
+            assert int(flags, 8) & os.O_DIRECT
+    finally:
+        os.kill(pid, signal.SIGTERM)
