@@ -67,6 +67,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
         self._image = image
         self._memory = memory
         self.on_back_end: Callable[[str | None], None] = lambda why: None
+        self.on_requests_lost: Callable[[], None] = lambda: None
         self._inflight: Inflight | None = None
         #: The queues' positions are known: not while requests may be in flight.
         self._known = True
@@ -324,9 +325,10 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
         self.on_back_end(None)
         self._set_config(config)
         with self.guarded("back end"):
-            if not self._known:
-                self._find_positions()
-            if self.started:
+            if not self._known and not self._find_positions():
+                if self.transport.need_reset():
+                    self.on_requests_lost()
+            elif self.started:
                 self._ask(self._begin)
                 self._kick()
 
@@ -343,18 +345,14 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             self._config = config
             self.transport.signal_config()
 
-    def _find_positions(self) -> None:
+    def _find_positions(self) -> bool:
         """Find where to go on after a loss: the record knows, or the order of the rings.
 
-        Raises:
-            GuestError: requests in flight are unknown; the driver has to reset the device.
+        Returns False if nobody knows which requests were in flight.
         """
-        for index in self._enabled():
-            if not self.queues[index].go_on_behind_used() and self._inflight is None:
-                raise GuestError(
-                    "the back end was lost with requests in flight of which it kept no record"
-                )
-        self._known = True
+        found = [self.queues[index].go_on_behind_used() for index in self._enabled()]
+        self._known = all(found) or self._inflight is not None
+        return self._known
 
     def _drop_inflight(self) -> None:
         inflight, self._inflight = self._inflight, None
