@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ class Daemon:
         #: By command and node: what the daemon answers.
         self.fails: dict[tuple[str, str], str] = {}
         self.raw: bytes | None = None
+        #: A command on a node that is done late: once the event is set.
+        self.late: tuple[str, str] | None = None
+        self.go_on = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -50,16 +53,19 @@ class Daemon:
                     self._theirs.shutdown(socket.SHUT_RDWR)
                     return
                 self._send({"event": "SOMETHING", "data": {}})
-                self._send(self._done(request["execute"], given))
+                self._send({**self._done(request["execute"], given), "id": request["id"]})
 
     def _send(self, value: Any) -> None:
         self._theirs.sendall(json.dumps(value).encode() + b"\r\n")
 
     def _done(self, command: str, given: Any) -> Any:
-        node = given.get("node-name", "")
+        node = _node_of(given)
         if command == "blockdev-reopen":
             (given,) = given["options"]
-            node = given["file"]
+        if command == "query-named-block-nodes":
+            return {"return": [{"node-name": node, "drv": "x"} for node in self.nodes]}
+        if (command, node) == self.late:
+            assert self.go_on.wait(20)
         if (command, node) in self.fails:
             return {"error": {"class": "GenericError", "desc": self.fails[command, node]}}
         if command == "blockdev-add":
@@ -76,10 +82,36 @@ class Daemon:
         return {"return": {}}
 
     def close(self) -> None:
+        self.go_on.set()
         self.ours.close()
         self._thread.join(20)
         assert not self._thread.is_alive()
         self._theirs.close()
+
+
+def _node_of(given: Any) -> Any:
+    """Return the node of a command, which for 'blockdev-reopen' is the one to show."""
+    return given["options"][0]["file"] if "options" in given else given.get("node-name", "")
+
+
+@contextmanager
+def _late(daemon: Daemon, step: tuple[str, str]) -> Iterator[None]:
+    """Have the daemon be late with a step, and the time be up at once from there on."""
+    daemon.late = step
+    send, answer = StorageDaemon._send, StorageDaemon._answer
+    up = False
+
+    def watched(storage: StorageDaemon, line: bytes) -> None:
+        nonlocal up
+        request = json.loads(line)
+        up = up or (request["execute"], _node_of(request["arguments"])) == step
+        send(storage, line)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StorageDaemon, "_send", watched)
+        patch.setattr(StorageDaemon, "_answer", lambda s, until: answer(s, 0 if up else until))
+        yield
+    daemon.go_on.set()
 
 
 @pytest.fixture
@@ -169,6 +201,54 @@ def test_a_lost_write_fails_the_release(
     assert daemon.shows == "image"
 
 
+class _Lock:
+    """A lock that reports who comes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.came = threading.Semaphore(0)
+
+    def __enter__(self) -> None:
+        self.came.release()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_of_two_flushes_at_once_each_knows_of_a_lost_write(
+    image: OpenedImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel reports it once for a descriptor, and the other flush is a success."""
+    image.acquire()
+    lock, go_on, errors = _Lock(), threading.Event(), [OSError(5, "Input/output error")]
+    monkeypatch.setattr(image, "_flushing", lock)
+
+    def fdatasync(_: int) -> None:
+        if errors:
+            error = errors.pop()
+            assert go_on.wait(20)
+            raise error
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    refusals: list[str] = []
+
+    def release() -> None:
+        try:
+            image.release()
+        except HostError as error:
+            refusals.append(str(error))
+
+    threads = [threading.Thread(target=act) for act in (image.sync, release)]
+    for thread in threads:
+        thread.start()
+        assert lock.came.acquire(timeout=20)
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert "cannot be flushed: Input/output error" in refusals[0]
+
+
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
@@ -176,7 +256,7 @@ def test_a_lost_write_fails_the_release(
         (b"{\n", "truncated"),
         (b'{"return": {}', "it has ended"),
         (b'{"error": 7}\n', "Expected `object"),
-        (b"x" * (1 << 18), "too long"),
+        (b"x" * (9 << 17), "too long"),
     ],
     ids=range(5),
 )
@@ -188,12 +268,104 @@ def test_a_daemon_that_answers_nonsense(
         image.acquire()
 
 
-def test_a_silent_daemon_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_daemon_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_daemon, "_ANSWER_S", 0.05)
     ours, theirs = socket.socketpair()
-    with theirs, pytest.raises(HostError, match="does not answer qmp_capabilities: timed out"):
+    with ours, theirs, pytest.raises(HostError, match="answer qmp_capabilities: timed out"):
         StorageDaemon(ours).execute("blockdev-add")
-    assert ours.fileno() == -1
+
+
+def test_a_late_answer_is_not_the_next_ones(daemon: Daemon) -> None:
+    storage = StorageDaemon(daemon.ours)
+    daemon.fails = {("blockdev-del", "x"): "late"}
+    with _late(daemon, ("blockdev-del", "x")):
+        for _ in range(2):
+            with pytest.raises(HostError, match="does not answer blockdev-del: timed out"):
+                storage.execute("blockdev-del", node_name="x")
+        assert storage.silent
+    assert storage.nodes() == {"nothing", "disk"}
+    assert not storage.silent
+
+
+def test_half_a_command_is_the_end_of_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_daemon, "_ANSWER_S", 0.05)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        storage = StorageDaemon(ours)
+        theirs.sendall(b'{"return": {}, "id": 1}\n')  # to qmp_capabilities
+        with pytest.raises(HostError, match="it takes no commands"):
+            storage.execute("blockdev-add", node_name="x" * (4 << 20))
+        assert ours.fileno() == -1
+
+
+# --- what is open is unknown ----------------------------------------------------------------------
+_STEPS = [
+    *(("blockdev-add", "file"), ("blockdev-add", "image"), ("blockdev-reopen", "image")),
+    *(("blockdev-reopen", "nothing"), ("blockdev-del", "image"), ("blockdev-del", "file")),
+]
+
+
+def _be_late(daemon: Daemon, image: OpenedImage, step: tuple[str, str]) -> None:
+    """Have a step of an acquire or a release be late."""
+    act = image.acquire
+    if step in _STEPS[3:]:
+        image.acquire()
+        act = image.release
+    with _late(daemon, step):
+        with pytest.raises(HostError, match=f"does not answer {step[0]}: timed out"):
+            act()
+        for _ in range(2):  # and the guest does not run
+            with pytest.raises(HostError, match=r"nobody knows whether it is open .* try again"):
+                image.acquire()
+            with pytest.raises(HostError, match="nobody knows whether it is open"):
+                image.release()
+
+
+@pytest.mark.parametrize("step", _STEPS, ids=" ".join)
+def test_a_late_step_leaves_no_guest_on_nothing(
+    daemon: Daemon, image: OpenedImage, step: tuple[str, str]
+) -> None:
+    _be_late(daemon, image, step)
+    image.acquire()
+    assert daemon.shows == "image"
+    assert daemon.nodes == {"nothing", "disk", "file", "image"}
+    image.release()
+    assert daemon.nodes == {"nothing", "disk"}
+
+
+@pytest.mark.parametrize("step", _STEPS, ids=" ".join)
+def test_a_late_step_leaves_no_image_open(
+    daemon: Daemon, image: OpenedImage, step: tuple[str, str]
+) -> None:
+    _be_late(daemon, image, step)
+    image.release()
+    assert daemon.shows == "nothing"
+    assert daemon.nodes == {"nothing", "disk"}
+
+
+@pytest.mark.parametrize("step", _STEPS[3:], ids=" ".join)
+def test_an_image_that_cannot_be_closed_is_acquired_again(
+    daemon: Daemon, image: OpenedImage, step: tuple[str, str]
+) -> None:
+    for _ in range(2):
+        image.acquire()
+        daemon.fails[step] = "busy"
+        with pytest.raises(HostError, match=r"disk image '.*' may still be open: busy"):
+            image.release()
+        daemon.fails.clear()
+        image.acquire()
+        assert daemon.shows == "image"
+        assert daemon.nodes == {"nothing", "disk", "file", "image"}
+
+
+def test_a_daemon_that_has_ended_lets_no_guest_run(daemon: Daemon, image: OpenedImage) -> None:
+    image.acquire()
+    daemon.raw = b""
+    with pytest.raises(HostError, match=r"may still be open: .* it has ended"):
+        image.release()
+    for _ in range(2):
+        with pytest.raises(HostError, match="nobody knows whether it is open"):
+            image.acquire()
 
 
 def test_there_is_no_such_image(daemon: Daemon) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -20,7 +21,7 @@ from godwit.cli.formats import with_formats
 from godwit.errors import HostError
 from godwit.host.sandbox import landlock
 from godwit.host.storage_daemon import StorageDaemon
-from godwit.host.vhost_user import BackEnd
+from godwit.host.vhost_user import BackEnd, connect
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.pci import VirtioPci
 from godwit.hw.virtio.vhost_user.device import VirtioVhostUser
@@ -286,3 +287,71 @@ def test_it_is_lost(memory: GuestMemory, tmp_path: Path) -> None:
     with pytest.raises(HostError, match="qemu-storage-daemon does not answer"):
         disk.image.release()
     disk.close()
+
+
+def _silence(*_: object) -> None:
+    raise TimeoutError("timed out")
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["late", "refused"])
+def test_a_release_that_failed_leaves_the_guest_its_disk(
+    memory: GuestMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """The storage stalls for longer than is waited for, and the migration fails."""
+    path = _image(tmp_path / "disk", "qcow2")
+    disk = Disk(memory, f"path={path}")
+    assert disk.image is not None
+    disk.start()
+    disk.guest.probe()
+    data = os.urandom(4096)
+    disk.do(_OUT, 8, data)
+    disk.pause()
+    if late:
+        with monkeypatch.context() as patch:
+            patch.setattr(StorageDaemon, "_answer", _silence)
+            with pytest.raises(HostError, match=r"may still be open: .* timed out"):
+                disk.image.release()  # done nevertheless
+            with pytest.raises(HostError, match="nobody knows whether it is open"):
+                disk.image.acquire()
+    else:
+        daemon = disk.image._daemon
+        daemon.execute("blockdev-add", node_name="user", driver="raw", file="image")
+        with pytest.raises(HostError, match=r"may still be open: .* in use"):
+            disk.image.release()
+        daemon.execute("blockdev-del", node_name="user")
+    disk.image.acquire()
+    disk.pci.resume()
+    assert disk.do(_IN, 8, 4096) == data
+    disk.do(_OUT, 16, data)
+    disk.pause()
+    for _ in range(2):
+        disk.image.release()
+        disk.image.acquire()
+    disk.pci.resume()
+    assert disk.do(_IN, 16, 4096) == data
+    disk.close()
+    assert _content(path)[4096:12288] == data * 2
+
+
+def test_the_documents_example_leaves_nothing_in_this_hosts_cache(tmp_path: Path) -> None:
+    """Its image is opened with O_DIRECT: another host may read it after a migration."""
+    text = Path("docs/devices.md").read_text().replace("\\\n", "")
+    (line,) = (line for line in text.splitlines() if "qemu-storage-daemon --blockdev" in line)
+    image, listens = tmp_path / "disk.raw", tmp_path / "disk.sock"
+    image.write_bytes(bytes(SECTORS * 512))
+    try:
+        os.close(os.open(image, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system has no O_DIRECT")
+    words = line.replace("disk.raw", str(image)).replace("/run/disk.sock", str(listens)).split()
+    with subprocess.Popen([*words, "--daemonize", "--pidfile", str(tmp_path / "pid")]) as started:
+        assert started.wait(PATIENCE) == 0
+    pid = int((tmp_path / "pid").read_text())
+    try:
+        with connect(str(listens)):
+            files = Path(f"/proc/{pid}/fd").iterdir()
+            (fd,) = (file.name for file in files if file.readlink() == image)
+            flags = Path(f"/proc/{pid}/fdinfo/{fd}").read_text().split("flags:")[1].split()[0]
+            assert int(flags, 8) & os.O_DIRECT
+    finally:
+        os.kill(pid, signal.SIGTERM)

@@ -517,6 +517,14 @@ def test_a_guest_error_is_an_event_and_a_line(place: Place) -> None:
     assert "nic0: the guest broke the device's rules (a bad ring)" in place.text[-1]
 
 
+def test_lost_requests_are_an_event_and_a_line_and_not_the_guests_fault(place: Place) -> None:
+    place.vm._requests_lost("disk0")()
+    place.loop.run_once(0)
+    assert place.named("BACK_END_REQUESTS_LOST") == [{"device": "disk0"}]
+    assert "disk0: its back end was lost with requests in flight" in place.text[-1]
+    assert place.named("GUEST_ERROR") == []
+
+
 @pytest.mark.parametrize(
     ("action", "state", "code"),
     [

@@ -216,6 +216,9 @@ class HasBackEnd(ABC):
     #: Called with the reason when the process is lost, and with None once it is back, from any
     #: thread and perhaps under the device's lock.
     on_back_end: Callable[[str | None], None]
+    #: Called likewise when another is there, and nobody knows which requests were in flight: the
+    #: device has stopped, and needs a reset by its driver.
+    on_requests_lost: Callable[[], None]
 
 
 class Unmovable(ABC):

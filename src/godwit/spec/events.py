@@ -87,6 +87,12 @@ class Event(StrEnum):
         *("device", "why"),
     )
     BACK_END_BACK = "BACK_END_BACK", "a process serves the device again", "device"
+    BACK_END_REQUESTS_LOST = (
+        "BACK_END_REQUESTS_LOST",
+        "the process that served a device was lost with requests of the guest's, of which it kept "
+        "no record: the device stopped, and needs a reset by its driver",
+        "device",
+    )
     POWERDOWN = "POWERDOWN", "the power button was pressed, which the guest may ignore"
     EVENTS_LOST = (
         "EVENTS_LOST",

@@ -129,6 +129,7 @@ class Vmm:
                 served = self.machine.devices.part(device, HasBackEnd)
                 if served is not None:
                     served.on_back_end = self._back_end_changed(device.id)
+                    served.on_requests_lost = self._requests_lost(device.id)
             for nic in self.machine.nics:
                 nic.on_ack = self._acked(nic.id)
                 nic.on_filter = self._filter_changed(nic.id)
@@ -361,6 +362,16 @@ class Vmm:
                 self._log(f"{device}: its back end is lost ({why}); the device waits")
 
         return lambda why: self._loop.call_soon(lambda: report(why))
+
+    def _requests_lost(self, device: str) -> Callable[[], None]:
+        def report() -> None:
+            self._emit(*Event.BACK_END_REQUESTS_LOST.of(device=device))
+            self._log(
+                f"{device}: its back end was lost with requests in flight, of which it kept no "
+                "record; the device has stopped, and goes on once the guest resets it or reboots"
+            )
+
+        return lambda: self._loop.call_soon(report)
 
     def _io_failed(self, error: IoError) -> None:
         """Report an error of a disk, at a rate, and stop the VM if that is wanted."""

@@ -31,6 +31,9 @@ class Transport(Protocol):
     def signal_config(self) -> None:
         """Raise the interrupt for a changed configuration."""
 
+    def need_reset(self) -> bool:
+        """Stop the device until its driver resets it (2.1.1), and return False if so before."""
+
     def queue_fd(self, index: int) -> int:
         """Return the eventfd that raises the interrupt of a queue, or -1 without a vector."""
 

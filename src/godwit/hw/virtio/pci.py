@@ -392,10 +392,16 @@ class VirtioPci(PciFunction, Device, HasSetupHints):
         self._isr = 0
 
     def _guest_error(self, message: str) -> None:
-        """Stop the device for a guest error, and ask for its reset (2.1.1). The VM lives."""
-        self.device.stop()
-        if not self._common.status & v.NEEDS_RESET:
-            self._common.status |= v.NEEDS_RESET
+        """Stop the device for a guest error, and ask for its reset. The VM lives."""
+        if self.need_reset():
             self._on_guest_error(self.id, message)
-            if self._common.status & v.DRIVER_OK:
-                self.signal_config()
+
+    def need_reset(self) -> bool:
+        """Stop the device until its driver resets it (2.1.1), and return False if so before."""
+        self.device.stop()
+        if self._common.status & v.NEEDS_RESET:
+            return False
+        self._common.status |= v.NEEDS_RESET
+        if self._common.status & v.DRIVER_OK:
+            self.signal_config()
+        return True

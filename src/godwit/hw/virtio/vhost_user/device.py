@@ -67,6 +67,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
         self._image = image
         self._memory = memory
         self.on_back_end: Callable[[str | None], None] = lambda why: None
+        self.on_requests_lost: Callable[[], None] = lambda: None
         self._inflight: Inflight | None = None
         #: The queues' positions are known: not while requests may be in flight.
         self._known = True
@@ -79,7 +80,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             raise
         lacking = TRANSPORT_FEATURES & ~back_end.features
         self._offered = self._offered & ~lacking | back_end.features & self._type.features
-        self._can_log = bool(back_end.features & F_LOG_ALL and back_end.protocol & P_LOG_SHMFD)
+        self._can_log = _logs(back_end)
         self._log = Log(memory.regions[-1].end)
         self._drain = Drain(self.queues)
         self._nobody = eventfd.make()
@@ -264,7 +265,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
         """Hand the queues over, whose positions are known."""
         self._serving, self._known = True, False  # from here on requests may be in flight
         if self._log.on:
-            back_end.set_log(self._log.fd, self._log.size)
+            self._set_log(back_end)
         back_end.set_features(self._features())
         if self._inflight is None:
             self._inflight = back_end.make_inflight(len(self.queues), _QUEUE_SIZE)
@@ -319,12 +320,15 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
         lacking = self._offered & ~back_end.features
         if lacking:
             raise HostError(f"it lacks the features {lacking:#x}")
+        self._can_log = _logs(back_end)
+        self._check_log()
         self.on_back_end(None)
         self._set_config(config)
         with self.guarded("back end"):
-            if not self._known:
-                self._find_positions()
-            if self.started:
+            if not self._known and not self._find_positions():
+                if self.transport.need_reset():
+                    self.on_requests_lost()
+            elif self.started:
                 self._ask(self._begin)
                 self._kick()
 
@@ -341,18 +345,14 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             self._config = config
             self.transport.signal_config()
 
-    def _find_positions(self) -> None:
+    def _find_positions(self) -> bool:
         """Find where to go on after a loss: the record knows, or the order of the rings.
 
-        Raises:
-            GuestError: requests in flight are unknown; the driver has to reset the device.
+        Returns False if nobody knows which requests were in flight.
         """
-        for index in self._enabled():
-            if not self.queues[index].go_on_behind_used() and self._inflight is None:
-                raise GuestError(
-                    "the back end was lost with requests in flight of which it kept no record"
-                )
-        self._known = True
+        found = [self.queues[index].go_on_behind_used() for index in self._enabled()]
+        self._known = all(found) or self._inflight is not None
+        return self._known
 
     def _drop_inflight(self) -> None:
         inflight, self._inflight = self._inflight, None
@@ -373,7 +373,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             if not self._serving:
                 return self._log.take_both()
             self._log.swap()
-            self._ask(lambda back_end: back_end.set_log(self._log.fd, self._log.size))
+            self._ask(self._set_log)
             return self._log.take_idle()
 
     def stop_log(self) -> None:
@@ -382,6 +382,21 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             self._log.on = False
             self._apply_log()
 
+    def _check_log(self) -> None:
+        """Refuse a back end whose writes a migration would miss.
+
+        Raises:
+            HostError: it cannot log, and has to.
+        """
+        if self._log.on and not self._can_log:
+            raise HostError(
+                "it does not log what it writes (VHOST_F_LOG_ALL), while the guest migrates"
+            )
+
+    def _set_log(self, back_end: BackEnd) -> None:
+        self._check_log()
+        back_end.set_log(self._log.fd, self._log.size)
+
     def _apply_log(self) -> None:
         """Have the back end log, or no longer, if there are queues to serve."""
         if self._serving:
@@ -389,9 +404,13 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
 
     def _set_logging(self, back_end: BackEnd) -> None:
         if self._log.on:
-            back_end.set_log(self._log.fd, self._log.size)
+            self._set_log(back_end)
         back_end.set_features(self._features())
         for index in self._enabled():
             queue = self.queues[index]
             back_end.set_addresses(index, self._parts(queue), self._log.on, queue.used)
         back_end.settle()  # what is written from now on is logged
+
+
+def _logs(back_end: BackEnd) -> bool:
+    return bool(back_end.features & F_LOG_ALL and back_end.protocol & P_LOG_SHMFD)
