@@ -427,6 +427,23 @@ def test_the_lock_goes_over(disk: Callable[..., Disk], path: Path, memory: Guest
     one.blk.acquire()
 
 
+def test_a_release_after_a_sync_waits_for_no_disk(
+    disk: Callable[..., Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = disk()
+    one.blk.acquire()
+    assert one.request(OUT, 0, out=bytes(512))[0] == OK
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    one.blk.sync()
+    assert len(synced) == 1
+    one.blk.release()
+    assert len(synced) == 1
+    one.blk.acquire()
+    one.blk.release()
+    assert len(synced) == 2, "without a sync before, it flushes itself"
+
+
 def test_the_image_is_known_by_its_file(
     disk: Callable[..., Disk], path: Path, tmp_path: Path
 ) -> None:

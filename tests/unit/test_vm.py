@@ -12,13 +12,14 @@ from unittest import mock
 import msgspec
 import pytest
 
-from godwit.errors import ConfigError, HostError, StateError
+from godwit.errors import ConfigError, HostError, KvmError, StateError
 from godwit.host.loop import Loop
 from godwit.hw import acpi, layout
 from godwit.hw.console import Console
 from godwit.machine.board import Board
 from godwit.machine.vcpu import StopReason
 from godwit.migration.outgoing import Outgoing
+from godwit.migration.snapshot import lazy
 from godwit.qmp.commands.migration import MigrationInfo, OwnInfo
 from godwit.spec.machine_types import DEFAULT, machine_type
 from godwit.spec.parameters import MigrationParameters
@@ -309,7 +310,10 @@ def test_a_guest_that_runs_on_is_not_announced_and_its_copy_is(
     assert other.named("ANNOUNCE_STARTED")
 
 
-def test_a_guest_whose_ram_is_damaged_ends_with_its_vm(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_guest_whose_ram_is_damaged_ends_with_its_vm(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: bool
+) -> None:
     place.vm.start()
     place.vm.machine.memory.write(3 << 20, b"in the file")
     path = tmp_path / "guest"
@@ -319,10 +323,15 @@ def test_a_guest_whose_ram_is_damaged_ends_with_its_vm(place: Place, tmp_path: P
         file.seek((2 << 20) + (3 << 20))
         file.write(b"x")
     other = Place(restore=Restore(lazy=True))
-    other.vm.await_guest(f"file:{path}", False)
-    other.run_until(lambda: bool(other.named("SHUTDOWN")))
+    with monkeypatch.context() as patch:
+        if busy:
+            never = mock.Mock(side_effect=KvmError("device 'disk0' did not finish its work"))
+            patch.setattr(other.vm.machine, "pause", never)
+            patch.setattr(lazy, "_AGAIN_S", 0.0)
+        other.vm.await_guest(f"file:{path}", False)
+        other.run_until(lambda: bool(other.named("SHUTDOWN")))
     assert (other.vm.exit_code, other.vm.states.current) == (EXIT_INTERNAL_ERROR, S.INTERNAL_ERROR)
-    assert not other.vm.machine.running
+    assert other.vm.machine.running == busy, "its process ends with it"
     assert "was altered" in other.text[-1]
     assert "offset 5242880" in other.text[-1]
     other.close()

@@ -425,7 +425,8 @@ class Vmm:
             if self.migrations.fail_for_exit(str(error), lambda: self._damaged(error)):
                 return
             self._log(f"the guest was stopped: {error}")
-            with suppress(KvmError), self.machine.lock:  # else with the process
+            # One whose device is busy for long ends with the process.
+            with suppress(KvmError), self.machine.lock:
                 self.machine.pause()
             self._end(_S.INTERNAL_ERROR, events.Reason.HOST_ERROR, EXIT_INTERNAL_ERROR)
 
