@@ -463,3 +463,20 @@ def test_what_is_remembered_is_bounded() -> None:
     for one in _noise(10_000):
         seen.see(one, 1.0)
     assert len(seen._at) == MAX_SEEN
+
+
+def test_what_is_forgotten_is_still_kept_from_a_copy() -> None:
+    book = AddressBook(MAC, max_age_s=60)
+    for number in range(300):
+        ip = bytes((10, 0, number >> 8, number & 255))
+        book.learn(sighting(ip), float(number))
+    book.forget_old(1e6)
+    state = book.save(1e6)
+    assert state.entries == []
+    assert len(state.former) == 256
+    assert state.former[-1] == bytes((10, 0, 1, 43))
+    other = AddressBook(MAC)
+    other.load(state, 5.0)
+    assert other.save(5.0).former == state.former
+    with pytest.raises(StreamError, match=r"former\[1\]"):
+        other.load(msgspec.structs.replace(state, former=[b"\x0a\0\0\1", bytes(4)]), 5.0)

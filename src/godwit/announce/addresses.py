@@ -354,6 +354,7 @@ class AddressBook:
             for one in state.peers
         ]
         self._own, self._others, self._met, self._met_once = {}, {}, {}, {}
+        self._former = dict.fromkeys(state.former)
         for entry in sorted(entries, key=_last_seen):
             self._put(entry)
         for peer in sorted(peers, key=_last_seen):
