@@ -106,7 +106,7 @@ def test_a_guest_reads_and_writes_its_disk_here_and_there(
 @contextmanager
 def _small(folder: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
-    path = folder / "small"
+    path = folder / "small-disk"
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "small", path], check=True)
     try:
