@@ -128,7 +128,7 @@ ip link set eth1 down
 ip link set eth2 down
 echo +eth1 > /sys/class/net/bond0/bonding/slaves
 echo +eth2 > /sys/class/net/bond0/bonding/slaves
-echo eth2 > /sys/class/net/bond0/bonding/active_slave
+until echo eth2 > /sys/class/net/bond0/bonding/active_slave; do :; done
 ip addr add 10.55.0.2/24 dev bond0
 until ping -c 1 -W 1 10.55.0.1; do :; done
 cat /sys/class/net/bond0/address
