@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
+import virtio_bench
 from godwit.announce import frames
-from godwit.errors import GodwitError, StateError
+from godwit.errors import GodwitError, StateError, StreamError
 from godwit.host.net.tap import HEADER
+from godwit.hw.capabilities import LogsDirtyPages
+from godwit.hw.memory import GuestMemory
 from godwit.spec.config import NicConfig, as_copy, default_mac, parse_devices
 from godwit.spec.restore import Restore
 from godwit.spec.runstate import RunState
 from migration_bench import IMPATIENT, Side
+from tests.fakes.backend import FakeBackend
 from tests.fakes.tap import FakeTap
 
 OLD, NEW = (bytes.fromhex(f"5254000000{n}") for n in ("3a", "77"))
@@ -127,3 +131,27 @@ def test_a_copys_nics_get_addresses_of_their_own() -> None:
     assert not [nic for nic in nics if nic.vhost], "its frames have to pass this process"
     assert nics[1].mac == nics[3].mac == bytes.fromhex("525400000009")
     assert len({nics[0].mac, nics[2].mac, default_mac("tap0", 0)}) == 3
+
+
+class Kernels(FakeBackend, LogsDirtyPages):
+    """A backend in the kernel, whose frames nobody here sees."""
+
+    def start_log(self) -> None:
+        pass
+
+    def take_log(self) -> bytes:
+        return b""
+
+    def stop_log(self) -> None:
+        pass
+
+
+def test_a_nic_whose_frames_the_kernel_carries_is_no_copys() -> None:
+    memory = GuestMemory(32 << 20)
+    bench = virtio_bench.Bench(memory)
+    bench.net.be_copy()
+    bench.net.backend = Kernels()
+    with pytest.raises(StreamError, match="vhost=off"):
+        bench.net.be_copy()
+    bench.close()
+    memory.close()

@@ -108,3 +108,17 @@ def test_the_escape_is_found_behind_what_waits(pipe: tuple[int, int]) -> None:
     guest.make_room(10_000)
     turn(loop)
     assert guest.data == b"a" * 5000 + b"b"
+
+
+def test_nothing_is_read_after_the_close(tmp_path: Path) -> None:
+    path = tmp_path / "commands"
+    path.write_bytes(b"x" * 100_000)
+    loop, guest = Loop(), Guest(1 << 20)
+    with path.open("rb") as file:
+        keyboard = Keyboard(loop, guest, file.fileno(), None)
+        keyboard.start()
+        turn(loop, 3)
+        keyboard.close()
+        before = len(guest.data)
+        turn(loop, 5)
+    assert len(guest.data) == before < 100_000

@@ -15,6 +15,7 @@ import pytest
 from godwit.errors import ConfigError, HostError, KvmError, StateError
 from godwit.host.loop import Loop
 from godwit.hw import acpi, layout
+from godwit.hw.capabilities import IoError
 from godwit.hw.console import Console
 from godwit.machine.board import Board
 from godwit.machine.vcpu import StopReason
@@ -527,7 +528,7 @@ def test_a_guest_error_is_an_event_and_a_line(place: Place) -> None:
 
 
 def test_lost_requests_are_an_event_and_a_line_and_not_the_guests_fault(place: Place) -> None:
-    place.vm._requests_lost("disk0")()
+    place.vm.device_reports.requests_lost("disk0")()
     place.loop.run_once(0)
     assert place.named("BACK_END_REQUESTS_LOST") == [{"device": "disk0"}]
     assert "disk0: its back end was lost with requests in flight" in place.text[-1]
@@ -587,3 +588,21 @@ def test_counters_and_filters_are_by_device() -> None:
     with pytest.raises(ConfigError, match="no NIC 'nic7'; this VM has: nic0"):
         place.vm.rx_filters("nic7")
     place.close()
+
+
+def test_a_vm_that_cannot_stop_for_a_disk_tries_again(place: Place) -> None:
+    """What failed is kept for the stop and its cont: without them the guest would wait for ever."""
+    vm = place.vm
+    vm.states.set(RunState.RUNNING)
+    later: list[Callable[[], None]] = []
+    with (
+        mock.patch.object(vm.machine, "pause", side_effect=[KvmError("busy"), None]),
+        mock.patch.object(place.loop, "call_later", lambda delay, call: later.append(call)),
+    ):
+        error = IoError("disk0", "write", "stop", True, "No space left on device")
+        vm.device_reports.io_failed(error)
+        place.loop.run_once(0)
+        assert vm.states.current is RunState.RUNNING
+        later.pop()()
+    assert vm.states.current is RunState.IO_ERROR
+    assert [name for name, _ in place.events].count("BLOCK_IO_ERROR") == 1

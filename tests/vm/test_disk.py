@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from disk_bench import SIZE, digest, digest_inside, writing
 from vm_bench import Bench, Watched
 
-from lab.agent import Agent
 from lab.scenario import wait_for
-
-_SIZE = 8 << 20
-
-
-@pytest.fixture
-def image(bench: Bench, request: pytest.FixtureRequest) -> Iterator[Path]:
-    path = bench.folder / f"{hashlib.md5(request.node.name.encode()).hexdigest()}.raw"
-    path.write_bytes(os.urandom(_SIZE))
-    yield path
-    bench.drop_guest()
-    path.unlink()
 
 
 def _disk(path: Path, more: str = "") -> tuple[str, str]:
     return "--disk", f"path={path}{more}"
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _digest_inside(agent: Agent) -> str:
-    """Of the disk itself, not of what the guest has cached."""
-    agent.sh("sync; echo 3 > /proc/sys/vm/drop_caches")
-    return agent.sh("sha256sum /dev/vda", 120).split()[0]
 
 
 def _refused(path: Path) -> bool:
@@ -74,27 +52,16 @@ def test_a_guest_reads_and_writes_its_disk_here_and_there(
     agent = guest.agent
     agent.sh("modprobe virtio_blk")
     assert agent.sh("cat /sys/block/vda/serial") == "lab-disk-1"
-    assert int(agent.sh("cat /sys/block/vda/size")) == _SIZE // 512
+    assert int(agent.sh("cat /sys/block/vda/size")) == SIZE // 512
     assert agent.sh("cat /sys/block/vda/queue/write_cache").strip() == "write back"
     assert int(agent.sh("cat /sys/block/vda/queue/discard_max_bytes")) > 0
-    assert _digest_inside(agent) == _digest(image)
+    assert digest_inside(agent) == digest(image)
     assert _refused(image), "the source has the lock"
 
-    # Written all the time, by a file system's hand-over of whole blocks, while it migrates.
-    agent.sh(
-        "(n=0; while [ ! -e /tmp/stop ]; do dd if=/dev/urandom of=/dev/vda bs=64k seek=64 count=8 "
-        "conv=fsync 2>/dev/null || touch /tmp/broken; n=$((n+1)); echo $n > /tmp/rounds; done) "
-        "> /dev/null 2>&1 &"
-    )
-    wait_for(lambda: int(agent.sh("cat /tmp/rounds 2>/dev/null || echo 0") or 0) > 2, 60)
-    bench.move(guest, target)
-    after = int(agent.sh("cat /tmp/rounds"))
-    wait_for(lambda: int(agent.sh("cat /tmp/rounds") or 0) > after + 2, 60)
-    agent.sh("touch /tmp/stop")
-    wait_for(lambda: agent.sh("ps | grep -c '[d]d if=' || true").strip() == "0", 30)
-    agent.sh("[ ! -e /tmp/broken ]")
+    with writing(agent):
+        bench.move(guest, target)
     assert _refused(image), "the destination has the lock"
-    assert _digest_inside(agent) == _digest(image)
+    assert digest_inside(agent) == digest(image)
     (counts,) = [d for d in target.qmp.execute("query-devices") if d["kind"] == "virtio-blk"]
     assert counts["counters"]["written-bytes"] > 0
     assert counts["counters"]["errors"] == 0
@@ -119,7 +86,7 @@ def test_a_full_host_stops_the_vm_until_there_is_space(bench: Bench) -> None:
     with _small(bench.folder) as folder:
         image = folder / "sparse.raw"
         with image.open("wb") as file:
-            file.truncate(_SIZE)
+            file.truncate(SIZE)
         guest = bench.boot(*_disk(image))
         vm, agent = guest.vm, guest.agent
         agent.sh("modprobe virtio_blk")
@@ -167,7 +134,7 @@ def test_a_guest_whose_disk_cannot_be_had_stays(bench: Bench, image: Path) -> No
     """The destination's lock is asked for at COMMIT, and a refusal brings the guest back."""
     copy, short = bench.folder / "copy.raw", bench.folder / "short.raw"
     copy.write_bytes(image.read_bytes())
-    short.write_bytes(bytes(_SIZE // 2))
+    short.write_bytes(bytes(SIZE // 2))
     wait = ("--incoming", "defer")
     targets = [bench.run(bench.net.b, *wait, *_disk(path)) for path in (short, copy, image)]
     guest = bench.boot(*_disk(image), keep=targets)
@@ -191,7 +158,7 @@ def test_a_guest_whose_disk_cannot_be_had_stays(bench: Bench, image: Path) -> No
     assert targets[1].wait(60) == 1
 
     bench.move(guest, targets[2])
-    assert _digest_inside(agent) == _digest(image)
+    assert digest_inside(agent) == digest(image)
 
 
 def test_a_saved_guest_comes_back_to_its_disk_once(bench: Bench, image: Path) -> None:

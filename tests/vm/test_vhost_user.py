@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import signal
@@ -12,23 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from disk_bench import SIZE, digest, digest_inside, goes_on, writing
 from vm_bench import Bench
 
 from lab import guest as guest_image
 from lab import kernels
 from lab.agent import Agent
 from lab.scenario import wait_for
-
-_SIZE = 8 << 20
-
-
-@pytest.fixture
-def image(bench: Bench, request: pytest.FixtureRequest) -> Iterator[Path]:
-    path = bench.folder / f"{hashlib.md5(request.node.name.encode()).hexdigest()}.raw"
-    path.write_bytes(os.urandom(_SIZE))
-    yield path
-    bench.drop_guest()
-    path.unlink()
 
 
 class Storage:
@@ -63,42 +52,6 @@ def _device(storage: Storage) -> tuple[str, str]:
     return "--device", f"vhost-user,socket={storage.socket},type=blk"
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _digest_inside(agent: Agent) -> str:
-    """Of the disk itself, not of what the guest has cached."""
-    agent.sh("sync; echo 3 > /proc/sys/vm/drop_caches")
-    return agent.sh("sha256sum /dev/vda", 120).split()[0]
-
-
-def _rounds(agent: Agent) -> int:
-    return int(agent.sh("cat /tmp/rounds 2>/dev/null || echo 0") or 0)
-
-
-@contextmanager
-def _writing(agent: Agent, waits: bool = False) -> Iterator[None]:
-    """While the block runs, the guest writes, one request after the other; no write fails."""
-    agent.sh(
-        "(n=0; while [ ! -e /tmp/stop ]; do dd if=/dev/urandom of=/dev/vda bs=64k seek=64 count=8 "
-        "conv=fsync 2>/dev/null || touch /tmp/broken; n=$((n+1)); echo $n > /tmp/rounds; done) "
-        "> /dev/null 2>&1 &"
-    )
-    if not waits:
-        _goes_on(agent)
-    yield
-    _goes_on(agent)
-    agent.sh("touch /tmp/stop")
-    wait_for(lambda: agent.sh("ps | grep -c '[d]d if=' || true").strip() == "0", 30)
-    agent.sh("[ ! -e /tmp/broken ]; rm /tmp/stop")
-
-
-def _goes_on(agent: Agent) -> None:
-    before = _rounds(agent)
-    wait_for(lambda: _rounds(agent) > before + 2, 60)
-
-
 @pytest.mark.parametrize("kernel", ["cloud-6.12", "cloud-6.1"])
 def test_a_disk_moves_while_it_is_written(bench: Bench, image: Path, kernel: str) -> None:
     here, there = bench.folder / "here.sock", bench.folder / "there.sock"
@@ -108,11 +61,11 @@ def test_a_disk_moves_while_it_is_written(bench: Bench, image: Path, kernel: str
         guest = bench.boot(*_device(source), kernel=kernel, keep=[target], **shared)
         agent = guest.agent
         agent.sh("modprobe virtio_blk")
-        assert int(agent.sh("cat /sys/block/vda/size")) == _SIZE // 512
-        assert _digest_inside(agent) == _digest(image)
-        with _writing(agent):
+        assert int(agent.sh("cat /sys/block/vda/size")) == SIZE // 512
+        assert digest_inside(agent) == digest(image)
+        with writing(agent):
             bench.move(guest, target)
-        assert _digest_inside(agent) == _digest(image)
+        assert digest_inside(agent) == digest(image)
         assert target.news("GUEST_ERROR", "BACK_END_LOST") == []
         agent.power_off()
         assert target.wait(60) == 0
@@ -125,17 +78,17 @@ def test_a_back_end_that_dies_is_replaced(bench: Bench, image: Path) -> None:
         guest = bench.boot(*_device(storage), memory="128M,shared=on")
         agent, vm = guest.agent, guest.vm
         agent.sh("modprobe virtio_blk")
-        assert _digest_inside(agent) == _digest(image)
+        assert digest_inside(agent) == digest(image)
         storage.kill()  # with nothing in flight, as it keeps no record
         vm.event("BACK_END_LOST", lambda data: data["device"] == "vhost-user0")
-        with _writing(agent, waits=True):
+        with writing(agent, waits=True):
             # A guest whose disk is gone does not leave.
             with pytest.raises(Exception, match="the back end of 'vhost-user0' is gone"):
                 vm.qmp.execute("migrate", {"uri": f"file:{bench.folder / 'never'}"})
             agent.ping(10)
             storage = Storage(image, socket)
             vm.event("BACK_END_BACK")
-        assert _digest_inside(agent) == _digest(image)
+        assert digest_inside(agent) == digest(image)
         assert vm.news("GUEST_ERROR") == []
         (found,) = [d for d in vm.qmp.execute("query-devices") if d["id"] == "vhost-user0"]
         assert found["counters"]["losses"] == 1
@@ -174,7 +127,7 @@ def test_a_folder_is_shared(bench: Bench, share: Path, kernel: str) -> None:
     assert agent.sh("cat /work/from-host /look/from-host") == "hellohello"
     agent.sh("head -c 3000000 /dev/urandom > /work/big; sync")
     digest = agent.sh("sha256sum /look/big").split()[0]
-    assert digest == _digest(share / "big")
+    assert digest == digest(share / "big")
     (share / "later").write_text("from the host")
     assert agent.sh("cat /work/later") == "from the host"
     assert agent.sh("touch /look/new 2>/dev/null || echo refused").strip() == "refused"
@@ -221,7 +174,7 @@ def test_programs_end_with_a_vm_that_is_killed(bench: Bench, share: Path) -> Non
 @pytest.fixture
 def qcow2(bench: Bench) -> Iterator[Path]:
     path = bench.folder / "disk.qcow2"
-    _qemu_img("create", "-q", "-f", "qcow2", str(path), f"{_SIZE}")
+    _qemu_img("create", "-q", "-f", "qcow2", str(path), f"{SIZE}")
     yield path
     bench.drop_guest()
     path.unlink()
@@ -238,9 +191,9 @@ def test_a_qcow2_image_is_a_disk(bench: Bench, qcow2: Path) -> None:
     guest = bench.boot(*disk, memory="128M,shared=on")
     agent, vm = guest.agent, guest.vm
     agent.sh("modprobe virtio_blk")
-    assert int(agent.sh("cat /sys/block/vda/size")) == _SIZE // 512
+    assert int(agent.sh("cat /sys/block/vda/size")) == SIZE // 512
     agent.sh("dd if=/dev/urandom of=/dev/vda bs=64k count=40 conv=fsync 2>/dev/null")
-    digest = _digest_inside(agent)
+    digest = digest_inside(agent)
     with pytest.raises(Exception, match=r"'disk0' is a disk image .*qemu-img convert -O raw"):
         vm.qmp.execute("migrate", {"uri": f"file:{bench.folder / 'never'}"})
     # In use: another VM is refused in the program's own words.
@@ -249,16 +202,16 @@ def test_a_qcow2_image_is_a_disk(bench: Bench, qcow2: Path) -> None:
     assert 'Failed to get "write" lock' in other.console
     vm.qmp.execute("stop")
     vm.qmp.execute("cont")
-    assert _digest_inside(agent) == digest
+    assert digest_inside(agent) == digest
     # Not synced, but the image is closed in good order.
     agent.sh("dd if=/dev/urandom of=/dev/vda bs=64k seek=100 count=4 oflag=direct 2>/dev/null")
-    digest = _digest_inside(agent)
+    digest = digest_inside(agent)
     agent.power_off()
     assert vm.wait(60) == 0
     _qemu_img("check", "-q", str(qcow2))  # the lock is free once the VM has ended
     raw = qcow2.with_suffix(".raw")
     _qemu_img("convert", "-O", "raw", str(qcow2), str(raw))
-    assert _digest(raw) == digest
+    assert digest(raw) == digest
     raw.unlink()
 
 
@@ -278,16 +231,16 @@ def test_a_qcow2_image_goes_over_with_its_guest(bench: Bench, qcow2: Path) -> No
     agent = guest.agent
     agent.sh("modprobe virtio_blk")
     agent.sh("dd if=/dev/urandom of=/dev/vda bs=64k count=40 conv=fsync 2>/dev/null")
-    with _writing(agent):
+    with writing(agent):
         # One that fails first: the image is opened again where the guest goes on.
         wrong = bench.run(bench.net.b, "--incoming", "defer", **given)
         guest.vm.start_migration(bench.listen(wrong))
         assert guest.vm.wait_migration()["status"] == "failed"
-        _goes_on(agent)
+        goes_on(agent)
         bench.move(guest, target)
-        _goes_on(agent)
+        goes_on(agent)
         bench.move(guest, back)
-    digest = _digest_inside(agent)
+    digest = digest_inside(agent)
     assert back.news("GUEST_ERROR", "BACK_END_LOST") == []
     agent.power_off()
     assert back.wait(60) == 0
@@ -295,18 +248,18 @@ def test_a_qcow2_image_goes_over_with_its_guest(bench: Bench, qcow2: Path) -> No
     _qemu_img("check", "-q", str(qcow2))
     raw = qcow2.with_suffix(".raw")
     _qemu_img("convert", "-O", "raw", str(qcow2), str(raw))
-    assert _digest(raw) == digest
+    assert digest(raw) == digest
     raw.unlink()
 
 
 def test_an_image_in_another_format_stays(bench: Bench) -> None:
     path = bench.folder / "disk.vmdk"
-    _qemu_img("create", "-q", "-f", "vmdk", str(path), f"{_SIZE}")
+    _qemu_img("create", "-q", "-f", "vmdk", str(path), f"{SIZE}")
     disk = "--disk", f"path={path},format=vmdk"
     guest = bench.boot(*disk, memory="128M,shared=on")
     agent, vm = guest.agent, guest.vm
     agent.sh("modprobe virtio_blk")
-    assert int(agent.sh("cat /sys/block/vda/size")) == _SIZE // 512
+    assert int(agent.sh("cat /sys/block/vda/size")) == SIZE // 512
     with pytest.raises(Exception, match=r"'disk0' is a disk image .*qemu-img convert -O raw"):
         vm.qmp.execute("migrate", {"uri": "unix:/nowhere", "insecure": True})
     bench.drop_guest()

@@ -60,7 +60,14 @@ class Keyboard:
 
     def _read(self) -> None:
         """Read what there is, and feed the guest."""
-        data = os.read(self._fd, _READ)
+        if self._ended:
+            return  # it was called for before the end
+        try:
+            data = os.read(self._fd, _READ)
+        except BlockingIOError:
+            return  # another reader of the terminal was quicker
+        except OSError:
+            data = b""  # a terminal that hung up
         if self._on_escape is not None and ESCAPE in data:
             self._waiting += data[: data.index(ESCAPE)]
             self._ended = True

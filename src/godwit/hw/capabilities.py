@@ -199,7 +199,11 @@ class HasIdentity(ABC):
     identity: ClassVar[frozenset[str]]
 
     def be_copy(self) -> None:
-        """Keep the identity that is configured here, whatever the saved one: before the load."""
+        """Keep the identity that is configured here, whatever the saved one: before the load.
+
+        Raises:
+            StreamError: the part cannot be a copy's.
+        """
 
 
 class RefusesCopies(ABC):

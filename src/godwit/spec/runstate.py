@@ -35,6 +35,19 @@ class RunState(StrEnum):
 
 _S = RunState
 
+#: From a state in which the guest stands still: an SMP guest may be halfway to shutdown on another
+#: vCPU when it is paused, and the exits that were already under way are reported from here too.
+_STANDS_STILL = frozenset(
+    {
+        _S.RUNNING,
+        _S.PRELAUNCH,
+        _S.FINISH_MIGRATE,
+        _S.SAVE_VM,
+        _S.SHUTDOWN,
+        _S.GUEST_PANICKED,
+        _S.INTERNAL_ERROR,
+    }
+)
 #: The one table: state -> states it may be left for. A state may not be "left" for itself.
 TRANSITIONS: dict[RunState, frozenset[RunState]] = {
     _S.PRELAUNCH: frozenset({_S.RUNNING, _S.INMIGRATE, _S.RESTORE_VM, _S.SHUTDOWN}),
@@ -52,31 +65,9 @@ TRANSITIONS: dict[RunState, frozenset[RunState]] = {
             _S.PRELAUNCH,  # a guest's reboot
         }
     ),
-    # An SMP guest may be halfway to shutdown on another vCPU when it is paused; the exits that
-    # were already under way are reported from here too.
-    _S.PAUSED: frozenset(
-        {
-            _S.RUNNING,
-            _S.PRELAUNCH,
-            _S.FINISH_MIGRATE,
-            _S.SAVE_VM,
-            _S.SHUTDOWN,
-            _S.GUEST_PANICKED,
-            _S.INTERNAL_ERROR,
-        }
-    ),
+    _S.PAUSED: _STANDS_STILL,
     # A disk failed, and what the guest wanted of it is tried again.
-    _S.IO_ERROR: frozenset(
-        {
-            _S.RUNNING,
-            _S.PRELAUNCH,
-            _S.FINISH_MIGRATE,
-            _S.SAVE_VM,
-            _S.SHUTDOWN,
-            _S.GUEST_PANICKED,
-            _S.INTERNAL_ERROR,
-        }
-    ),
+    _S.IO_ERROR: _STANDS_STILL,
     # A failed migration goes back to what the guest did before.
     _S.FINISH_MIGRATE: frozenset(
         {

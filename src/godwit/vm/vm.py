@@ -17,7 +17,7 @@ from godwit.announce.policy import parse_policy
 from godwit.announce.uplink import Uplink
 from godwit.errors import ConfigError, GodwitError, KvmError
 from godwit.host.loop import Loop
-from godwit.hw.capabilities import Counts, HasBackEnd, IoError, ReportsIoErrors
+from godwit.hw.capabilities import Counts
 from godwit.hw.console import Console
 from godwit.hw.nic.nic import Nic, RxFilterInfo
 from godwit.machine.board import Board
@@ -30,6 +30,7 @@ from godwit.spec.parameters import AnnounceParameters, MigrationParameters
 from godwit.spec.restore import FULL, Restore
 from godwit.spec.runstate import RunState, RunStates
 
+from .device_reports import DeviceReports
 from .limited_reports import LimitedReports
 from .migrations import Migrations
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from godwit.qmp.server import Server
 
 _S = RunState
+#: Between two tries to stop a VM for a disk's error, seconds.
+_AGAIN_S = 1.0
 #: States of a VM whose guest is gone.
 _FINAL = (_S.POSTMIGRATE, _S.SHUTDOWN, _S.GUEST_PANICKED, _S.INTERNAL_ERROR)
 
@@ -86,8 +89,6 @@ class Vmm:
         self._monitors: Monitors | None = None
         self._filter_reported: set[str] = set()
         self._guest_errors = LimitedReports(loop.now, self._guest_error)
-        self._io_errors = LimitedReports(loop.now, self._io_error)
-        self._last_io_error: dict[str, IoError] = {}
         self._panics = LimitedReports(loop.now, self._panic_reported)
         self.machine = Machine(board, loop, console, self._vcpu_exited, self._guest_errors.add)
         self.uplinks = [Uplink(nic, loop) for nic in self.machine.nics]
@@ -123,13 +124,9 @@ class Vmm:
 
                 self._server = Server(loop, qmp, self._execute, self._loop_error)
                 self.states.listen(self._server.run_state_changed)
-            for part in self.machine.devices.having(ReportsIoErrors):
-                part.on_io_error = self._io_failed
-            for device in self.machine.devices:
-                served = self.machine.devices.part(device, HasBackEnd)
-                if served is not None:
-                    served.on_back_end = self._back_end_changed(device.id)
-                    served.on_requests_lost = self._requests_lost(device.id)
+            self.device_reports = DeviceReports(
+                self.machine.devices, loop, self._emit, log, self._stop_for_io_error
+            )
             for nic in self.machine.nics:
                 nic.on_ack = self._acked(nic.id)
                 nic.on_filter = self._filter_changed(nic.id)
@@ -352,46 +349,16 @@ class Vmm:
             "its driver must reset it"
         )
 
-    def _back_end_changed(self, device: str) -> Callable[[str | None], None]:
-        def report(why: str | None) -> None:
-            if why is None:
-                self._emit(*Event.BACK_END_BACK.of(device=device))
-                self._log(f"{device}: its back end is back")
-            else:
-                self._emit(*Event.BACK_END_LOST.of(device=device, why=why))
-                self._log(f"{device}: its back end is lost ({why}); the device waits")
-
-        return lambda why: self._loop.call_soon(lambda: report(why))
-
-    def _requests_lost(self, device: str) -> Callable[[], None]:
-        def report() -> None:
-            self._emit(*Event.BACK_END_REQUESTS_LOST.of(device=device))
-            self._log(
-                f"{device}: its back end was lost with requests in flight, of which it kept no "
-                "record; the device has stopped, and goes on once the guest resets it or reboots"
-            )
-
-        return lambda: self._loop.call_soon(report)
-
-    def _io_failed(self, error: IoError) -> None:
-        """Report an error of a disk, at a rate, and stop the VM if that is wanted."""
-        self._last_io_error[error.device] = error
-        self._io_errors.add(error.device, error.reason)
-        if error.action == "stop":
-            self._loop.call_soon(self._stop_for_io_error)  # this is a worker of the device
-
-    def _io_error(self, device: str, reason: str, suppressed: int) -> None:
-        error = self._last_io_error[device]
-        self._emit(*Event.BLOCK_IO_ERROR.of(**error._asdict()))
-        more = f"; {suppressed} more since the last report" if suppressed else ""
-        done = "the VM stops, and cont tries again" if error.action == "stop" else "the guest knows"
-        self._log(f"{device}: a {error.operation} failed ({reason}){more}: {done}")
-
     def _stop_for_io_error(self) -> None:
         with self.machine.lock:
-            if self.states.current is _S.RUNNING:
+            if self.states.current is not _S.RUNNING:
+                return
+            try:
                 self.machine.pause()
-                self.states.set(_S.IO_ERROR)
+            except KvmError:  # another request hangs: what failed is kept, and the guest waits
+                self._loop.call_later(_AGAIN_S, self._stop_for_io_error)
+                return
+            self.states.set(_S.IO_ERROR)
 
     def _migration_status(self, outgoing: Outgoing, status: str) -> None:
         """Report a migration's status, in the migration's thread."""

@@ -15,7 +15,7 @@ from godwit.errors import GuestError, StreamError
 from godwit.host.eventfd import drain
 from godwit.host.loop import Loop
 from godwit.host.net.tap import HEADER, MAX_FRAME, Tap, mtu_problem
-from godwit.hw.capabilities import Counts
+from godwit.hw.capabilities import Counts, LogsDirtyPages
 from godwit.hw.device import Slot
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.nic import Nic, RxFilterInfo
@@ -124,6 +124,17 @@ class VirtioNet(VirtioDevice, Nic, Counts):
             "announcements": self._announcements,
             "acknowledgements": self.control.acknowledgements,
         }
+
+    def be_copy(self) -> None:
+        """Refuse a copy whose frames the kernel carries, unseen by a gate.
+
+        Raises:
+            StreamError: the backend is vhost-net.
+        """
+        if isinstance(self.backend, LogsDirtyPages):
+            raise StreamError(
+                f"{self.id}: a copy's frames have to pass this process; give the NIC vhost=off"
+            )
 
     # --- Nic --------------------------------------------------------------------------------------
     @property
