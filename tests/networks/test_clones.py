@@ -82,9 +82,9 @@ def test_two_copies_and_their_original(
 
     copies: list[tuple[Watched, str, str]] = []
     for number, (mac, address) in enumerate(_COPIES):
-        disk = f"path={commands[1 + number]},readonly"
+        its_own = f"path={commands[1 + number]},readonly"
         vm = bench.run(
-            *(bench.net.b, "--incoming", f"file:{path}", "--clone", "--disk", disk),
+            *(bench.net.b, "--incoming", f"file:{path}", "--clone", "--disk", its_own),
             nic=nic,
             mac=mac,
             memory=memory,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from net_bench import DARK_S, GUEST, await_at, boot, dark, pings, qemu_pair
@@ -40,7 +41,7 @@ def _known(net: Evpn, agent: Agent) -> None:
     for gateway in GATEWAY:
         agent.sh(f"ip route add default via {gateway} && ping -c 1 {gateway}")
     for address in GUEST:
-        wait(f"the route to {address} by A", lambda address=address: net.at(net.a, address))
+        wait(f"the route to {address} by A", partial(net.at, net.a, address))
 
 
 def _migrate(bench: Bench, net: Evpn) -> dict[str, float]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 from vm_bench import Bench, Guest, Watched, recovered
@@ -28,6 +29,10 @@ _NICS = [
     pytest.param("", id="guest announces"),
     pytest.param("guest-announce=off", id="host announces"),
 ]
+
+
+def _is_at(netns: str, address: str, mac: str) -> bool:
+    return neighbour(netns, address) == mac
 
 
 @dataclass
@@ -90,7 +95,7 @@ class Pair:
         netns = self.bench.net.client.netns
         for address in ADDRESSES:
             reach(netns, address)
-            wait(f"{address} is {mac}", lambda one=address: neighbour(netns, one) == mac)
+            wait(f"{address} is {mac}", partial(_is_at, netns, address, mac))
         wait(f"{mac} is at {port}", lambda: port_of(self.bench.net, mac) == port)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from vm_bench import MORE_TAPS, Bench, announce, recovered
@@ -68,8 +69,8 @@ def _network_of_its_own(bench: Bench) -> Iterator[str]:
 def test_a_nic_that_dpdk_drives(bench: Bench) -> None:
     kernel = kernels.cached(testpmd.KERNEL)
     assert kernel is not None
-    more = {"more_nics": [_NIC], "memory": testpmd.MEMORY}
-    target = bench.run(bench.net.b, "--incoming", "defer", more_nics=[_NIC], memory=testpmd.MEMORY)
+    more: dict[str, Any] = {"more_nics": [_NIC], "memory": testpmd.MEMORY}
+    target = bench.run(bench.net.b, "--incoming", "defer", **more)
     guest = bench.boot(initrd=testpmd.build(kernel), keep=[target], **more)
     client = bench.net.client.netns
     flow = Flow(91, "testpmd", _VLAN, "ipv4", _GUEST, _CLIENT)

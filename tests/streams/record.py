@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from vm_bench import Bench
 
@@ -22,7 +23,7 @@ def record(bench: Bench, stream: Stream, folder: Path) -> None:
     """Boot a guest that uses all its networks, migrate the guest, and keep HELLO and STATE."""
     machine = ("--machine", stream.machine)
     nic = f"model={stream.model}"
-    sized = {"nic": nic, "memory": stream.memory, "cpus": stream.cpus}
+    sized: dict[str, Any] = {"nic": nic, "memory": stream.memory, "cpus": stream.cpus}
     target = bench.run(bench.net.b, "--incoming", "defer", *machine, **sized)
     guest = bench.boot(*machine, kernel=stream.kernel, keep=[target], deadline=120.0, **sized)
     bench.answers()

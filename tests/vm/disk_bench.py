@@ -13,7 +13,7 @@ from lab.scenario import wait_for
 SIZE = 8 << 20
 
 
-def digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

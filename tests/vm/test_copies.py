@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from test_snapshots import _full
-from vm_bench import ONE_BACKEND, Bench, Guest, Watched, announced, stamp, wait_for
+from vm_bench import ONE_BACKEND, Bench, Guest, Watched, announced, stamp
 
 from lab import clocks, kernels
 from lab import guest as guest_image
 from lab.network import Host
+from lab.scenario import wait_for
 
 #: Where RAM begins in an uncompressed snapshot, and the bytes with one checksum.
 _RAM_AT, _CHUNK = 2 << 20, 256 << 10

@@ -172,7 +172,8 @@ def kill_one(guest: Debian, dice: random.Random) -> None:
     if not guest.fio_runs():
         guest.start_fio()
     source, target = guest.vm, guest.target()
-    source.start_migration(guest.bench.listen(target))
+    uri = guest.bench.listen(target)
+    source.start_migration(uri)
     victim = dice.choice((source, target))
     moment = dice.choice(("active", "device", "later"))
     if moment != "later":
@@ -184,7 +185,7 @@ def kill_one(guest: Debian, dice: random.Random) -> None:
     if victim is target:
         wait_for(lambda: _settled(source), 120)
     else:
-        wait_for(lambda: _status(target) in ("gone", "running"), 120)
+        wait_for(lambda: _status(target) in ("gone", "running") or _waits_on(target, uri), 120)
     if _status(survivor) == "running":
         guest.vm = survivor
         assert guest.fio_runs(), guest.shell.run("cat /var/tmp/fio.txt; journalctl -u verify -n 20")
@@ -196,11 +197,22 @@ def kill_one(guest: Debian, dice: random.Random) -> None:
 
 
 def _status(vm: Watched) -> str:
-    """Its status, or 'gone': a destination ends if its source does before the commit."""
+    """Its status, or 'gone': a destination ends if its source does between RAM and the commit."""
     try:
         return vm.status() if vm.alive else "gone"
     except VmGone:
         return "gone"
+
+
+def _waits_on(target: Watched, uri: str) -> bool:
+    """Whether no source is connected: one went before any RAM came, and another may come.
+
+    A destination ends a connection whose source was killed only once it has dealt with that.
+    """
+    sockets = Path(f"/proc/{target.pid}/net/unix").read_text().splitlines()
+    mine = [line.split() for line in sockets if line.endswith(uri.removeprefix("unix:"))]
+    connected = [fields for fields in mine if fields[5] == "03"]
+    return not connected and _status(target) == "inmigrate"
 
 
 def _settled(source: Watched) -> bool:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from disk_bench import SIZE, digest, digest_inside, writing
+from disk_bench import SIZE, digest_inside, digest_of, writing
 from vm_bench import Bench, Watched
 
 from lab.scenario import wait_for
@@ -55,13 +55,13 @@ def test_a_guest_reads_and_writes_its_disk_here_and_there(
     assert int(agent.sh("cat /sys/block/vda/size")) == SIZE // 512
     assert agent.sh("cat /sys/block/vda/queue/write_cache").strip() == "write back"
     assert int(agent.sh("cat /sys/block/vda/queue/discard_max_bytes")) > 0
-    assert digest_inside(agent) == digest(image)
+    assert digest_inside(agent) == digest_of(image)
     assert _refused(image), "the source has the lock"
 
     with writing(agent):
         bench.move(guest, target)
     assert _refused(image), "the destination has the lock"
-    assert digest_inside(agent) == digest(image)
+    assert digest_inside(agent) == digest_of(image)
     (counts,) = [d for d in target.qmp.execute("query-devices") if d["kind"] == "virtio-blk"]
     assert counts["counters"]["written-bytes"] > 0
     assert counts["counters"]["errors"] == 0
@@ -158,7 +158,7 @@ def test_a_guest_whose_disk_cannot_be_had_stays(bench: Bench, image: Path) -> No
     assert targets[1].wait(60) == 1
 
     bench.move(guest, targets[2])
-    assert digest_inside(agent) == digest(image)
+    assert digest_inside(agent) == digest_of(image)
 
 
 def test_a_saved_guest_comes_back_to_its_disk_once(bench: Bench, image: Path) -> None:

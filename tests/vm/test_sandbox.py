@@ -136,8 +136,8 @@ def test_an_ordinary_user_runs_and_migrates_a_guest(bench: Bench) -> None:
     assert image is not None
     with vm_folder("/run") as folder:
         os.chown(folder, USER, USER)
-        kernel = shutil.copy(image.vmlinuz, folder)
-        initrd = shutil.copy(guest_image.build(image), folder)
+        kernel = str(shutil.copy(image.vmlinuz, folder))
+        initrd = str(shutil.copy(guest_image.build(image), folder))
         shape = ["--memory", "128M", "--cpus", "2", "--nic", f"tap=mine,mac={MAC}"]
         boot = ["--kernel", kernel, "--initrd", initrd, "--append", guest_image.CMDLINE]
         for host in (net.a, net.b):

@@ -101,7 +101,7 @@ def place() -> Iterator[Place]:
         subprocess.run(["ip", "netns", "del", NETNS], check=True, timeout=60)
 
 
-Frames = list[tuple[bytes, object]]
+Frames = list[tuple[bytes, tuple[int, int] | None]]
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_what_the_guest_sends_is_seen_with_its_tags(
         na[:20] + b"\x11" + na[21:],  # UDP over IPv6
         head + bytes.fromhex("88cc") + bytes(46),  # LLDP
     ]
-    sent = []
+    sent: list[tuple[bytes, tuple[int, int] | None]] = []
     for tags in ((), VLAN, QINQ, (*QINQ, (TPID_8021Q, 7))):
         for frame in (
             rarp(MAC, tags),
@@ -235,9 +235,9 @@ def test_a_tag_beside_an_answer_is_seen(place: Place, answers: Frames) -> None:
     assert place.got() == REPLY[:12] + bytes.fromhex("81000064") + REPLY[12:]
 
 
-def whole(frame: bytes, outer: object) -> bytes:
+def whole(frame: bytes, outer: tuple[int, int] | None) -> bytes:
     """With the tag that the kernel took off."""
-    if not isinstance(outer, tuple):
+    if outer is None:
         return frame
     tpid, vid = outer
     return frame[:12] + tpid.to_bytes(2, "big") + vid.to_bytes(2, "big") + frame[12:]

@@ -13,9 +13,10 @@ from vm_bench import Bench
 
 from godwit.host.loop import Loop
 from godwit.hw.console import Console
-from godwit.hw.memory import PAGE
+from godwit.hw.memory import PAGE, GuestMemory
 from godwit.hw.virtio.net.device import VirtioNet
 from godwit.hw.virtio.net.vhost import VhostBackend
+from godwit.hw.virtio.queue import Virtqueue
 from godwit.machine.board import Board
 from godwit.machine.machine import Machine
 from godwit.machine.vcpu import install_kick_handler
@@ -101,11 +102,11 @@ def test_what_vhost_writes_is_in_its_log(bench: Bench, machine: Machine) -> None
     assert max(logged) * PAGE < memory.size
 
 
-def _used_index(memory, queue) -> int:
+def _used_index(memory: GuestMemory, queue: Virtqueue) -> int:
     return int(struct.unpack("<H", memory.view(queue.used + 2, 2))[0])
 
 
-def _received_pages(memory, queue, since: int) -> set[int]:
+def _received_pages(memory: GuestMemory, queue: Virtqueue, since: int) -> set[int]:
     """The pages that the buffers used since then lie in (virtio 1.2, 2.7.8: the used ring)."""
     pages = set()
     for index in range((_used_index(memory, queue) - since) & 0xFFFF):

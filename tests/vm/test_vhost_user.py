@@ -9,9 +9,10 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from disk_bench import SIZE, digest, digest_inside, goes_on, writing
+from disk_bench import SIZE, digest_inside, digest_of, goes_on, writing
 from vm_bench import Bench
 
 from lab import guest as guest_image
@@ -56,16 +57,16 @@ def _device(storage: Storage) -> tuple[str, str]:
 def test_a_disk_moves_while_it_is_written(bench: Bench, image: Path, kernel: str) -> None:
     here, there = bench.folder / "here.sock", bench.folder / "there.sock"
     with _storage(image, here) as source, _storage(image, there) as destination:
-        shared = {"memory": "128M,shared=on"}
+        shared: dict[str, Any] = {"memory": "128M,shared=on"}
         target = bench.run(bench.net.b, "--incoming", "defer", *_device(destination), **shared)
         guest = bench.boot(*_device(source), kernel=kernel, keep=[target], **shared)
         agent = guest.agent
         agent.sh("modprobe virtio_blk")
         assert int(agent.sh("cat /sys/block/vda/size")) == SIZE // 512
-        assert digest_inside(agent) == digest(image)
+        assert digest_inside(agent) == digest_of(image)
         with writing(agent):
             bench.move(guest, target)
-        assert digest_inside(agent) == digest(image)
+        assert digest_inside(agent) == digest_of(image)
         assert target.news("GUEST_ERROR", "BACK_END_LOST") == []
         agent.power_off()
         assert target.wait(60) == 0
@@ -78,7 +79,7 @@ def test_a_back_end_that_dies_is_replaced(bench: Bench, image: Path) -> None:
         guest = bench.boot(*_device(storage), memory="128M,shared=on")
         agent, vm = guest.agent, guest.vm
         agent.sh("modprobe virtio_blk")
-        assert digest_inside(agent) == digest(image)
+        assert digest_inside(agent) == digest_of(image)
         storage.kill()  # with nothing in flight, as it keeps no record
         vm.event("BACK_END_LOST", lambda data: data["device"] == "vhost-user0")
         with writing(agent, waits=True):
@@ -88,7 +89,7 @@ def test_a_back_end_that_dies_is_replaced(bench: Bench, image: Path) -> None:
             agent.ping(10)
             storage = Storage(image, socket)
             vm.event("BACK_END_BACK")
-        assert digest_inside(agent) == digest(image)
+        assert digest_inside(agent) == digest_of(image)
         assert vm.news("GUEST_ERROR") == []
         (found,) = [d for d in vm.qmp.execute("query-devices") if d["id"] == "vhost-user0"]
         assert found["counters"]["losses"] == 1
@@ -126,8 +127,7 @@ def test_a_folder_is_shared(bench: Bench, share: Path, kernel: str) -> None:
     _mount(agent, "look")
     assert agent.sh("cat /work/from-host /look/from-host") == "hellohello"
     agent.sh("head -c 3000000 /dev/urandom > /work/big; sync")
-    digest = agent.sh("sha256sum /look/big").split()[0]
-    assert digest == digest(share / "big")
+    assert agent.sh("sha256sum /look/big").split()[0] == digest_of(share / "big")
     (share / "later").write_text("from the host")
     assert agent.sh("cat /work/later") == "from the host"
     assert agent.sh("touch /look/new 2>/dev/null || echo refused").strip() == "refused"
@@ -211,7 +211,7 @@ def test_a_qcow2_image_is_a_disk(bench: Bench, qcow2: Path) -> None:
     _qemu_img("check", "-q", str(qcow2))  # the lock is free once the VM has ended
     raw = qcow2.with_suffix(".raw")
     _qemu_img("convert", "-O", "raw", str(qcow2), str(raw))
-    assert digest(raw) == digest
+    assert digest_of(raw) == digest
     raw.unlink()
 
 
@@ -223,7 +223,7 @@ def _bootable() -> list[str]:
 
 
 def test_a_qcow2_image_goes_over_with_its_guest(bench: Bench, qcow2: Path) -> None:
-    given = {"memory": "128M,shared=on"}
+    given: dict[str, Any] = {"memory": "128M,shared=on"}
     disk = "--disk", f"path={qcow2},discard=on"
     target = bench.run(bench.net.b, "--incoming", "defer", *disk, **given)
     back = bench.run(bench.net.a, "--incoming", "defer", *disk, **given)
@@ -248,7 +248,7 @@ def test_a_qcow2_image_goes_over_with_its_guest(bench: Bench, qcow2: Path) -> No
     _qemu_img("check", "-q", str(qcow2))
     raw = qcow2.with_suffix(".raw")
     _qemu_img("convert", "-O", "raw", str(qcow2), str(raw))
-    assert digest(raw) == digest
+    assert digest_of(raw) == digest
     raw.unlink()
 
 

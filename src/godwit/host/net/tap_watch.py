@@ -24,7 +24,7 @@ INTERVAL_S = 0.05
 
 #: (tpid, vid) of the tag that the kernel took off the frame.
 Outer = tuple[int, int]
-OnFrame = Callable[[bytes, Outer | None], None]
+OnFrame = Callable[[bytes, Outer | None], object]
 
 _CONTROL_BYTES = socket.CMSG_SPACE(packet.AUXDATA.size)
 
