@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from godwit.errors import GuestError
 from godwit.host.image import SECTOR, Image
 from godwit.hw.virtio.blk import request as blk
-from godwit.hw.virtio.queue import Chain
+from godwit.hw.virtio.chain import Chain
 
 from .target import Choices, Target, piece, require
 
@@ -62,7 +62,7 @@ def _request(doer: blk.Doer, choices: Choices, model: bytearray, how: int) -> No
     body = choices.piece(8192)
     if kind == blk.OUT and form & 2:
         body = body.ljust(-(-len(body) // SECTOR) * SECTOR, b"\x5a")
-    outward = struct.pack("<IIQ", kind, 0, sector) + body
+    outward = bytearray(struct.pack("<IIQ", kind, 0, sector) + body)
     if form & 4:
         outward = outward[: choices.number() % 20]
     space = choices.number(2) % 8192

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from godwit.host.loop import Loop
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.rx_backlog import RxBacklog
+from godwit.hw.virtio.chain import Chain
 from godwit.hw.virtio.net.backend import Ring
 from godwit.hw.virtio.net.userspace import UserspaceBackend
-from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Chain, Virtqueue
+from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
 from tests.fakes.driver import Driver, Part
 from tests.fakes.tap import FakeTap
 

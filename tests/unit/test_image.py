@@ -17,6 +17,15 @@ from blk_bench import make_image
 from godwit.errors import ConfigError, HostError
 from godwit.host import image as module
 from godwit.host.image import Image
+from godwit.host.iovec import Vector
+
+#: What vectors are made of.
+_parts: list[bytearray] = []
+
+
+def _of(data: bytes) -> Vector:
+    _parts.append(bytearray(data))
+    return Vector.of(_parts[-1:])
 
 
 @pytest.fixture
@@ -89,7 +98,7 @@ def test_an_image_that_another_wrote_meanwhile_is_not_gone_on_with(
 ) -> None:
     mine, third = opened(path), opened(path)
     mine.lock()
-    mine.write(0, [memoryview(b"m" * 512)])
+    mine.write(0, _of(b"m" * 512))
     mine.unlock()
     third.lock()
     with pytest.raises(HostError, match="another process uses it"):
@@ -100,7 +109,7 @@ def test_an_image_that_another_wrote_meanwhile_is_not_gone_on_with(
     mine.unlock()
     before = path.stat().st_mtime_ns
     third.lock()
-    third.write(0, [memoryview(b"x" * 512)])
+    third.write(0, _of(b"x" * 512))
     os.utime(path, ns=(0, before + 4_000_000))  # whatever the clock's steps
     third.unlock()
     for _ in range(2):
@@ -175,11 +184,12 @@ def test_bytes_are_read_and_written_in_pieces(
     # Not aligned, in the middle of a page: what a disk cannot reach is copied.
     memory = memoryview(bytearray(8 * block + 3))
     memory[3 : 3 + len(data)] = data
-    image.write(2 * block, [memory[3 : 3 + block], memory[3 + block : 3 + 4 * block]])
+    parts = [memory[3 : 3 + block], memory[3 + block : 3 + 4 * block]]
+    image.write(2 * block, Vector.of(parts))
     image.flush()
     assert path.read_bytes()[2 * block : 6 * block] == data
     into = [memoryview(bytearray(size)) for size in (1, 3 * block - 1, block)]
-    image.read(2 * block, into)
+    image.read(2 * block, Vector.of(into))
     assert b"".join(into) == data
 
 
@@ -189,8 +199,8 @@ def test_a_file_that_was_truncated_is_neither_read_nor_written_beyond_its_end(
     image = opened(path)
     os.truncate(path, 4096)
     for call in (
-        lambda: image.read(0, [memoryview(bytearray(8192))]),
-        lambda: image.write(8192, [memoryview(bytes(512))]),
+        lambda: image.read(0, _of(bytes(8192))),
+        lambda: image.write(8192, _of(bytes(512))),
         lambda: image.write_zeroes(8192, 512, unmap=True),
         lambda: image.discard(8192, 512),
     ):
@@ -221,7 +231,7 @@ def test_zeroes_are_written_where_the_file_system_cannot_punch(
         raise OSError(errno.EOPNOTSUPP, "not supported")
 
     monkeypatch.setattr(Image, "_allocate", refuse)
-    monkeypatch.setattr(module, "_ZEROS", bytes(4096))
+    monkeypatch.setattr(module, "_ZEROS", 4096)
     image = opened(path)
     image.write_zeroes(512, 10240, unmap=True)
     image.discard(0, 512)
@@ -288,14 +298,14 @@ def test_what_is_written_during_a_flush_is_for_the_next(
     def fdatasync(fd: int) -> None:
         calls.append(fd)
         if len(calls) == 1:
-            image.write(0, [memoryview(bytes(512))])
+            image.write(0, _of(bytes(512)))
 
     monkeypatch.setattr(module.os, "fdatasync", fdatasync)
     for done in (1, 2, 2):
         image.flush()
         assert len(calls) == done
     for change in (
-        lambda: image.write(0, [memoryview(bytes(512))]),
+        lambda: image.write(0, _of(bytes(512))),
         lambda: image.write_zeroes(0, 512, unmap=False),
         lambda: image.discard(0, 512),
         image.lock,  # what another process has written is flushed too

@@ -7,8 +7,9 @@ import pytest
 
 from godwit.hw.capabilities import LogsDirtyPages
 from godwit.hw.memory import GuestMemory
+from godwit.hw.virtio.chain import Chain
 from godwit.hw.virtio.net import offloads
-from godwit.hw.virtio.queue import F_INDIRECT_DESC, Chain
+from godwit.hw.virtio.queue import F_INDIRECT_DESC
 from inprocess_bench import ALL, HEADER, MERGE, Bench, make_frame
 from tests.fakes.driver import Part
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from godwit.hw.memory import GuestMemory
-from godwit.hw.virtio.queue import Chain
+from godwit.hw.virtio.chain import Chain
 from tests.fakes.driver import Part
 from virtio_bench import (
     ACK,

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from godwit.errors import GuestError
 from godwit.hw.memory import GuestMemory
+from godwit.hw.virtio import queue as queue_module
+from godwit.hw.virtio.chain import StraightChain
 from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
 from tests.fakes.driver import Driver, Part, write_u16
 
@@ -328,11 +330,17 @@ def test_an_indirect_table_is_read_alike_in_any_form(
     def walked(quick: bool) -> tuple[object, ...] | str:
         with pytest.MonkeyPatch.context() as patch:
             if not quick:
-                patch.setattr(Virtqueue, "_straight", lambda *_: None)
+                patch.setattr(queue_module, "straight", lambda *_: None)
             try:
                 chain = queue.again(0)
             except GuestError as error:
                 return str(error)
+        if isinstance(chain, StraightChain):
+            for first, end in ((0, chain.pieces), (1, chain.pieces - 1), (0, chain.first)):
+                views = [chain.part(index) for index in range(first, end)]
+                vector = chain.vector(first, max(first, end))
+                assert (vector.read(), vector.size) == (b"".join(views), sum(map(len, views)))
+            assert chain.size() == sum(chain.lengths)
         marked = sorted({page for at, n in chain.writable_at for page in range(at, at + n)})
         return (
             b"".join(chain.readable),

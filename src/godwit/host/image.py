@@ -14,12 +14,15 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from struct import Struct
 
 from godwit.errors import ConfigError, HostError
 
+from . import iovec
 from .ioctl import io, ioctl_out, ior
+from .iovec import Vector
 
 SECTOR = 512
 #: Bytes of the image that are locked: RAW_LOCK_PERM_BASE, RAW_LOCK_SHARED_BASE.
@@ -30,13 +33,11 @@ _FLOCK = Struct("hhqqi4x")  # struct flock
 _SIZE = ior(0x12, 114, 8)  # BLKGETSIZE64
 _LOGICAL = io(0x12, 104)  # BLKSSZGET
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16  # linux/falloc.h
-_ZEROS = bytes(1 << 20)
+#: Bytes of zeros that are written at once.
+_ZEROS = 1 << 20
 _TMPFS = 0x01021994
 #: File systems of this host alone (statfs(2)): ext4, XFS, Btrfs, tmpfs, overlayfs, F2FS, ZFS.
 _LOCAL = (0xEF53, 0x58465342, 0x9123683E, _TMPFS, 0x794C7630, 0xF2F52010, 0x2FC12FC1)
-
-#: preadv or pwritev: descriptor, buffers, offset, flags.
-_Call = Callable[[int, Sequence[memoryview], int, int], int]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -223,16 +224,32 @@ class Image:
             pass  # where it means nothing
 
     # --- bytes ------------------------------------------------------------------------------------
-    def read(self, at: int, parts: Sequence[memoryview], flags: int = 0) -> None:
-        """Read into all of the parts, from byte ``at`` on.
+    def read(self, at: int, into: Vector, flags: int = 0) -> None:
+        """Read all of ``into``, from byte ``at`` on.
 
         Raises:
             OSError: the host cannot; EAGAIN if RWF_NOWAIT is in ``flags``, and it would wait.
         """
-        self._transfer(os.preadv, at, parts, flags)
+        try:
+            done = iovec.read(self._fd, into, at, flags)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self.direct:
+                raise
+            with _bounced(into.size) as buffer:  # the disk cannot reach the pieces by itself
+                if iovec.read(self._fd, Vector.of([buffer]), at) != into.size:
+                    raise _truncated(self.path) from None
+                into.fill(bytes(buffer))
+            return
+        while done < into.size:
+            if not done:
+                raise _truncated(self.path)
+            if flags:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            at, into = at + done, into.after(done)
+            done = iovec.read(self._fd, into, at)
 
-    def write(self, at: int, parts: Sequence[memoryview]) -> None:
-        """Write all of the parts, from byte ``at`` on.
+    def write(self, at: int, data: Vector) -> None:
+        """Write all of ``data``, from byte ``at`` on.
 
         Raises:
             OSError: the host cannot.
@@ -240,47 +257,26 @@ class Image:
         if not self.is_device and os.fstat(self._fd).st_size < self.size:
             raise _truncated(self.path)
         try:
-            self._transfer(os.pwritev, at, parts, 0)
+            self._write(at, data)
         finally:
             self._written = True
 
-    def _transfer(self, call: _Call, at: int, parts: Sequence[memoryview], flags: int) -> None:
-        """Read or write all of the parts.
-
-        Raises:
-            OSError: the host cannot, or the image has become shorter.
-        """
-        left = list(parts)
+    def _write(self, at: int, data: Vector) -> None:
         try:
-            done = call(self._fd, left, at, flags)
+            done = iovec.write(self._fd, data, at)
         except OSError as error:
             if error.errno != errno.EINVAL or not self.direct:
                 raise
-            self._bounce(call, at, left)  # buffers that the disk cannot reach by itself
+            with _bounced(data.size) as buffer:
+                buffer[:] = data.read()
+                if iovec.write(self._fd, Vector.of([buffer]), at) != data.size:
+                    raise _truncated(self.path) from None
             return
-        total = sum(map(len, left))
-        while done < total:
+        while done < data.size:
             if not done:
                 raise _truncated(self.path)
-            at, total = at + done, total - done
-            while done >= len(left[0]):
-                done -= len(left.pop(0))
-            left[0] = left[0][done:]
-            done = call(self._fd, left, at, 0)
-
-    def _bounce(self, call: _Call, at: int, parts: Sequence[memoryview]) -> None:
-        size = sum(map(len, parts))
-        with (
-            mmap.mmap(-1, max(size, mmap.PAGESIZE)) as pages,
-            memoryview(pages) as whole,
-            whole[:size] as buffer,
-        ):
-            if call is os.pwritev:
-                _copy(parts, buffer, out=False)
-            if call(self._fd, [buffer], at, 0) != size:
-                raise _truncated(self.path)
-            if call is os.preadv:
-                _copy(parts, buffer, out=True)
+            at, data = at + done, data.after(done)
+            done = iovec.write(self._fd, data, at)
 
     def flush(self) -> None:
         """Flush all data written to the image to the disk, after a flush that is under way.
@@ -324,10 +320,10 @@ class Image:
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
                     raise
-        zeros = memoryview(_ZEROS)
+        zeros = bytearray(min(size, _ZEROS))
         while size > 0:
             count = min(size, len(zeros))
-            self.write(at, [zeros[:count]])
+            self.write(at, Vector.of([memoryview(zeros)[:count]]))
             at, size = at + count, size - count
 
     def _allocate(self, mode: int, at: int, size: int) -> None:
@@ -346,14 +342,11 @@ class Image:
             os.close(fd)
 
 
-def _copy(parts: Sequence[memoryview], buffer: memoryview, out: bool) -> None:
-    at = 0
-    for part in parts:
-        if out:
-            part[:] = buffer[at : at + len(part)]
-        else:
-            buffer[at : at + len(part)] = part
-        at += len(part)
+@contextmanager
+def _bounced(size: int) -> Iterator[memoryview]:
+    """Lend memory that any disk can reach: whole pages."""
+    with mmap.mmap(-1, size) as pages, memoryview(pages) as whole, whole[:size] as buffer:
+        yield buffer
 
 
 def _truncated(path: str) -> OSError:

@@ -247,11 +247,25 @@ class GuestMemory:
         Raises:
             GuestError: some of the bytes are not RAM.
         """
+        if not lengths:
+            return []
         low = self.regions[0].view if self.regions else memoryview(b"")
         pairs = zip(addresses, lengths, strict=True)
         if max(addresses) + max(lengths) <= len(low):  # all of RAM, in a small guest
             return [low[start : start + length] for start, length in pairs]
         return [self.view(start, length) for start, length in pairs]
+
+    def delta(self, addresses: Sequence[int], longest: int) -> int | None:
+        """Return what added to these guest addresses makes them addresses of this process.
+
+        None if not all of the bytes there, at most ``longest`` behind each, are in one region.
+        """
+        end = max(addresses) + longest
+        for region in self.regions:
+            if end <= region.end:
+                inside = not region.start or region.start <= min(addresses)
+                return region.host - region.start if inside else None
+        return None
 
     def writable(self, address: int, length: int) -> memoryview:
         """Return the bytes of RAM themselves, for writing before the next round.

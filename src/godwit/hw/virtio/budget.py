@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .queue import Chain
+from .chain import Chain
 
 #: Buffers, bytes and pieces of one turn. A full frame of TCP segments is 64 KB in some twenty
 #: pieces: a turn takes eight of them, and a driver that cuts a frame into bytes gets two thousand.
@@ -26,5 +26,5 @@ class Budget:
     def spend(self, chain: Chain) -> None:
         """Take the cost of a buffer from the budget."""
         self._chains -= 1
-        self._bytes -= chain.readable_size() + chain.writable_size()
+        self._bytes -= chain.size()
         self._pieces -= chain.pieces

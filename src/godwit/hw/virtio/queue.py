@@ -6,9 +6,6 @@ Indices run free over 16 bits and wrap at 65,536; ring positions are the index m
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
-from struct import Struct
-from typing import NamedTuple
 
 import msgspec
 
@@ -16,21 +13,11 @@ from godwit.errors import GuestError
 from godwit.hw.memory import GuestMemory
 from godwit.spec.saved import U16, U64
 
-_DESC = Struct("<QIHH")  # addr, len, flags, next
-_NEXT, _WRITE, _INDIRECT = 1, 2, 4
-_NO_INTERRUPT = 1  # avail.flags
-#: Descriptors of an indirect table that are followed. The specification allows the queue's size,
-#: but Linux puts more there when the queue is short; vhost and writev stop at UIO_MAXIOV: this.
-_MAX_INDIRECT = 1024
+from .chain import DESCRIPTOR, INDIRECT, MAX_INDIRECT, NEXT, WRITE, Chain, straight
 
+_NO_INTERRUPT = 1  # avail.flags
 F_INDIRECT_DESC = 1 << 28
 F_EVENT_IDX = 1 << 29
-
-
-@lru_cache(maxsize=256)
-def _descriptors(count: int) -> Struct:
-    """Return the layout of so many descriptors, one after the other."""
-    return Struct("<" + "QIHH" * count)
 
 
 class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,38 +31,6 @@ class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     last_avail: U16
     last_used: U16
     vector: U16
-
-
-class Chain(NamedTuple):
-    """One buffer: the views of its parts, the device's to read and the device's to write."""
-
-    head: int
-    readable: list[memoryview]
-    writable: list[memoryview]
-    #: (guest address, bytes) of each writable part.
-    writable_at: list[tuple[int, int]]
-
-    def read(self, limit: int) -> bytes:
-        """Return the readable bytes, at most ``limit``."""
-        out = bytearray()
-        for part in self.readable:
-            out += part[: limit - len(out)]
-            if len(out) >= limit:
-                break
-        return bytes(out)
-
-    @property
-    def pieces(self) -> int:
-        """The number of parts, readable and writable."""
-        return len(self.readable) + len(self.writable)
-
-    def readable_size(self) -> int:
-        """Return the number of bytes the device may read."""
-        return sum(len(part) for part in self.readable)
-
-    def writable_size(self) -> int:
-        """Return the number of bytes the device may write."""
-        return sum(len(part) for part in self.writable)
 
 
 # Python has no memory fence; taking a lock is an atomic read-modify-write, which is one on x86.
@@ -288,27 +243,6 @@ class Virtqueue:
         self.desc, self.avail, self.used = state.desc, state.avail, state.used
         self.last_avail, self.last_used = state.last_avail, state.last_used
 
-    def _straight(self, head: int, table: memoryview) -> Chain | None:
-        """Return the buffer of an indirect table, if each descriptor is behind the one before.
-
-        So Linux writes its tables, some of hundreds of descriptors, which are read in one go here.
-        None for any other form, and for whatever breaks a rule.
-        """
-        count = len(table) // 16
-        flat = _descriptors(count).unpack(table)
-        addresses, lengths, flags, following = flat[0::4], flat[1::4], flat[2::4], flat[3::4]
-        last = flags[-1]
-        writable = flags.count(_NEXT | _WRITE) + (last == _WRITE)
-        first = count - writable
-        rest = (_NEXT | _WRITE,) * (writable - 1) if writable else ()
-        if last not in (0, _WRITE) or flags[:-1] != (_NEXT,) * (count - 1 - len(rest)) + rest:
-            return None
-        if following[:-1] != tuple(range(1, count)):
-            return None
-        views = self._memory.spans(addresses, lengths)
-        at = list(zip(addresses[first:], lengths[first:], strict=True))
-        return Chain(head, views[:first], views[first:], at)
-
     def _walk(self, head: int) -> Chain:
         table, size = self._table, self.size
         if table is None:
@@ -323,27 +257,27 @@ class Virtqueue:
             if seen >= limit:
                 raise GuestError(f"descriptor chain from {head} is longer than {limit}")
             seen += 1
-            address, length, flags, following = _DESC.unpack_from(table, 16 * index)
-            if flags & _INDIRECT:
-                if not self._indirect or indirect or flags & _NEXT:
+            address, length, flags, following = DESCRIPTOR.unpack_from(table, 16 * index)
+            if flags & INDIRECT:
+                if not self._indirect or indirect or flags & NEXT:
                     raise GuestError(f"indirect descriptor {index} where none is allowed")
                 if not length or length % 16:
                     raise GuestError(f"indirect table of {length} bytes")
                 table, size = self._memory.view(address, length), length // 16
-                if head == index and size <= _MAX_INDIRECT:
-                    chain = self._straight(head, table)
+                if head == index and size <= MAX_INDIRECT:
+                    chain = straight(head, table, self._memory)
                     if chain is not None:
                         return chain
-                index, seen, indirect, limit = 0, 0, True, min(size, _MAX_INDIRECT)
+                index, seen, indirect, limit = 0, 0, True, min(size, MAX_INDIRECT)
                 continue
             view = self._memory.view(address, length)
-            if flags & _WRITE:
+            if flags & WRITE:
                 writable.append(view)
                 writable_at.append((address, length))
             elif writable:
                 raise GuestError(f"readable descriptor {index} after a writable one")
             else:
                 readable.append(view)
-            if not flags & _NEXT:
+            if not flags & NEXT:
                 return Chain(head, readable, writable, writable_at)
             index = following

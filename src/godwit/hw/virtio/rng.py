@@ -20,9 +20,10 @@ from godwit.hw.memory import GuestMemory
 from godwit.spec.config import DeviceConfig, RngConfig
 
 from .budget import Budget
+from .chain import Chain
 from .device import VirtioDevice
 from .pci import VirtioPci
-from .queue import Chain, Virtqueue
+from .queue import Virtqueue
 
 _QUEUE_SIZE = 64
 #: Requests answered before other work of the loop gets a turn.

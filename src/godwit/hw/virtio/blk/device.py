@@ -226,7 +226,7 @@ class VirtioBlk(
             self._count(end)
             request.status[0] = end.status
             queue.push(request.chain, end.written + 1)
-            if end.status or request.kind != IN:
+            if self._memory.logging and (end.status or request.kind != IN):
                 # The queue marks what comes first: the status is last, and data half written.
                 for at, length in request.chain.writable_at:
                     self._memory.mark_dirty(at, max(1, length))
@@ -258,7 +258,7 @@ class VirtioBlk(
             counts["read-bytes"] += end.written
         elif request.kind == OUT:
             counts["writes"] += 1
-            counts["written-bytes"] += sum(map(len, request.outward))
+            counts["written-bytes"] += request.outward.size
         elif request.kind == FLUSH:
             counts["flushes"] += 1
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from godwit.errors import GuestError
 from godwit.host.image import SECTOR, Image
-from godwit.hw.virtio.queue import Chain
+from godwit.host.iovec import Vector
+from godwit.hw.virtio.chain import Chain, StraightChain
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPPORTED = 0, 1, 2
@@ -35,8 +36,9 @@ class Request(NamedTuple):
     kind: int
     sector: int
     #: The guest's data that is written to the disk, and the memory that is filled from there.
-    outward: list[memoryview]
-    inward: list[memoryview]
+    outward: Vector
+    inward: Vector
+    #: Keeps guest memory mapped, too.
     status: memoryview
 
     @property
@@ -68,39 +70,40 @@ def parse(queue: int, chain: Chain) -> Request:
     Raises:
         GuestError: there is no space for a header or a status.
     """
-    readable, writable = list(chain.readable), list(chain.writable)
-    if not readable or len(readable[0]) < _HEADER.size:
-        readable = _joined(readable)
-    kind, sector = _HEADER.unpack_from(readable[0])
-    outward = readable[1:]
-    if len(readable[0]) > _HEADER.size:
-        outward.insert(0, readable[0][_HEADER.size :])
+    if isinstance(chain, StraightChain):
+        first, end = chain.first, chain.pieces - 1
+        # The form of Linux's driver: header and status are parts of their own.
+        if 0 < first <= end and chain.lengths[0] == _HEADER.size and chain.lengths[end] == 1:
+            kind, sector = _HEADER.unpack_from(chain.part(0))
+            data, space = chain.vector(1, first), chain.vector(first, end)
+            return Request(queue, chain, kind, sector, data, space, chain.part(end))
+    header, readable = _split(chain.readable)
+    kind, sector = _HEADER.unpack_from(header)
+    writable = list(chain.writable)
     while writable and not len(writable[-1]):
         writable.pop()
     if not writable:
         raise GuestError("a request without space for its status")
     last = writable.pop()
-    if len(last) > 1:
-        writable.append(last[:-1])
-    return Request(queue, chain, kind, sector, outward, writable, last[-1:])
+    writable.append(last[:-1])
+    data, space = Vector.of(readable), Vector.of(writable)
+    return Request(queue, chain, kind, sector, data, space, last[-1:])
 
 
-def _joined(parts: Sequence[memoryview]) -> list[memoryview]:
-    """Return the parts with the first of them as long as a header.
+def _split(parts: Sequence[memoryview]) -> tuple[bytes, list[memoryview]]:
+    """Return a request's header, and what follows.
 
     Raises:
-        GuestError: all of them are shorter.
+        GuestError: all of it is shorter than a header.
     """
-    header, left = bytearray(), list(parts)
-    while left and len(header) < _HEADER.size:
+    header, left = b"", []
+    for part in parts:
         need = _HEADER.size - len(header)
-        part = left.pop(0)
         header += part[:need]
-        if len(part) > need:
-            left.insert(0, part[need:])
+        left.append(part[need:])
     if len(header) < _HEADER.size:
         raise GuestError(f"a request with a header of {len(header)} bytes, not {_HEADER.size}")
-    return [memoryview(header), *left]
+    return header, left
 
 
 class Doer:
@@ -120,7 +123,7 @@ class Doer:
         """Do a request that neither waits for a disk nor copies for long, or return None."""
         if self._image.direct:
             return None
-        if sum(map(len, request.inward or request.outward)) > _QUICK:
+        if max(request.inward.size, request.outward.size) > _QUICK:
             return None  # other threads copy the next ones meanwhile
         if request.kind == IN and not self._image.in_memory:  # tmpfs takes no RWF_NOWAIT
             try:
@@ -164,14 +167,14 @@ class Doer:
         return self._write(request) if kind == OUT else self._clear(request)
 
     def _read(self, request: Request, flags: int) -> Done:
-        size = sum(map(len, request.inward))
+        size = request.inward.size
         if not self._inside(request.sector, size):
             return Done(request, IOERR)
         self._image.read(request.sector * SECTOR, request.inward, flags)
         return Done(request, OK, size)
 
     def _write(self, request: Request) -> Done:
-        size = sum(map(len, request.outward))
+        size = request.outward.size
         if not self._inside(request.sector, size):
             return Done(request, IOERR)
         self._image.write(request.sector * SECTOR, request.outward)
@@ -184,23 +187,17 @@ class Doer:
         return 0 < size <= _MOST and whole and end <= self._image.size
 
     def _identify(self, request: Request) -> Done:
-        left = memoryview(self._identity.ljust(ID_SIZE, b"\0"))
-        written = 0
-        for part in request.inward:
-            count = min(len(part), len(left))
-            part[:count] = left[:count]
-            left, written = left[count:], written + count
+        written = request.inward.fill(self._identity.ljust(ID_SIZE, b"\0"))
         return Done(request, OK, written)
 
     def _clear(self, request: Request) -> Done:
         """Execute a discard, or a write of zeroes, of all segments."""
         discard = request.kind == DISCARD
-        size = sum(map(len, request.outward))
+        size = request.outward.size
         if not size or size % _SEGMENT.size or size > MAX_SEGMENTS * _SEGMENT.size:
             return Done(request, IOERR)
-        data = b"".join(request.outward)
         most = MAX_DISCARD if discard else MAX_ZEROES
-        segments = list(_SEGMENT.iter_unpack(data))
+        segments = list(_SEGMENT.iter_unpack(request.outward.read()))
         for sector, sectors, flags in segments:
             # 5.2.6.2: unknown bits, and unmap of a discard, are unsupported.
             if flags & ~(0 if discard else _UNMAP):

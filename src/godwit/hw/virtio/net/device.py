@@ -20,9 +20,10 @@ from godwit.hw.device import Slot
 from godwit.hw.memory import GuestMemory
 from godwit.hw.nic.nic import Nic, RxFilterInfo
 from godwit.hw.nic.rx_backlog import RxBacklog
+from godwit.hw.virtio.chain import Chain
 from godwit.hw.virtio.device import VirtioDevice
 from godwit.hw.virtio.pci import VirtioPci
-from godwit.hw.virtio.queue import Chain, Virtqueue
+from godwit.hw.virtio.queue import Virtqueue
 from godwit.spec.config import QUEUE_SIZE, DeviceConfig, NicConfig
 from godwit.spec.saved import Mac
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from godwit.errors import GuestError
-from godwit.hw.virtio.queue import Chain, Virtqueue
+from godwit.hw.virtio.chain import Chain
+from godwit.hw.virtio.queue import Virtqueue
 
 from .backend import Ring
 

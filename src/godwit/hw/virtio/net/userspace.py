@@ -17,7 +17,7 @@ from godwit.hw.device import guarded
 from godwit.hw.nic.rx_backlog import RxBacklog
 from godwit.hw.nic.tap_reader import Accepts, TapReader
 from godwit.hw.virtio.budget import Budget
-from godwit.hw.virtio.queue import Chain
+from godwit.hw.virtio.chain import Chain
 
 from . import offloads
 from .backend import F_MRG_RXBUF, Ring

@@ -18,7 +18,8 @@ from godwit.errors import GuestError
 from godwit.host import eventfd
 from godwit.host.ioctl import address_of
 from godwit.hw.virtio.budget import Budget
-from godwit.hw.virtio.queue import Chain, Virtqueue
+from godwit.hw.virtio.chain import Chain
+from godwit.hw.virtio.queue import Virtqueue
 
 SIZE = 256
 _DESC = Struct("<QIHH")  # addr, len, flags, next
