@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -17,9 +18,10 @@ from msgspec.structs import replace
 from blk_bench import PATIENCE, Disk, make_image
 from godwit.errors import HostError, StreamError
 from godwit.host.image import Image
+from godwit.host.iovec import Vector
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.blk.device import F_DISCARD, F_MQ, F_RO, F_WRITE_ZEROES, Retry
-from godwit.hw.virtio.blk.request import DISCARD, FLUSH, GET_ID, IN, OUT, WRITE_ZEROES
+from godwit.hw.virtio.blk.request import DISCARD, FLUSH, GET_ID, IN, OUT, WRITE_ZEROES, Guess
 from godwit.spec import saved
 from godwit.spec.config import DiskConfig, OnError
 from tests.fakes.driver import Part
@@ -49,23 +51,24 @@ class Gate(Image):
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
+        self.in_memory = False  # wherever the test runs
         self.open = threading.Event()
         self.waiting = threading.Semaphore(0)
         self.error: OSError | None = None
 
-    def read(self, at: int, parts: Any, flags: int = 0) -> None:
+    def read(self, at: int, into: Vector, flags: int = 0) -> None:
         if flags:
             raise BlockingIOError(errno.EAGAIN, "it would wait")
         self.waiting.release()
         assert self.open.wait(PATIENCE)
         if self.error is not None:
             raise self.error
-        super().read(at, parts)
+        super().read(at, into)
 
-    def write(self, at: int, parts: Any) -> None:
+    def write(self, at: int, data: Vector) -> None:
         if self.error is not None:
             raise self.error
-        super().write(at, parts)
+        super().write(at, data)
 
 
 # --- what the guest sees --------------------------------------------------------------------------
@@ -227,6 +230,50 @@ def test_requests_that_wait_for_the_disk_do_not_wait_for_each_other(
     gate.open.set()
     heads = {one.take()[0] for _ in range(8)}
     assert len(heads) == 8
+
+
+class Untold(Gate):
+    """An image in a file system that does not say whether a read would wait, as NFS."""
+
+    def read(self, at: int, into: Vector, flags: int = 0) -> None:
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        super().read(at, into)
+
+
+def test_where_a_file_system_does_not_say_what_waits_time_does(
+    disk: Callable[..., Disk], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Untold(path)
+    one = disk(image)
+    image.open.set()
+    took = [0.0]
+    clock = itertools.count()
+    monkeypatch.setattr(
+        "godwit.hw.virtio.blk.request.time.monotonic", lambda: next(clock) * took[0]
+    )
+    for sector in range(3):
+        assert one.request(IN, sector, into=512)[0] == OK
+    took[0] = 0.1  # the disk has to be asked now: all wait beside each other
+    assert one.request(IN, 0, into=512)[0] == OK
+    image.open.clear()
+    for _ in range(4):
+        assert image.waiting.acquire(timeout=PATIENCE)
+    for sector in range(8):
+        one.add(IN, sector, into=512)
+    one.kick()
+    for _ in range(8):
+        assert image.waiting.acquire(timeout=PATIENCE), "one waits behind another"
+    image.open.set()
+    assert len({one.take()[0] for _ in range(8)}) == 8
+
+
+def test_a_guess_is_made_again_after_some_requests() -> None:
+    guess = Guess()
+    guess.took(0.004, 1 << 20)
+    assert guess.is_quick()
+    guess.took(0.004, 4096)
+    assert [guess.is_quick() for _ in range(66)] == [False] * 64 + [True] * 2
 
 
 def test_a_pause_waits_for_what_is_in_flight(disk: Callable[..., Disk], path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Sequence
 from struct import Struct
 from typing import NamedTuple
@@ -22,8 +23,10 @@ _UNMAP = 1
 ID_SIZE = 20
 #: What one request may move at the most: Linux asks for no more than a few MB.
 _MOST = 64 << 20
-#: Bytes that are copied in a time worth no change of threads.
-_QUICK = 128 << 10
+#: What is done in so many seconds, and one for so many bytes, was worth no change of threads.
+_QUICK_S, _QUICK_RATE = 0.0005, 250e6
+#: Requests that are handed over once one has taken longer.
+_HANDED_OVER = 64
 #: Segments of a discard or write zeroes, and sectors of each.
 MAX_SEGMENTS, MAX_DISCARD, MAX_ZEROES = 16, 1 << 22, (64 << 20) // SECTOR
 
@@ -106,6 +109,26 @@ def _split(parts: Sequence[memoryview]) -> tuple[bytes, list[memoryview]]:
     return header, left
 
 
+class Guess:
+    """A guess whether the next request is worth a change of threads, by how long the last took.
+
+    Each change costs some tens of microseconds, and two threads at one file wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._to_hand_over = 0
+
+    def is_quick(self) -> bool:
+        """Return whether the next request is taken to be done at once."""
+        self._to_hand_over = max(0, self._to_hand_over - 1)
+        return not self._to_hand_over
+
+    def took(self, seconds: float, size: int) -> None:
+        """Note how long a request of ``size`` bytes took."""
+        if seconds > _QUICK_S + size / _QUICK_RATE:
+            self._to_hand_over = _HANDED_OVER + 1
+
+
 class Doer:
     """The image and the identity of a disk, on which requests are done.
 
@@ -118,22 +141,36 @@ class Doer:
         self._identity = identity
         self._discards = discards
         self.writes_through = False
+        #: The image's file system says whether a read would wait. tmpfs does not.
+        self._says = not image.in_memory
+        self._reads, self._writes = Guess(), Guess()
 
     def quick(self, request: Request) -> Done | Failed | None:
-        """Do a request that neither waits for a disk nor copies for long, or return None."""
-        if self._image.direct:
+        """Do a request that does not wait for a disk, as far as is known, or return None.
+
+        By one thread at a time.
+        """
+        kind = request.kind
+        if self._image.direct or kind not in (GET_ID, IN, OUT):
             return None
-        if max(request.inward.size, request.outward.size) > _QUICK:
-            return None  # other threads copy the next ones meanwhile
-        if request.kind == IN and not self._image.in_memory:  # tmpfs takes no RWF_NOWAIT
+        if kind == OUT and self.writes_through:
+            return None
+        if kind == IN and self._says:
             try:
                 return self._read(request, os.RWF_NOWAIT)
             except OSError as error:
-                # EOPNOTSUPP: the file system cannot tell.
-                waits = error.errno in (errno.EAGAIN, errno.EOPNOTSUPP)
-                return None if waits else Failed(request, error)
-        quick = request.kind in (GET_ID, IN) or (request.kind == OUT and not self.writes_through)
-        return self.do(request) if quick else None
+                if error.errno == errno.EAGAIN:
+                    return None
+                if error.errno != errno.EOPNOTSUPP:
+                    return Failed(request, error)
+                self._says = False  # NFS, 9p, overlayfs
+        guess = self._writes if kind == OUT else self._reads
+        if not guess.is_quick():
+            return None
+        begun = time.monotonic()
+        end = self.do(request)
+        guess.took(time.monotonic() - begun, request.inward.size or request.outward.size)
+        return end
 
     def do(self, request: Request) -> Done | Failed:
         """Do a request, however long it takes."""
