@@ -269,10 +269,10 @@ def test_where_a_file_system_does_not_say_what_waits_time_does(
 
 
 def test_a_guess_is_made_again_after_some_requests() -> None:
-    guess = Guess()
-    guess.took(0.004, 1 << 20)
+    guess = Guess(0.001, 1e9)
+    guess.took(0.002, 1 << 20)
     assert guess.is_quick()
-    guess.took(0.004, 4096)
+    guess.took(0.002, 4096)
     assert [guess.is_quick() for _ in range(66)] == [False] * 64 + [True] * 2
 
 

@@ -23,8 +23,9 @@ _UNMAP = 1
 ID_SIZE = 20
 #: What one request may move at the most: Linux asks for no more than a few MB.
 _MOST = 64 << 20
-#: What is done in so many seconds, and one for so many bytes, was worth no change of threads.
-_QUICK_S, _QUICK_RATE = 0.0005, 250e6
+#: Seconds of a request that waited for nothing, and bytes a second on top: a read of cached data, a
+#: write that the kernel did not hold up because too much is to be written back.
+_READ, _WRITE = (0.0005, 250e6), (0.020, 50e6)
 #: Requests that are handed over once one has taken longer.
 _HANDED_OVER = 64
 #: Segments of a discard or write zeroes, and sectors of each.
@@ -115,7 +116,8 @@ class Guess:
     Each change costs some tens of microseconds, and two threads at one file wait for each other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float, rate: float) -> None:
+        self._seconds, self._rate = seconds, rate
         self._to_hand_over = 0
 
     def is_quick(self) -> bool:
@@ -125,7 +127,7 @@ class Guess:
 
     def took(self, seconds: float, size: int) -> None:
         """Note how long a request of ``size`` bytes took."""
-        if seconds > _QUICK_S + size / _QUICK_RATE:
+        if seconds > self._seconds + size / self._rate:
             self._to_hand_over = _HANDED_OVER + 1
 
 
@@ -141,9 +143,9 @@ class Doer:
         self._identity = identity
         self._discards = discards
         self.writes_through = False
-        #: The image's file system says whether a read would wait. tmpfs does not.
+        #: The image's file system says whether a read would wait. On tmpfs none does.
         self._says = not image.in_memory
-        self._reads, self._writes = Guess(), Guess()
+        self._reads, self._writes = Guess(*_READ), Guess(*_WRITE)
 
     def quick(self, request: Request) -> Done | Failed | None:
         """Do a request that does not wait for a disk, as far as is known, or return None.
@@ -164,6 +166,8 @@ class Doer:
                 if error.errno != errno.EOPNOTSUPP:
                     return Failed(request, error)
                 self._says = False  # NFS, 9p, overlayfs
+        if kind != OUT and self._image.in_memory:
+            return self.do(request)
         guess = self._writes if kind == OUT else self._reads
         if not guess.is_quick():
             return None
