@@ -54,8 +54,9 @@ def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
         LabError, ClientError: the job cannot go on.
     """
     with ExitStack() as stack:
-        # Not in the shared folder, which is slow in the lab.
-        folder = stack.enter_context(vm_folder())
+        # Not in the shared folder, which is slow in the lab; disks in a tmpfs, to be in memory.
+        disks = job.guest in ("disk", "qcow2")
+        folder = stack.enter_context(vm_folder("/run" if disks else None))
         guest: parts.Measured | None = None
         for part in job.parts:
             row = {"guest": job.guest, "vmm": job.vmm, "repetition": job.repetition, "part": part}
@@ -65,7 +66,7 @@ def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
                     sample = parts.limit()
                 else:
                     if guest is None:
-                        if job.guest in ("disk", "qcow2"):
+                        if disks:
                             image = replace(image, disks=disk.make(folder, job.guest == "qcow2"))
                         net = stack.enter_context(Network())
                         guest = parts.Measured(job, rates, image, net, folder, stack)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from struct import Struct, pack
 
 from godwit.host.iovec import Vector
@@ -103,7 +102,7 @@ class StraightChain(Chain):
         lengths: bytes of each part.
     """
 
-    __slots__ = ("_addresses", "_delta", "_memory", "_table", "first", "lengths")
+    __slots__ = ("_addresses", "_delta", "_memory", "_size", "_table", "first", "lengths")
 
     def __init__(
         self,
@@ -112,12 +111,13 @@ class StraightChain(Chain):
         table: bytes,
         first: int,
         lengths: list[int],
-        addresses: Sequence[int],
+        addresses: list[int],
         delta: int,
     ) -> None:
         self.head = head
         self.first = first
         self.lengths = lengths
+        self._size = sum(lengths)
         self._memory = memory
         self._table = table
         self._addresses = addresses
@@ -162,7 +162,7 @@ class StraightChain(Chain):
 
     def size(self) -> int:
         """Return the number of bytes in all."""
-        return sum(self.lengths)
+        return self._size
 
     def part(self, index: int) -> memoryview:
         """Return the view of one part, by its number from 0."""
@@ -179,7 +179,8 @@ class StraightChain(Chain):
         descriptors = int.from_bytes(self._table[16 * first : 16 * end], "little")
         ones = _ONES & (1 << 8 * size) - 1
         iovecs = (descriptors & _PLACES) + self._delta * ones
-        return Vector(iovecs.to_bytes(size, "little"), sum(self.lengths[first:end]))
+        others = sum(self.lengths[:first]) + sum(self.lengths[end:])
+        return Vector(iovecs.to_bytes(size, "little"), self._size - others)
 
 
 def straight(head: int, table: memoryview, memory: GuestMemory) -> StraightChain | None:
@@ -194,7 +195,7 @@ def straight(head: int, table: memoryview, memory: GuestMemory) -> StraightChain
     if first is None:
         return None
     lengths: list[int] = words[2::4].tolist()
-    addresses: Sequence[int] = memoryview(raw).cast("Q")[::2]
+    addresses: list[int] = memoryview(raw).cast("Q")[::2].tolist()
     delta = memory.delta(addresses, max(lengths))
     if delta is None:
         return None
