@@ -15,7 +15,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from struct import Struct
 
 from godwit.errors import ConfigError, HostError
@@ -86,6 +86,8 @@ class Image:
         self._flushing = threading.Lock()
         #: An error of a write that the kernel had taken: each flush fails from then on.
         self._lost: OSError | None = None
+        #: Of a file the kernel lets one write at a time (inode_lock), and who waits there spins.
+        self._writing = nullcontext() if direct or self.is_device else threading.Lock()
         #: Something may have been written since the last flush began.
         self._written = True
 
@@ -257,7 +259,8 @@ class Image:
         if not self.is_device and os.fstat(self._fd).st_size < self.size:
             raise _truncated(self.path)
         try:
-            self._write(at, data)
+            with self._writing:
+                self._write(at, data)
         finally:
             self._written = True
 
