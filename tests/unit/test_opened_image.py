@@ -30,6 +30,8 @@ class Daemon:
         self.got: list[tuple[str, Any]] = []
         #: By command and node: what the daemon answers.
         self.fails: dict[tuple[str, str], str] = {}
+        #: What it answers to a file that is to be read by io_uring.
+        self.aio_fails = ""
         self.raw: bytes | None = None
         #: A command on a node that is done late: once the event is set.
         self.late: tuple[str, str] | None = None
@@ -66,6 +68,8 @@ class Daemon:
             return {"return": [{"node-name": node, "drv": "x"} for node in self.nodes]}
         if (command, node) == self.late:
             assert self.go_on.wait(20)
+        if "aio" in given and self.aio_fails:
+            return {"error": {"class": "GenericError", "desc": self.aio_fails}}
         if (command, node) in self.fails:
             return {"error": {"class": "GenericError", "desc": self.fails[command, node]}}
         if command == "blockdev-add":
@@ -151,7 +155,7 @@ def test_it_is_opened_and_closed(daemon: Daemon, image: OpenedImage, tmp_path: P
     assert commands[1:] == turn * 2
     options = {"read-only": False, "discard": "unmap", "cache": {"direct": True}}
     file = {"node-name": "file", "driver": "file", "filename": str(tmp_path / "image.qcow2")}
-    assert daemon.got[1][1] == {**file, **options}
+    assert daemon.got[1][1] == {**file, "aio": "io_uring", **options}
     assert daemon.got[2][1] == {
         "node-name": "image",
         "driver": "qcow2",
@@ -181,6 +185,24 @@ def test_the_reason_is_the_daemons(daemon: Daemon, image: OpenedImage) -> None:
     daemon.fails["blockdev-add", "file"] = 'Failed to get "write" lock'
     with pytest.raises(HostError, match=r"disk image '.*image\.qcow2': Failed to get \"write\" lo"):
         image.acquire()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Unable to use linux io_uring: failed to init linux io_uring ring: Operation not permitted",
+        "aio=io_uring was specified, but is not supported in this build.",
+        "Parameter 'aio' does not accept value 'io_uring'",
+    ],
+)
+def test_a_host_without_io_uring_has_threads(
+    daemon: Daemon, image: OpenedImage, answer: str
+) -> None:
+    daemon.aio_fails = answer
+    image.acquire()
+    assert daemon.shows == "image"
+    tries = [given.get("aio") for command, given in daemon.got if command == "blockdev-add"]
+    assert tries == ["io_uring", None, None]
 
 
 def test_a_lost_write_fails_the_release(

@@ -114,7 +114,7 @@ class OpenedImage(OwnsHostState):
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
         image, options = self._image, self._options()
         path = os.path.abspath(image.path)
-        self._add("file", {"driver": "file", "filename": path, **options})
+        self._add_file({"driver": "file", "filename": path, **options})
         self._add("image", {"driver": image.format, "file": "file", **options})
         self._show("image")
 
@@ -148,6 +148,19 @@ class OpenedImage(OwnsHostState):
             "discard": "unmap" if image.discard else "ignore",
             "cache": {"direct": image.direct},
         }
+
+    def _add_file(self, node: Mapping[str, object]) -> None:
+        """Open the file, with io_uring where the kernel and the daemon have it.
+
+        Without, each request changes threads in the daemon. Linux may forbid it to all
+        (kernel.io_uring_disabled), as container managers do.
+        """
+        try:
+            self._add("file", {**node, "aio": "io_uring"})
+        except HostError as error:
+            if self._daemon.silent or "io_uring" not in str(error):
+                raise
+            self._add("file", node)
 
     def _add(self, name: str, node: Mapping[str, object]) -> None:
         try:
