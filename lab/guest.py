@@ -19,7 +19,7 @@ LISTS = {
 #: There for tests, by `modprobe` through the agent's `sh`.
 EXTRA = (
     *("bonding", "bridge", "dummy", "macvlan", "macvtap", "tun", "veth", "vrf", "virtio_mmio"),
-    *("ext4", "pvpanic_mmio", "virtio_blk", "virtio_rng", "virtiofs"),
+    *("ext4", "ptp_kvm", "pvpanic_mmio", "virtio_blk", "virtio_rng", "virtiofs"),
     "vmw_vsock_virtio_transport",
 )
 

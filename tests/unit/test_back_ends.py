@@ -280,6 +280,69 @@ def test_a_format_that_is_given_counts() -> None:
         parse_devices([("--disk", "path=/none,format=floppy")])
 
 
+@pytest.mark.parametrize(
+    ("path", "server"),
+    [
+        ("nbd://host", {"type": "inet", "host": "host", "port": "10809", "export": ""}),
+        ("nbd://h:9/a/b", {"type": "inet", "host": "h", "port": "9", "export": "a/b"}),
+        (
+            "nbd://[fe80::1]/a%2cb",
+            {"type": "inet", "host": "fe80::1", "port": "10809", "export": "a,b"},
+        ),
+        ("nbd+unix:///?socket=/run/n", {"type": "unix", "path": "/run/n", "export": ""}),
+        ("nbd+unix:///x?socket=/run/n", {"type": "unix", "path": "/run/n", "export": "x"}),
+    ],
+)
+def test_an_nbd_server_is_named(path: str, server: dict[str, str]) -> None:
+    (found,) = with_formats([DiskConfig("disk0", path)])
+    assert isinstance(found, VhostUserConfig)
+    image = found.serves
+    assert isinstance(image, ImageFile)
+    assert (image.format, image.size, image.alone) == ("raw", None, False)
+    assert {name.removeprefix("server."): value for name, value in image.server} == server
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("nbd:", "nbd://", "nbd://h:x/", "nbd://h:99999/", "nbd://[x/", "nbd+unix:///x"),
+        *("nbd+unix://h/x?socket=/n", "nbd+tcp://h/", "nbd://h/x?socket=/n"),
+    ],
+)
+def test_an_address_of_no_nbd_server_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="write nbd://HOST:PORT/EXPORT"):
+        with_formats([DiskConfig("disk0", path)])
+
+
+def _luks(version: int = 1, first: int = 4, size: int = 8192) -> bytes:
+    return (
+        b"LUKS\xba\xbe" + version.to_bytes(2, "big") + bytes(96) + first.to_bytes(4, "big")
+    ).ljust(size, b"\0")
+
+
+def test_an_encrypted_image_has_a_passphrase(tmp_path: Path) -> None:
+    path, key = tmp_path / "image", tmp_path / "key"
+    path.write_bytes(_luks())
+    key.write_text("x")
+    disk = DiskConfig("disk0", str(path), format="luks", key=str(key))
+    image = ImageFile(str(path), "luks", size=6144, alone=True, key=str(key))
+    assert with_formats([disk]) == (VhostUserConfig("disk0", "vhost-user-blk", serves=image),)
+    for change, says in (
+        ({"key": ""}, "give key=FILE"),
+        ({"key": "/none"}, "no such file"),
+        ({"format": None}, "key= is for encrypted images"),
+        ({"format": "vmdk"}, "key= is for encrypted images"),
+        ({"path": str(key)}, "no LUKS image"),
+        ({"path": "/none"}, "no LUKS image"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            with_formats([disk._replace(**change)])
+    for content in (_luks(2), _luks(first=16), _luks(first=17), _luks(size=8200), b"LUKS\xba\xbe"):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match="no LUKS image"):
+            with_formats([disk])
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     disk = DiskConfig("disk0", str(tmp_path / "pipe"))

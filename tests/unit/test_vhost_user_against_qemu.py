@@ -159,6 +159,101 @@ def test_it_reads_writes_pauses_and_ends(memory: GuestMemory, tmp_path: Path, ki
     assert content[51200 : 51200 + 4096] == data
 
 
+def _encrypted(path: Path, kind: str, key: Path) -> str:
+    """Make an image with a passphrase, and return the disk's options."""
+    key.write_text("a secret, with a comma")
+    # Few rounds: this is no test of the encryption. (It measures itself, and gives up far below.)
+    names = "key-secret=s,iter-time=100"
+    if kind == "qcow2":
+        names = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100"
+    words = ["create", "-q", "-f", kind, "--object", f"secret,id=s,file={key}"]
+    words += ["-o", names, str(path), str(SECTORS * 512)]
+    for _ in range(20):  # it measures its own speed, now and then in vain
+        done = subprocess.run(["qemu-img", *words], timeout=60, capture_output=True, text=True)
+        if "accurate CPU usage" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
+    return f"path={path},format={kind},key={key}"
+
+
+@pytest.mark.parametrize("kind", ["luks", "qcow2"])
+def test_an_encrypted_image_is_opened_by_its_passphrase(
+    memory: GuestMemory, tmp_path: Path, kind: str
+) -> None:
+    path, key = tmp_path / "disk", tmp_path / "key"
+    options = _encrypted(path, kind, key)
+    data = os.urandom(4096)
+    for turn in range(2):
+        disk = Disk(memory, options)
+        assert disk.image is not None, "it can be opened and closed, as a migration does"
+        disk.start()
+        disk.guest.probe()
+        assert disk.device.properties() == {"queues": 1, "size": SECTORS * 512}
+        if not turn:
+            disk.do(_OUT, 8, data)
+        assert disk.do(_IN, 8, 4096) == data
+        disk.pause()
+        disk.image.release()
+        disk.image.acquire()
+        disk.pci.resume()
+        assert disk.do(_IN, 8, 4096) == data
+        disk.close()
+    assert data[:64] not in path.read_bytes()
+    key.write_text("another")
+    disk = Disk(memory, options)
+    with pytest.raises(HostError, match="Invalid password"):
+        disk.start()
+    disk.close()
+
+
+@pytest.mark.parametrize("form", ["inet", "unix"])
+def test_a_disk_of_an_nbd_server(memory: GuestMemory, tmp_path: Path, form: str) -> None:
+    path = _image(tmp_path / "disk", "raw")
+    if form == "inet":
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        where, url = (
+            f"addr.type=inet,addr.host=127.0.0.1,addr.port={port}",
+            f"nbd://127.0.0.1:{port}",
+        )
+    else:
+        where, url = f"addr.type=unix,addr.path={tmp_path}/n", "nbd+unix://"
+    url += "/a%20disk" + ("" if form == "inet" else f"?socket={tmp_path}/n")
+    with pytest.raises(HostError, match="the back end is gone"):
+        _nbd_disk(memory, url)
+    server = subprocess.Popen(
+        [
+            *("qemu-storage-daemon", "--blockdev", f"driver=file,node-name=d,filename={path}"),
+            *("--nbd-server", where, "--pidfile", str(tmp_path / "pid")),
+            *("--export", "type=nbd,id=e,node-name=d,name=a disk,writable=on"),
+        ]
+    )
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not (tmp_path / "pid").exists():  # it is written once all is there
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        disk = _nbd_disk(memory, url)
+        assert disk.image is None, "it is open from the start"
+        disk.start()
+        disk.guest.probe()
+        assert disk.device.properties() == {"queues": 1, "size": SECTORS * 512}
+        data = os.urandom(4096)
+        disk.do(_OUT, 8, data)
+        disk.do(_FLUSH, 0, 0)
+        assert disk.do(_IN, 8, 4096) == data
+        disk.close()
+        assert path.read_bytes()[4096:8192] == data
+    finally:
+        server.kill()
+        server.wait(PATIENCE)
+
+
+def _nbd_disk(memory: GuestMemory, url: str) -> Disk:
+    return Disk(memory, f"path={url}")
+
+
 def test_a_driver_without_interrupts(memory: GuestMemory, tmp_path: Path) -> None:
     disk = Disk(memory, f"path={_image(tmp_path / 'disk', 'qcow2')}")
     disk.start()

@@ -9,6 +9,7 @@ import json
 import random
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,20 @@ def test_it_moves_while_fio_writes_and_checks(guest: Debian) -> None:
     assert not [line for line in log.splitlines() if "vda" in line and "error" in line.lower()]
     (disk,) = [d for d in guest.vm.qmp.execute("query-devices") if d["kind"] == "virtio-blk"]
     assert disk["counters"]["errors"] == 0
+
+
+#: Prints a PTP clock's time: FD_TO_CLOCKID of clock_getres(2).
+_READ_PTP = "import os, time; print(time.clock_gettime(~os.open('/dev/ptp0', 0) << 3 | 3))"
+
+
+def test_it_reads_the_hosts_clock(guest: Debian) -> None:
+    """By ptp_kvm, of the host that it is on now: chrony keeps the time by that, with no network."""
+    shell = guest.shell
+    shell.run("modprobe ptp_kvm")
+    assert shell.run("cat /sys/class/ptp/ptp0/clock_name").strip() == "KVM virtual PTP"
+    before = time.time()
+    read = float(shell.run(f'python3 -c "{_READ_PTP}"'))
+    assert before <= read <= time.time()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

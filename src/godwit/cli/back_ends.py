@@ -19,7 +19,7 @@ from godwit.host.child import Child, show_read_only
 from godwit.host.loop import Loop
 from godwit.host.sandbox import landlock, privileges
 from godwit.host.sandbox.landlock import DEVICE, IMAGE, READ, WORK, Rule
-from godwit.spec.back_ends import ImageFile, Share, VhostUserConfig
+from godwit.spec.back_ends import KEY, ImageFile, Share, VhostUserConfig
 from godwit.spec.config import DeviceConfig
 
 from .sandbox import LIBRARIES
@@ -184,11 +184,18 @@ def _image(config: VhostUserConfig, fd: int, confine: bool) -> Program:
             f"writable={_switch(not image.readonly)},num-queues={config.queues}"
         )
         words = [
+            *(("--object", f"secret,id={KEY},file={_quoted(image.key)}") if image.key else ()),
             *(word for node in _nodes(image) for word in ("--blockdev", node)),
-            *("--export", export, "--chardev", f"socket,id=qmp,fd={theirs.fileno()}"),
+            *(
+                "--export",
+                export,
+                "--chardev",
+                f"socket,id=qmp,fd={theirs.fileno()}",
+            ),
             *("--monitor", "chardev=qmp"),
         ]
-        prepare = partial(_confine, image.path) if confine and image.alone else lambda: None
+        files = [path for path in (image.path, image.key) if path]
+        prepare = partial(_confine, files) if confine and image.alone else lambda: None
         child = Child([_STORAGE, *words], [fd, theirs.fileno()], prepare)
     noise = [
         f"{_STORAGE}: ",
@@ -198,8 +205,10 @@ def _image(config: VhostUserConfig, fd: int, confine: bool) -> Program:
     return Program("qemu-storage-daemon", child, control, [*noise, f"--export {export}: "])
 
 
-def _confine(path: str) -> None:
-    """Leave this process, which is to be the program, the image and what programs load.
+def _confine(files: Sequence[str]) -> None:
+    """Leave this process, which is to be the program, its files and what programs load.
+
+    The first of its files is the image, and others are only read.
 
     Raises:
         OSError, HostError: the kernel refuses.
@@ -208,8 +217,9 @@ def _confine(path: str) -> None:
     if landlock.version():
         given = (_STORAGE, *LIBRARIES, "/etc/ld.so.cache", "/proc", "/sys", "/dev/urandom")
         # It tries on /dev/null which locks there are, and would take weaker ones.
-        more = Rule("/dev/null", DEVICE), Rule(path, IMAGE | WORK)
-        landlock.restrict([*(Rule(name, READ) for name in given), *more])
+        image, *keys = files
+        more = Rule("/dev/null", DEVICE), Rule(image, IMAGE | WORK)
+        landlock.restrict([*(Rule(name, READ) for name in (*given, *keys)), *more])
 
 
 def _nodes(image: ImageFile) -> tuple[str, str]:
@@ -225,11 +235,20 @@ def _nodes(image: ImageFile) -> tuple[str, str]:
             f"driver=null-co,node-name=nothing,size={image.size},read-zeroes=on,{readonly}",
             f"driver=raw,node-name=disk,file=nothing,{common}",
         )
-    quoted = os.path.abspath(image.path).replace(",", ",,")
-    return (
-        f"driver=file,node-name=file,filename={quoted},{common}",
-        f"driver={image.format},node-name=disk,file=file,{common}",
-    )
+    if image.server:
+        server = ",".join(f"{name}={value.replace(',', ',,')}" for name, value in image.server)
+        file = f"driver=nbd,node-name=file,{server},{common}"
+    else:
+        file = f"driver=file,node-name=file,filename={_quoted(image.path)},{common}"
+    secret = ""
+    for name, value in image.secret().items():
+        fields = value.items() if isinstance(value, dict) else (("", value),)
+        secret += "".join(f",{name}.{field}={word}".replace(".=", "=") for field, word in fields)
+    return file, f"driver={image.format},node-name=disk,file=file,{common}{secret}"
+
+
+def _quoted(path: str) -> str:
+    return os.path.abspath(path).replace(",", ",,")
 
 
 def _switch(on: bool) -> str:

@@ -14,7 +14,11 @@ from godwit.spec.config import QUEUE_SIZE, DeviceConfig, DiskConfig, OnError
 #: name of a backing file is, and the disk's bytes. From version 3 on, features from byte 72.
 _QCOW2, _MAGIC = Struct(">4sIQ8xQ"), b"QFI\xfb"
 _FEATURES, _EXTERNAL_DATA = Struct(">72xQ"), 1 << 2
+#: The first fields of a LUKS1 image (its on-disk format, 2.1): magic, version, and the sector, of
+#: 512 bytes, where the disk begins.
+_LUKS1, _LUKS_MAGIC = Struct(">6sH96xI"), b"LUKS\xba\xbe"
 _LARGEST = 1 << 60
+_NBD_PORT = 10809
 
 
 def with_formats(devices: Iterable[DeviceConfig]) -> tuple[DeviceConfig, ...]:
@@ -27,9 +31,11 @@ def with_formats(devices: Iterable[DeviceConfig]) -> tuple[DeviceConfig, ...]:
 
 
 def _format(disk: DiskConfig) -> DeviceConfig:
-    head = _head(disk.path)
-    found = disk.format or _found(disk.path, head)
-    if found == "raw":
+    server = _server(disk.path)
+    head = b"" if server else _head(disk.path)
+    found = disk.format or ("raw" if server else _found(disk.path, head))
+    _check_key(disk, found)
+    if found == "raw" and not server:
         return disk
     for key, given in (
         ("serial", disk.serial != ""),
@@ -38,11 +44,74 @@ def _format(disk: DiskConfig) -> DeviceConfig:
     ):
         if given:
             raise ConfigError(f"--disk path={disk.path}: {key}= is for raw images; leave it out")
-    direct = disk.cache == "none"
-    size = _size(disk.path, head) if found == "qcow2" else None
-    alone = size is not None and not _names_files(head)
-    image = ImageFile(disk.path, found, disk.readonly, direct, disk.discard, size, alone)
+    size = None
+    if found in ("qcow2", "luks") and not server:
+        size = _size(disk.path, head) if found == "qcow2" else _luks_size(disk.path, head)
+    image = ImageFile(
+        disk.path,
+        found,
+        disk.readonly,
+        disk.cache == "none",
+        disk.discard,
+        size,
+        alone=size is not None and (found == "luks" or not _names_files(head)),
+        key=disk.key,
+        server=server,
+    )
     return VhostUserConfig(disk.id, "vhost-user-blk", queues=disk.queues, serves=image)
+
+
+def _check_key(disk: DiskConfig, found: str) -> None:
+    """Check that there is a passphrase where one is needed, and a use for one that is given.
+
+    Raises:
+        ConfigError: there is not.
+    """
+    if disk.key and found not in ("luks", "qcow2"):
+        raise ConfigError(
+            f"--disk path={disk.path}: key= is for encrypted images; leave it out, or give "
+            "format=luks"
+        )
+    if found == "luks" and not disk.key:
+        raise ConfigError(
+            f"--disk path={disk.path}: give key=FILE, a file with the passphrase and nothing else"
+        )
+    if disk.key and not os.access(disk.key, os.R_OK):
+        raise ConfigError(
+            f"--disk key={disk.key}: there is no such file to be read; make one with: "
+            "printf %s PASSPHRASE"
+        )
+
+
+def _server(path: str) -> tuple[tuple[str, str], ...]:
+    """Return where an NBD server is, as options of QEMU's, or nothing for the name of a file.
+
+    ``nbd://HOST[:PORT][/EXPORT]`` and ``nbd+unix:///[EXPORT]?socket=PATH``, as QEMU and libnbd
+    have them (the NBD project's doc/uri.md).
+
+    Raises:
+        ConfigError: the address is neither.
+    """
+    if not path.startswith(("nbd:", "nbd+")) or os.path.exists(path):
+        return ()
+    from urllib.parse import parse_qs, unquote, urlsplit  # only for these
+
+    try:
+        parts = urlsplit(path)
+        host, port = parts.hostname, parts.port or _NBD_PORT
+        sockets = parse_qs(parts.query).get("socket", [])
+    except ValueError:
+        host, port, sockets = None, 0, []
+        parts = urlsplit("")
+    export = ("export", unquote(parts.path).removeprefix("/"))
+    if parts.scheme == "nbd" and host and not parts.query:
+        where = ("server.type", "inet"), ("server.host", host), ("server.port", str(port))
+        return (*where, export)
+    if parts.scheme == "nbd+unix" and not parts.netloc and len(sockets) == 1:
+        return ("server.type", "unix"), ("server.path", sockets[0]), export
+    raise ConfigError(
+        f"--disk path={path}: write nbd://HOST:PORT/EXPORT, or nbd+unix:///EXPORT?socket=PATH"
+    )
 
 
 def _head(path: str) -> bytes:
@@ -52,7 +121,7 @@ def _head(path: str) -> bytes:
     except (OSError, ValueError):
         return b""  # whoever opens the image explains that
     try:
-        return os.read(fd, _FEATURES.size)
+        return os.read(fd, max(_FEATURES.size, _LUKS1.size))
     except OSError:
         return b""
     finally:
@@ -81,7 +150,7 @@ def _names_files(head: bytes) -> bool:
     """Return whether a qcow2 image has a backing file, or keeps data elsewhere."""
     _, version, backing, _ = _QCOW2.unpack_from(head)
     if version > 2 and len(head) >= _FEATURES.size:
-        return bool(backing or _FEATURES.unpack(head)[0] & _EXTERNAL_DATA)
+        return bool(backing or _FEATURES.unpack_from(head)[0] & _EXTERNAL_DATA)
     return bool(backing)
 
 
@@ -98,5 +167,28 @@ def _size(path: str, head: bytes) -> int:
         raise ConfigError(
             f"--disk path={path}: there is no qcow2 image to be read; make one with: "
             "qemu-img create -f qcow2 FILE 10G"
+        )
+    return size
+
+
+def _luks_size(path: str, head: bytes) -> int:
+    """Return the bytes of the disk in a LUKS image.
+
+    Raises:
+        ConfigError: the file is no such image.
+    """
+    size = 0
+    if len(head) >= _LUKS1.size:
+        magic, version, first = _LUKS1.unpack_from(head)
+        if (magic, version) == (_LUKS_MAGIC, 1):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                size = os.lseek(fd, 0, os.SEEK_END) - 512 * first  # also of a block device
+            finally:
+                os.close(fd)
+    if not 0 < size <= _LARGEST or size % 512:
+        raise ConfigError(
+            f"--disk path={path}: there is no LUKS image to be read, of version 1; make one with: "
+            "qemu-img create -f luks --object secret,id=key,file=KEY -o key-secret=key FILE 10G"
         )
     return size

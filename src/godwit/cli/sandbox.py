@@ -140,7 +140,7 @@ class Sandbox:
         for disk in (config for config in self._devices if isinstance(config, DiskConfig)):
             yield Rule(disk.path, READ if disk.readonly else IMAGE)
         for served in (one for one in self._devices if isinstance(one, VhostUserConfig)):
-            if isinstance(served.serves, ImageFile):
+            if isinstance(served.serves, ImageFile) and not served.serves.server:
                 yield Rule(served.serves.path, READ)
         kind, _, path = (given.incoming or "").partition(":")
         if kind == "file":

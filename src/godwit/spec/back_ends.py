@@ -9,7 +9,10 @@ from godwit.errors import ConfigError
 from .values import Values
 
 #: Formats of disk images: raw ones are served by the VM itself, others by qemu-storage-daemon.
-FORMATS = ("raw", "qcow2", "vmdk", "vdi", "vhdx", "vpc")
+FORMATS = ("raw", "qcow2", "luks", "vmdk", "vdi", "vhdx", "vpc")
+
+#: The name of a passphrase in qemu-storage-daemon.
+KEY = "key"
 
 
 class Share(NamedTuple):
@@ -22,6 +25,7 @@ class Share(NamedTuple):
 class ImageFile(NamedTuple):
     """A disk image, in any of QEMU's formats, for qemu-storage-daemon to serve."""
 
+    #: A file, or the address of an NBD server.
     path: str
     format: str
     readonly: bool = False
@@ -32,6 +36,18 @@ class ImageFile(NamedTuple):
     size: int | None = None
     #: It names no further file, as far as is known.
     alone: bool = False
+    #: The file with the passphrase of an encrypted image.
+    key: str = ""
+    #: Of the NBD server that has the image: options of the daemon's. Empty for a file.
+    server: tuple[tuple[str, str], ...] = ()
+
+    def secret(self) -> dict[str, str | dict[str, str]]:
+        """Return the options by which the daemon finds the passphrase, as in its QMP."""
+        if not self.key:
+            return {}
+        if self.format == "luks":
+            return {"key-secret": KEY}
+        return {"encrypt": {"format": "luks", "key-secret": KEY}}
 
 
 class VhostUserConfig(NamedTuple):

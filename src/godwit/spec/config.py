@@ -91,6 +91,8 @@ class DiskConfig(NamedTuple):
     queue_size: int = QUEUE_SIZE
     #: The image's format; None: the one that its first bytes show.
     format: str | None = None
+    #: The file with the passphrase of an encrypted image.
+    key: str = ""
     kind: str = "virtio-blk"
 
 
@@ -340,14 +342,14 @@ def parse_disk(text: str, index: int) -> DiskConfig:
     """Return the disk that ``--disk`` describes, the VM's ``index``-th.
 
     Like ``path=disk.raw,readonly,serial=...,cache=none,discard=on,on-error=stop``; also ``id=``,
-    ``queues=``, ``queue-size=``, ``format=``.
+    ``queues=``, ``queue-size=``, ``format=``, ``key=``.
 
     Raises:
         ConfigError: a key or value is wrong; the message names it, and what may stand there.
     """
     known = (
         *("path", "readonly", "serial", "cache", "discard", "on-error"),
-        *("queues", "queue-size", "id", "format"),
+        *("queues", "queue-size", "id", "format", "key"),
     )
     values = Values("--disk", text, known, ("readonly", "discard"))
     path, serial = values.get("path") or "", values.get("serial") or ""
@@ -369,6 +371,7 @@ def parse_disk(text: str, index: int) -> DiskConfig:
         queues=values.number("queues", 1, 16) or 1,
         queue_size=size,
         format=values.choice("format", FORMATS) if values.get("format") is not None else None,
+        key=values.get("key") or "",
     )
 
 
@@ -406,8 +409,9 @@ DEVICE_OPTIONS = {
     "--disk": DeviceOption(
         parse_disk,
         "path=FILE[,KEY=VALUE...]",
-        "a disk, from an image or block device; keys: readonly, serial, cache=writeback|none, "
-        "discard=on|off, on-error=report|stop|enospc, queues, queue-size, id, format=raw|qcow2|...",
+        "a disk, from an image, a block device or nbd://HOST/NAME; keys: readonly, serial, "
+        "cache=writeback|none, discard=on|off, on-error=report|stop|enospc, queues, queue-size, "
+        "id, format=raw|qcow2|luks|..., key=FILE with the passphrase",
     ),
     "--share": DeviceOption(
         parse_share,

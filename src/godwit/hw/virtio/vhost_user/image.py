@@ -115,7 +115,7 @@ class OpenedImage(OwnsHostState):
         image, options = self._image, self._options()
         path = os.path.abspath(image.path)
         self._add_file({"driver": "file", "filename": path, **options})
-        self._add("image", {"driver": image.format, "file": "file", **options})
+        self._add("image", {"driver": image.format, "file": "file", **options, **image.secret()})
         self._show("image")
 
     def _nodes(self) -> set[str]:
