@@ -252,6 +252,37 @@ def test_a_qcow2_image_goes_over_with_its_guest(bench: Bench, qcow2: Path) -> No
     raw.unlink()
 
 
+def test_an_encrypted_image_goes_over_with_its_guest(bench: Bench) -> None:
+    path, key = bench.folder / "disk.luks", bench.folder / "key"
+    key.write_text("secret")
+    secret = "--object", f"secret,id=s,file={key}"
+    # It measures its own speed for that long, now and then in vain.
+    slow = "-o", "key-secret=s,iter-time=100"
+    wait_for(lambda: _made("create", "-q", "-f", "luks", *secret, *slow, str(path), f"{SIZE}"), 60)
+    given: dict[str, Any] = {"memory": "128M,shared=on"}
+    disk = "--disk", f"path={path},format=luks,key={key}"
+    target = bench.run(bench.net.b, "--incoming", "defer", *disk, **given)
+    guest = bench.boot(*disk, keep=[target], **given)
+    agent = guest.agent
+    agent.sh("modprobe virtio_blk")
+    with writing(agent):
+        bench.move(guest, target)
+        goes_on(agent)
+    inside = digest_inside(agent)
+    agent.power_off()
+    assert target.wait(60) == 0
+    opened = "--image-opts", f"driver=luks,key-secret=s,file.filename={path}"
+    raw = path.with_suffix(".raw")
+    _qemu_img("convert", *secret, *opened, "-O", "raw", str(raw))
+    assert digest_of(raw) == inside
+    for made in (path, key, raw):
+        made.unlink()
+
+
+def _made(*words: str) -> bool:
+    return not subprocess.run(["qemu-img", *words], capture_output=True).returncode
+
+
 def test_an_image_in_another_format_stays(bench: Bench) -> None:
     path = bench.folder / "disk.vmdk"
     _qemu_img("create", "-q", "-f", "vmdk", str(path), f"{SIZE}")
