@@ -52,6 +52,8 @@ class Guest:
         """Build the decoders of a state that will be loaded."""
         saved.prepare(_Books)
         saved.prepare(MachineState)
+        for device in self.machine.devices:
+            saved.prepare(device.State)
 
     def save(self) -> MachineState:
         """Return the machine's state and the address books, while paused."""

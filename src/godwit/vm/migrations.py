@@ -6,6 +6,7 @@ the state (the announcer above all) acts after the VM has started, never before.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -201,6 +202,18 @@ class Migrations:
         return True
 
     # --- in ---------------------------------------------------------------------------------------
+    def expect_guest(self) -> None:
+        """Import in a thread what takes a guest, before anybody says where the guest comes from."""
+        threading.Thread(target=self._import_incoming, name="imports", daemon=True).start()
+
+    def _import_incoming(self) -> None:
+        from godwit.migration import destination
+        from godwit.migration.snapshot import restorer, saver
+
+        self._guest().prepare()
+        restorer.prepare()
+        del destination, saver
+
     def await_guest(
         self, uri: str, insecure: bool, opened: Callable[[], None] = lambda: None
     ) -> None:

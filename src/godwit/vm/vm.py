@@ -170,6 +170,7 @@ class Vmm:
         self.states.set(_S.INMIGRATE)
         if uri is None:
             opened()
+            self.migrations.expect_guest()
         else:
             self.migrations.await_guest(uri, insecure, opened)
 

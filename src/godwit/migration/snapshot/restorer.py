@@ -21,9 +21,15 @@ from ..times import TIMES, Times
 from ..wire import messages
 from ..wire.compatibility import adopt, check
 from ..wire.messages import Run
-from .format import CHUNK
+from .format import CHUNK, Index
 from .lazy import Lazy
 from .reader import Snapshot, named
+
+
+def prepare() -> None:
+    """Build the decoders of a file that will be read."""
+    saved.prepare(Index)
+    saved.prepare(messages.Hello)
 
 
 class Restorer(Incoming):
@@ -85,7 +91,11 @@ class Restorer(Incoming):
         except StreamError as error:
             raise named(self._snapshot.path, error) from error
         self.phase("commit")
-        self._take_over(self, running)
+        try:
+            self._take_over(self, running)
+        finally:
+            if self._lazy is not None:
+                self._lazy.start()  # no sooner: it would take its time from the guest's start
 
     def _load(self) -> bool:
         """Load the guest, and return True for a guest that ran when saved."""
@@ -101,8 +111,6 @@ class Restorer(Incoming):
             self._receiver.expect_pages(self._used())
             snapshot.read_ram(machine.memory, self._check_closing)
         self._receiver.load(snapshot.index.state)
-        if self._lazy is not None:
-            self._lazy.start()
         return snapshot.index.running
 
     def _used(self) -> list[Run]:
