@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -206,18 +207,28 @@ def test_ten_clones_share_their_pages(bench: Bench, guest: Guest) -> None:
     assert _restore(bench, guest, path)
 
 
+def _rests(vm: Watched) -> bool:
+    """Whether a VM's process uses no CPU for a while."""
+    used = []
+    for _ in range(2):
+        used.append(Path(f"/proc/{vm.pid}/stat").read_text().rpartition(")")[2].split()[11:13])
+        time.sleep(0.5)
+    return used[0] == used[1]
+
+
 @pytest.mark.whole
 def test_the_first_instruction_does_not_wait_for_all_of_ram(bench: Bench) -> None:
-    guest = bench.boot(memory="1G")
-    guest.agent.mem_fill(700)
+    guest = bench.boot(memory="2G")
+    guest.agent.mem_fill(1500)
     path = bench.folder / "big"
     vm = guest.vm
     assert _godwit_save(vm, path).returncode == 0
     took: dict[str, list[float]] = {"full": [], "lazy": []}
     for name in ("full", "lazy", "full", "lazy"):
         args = ("--incoming", "defer", "--restore", name)
-        vm = bench.run(bench.net.b, *args, memory="1G")
+        vm = bench.run(bench.net.b, *args, memory="2G")
         vm.qmp.execute("query-status")
+        wait_for(partial(_rests, vm), 60)  # it waits for a guest, and does nothing else
         begun = time.time()
         vm.qmp.execute("migrate-incoming", {"uri": f"file:{path}"})
         took[name].append(stamp(vm.event("RESUME", deadline=120)) - begun)
@@ -226,8 +237,7 @@ def test_the_first_instruction_does_not_wait_for_all_of_ram(bench: Bench) -> Non
         assert vm.quit() == 0
     path.unlink()
     bench.drop_guest()
-    # What is the same for both is large here: Python, emulated, imports and loads the state.
-    assert min(took["lazy"]) < min(took["full"]) / 3
+    assert min(took["lazy"]) < min(took["full"]) / 10
 
 
 # --- clocks ---------------------------------------------------------------------------------------
