@@ -236,6 +236,7 @@ def test_a_disk_of_an_nbd_server(memory: GuestMemory, tmp_path: Path, form: str)
             time.sleep(0.01)
         disk = _nbd_disk(memory, url)
         assert disk.image is None, "it is open from the start"
+        assert "is a disk of an NBD server" in (disk.device.unmovable(False) or "")
         disk.start()
         disk.guest.probe()
         assert disk.device.properties() == {"queues": 1, "size": SECTORS * 512}

@@ -174,8 +174,9 @@ def _image(config: VhostUserConfig, fd: int, confine: bool) -> Program:
     assert isinstance(image, ImageFile)
     if not os.access(_STORAGE, os.X_OK):
         raise ConfigError(
-            f"--disk path={image.path}: {image.format} needs qemu-storage-daemon, which is not "
-            "installed; apt-get install qemu-system-common, or: qemu-img convert -O raw"
+            f"--disk path={image.path}: {'NBD' if image.server else image.format} needs "
+            "qemu-storage-daemon, which is not installed; apt-get install qemu-system-common, or: "
+            "qemu-img convert -O raw"
         )
     control, theirs = socket.socketpair()
     with theirs:

@@ -22,7 +22,7 @@ from godwit.hw.capabilities import Counts, HasBackEnd, LogsDirtyPages, RefusesCo
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.device import F_VERSION_1, TRANSPORT_FEATURES, VirtioDevice
 from godwit.hw.virtio.queue import Virtqueue
-from godwit.spec.back_ends import VhostUserConfig
+from godwit.spec.back_ends import ImageFile, VhostUserConfig
 
 from .drain import Drain
 from .image import OpenedImage
@@ -123,6 +123,12 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             return (
                 f"'{self.id}' is a share (tag '{given.tag}'), whose open files are this host's; "
                 "run the guest without it to migrate or save the guest"
+            )
+        if isinstance(given.serves, ImageFile) and given.serves.server:
+            return (
+                f"'{self.id}' is a disk of an NBD server ('{given.serves.path}'), and nothing keeps "
+                "two hosts from writing it; make it a file that both hosts reach to migrate the "
+                "guest"
             )
         if given.serves is not None and (self._image is None or into_file):
             return (
