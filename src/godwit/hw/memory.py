@@ -255,16 +255,14 @@ class GuestMemory:
             return [low[start : start + length] for start, length in pairs]
         return [self.view(start, length) for start, length in pairs]
 
-    def delta(self, addresses: Sequence[int], longest: int) -> int | None:
-        """Return what added to these guest addresses makes them addresses of this process.
+    def delta(self, low: int, end: int) -> int | None:
+        """Return what added to guest addresses from ``low`` to ``end`` makes them this process's.
 
-        None if not all of the bytes there, at most ``longest`` behind each, are in one region.
+        None if not all of them are in one region.
         """
-        end = max(addresses) + longest
         for region in self.regions:
             if end <= region.end:
-                inside = not region.start or region.start <= min(addresses)
-                return region.host - region.start if inside else None
+                return region.host - region.start if region.start <= low else None
         return None
 
     def writable(self, address: int, length: int) -> memoryview:

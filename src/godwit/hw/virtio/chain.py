@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from struct import Struct, pack
 
 from godwit.host.iovec import Vector
@@ -99,28 +100,18 @@ class StraightChain(Chain):
 
     Attributes:
         first: the number of parts that the device reads.
-        lengths: bytes of each part.
     """
 
-    __slots__ = ("_addresses", "_delta", "_memory", "_size", "_table", "first", "lengths")
+    __slots__ = ("_delta", "_memory", "_size", "_table", "first")
 
     def __init__(
-        self,
-        head: int,
-        memory: GuestMemory,
-        table: bytes,
-        first: int,
-        lengths: list[int],
-        addresses: list[int],
-        delta: int,
+        self, head: int, memory: GuestMemory, table: bytes, first: int, size: int, delta: int
     ) -> None:
         self.head = head
         self.first = first
-        self.lengths = lengths
-        self._size = sum(lengths)
         self._memory = memory
         self._table = table
-        self._addresses = addresses
+        self._size = size
         #: Host address of a byte, less its guest address.
         self._delta = delta
         self._readable = self._writable = self._writable_at = None
@@ -129,58 +120,57 @@ class StraightChain(Chain):
     def readable(self) -> list[memoryview]:
         """The views of the parts that the device reads."""
         if self._readable is None:
-            first = self.first
-            self._readable = self._memory.spans(self._addresses[:first], self.lengths[:first])
+            self._readable = self._views(0, self.first)
         return self._readable
 
     @property
     def writable(self) -> list[memoryview]:
         """The views of the parts that the device writes."""
         if self._writable is None:
-            first = self.first
-            self._writable = self._memory.spans(self._addresses[first:], self.lengths[first:])
+            self._writable = self._views(self.first, self.pieces)
         return self._writable
+
+    def _views(self, first: int, end: int) -> list[memoryview]:
+        return self._memory.spans(*_spans(self._table[16 * first : 16 * end]))
 
     @property
     def writable_at(self) -> list[tuple[int, int]]:
         """Guest address and bytes of each part that the device writes."""
-        first = self.first
-        return list(zip(self._addresses[first:], self.lengths[first:], strict=True))
+        return list(zip(*_spans(self._table[16 * self.first :]), strict=True))
 
     @property
     def pieces(self) -> int:
         """The number of parts, readable and writable."""
-        return len(self.lengths)
+        return len(self._table) // 16
 
     def readable_size(self) -> int:
         """Return the number of bytes the device may read."""
-        return sum(self.lengths[: self.first])
+        return sum(_spans(self._table[: 16 * self.first])[1])
 
     def writable_size(self) -> int:
         """Return the number of bytes the device may write."""
-        return sum(self.lengths[self.first :])
+        return sum(_spans(self._table[16 * self.first :])[1])
 
     def size(self) -> int:
         """Return the number of bytes in all."""
         return self._size
 
+    def length(self, index: int) -> int:
+        """Return the bytes of one part, by its number from 0."""
+        length: int = DESCRIPTOR.unpack_from(self._table, 16 * index)[1]
+        return length
+
     def part(self, index: int) -> memoryview:
         """Return the view of one part, by its number from 0."""
-        return self._memory.view(self._addresses[index], self.lengths[index])
+        address, length, _, _ = DESCRIPTOR.unpack_from(self._table, 16 * index)
+        return self._memory.view(address, length)
 
     def vector(self, first: int, end: int) -> Vector:
-        """Return the parts from ``first`` up to but not ``end``, for the kernel.
-
-        A descriptor is a struct iovec, with a guest address, and flags behind its length.
-        """
+        """Return the parts from ``first`` up to but not ``end``, for the kernel."""
         if first == end:
             return Vector(b"", 0)
-        size = 16 * (end - first)
-        descriptors = int.from_bytes(self._table[16 * first : 16 * end], "little")
-        ones = _ONES & (1 << 8 * size) - 1
-        iovecs = (descriptors & _PLACES) + self._delta * ones
-        others = sum(self.lengths[:first]) + sum(self.lengths[end:])
-        return Vector(iovecs.to_bytes(size, "little"), self._size - others)
+        descriptors = self._table[16 * first : 16 * end]
+        return Vector(_iovecs(descriptors, self._delta), _measured(descriptors)[2])
 
 
 def straight(head: int, table: memoryview, memory: GuestMemory) -> StraightChain | None:
@@ -190,16 +180,42 @@ def straight(head: int, table: memoryview, memory: GuestMemory) -> StraightChain
     whatever breaks a rule.
     """
     raw = bytes(table)  # once: the driver may write it meanwhile
-    words = memoryview(raw).cast("I")
-    first = _first_writable(words[3::4].tobytes())
+    first = _first_writable(memoryview(raw).cast("I")[3::4].tobytes())
     if first is None:
         return None
-    lengths: list[int] = words[2::4].tolist()
-    addresses: list[int] = memoryview(raw).cast("Q")[::2].tolist()
-    delta = memory.delta(addresses, max(lengths))
-    if delta is None:
-        return None
-    return StraightChain(head, memory, raw, first, lengths, addresses, delta)
+    # A disk's header and status are of each request, and what is between them mostly is not.
+    low, high, size = _measured(raw[16:-16]) if len(raw) > 32 else (1 << 64, 0, 0)
+    for at in (0, len(raw) - 16)[: len(raw) // 16]:
+        address, length, _, _ = DESCRIPTOR.unpack_from(raw, at)
+        low, high, size = min(low, address), max(high, address + length), size + length
+    delta = memory.delta(low, high)
+    return None if delta is None else StraightChain(head, memory, raw, first, size, delta)
+
+
+def _spans(descriptors: bytes) -> tuple[list[int], list[int]]:
+    """Return addresses and lengths."""
+    view = memoryview(descriptors)
+    return view.cast("Q")[::2].tolist(), view.cast("I")[2::4].tolist()
+
+
+# Programs that pass the guest's page cache by have few buffers, and use each again and again.
+@lru_cache(maxsize=32)
+def _measured(descriptors: bytes) -> tuple[int, int, int]:
+    """Return the lowest address, one that no byte reaches, and the bytes in all."""
+    addresses, lengths = _spans(descriptors)
+    return min(addresses), max(addresses) + max(lengths), sum(lengths)
+
+
+@lru_cache(maxsize=32)
+def _iovecs(descriptors: bytes, delta: int) -> bytes:
+    """Return the same as an array of struct iovec, with addresses of this process.
+
+    A descriptor is a struct iovec, with a guest address, and flags behind its length.
+    """
+    size = len(descriptors)
+    ones = _ONES & (1 << 8 * size) - 1
+    moved = (int.from_bytes(descriptors, "little") & _PLACES) + delta * ones
+    return moved.to_bytes(size, "little")
 
 
 def _first_writable(control: bytes) -> int | None:

@@ -77,7 +77,7 @@ def parse(queue: int, chain: Chain) -> Request:
     if isinstance(chain, StraightChain):
         first, end = chain.first, chain.pieces - 1
         # The form of Linux's driver: header and status are parts of their own.
-        if 0 < first <= end and chain.lengths[0] == _HEADER.size and chain.lengths[end] == 1:
+        if 0 < first <= end and chain.length(0) == _HEADER.size and chain.length(end) == 1:
             kind, sector = _HEADER.unpack_from(chain.part(0))
             data, space = chain.vector(1, first), chain.vector(first, end)
             return Request(queue, chain, kind, sector, data, space, chain.part(end))

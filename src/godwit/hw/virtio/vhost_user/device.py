@@ -126,9 +126,9 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             )
         if isinstance(given.serves, ImageFile) and given.serves.server:
             return (
-                f"'{self.id}' is a disk of an NBD server ('{given.serves.path}'), and nothing keeps "
-                "two hosts from writing it; make it a file that both hosts reach to migrate the "
-                "guest"
+                f"'{self.id}' is a disk of an NBD server ('{given.serves.path}'), and nothing "
+                "keeps two hosts from writing it; make it a file that both hosts reach to migrate "
+                "the guest"
             )
         if given.serves is not None and (self._image is None or into_file):
             return (
