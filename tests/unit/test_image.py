@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -191,6 +192,37 @@ def test_bytes_are_read_and_written_in_pieces(
     into = [memoryview(bytearray(size)) for size in (1, 3 * block - 1, block)]
     image.read(2 * block, Vector.of(into))
     assert b"".join(into) == data
+
+
+def test_what_comes_in_parts_is_whole_or_would_wait(
+    path: Path, opened: Callable[..., Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = opened(path)
+    calls = []
+    read, write = module.iovec.read, module.iovec.write
+
+    def half(call: Any) -> Any:
+        def part(fd: int, vector: Vector, at: int, flags: int = 0) -> int:
+            calls.append(at)
+            address, length = module.iovec.ENTRY.unpack_from(vector.iovecs)
+            size = max(1, length // 2)
+            done: int = call(fd, Vector(module.iovec.ENTRY.pack(address, size), size), at, flags)
+            return done
+
+        return part
+
+    monkeypatch.setattr(module.iovec, "read", half(read))
+    monkeypatch.setattr(module.iovec, "write", half(write))
+    into = [bytearray(size) for size in (1000, 24, 512)]
+    with pytest.raises(BlockingIOError):
+        image.read(512, Vector.of(into), os.RWF_NOWAIT)
+    assert calls == [512]
+    image.read(512, Vector.of(into))
+    assert b"".join(into) == path.read_bytes()[512:2048]
+    assert len(calls) > 12
+    data = os.urandom(1536)
+    image.write(1024, _of(data))
+    assert path.read_bytes()[1024:2560] == data
 
 
 def test_a_file_that_was_truncated_is_neither_read_nor_written_beyond_its_end(
