@@ -193,7 +193,7 @@ def straight(head: int, table: memoryview, memory: GuestMemory) -> StraightChain
 
 
 def _spans(descriptors: bytes) -> tuple[list[int], list[int]]:
-    """Return addresses and lengths."""
+    """Return address and length of each of some descriptors."""
     view = memoryview(descriptors)
     return view.cast("Q")[::2].tolist(), view.cast("I")[2::4].tolist()
 
