@@ -291,6 +291,7 @@ def test_a_format_that_is_given_counts() -> None:
         ),
         ("nbd+unix:///?socket=/run/n", {"type": "unix", "path": "/run/n", "export": ""}),
         ("nbd+unix:///x?socket=/run/n", {"type": "unix", "path": "/run/n", "export": "x"}),
+        ("nbd+unix:///?socket=/a+b%20c", {"type": "unix", "path": "/a+b c", "export": ""}),
     ],
 )
 def test_an_nbd_server_is_named(path: str, server: dict[str, str]) -> None:
@@ -298,7 +299,7 @@ def test_an_nbd_server_is_named(path: str, server: dict[str, str]) -> None:
     assert isinstance(found, VhostUserConfig)
     image = found.serves
     assert isinstance(image, ImageFile)
-    assert (image.format, image.size, image.alone) == ("raw", None, False)
+    assert (image.format, image.size, image.alone) == ("raw", None, True)
     assert {name.removeprefix("server."): value for name, value in image.server} == server
 
 
@@ -307,11 +308,22 @@ def test_an_nbd_server_is_named(path: str, server: dict[str, str]) -> None:
     [
         *("nbd:", "nbd://", "nbd://h:x/", "nbd://h:99999/", "nbd://[x/", "nbd+unix:///x"),
         *("nbd+unix://h/x?socket=/n", "nbd+tcp://h/", "nbd://h/x?socket=/n"),
+        # What would be left out, and what would be another place.
+        *("nbd://user@h/x", "nbd://user:pw@h/x", "nbd://h/x#y", "nbd://h:0/x", "nbd://h/x?"),
+        *("nbd://h/a\tb", "nbd://h/a%00b", "nbd+unix:///x?socket=/n%00", "nbd://h/a%0ab"),
+        *("nbd+unix:///x?socket=/n&tls-x=1", "nbd+unix:///x?socket=n", "nbd+unix:///x?other=/n"),
     ],
 )
 def test_an_address_of_no_nbd_server_is_refused(path: str) -> None:
     with pytest.raises(ConfigError, match="write nbd://HOST:PORT/EXPORT"):
         with_formats([DiskConfig("disk0", path)])
+
+
+def test_an_nbd_server_opens_images_itself() -> None:
+    """What is in an image there could name files of this host."""
+    for format in ("qcow2", "vmdk"):
+        with pytest.raises(ConfigError, match=f"qemu-nbd -f {format}"):
+            with_formats([DiskConfig("disk0", "nbd://h/x", format=format)])
 
 
 def _luks(version: int = 1, first: int = 4, size: int = 8192) -> bytes:
@@ -330,6 +342,7 @@ def test_an_encrypted_image_has_a_passphrase(tmp_path: Path) -> None:
     for change, says in (
         ({"key": ""}, "give key=FILE"),
         ({"key": "/none"}, "no such file"),
+        ({"key": str(tmp_path)}, "no such file"),
         ({"format": None}, "key= is for encrypted images"),
         ({"format": "vmdk"}, "key= is for encrypted images"),
         ({"path": str(key)}, "no LUKS image"),

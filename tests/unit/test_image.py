@@ -225,6 +225,43 @@ def test_what_comes_in_parts_is_whole_or_would_wait(
     assert path.read_bytes()[1024:2560] == data
 
 
+def test_much_that_the_disk_cannot_reach_is_copied_by_parts(
+    tmp_path: Path, opened: Callable[..., Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a request of 64 MiB, of which there may be sixteen at once."""
+    path = make_image(tmp_path / "large.raw", 1 << 20)
+    image = opened(path)
+    image.direct = True  # for a file system that takes no O_DIRECT, too
+    sizes: list[int] = []
+    real = {name: getattr(module.iovec, name) for name in ("read", "write")}
+
+    def picky(name: str) -> Any:
+        def call(fd: int, vector: Vector, at: int, flags: int = 0) -> int:
+            address, _ = module.iovec.ENTRY.unpack_from(vector.iovecs)
+            if address % 4096:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            sizes.append(vector.size)
+            done: int = real[name](fd, vector, at, flags)
+            return done
+
+        return call
+
+    monkeypatch.setattr(module, "_BOUNCED", 64 << 10)
+    for name in real:
+        monkeypatch.setattr(module.iovec, name, picky(name))
+    data = os.urandom(300 << 10)
+    memory = memoryview(bytearray(8192 + len(data)))
+    start = -module.iovec.address_of(memory) % 4096 + 1
+    parts = [memory[start : start + 1000], memory[start + 1000 : start + len(data)]]
+    memory[start : start + len(data)] = data
+    image.write(4096, Vector.of(parts))
+    assert path.read_bytes()[4096 : 4096 + len(data)] == data
+    memory[:] = bytes(len(memory))
+    image.read(4096, Vector.of(parts))
+    assert memory[start : start + len(data)] == data
+    assert sizes == [64 << 10] * 4 + [44 << 10] + [64 << 10] * 4 + [44 << 10]
+
+
 def test_a_file_that_was_truncated_is_neither_read_nor_written_beyond_its_end(
     path: Path, opened: Callable[..., Image]
 ) -> None:

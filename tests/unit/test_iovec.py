@@ -31,8 +31,17 @@ def test_a_part_of_a_vector_is_the_bytes_behind(sizes: list[int], count: int) ->
 @settings(deadline=None)
 def test_a_vector_takes_what_it_has_room_for(sizes: list[int], data: bytes) -> None:
     parts = [bytearray(size) for size in sizes]
-    assert Vector.of(parts).fill(data) == min(len(data), sum(sizes))
+    assert Vector.of(parts).fill(bytearray(data)) == min(len(data), sum(sizes))
     assert b"".join(parts) == data[: sum(sizes)].ljust(sum(sizes), b"\0")
+
+
+@given(sizes=_sizes, room=st.integers(0, 500))
+@settings(deadline=None)
+def test_a_buffer_takes_what_it_has_room_for(sizes: list[int], room: int) -> None:
+    parts = [bytearray(os.urandom(size)) for size in sizes]
+    buffer = bytearray(room)
+    Vector.of(parts).copy_to(buffer)
+    assert buffer == b"".join(parts)[:room].ljust(room, b"\0")
 
 
 @given(sizes=_sizes, at=st.integers(0, 1000))

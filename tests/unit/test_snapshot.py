@@ -25,6 +25,7 @@ from godwit.migration.snapshot import lazy as lazy_module
 from godwit.migration.snapshot.format import CHUNK, RAM_AT, Header
 from godwit.migration.snapshot.lazy import Lazy
 from godwit.migration.snapshot.reader import Snapshot
+from godwit.migration.snapshot.restorer import Restorer
 from godwit.migration.snapshot.saver import path_of
 from godwit.spec.machine_types import DEFAULT
 from godwit.spec.restore import FULL, Restore
@@ -297,6 +298,35 @@ def lazy(whole: Path) -> Iterator[There]:
     side = There(whole, LAZY)
     yield side
     side.close()
+
+
+def test_no_guest_runs_that_nobody_would_check(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Lazy) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Lazy, "start", full)
+    side = There(whole, LAZY)
+    (error,) = side.failures
+    assert "can't start new thread" in str(error)
+    assert not side.machine.running
+    assert S.RUNNING not in side.states.history
+    side.close()
+
+
+def test_a_check_that_never_began_ends(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lazy, "begin", lambda self: None)
+    side = There(whole, LAZY)
+    side.check()
+    restorer = side.migrations._incoming
+    assert isinstance(restorer, Restorer)
+    assert restorer._lazy is not None
+    thread = restorer._lazy._thread
+    assert thread.is_alive()
+    assert not restorer.checked()
+    side.close()
+    assert not thread.is_alive()
 
 
 def test_pages_not_touched_yet_migrate_too(lazy: There) -> None:

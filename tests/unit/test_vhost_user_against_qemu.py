@@ -206,9 +206,13 @@ def test_an_encrypted_image_is_opened_by_its_passphrase(
     disk.close()
 
 
-@pytest.mark.parametrize("form", ["inet", "unix"])
-def test_a_disk_of_an_nbd_server(memory: GuestMemory, tmp_path: Path, form: str) -> None:
-    path = _image(tmp_path / "disk", "raw")
+@pytest.mark.parametrize(("form", "kind"), [("inet", "raw"), ("unix", "raw"), ("inet", "luks")])
+def test_a_disk_of_an_nbd_server(memory: GuestMemory, tmp_path: Path, form: str, kind: str) -> None:
+    path, key, more = tmp_path / "disk", tmp_path / "key", ""
+    if kind == "luks":
+        more = _encrypted(path, kind, key).removeprefix(f"path={path}")
+    else:
+        _image(path, kind)
     if form == "inet":
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -220,7 +224,7 @@ def test_a_disk_of_an_nbd_server(memory: GuestMemory, tmp_path: Path, form: str)
         where, url = f"addr.type=unix,addr.path={tmp_path}/n", "nbd+unix://"
     url += "/a%20disk" + ("" if form == "inet" else f"?socket={tmp_path}/n")
     with pytest.raises(HostError, match="the back end is gone"):
-        _nbd_disk(memory, url)
+        Disk(memory, f"path={url}{more}")
     server = subprocess.Popen(
         [
             *("qemu-storage-daemon", "--blockdev", f"driver=file,node-name=d,filename={path}"),
@@ -234,9 +238,16 @@ def test_a_disk_of_an_nbd_server(memory: GuestMemory, tmp_path: Path, form: str)
             assert server.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        disk = _nbd_disk(memory, url)
+        disk = Disk(memory, f"path={url}{more}")
         assert disk.image is None, "it is open from the start"
         assert "is a disk of an NBD server" in (disk.device.unmovable(False) or "")
+        (program,) = disk.programs._programs.values()
+        assert program.control is not None
+        if landlock.version():
+            daemon = StorageDaemon(program.control.dup())
+            node = {"node-name": "x", "driver": "file", "read-only": True}
+            with pytest.raises(HostError, match="Permission denied"):
+                daemon.execute("blockdev-add", **node, filename="/etc/passwd")
         disk.start()
         disk.guest.probe()
         assert disk.device.properties() == {"queues": 1, "size": SECTORS * 512}
@@ -245,14 +256,11 @@ def test_a_disk_of_an_nbd_server(memory: GuestMemory, tmp_path: Path, form: str)
         disk.do(_FLUSH, 0, 0)
         assert disk.do(_IN, 8, 4096) == data
         disk.close()
-        assert path.read_bytes()[4096:8192] == data
+        assert path.read_bytes()[4096:8192] == data or kind == "luks"
+        assert (data in path.read_bytes()) == (kind == "raw")
     finally:
         server.kill()
         server.wait(PATIENCE)
-
-
-def _nbd_disk(memory: GuestMemory, url: str) -> Disk:
-    return Disk(memory, f"path={url}")
 
 
 def test_a_driver_without_interrupts(memory: GuestMemory, tmp_path: Path) -> None:

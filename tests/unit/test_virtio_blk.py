@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from blk_bench import PATIENCE, Disk, make_image
 from godwit.errors import HostError, StreamError
+from godwit.host import iovec
 from godwit.host.image import Image
 from godwit.host.iovec import Vector
 from godwit.hw.memory import GuestMemory
@@ -215,6 +216,48 @@ def test_pages_that_are_written_are_marked(disk: Callable[..., Disk], memory: Gu
     assert pages | {status.address >> 12} <= marked
 
 
+@pytest.mark.parametrize(
+    ("kind", "sector", "marks_data"),
+    [(IN, 0, False), (IN, 1 << 40, True), (9, 0, False), (FLUSH, 0, False), (GET_ID, 0, True)],
+)
+def test_a_request_marks_no_more_than_may_be_written(
+    disk: Callable[..., Disk], memory: GuestMemory, kind: int, sector: int, marks_data: bool
+) -> None:
+    """The driver says how large its memory is: a request marks what the disk may have written."""
+    one = disk()
+    driver, pages = one.driver, 16 << 20 >> 12
+    # 16 MiB at a time, over and over: of a read, it is too long if that is wanted.
+    parts = 2 if marks_data else 8
+    status = driver.place(b"\xee")
+    data = [Part(0, 16 << 20, True) for _ in range(parts)]
+    header = Part(driver.place(pack("<IIQ", kind, 0, sector)), 16)
+    memory.start_log()
+    marked = memory.mark_dirty
+    sizes: list[int] = []
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "mark_dirty", lambda at, n: (sizes.append(n), marked(at, n)))
+            driver.add([header, *data, Part(status, 1, True)], indirect=True)
+            one.kick()
+            one.take()
+        log = memory.take_log()
+    finally:
+        memory.stop_log()
+    assert status >> 12 in log
+    if marks_data and kind == IN:
+        assert len(log) >= pages  # a read that failed may have written some
+    else:
+        assert sum(sizes) < 4096, "nothing but the status and the ring was written"
+
+
+def test_too_many_pieces_are_the_guests_error(disk: Callable[..., Disk]) -> None:
+    one = disk(on_error=OnError.STOP, queue_size=256)
+    data = [Part(one.driver.place(bytes(512)), 512) for _ in range(1100)]
+    assert len(data) > iovec.MOST_PIECES
+    vector = Vector(iovec.ENTRY.pack(0, 1) * len(data), 512 * len(data))
+    assert not one.blk._doer._inside(0, vector)
+
+
 # --- several at once ------------------------------------------------------------------------------
 def test_requests_that_wait_for_the_disk_do_not_wait_for_each_other(
     disk: Callable[..., Disk], path: Path
@@ -239,6 +282,23 @@ class Untold(Gate):
         if flags:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         super().read(at, into)
+
+
+def test_a_write_that_would_wait_for_another_is_handed_over(
+    disk: Callable[..., Disk], path: Path
+) -> None:
+    one = disk()
+    with one.image._writing:  # as one that the kernel holds up
+        _, status = one.add(OUT, 3, out=b"\x33" * 512)
+        one.kick()
+        for sector in range(4):
+            one.add(IN, sector, into=512)
+            one.kick()
+            assert one.take()[0] != 0, "reads go on"
+        assert one.memory.read(status.address, 1) != b"\0"
+    one.take()
+    assert one.memory.read(status.address, 1) == b"\0"
+    assert path.read_bytes()[3 * 512 : 4 * 512] == b"\x33" * 512
 
 
 def test_where_a_file_system_does_not_say_what_waits_time_does(

@@ -22,7 +22,7 @@ from godwit.host.sandbox.landlock import DEVICE, IMAGE, READ, WORK, Rule
 from godwit.spec.back_ends import KEY, ImageFile, Share, VhostUserConfig
 from godwit.spec.config import DeviceConfig
 
-from .sandbox import LIBRARIES
+from .sandbox import LIBRARIES, NAMES
 
 #: Where virtiofsd is: of Debian 13 and others (written in Rust), and of Debian 12 (in C).
 _VIRTIOFSD, _VIRTIOFSD_IN_C = "/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"
@@ -184,32 +184,28 @@ def _image(config: VhostUserConfig, fd: int, confine: bool) -> Program:
             f"type=vhost-user-blk,id=disk,node-name=disk,addr.type=fd,addr.str={fd},"
             f"writable={_switch(not image.readonly)},num-queues={config.queues}"
         )
+        secret = f"secret,id={KEY},file={_quoted(image.key)}" if image.key else ""
         words = [
-            *(("--object", f"secret,id={KEY},file={_quoted(image.key)}") if image.key else ()),
+            *(("--object", secret) if secret else ()),
             *(word for node in _nodes(image) for word in ("--blockdev", node)),
-            *(
-                "--export",
-                export,
-                "--chardev",
-                f"socket,id=qmp,fd={theirs.fileno()}",
-            ),
+            *("--export", export, "--chardev", f"socket,id=qmp,fd={theirs.fileno()}"),
             *("--monitor", "chardev=qmp"),
         ]
-        files = [path for path in (image.path, image.key) if path]
-        prepare = partial(_confine, files) if confine and image.alone else lambda: None
+        prepare = partial(_confine, image) if confine and image.alone else lambda: None
         child = Child([_STORAGE, *words], [fd, theirs.fileno()], prepare)
     noise = [
         f"{_STORAGE}: ",
         "qemu-storage-daemon: ",
         *(f"--blockdev {n}: " for n in _nodes(image)),
+        f"--object {secret}: ",
     ]
     return Program("qemu-storage-daemon", child, control, [*noise, f"--export {export}: "])
 
 
-def _confine(files: Sequence[str]) -> None:
-    """Leave this process, which is to be the program, its files and what programs load.
+def _confine(image: ImageFile) -> None:
+    """Leave this process, which is to be the program, the image and what programs load.
 
-    The first of its files is the image, and others are only read.
+    To find an NBD server by name it reads what the C library does.
 
     Raises:
         OSError, HostError: the kernel refuses.
@@ -218,9 +214,11 @@ def _confine(files: Sequence[str]) -> None:
     if landlock.version():
         given = (_STORAGE, *LIBRARIES, "/etc/ld.so.cache", "/proc", "/sys", "/dev/urandom")
         # It tries on /dev/null which locks there are, and would take weaker ones.
-        image, *keys = files
-        more = Rule("/dev/null", DEVICE), Rule(image, IMAGE | WORK)
-        landlock.restrict([*(Rule(name, READ) for name in (*given, *keys)), *more])
+        read = [*given, *((image.key,) if image.key else ()), *(NAMES if image.server else ())]
+        more = [Rule("/dev/null", DEVICE)]
+        if not image.server:
+            more.append(Rule(image.path, IMAGE | WORK))
+        landlock.restrict([*(Rule(name, READ) for name in read), *more])
 
 
 def _nodes(image: ImageFile) -> tuple[str, str]:
@@ -241,10 +239,7 @@ def _nodes(image: ImageFile) -> tuple[str, str]:
         file = f"driver=nbd,node-name=file,{server},{common}"
     else:
         file = f"driver=file,node-name=file,filename={_quoted(image.path)},{common}"
-    secret = ""
-    for name, value in image.secret().items():
-        fields = value.items() if isinstance(value, dict) else (("", value),)
-        secret += "".join(f",{name}.{field}={word}".replace(".=", "=") for field, word in fields)
+    secret = f",key-secret={KEY}" if image.key else ""
     return file, f"driver={image.format},node-name=disk,file=file,{common}{secret}"
 
 

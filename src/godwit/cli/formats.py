@@ -35,6 +35,12 @@ def _format(disk: DiskConfig) -> DeviceConfig:
     head = b"" if server else _head(disk.path)
     found = disk.format or ("raw" if server else _found(disk.path, head))
     _check_key(disk, found)
+    if server and found not in ("raw", "luks"):
+        # What the server says is in the image could name any file or server.
+        raise ConfigError(
+            f"--disk path={disk.path}: format={found} is for files; have the server open the image "
+            f"(qemu-nbd -f {found}), and leave format= out"
+        )
     if found == "raw" and not server:
         return disk
     for key, given in (
@@ -54,7 +60,7 @@ def _format(disk: DiskConfig) -> DeviceConfig:
         disk.cache == "none",
         disk.discard,
         size,
-        alone=size is not None and (found == "luks" or not _names_files(head)),
+        alone=bool(server) or found == "luks" or (size is not None and not _names_files(head)),
         key=disk.key,
         server=server,
     )
@@ -76,7 +82,7 @@ def _check_key(disk: DiskConfig, found: str) -> None:
         raise ConfigError(
             f"--disk path={disk.path}: give key=FILE, a file with the passphrase and nothing else"
         )
-    if disk.key and not os.access(disk.key, os.R_OK):
+    if disk.key and not (os.path.isfile(disk.key) and os.access(disk.key, os.R_OK)):
         raise ConfigError(
             f"--disk key={disk.key}: there is no such file to be read; make one with: "
             "printf %s PASSPHRASE"
@@ -94,23 +100,27 @@ def _server(path: str) -> tuple[tuple[str, str], ...]:
     """
     if not path.startswith(("nbd:", "nbd+")) or os.path.exists(path):
         return ()
-    from urllib.parse import parse_qs, unquote, urlsplit  # only for these
+    from urllib.parse import unquote, urlsplit  # only for these
 
     try:
         parts = urlsplit(path)
-        host, port = parts.hostname, parts.port or _NBD_PORT
-        sockets = parse_qs(parts.query).get("socket", [])
+        host, port = parts.hostname, parts.port
     except ValueError:
-        host, port, sockets = None, 0, []
-        parts = urlsplit("")
-    export = ("export", unquote(parts.path).removeprefix("/"))
-    if parts.scheme == "nbd" and host and not parts.query:
+        parts, host, port = urlsplit(""), None, None
+    key, _, socket = parts.query.partition("=")
+    export, socket = unquote(parts.path).removeprefix("/"), unquote(socket)
+    # Nothing is left out in silence: no user, no wish for TLS, nor what urlsplit strips.
+    whole = "".join((path, export, socket)).isprintable()
+    if not whole or "#" in path or "@" in parts.netloc or "&" in parts.query:
+        pass
+    elif parts.scheme == "nbd" and host and port != 0 and "?" not in path:
+        port = _NBD_PORT if port is None else port
         where = ("server.type", "inet"), ("server.host", host), ("server.port", str(port))
-        return (*where, export)
-    if parts.scheme == "nbd+unix" and not parts.netloc and len(sockets) == 1:
-        return ("server.type", "unix"), ("server.path", sockets[0]), export
+        return (*where, ("export", export))
+    elif parts.scheme == "nbd+unix" and not parts.netloc and (key, socket[:1]) == ("socket", "/"):
+        return ("server.type", "unix"), ("server.path", socket), ("export", export)
     raise ConfigError(
-        f"--disk path={path}: write nbd://HOST:PORT/EXPORT, or nbd+unix:///EXPORT?socket=PATH"
+        f"--disk path={path}: write nbd://HOST:PORT/EXPORT, or nbd+unix:///EXPORT?socket=/PATH"
     )
 
 
@@ -181,14 +191,24 @@ def _luks_size(path: str, head: bytes) -> int:
     if len(head) >= _LUKS1.size:
         magic, version, first = _LUKS1.unpack_from(head)
         if (magic, version) == (_LUKS_MAGIC, 1):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                size = os.lseek(fd, 0, os.SEEK_END) - 512 * first  # also of a block device
-            finally:
-                os.close(fd)
+            size = _bytes(path) - 512 * first
     if not 0 < size <= _LARGEST or size % 512:
         raise ConfigError(
             f"--disk path={path}: there is no LUKS image to be read, of version 1; make one with: "
             "qemu-img create -f luks --object secret,id=key,file=KEY -o key-secret=key FILE 10G"
         )
     return size
+
+
+def _bytes(path: str) -> int:
+    """Return the bytes of a file or block device, or 0 for one without an end."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return 0
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    except OSError:
+        return 0
+    finally:
+        os.close(fd)

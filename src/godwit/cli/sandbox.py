@@ -21,14 +21,14 @@ from godwit.spec.back_ends import ImageFile, VhostUserConfig
 from godwit.spec.config import DeviceConfig, DiskConfig
 
 #: Read by the C library: names, time zone, what a program loads.
-_ETC = (
-    *("hosts", "resolv.conf", "nsswitch.conf", "host.conf", "gai.conf", "services", "localtime"),
-    *("ld.so.cache", "ssl/openssl.cnf"),
-)
+_ETC = ("localtime", "ld.so.cache", "ssl/openssl.cnf")
 #: Migrations that find a socket with a large buffer: of one guest there is hardly a second.
 _MIGRATIONS = 4
-#: Where the resolver's file is, or is made anew.
-_RESOLVERS = ("/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf")
+#: What the C library reads to find a host by name, and where the resolver's file is made anew.
+NAMES = (
+    *("/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf", "/etc/host.conf", "/etc/gai.conf"),
+    *("/etc/services", "/run/systemd/resolve", "/run/NetworkManager", "/run/resolvconf"),
+)
 #: What is in the folder of certificates: see migration/wire/tls.py.
 TLS_FILES = ("ca.pem", "cert.pem", "key.pem")
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
@@ -125,7 +125,7 @@ class Sandbox:
         """Yield what the configuration names, and what Python and the C library read."""
         given = self._arguments
         etc = (f"/etc/{name}" for name in _ETC)
-        for path in (*LIBRARIES, *_python(), *etc, *_RESOLVERS, "/proc"):
+        for path in (*LIBRARIES, *_python(), *etc, *NAMES, "/proc"):
             yield Rule(path, READ)
         for device in ("/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/dev/null"):
             yield Rule(device, DEVICE)

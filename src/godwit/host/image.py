@@ -15,7 +15,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from struct import Struct
 
 from godwit.errors import ConfigError, HostError
@@ -33,8 +33,8 @@ _FLOCK = Struct("hhqqi4x")  # struct flock
 _SIZE = ior(0x12, 114, 8)  # BLKGETSIZE64
 _LOGICAL = io(0x12, 104)  # BLKSSZGET
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16  # linux/falloc.h
-#: Bytes of zeros that are written at once.
-_ZEROS = 1 << 20
+#: Bytes of zeros that are written at once, and of data that the disk cannot reach by itself.
+_ZEROS = _BOUNCED = 1 << 20
 _TMPFS = 0x01021994
 #: File systems of this host alone (statfs(2)): ext4, XFS, Btrfs, tmpfs, overlayfs, F2FS, ZFS.
 _LOCAL = (0xEF53, 0x58465342, 0x9123683E, _TMPFS, 0x794C7630, 0xF2F52010, 0x2FC12FC1)
@@ -87,7 +87,7 @@ class Image:
         #: An error of a write that the kernel had taken: each flush fails from then on.
         self._lost: OSError | None = None
         #: Of a file the kernel lets one write at a time (inode_lock), and who waits there spins.
-        self._writing = nullcontext() if direct or self.is_device else threading.Lock()
+        self._writing = threading.Lock()
         #: Something may have been written since the last flush began.
         self._written = True
 
@@ -237,10 +237,10 @@ class Image:
         except OSError as error:
             if error.errno != errno.EINVAL or not self.direct:
                 raise
-            with _bounced(into.size) as buffer:  # the disk cannot reach the pieces by itself
-                if iovec.read(self._fd, Vector.of([buffer]), at) != into.size:
+            for place, rest, buffer in _bounced(at, into):
+                if iovec.read(self._fd, Vector.of([buffer]), place) != len(buffer):
                     raise _truncated(self.path) from None
-                into.fill(bytes(buffer))
+                rest.fill(buffer)
             return
         while done < into.size:
             if not done:
@@ -258,11 +258,17 @@ class Image:
         """
         if not self.is_device and os.fstat(self._fd).st_size < self.size:
             raise _truncated(self.path)
+        one_by_one = not self.direct and not self.is_device
         try:
-            with self._writing:
+            with self._writing if one_by_one else nullcontext():
                 self._write(at, data)
         finally:
             self._written = True
+
+    @property
+    def is_written(self) -> bool:
+        """True while a write is at work for which the next one would wait."""
+        return self._writing.locked()
 
     def _write(self, at: int, data: Vector) -> None:
         try:
@@ -270,9 +276,9 @@ class Image:
         except OSError as error:
             if error.errno != errno.EINVAL or not self.direct:
                 raise
-            with _bounced(data.size) as buffer:
-                buffer[:] = data.read()
-                if iovec.write(self._fd, Vector.of([buffer]), at) != data.size:
+            for place, rest, buffer in _bounced(at, data):
+                rest.copy_to(buffer)
+                if iovec.write(self._fd, Vector.of([buffer]), place) != len(buffer):
                     raise _truncated(self.path) from None
             return
         while done < data.size:
@@ -345,11 +351,17 @@ class Image:
             os.close(fd)
 
 
-@contextmanager
-def _bounced(size: int) -> Iterator[memoryview]:
-    """Lend memory that any disk can reach: whole pages."""
-    with mmap.mmap(-1, size) as pages, memoryview(pages) as whole, whole[:size] as buffer:
-        yield buffer
+def _bounced(at: int, data: Vector) -> Iterator[tuple[int, Vector, memoryview]]:
+    """Yield memory that any disk can reach, whole pages, for a part of the data after the other.
+
+    Each with the part's place on the disk, and the data from there on. The driver says how much
+    data there is, which several threads may have at once: so it is copied by parts.
+    """
+    with mmap.mmap(-1, min(_BOUNCED, data.size)) as pages, memoryview(pages) as whole:
+        while data.size:
+            with whole[: data.size] as buffer:
+                yield at, data, buffer
+                at, data = at + len(buffer), data.after(len(buffer))
 
 
 def _truncated(path: str) -> OSError:

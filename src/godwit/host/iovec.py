@@ -13,6 +13,8 @@ from .ioctl import address_of
 
 #: struct iovec: address and bytes.
 ENTRY = Struct("<QQ")
+#: Pieces that the kernel takes at once (UIO_MAXIOV).
+MOST_PIECES = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
 for _function in (_libc.preadv2, _libc.pwritev2):
@@ -52,17 +54,39 @@ class Vector(NamedTuple):
                 left += ENTRY.pack(address + taken, length - taken)
         return Vector(bytes(left), size)
 
+    @property
+    def pieces(self) -> int:
+        """The number of pieces, which the kernel bounds."""
+        return len(self.iovecs) // ENTRY.size
+
     def read(self) -> bytes:
         """Return a copy of the bytes."""
-        return b"".join(ctypes.string_at(address, length) for address, length in self._pieces())
+        buffer = bytearray(self.size)
+        self.copy_to(buffer)
+        return bytes(buffer)
 
-    def fill(self, data: bytes) -> int:
-        """Copy as much of ``data`` into the pieces as there is room for, and return how much."""
-        at = 0
+    def copy_to(self, buffer: bytearray | memoryview) -> None:
+        """Copy the first bytes into a writable buffer, as many as the buffer has room for."""
+        self._copy(buffer, out=True)
+
+    def fill(self, buffer: bytearray | memoryview) -> int:
+        """Copy as much of a writable buffer into the pieces as there is room for.
+
+        Returns the number of bytes copied.
+        """
+        return self._copy(buffer, out=False)
+
+    def _copy(self, buffer: bytearray | memoryview, *, out: bool) -> int:
+        if not len(buffer):
+            return 0
+        base, at = address_of(buffer), 0
         for address, length in self._pieces():
-            part = data[at : at + length]
-            ctypes.memmove(address, part, len(part))
-            at += len(part)
+            count = min(length, len(buffer) - at)
+            if not count:
+                continue
+            there, here = (base + at, address) if out else (address, base + at)
+            ctypes.memmove(there, here, count)
+            at += count
         return at
 
 
@@ -92,7 +116,7 @@ def _call(
     flags: int,
 ) -> int:
     while True:
-        done = function(fd, vector.iovecs, len(vector.iovecs) // ENTRY.size, at, flags)
+        done = function(fd, vector.iovecs, vector.pieces, at, flags)
         if done >= 0:
             return done
         number = ctypes.get_errno()

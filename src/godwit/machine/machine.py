@@ -25,7 +25,6 @@ from godwit.hw.irq import IntxLines, Routes
 from godwit.hw.nic.nic import Nic
 from godwit.hw.pci import CONFIG_ADDRESS, PciBus
 from godwit.hw.pvpanic import Pvpanic
-from godwit.spec import saved
 
 from .board import Board
 from .state import MachineState
@@ -317,9 +316,6 @@ class Machine:
 
         Hints are a source's guess: :meth:`load` counts.
         """
-        saved.prepare(MachineState)
-        for device in self.devices:
-            saved.prepare(device.State)
         self._reset_msrs = [frozenset(vcpu.get_msrs(self._board.msrs)) for vcpu in self._vcpus]
         self._routes.hold()
         try:

@@ -59,7 +59,7 @@ class Lazy:
         self._now = now
         self._turned = now()
         self._closing = self._wanted = self._detached = False
-        self._checked = threading.Event()
+        self._begun, self._checked = threading.Event(), threading.Event()
         self._damage: StreamError | None = None
         self._thread = threading.Thread(target=self._main, name="snapshot", daemon=True)
         if machine.memory.fd is not None:
@@ -98,8 +98,15 @@ class Lazy:
             raise StreamError(f"it cannot be mapped: {error}") from error
 
     def start(self) -> None:
-        """Begin to check RAM in a thread."""
+        """Make the thread that checks RAM, which waits for :meth:`begin`.
+
+        There has to be one before the guest runs.
+        """
         self._thread.start()
+
+    def begin(self) -> None:
+        """Begin to check RAM, which the guest uses from now on."""
+        self._begun.set()
 
     def hurry(self) -> bool:
         """Have the check rest no more, and return whether all of RAM was checked by now.
@@ -118,6 +125,7 @@ class Lazy:
     def close(self) -> None:
         """End the check, as RAM may not be used any more."""
         self._closing = True
+        self._begun.set()
         os.eventfd_write(self._wake, 1)
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -129,6 +137,7 @@ class Lazy:
             os.eventfd_write(self._wake, 1)
 
     def _main(self) -> None:
+        self._begun.wait()
         self._turned = self._now()
         try:
             self._snapshot.check_ram(self._rest)

@@ -95,7 +95,7 @@ class Restorer(Incoming):
             self._take_over(self, running)
         finally:
             if self._lazy is not None:
-                self._lazy.start()  # no sooner: it would take its time from the guest's start
+                self._lazy.begin()  # no sooner: it would take its time from the guest's start
 
     def _load(self) -> bool:
         """Load the guest, and return True for a guest that ran when saved."""
@@ -111,6 +111,8 @@ class Restorer(Incoming):
             self._receiver.expect_pages(self._used())
             snapshot.read_ram(machine.memory, self._check_closing)
         self._receiver.load(snapshot.index.state)
+        if self._lazy is not None:
+            self._lazy.start()
         return snapshot.index.running
 
     def _used(self) -> list[Run]:

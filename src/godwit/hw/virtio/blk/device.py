@@ -36,6 +36,7 @@ from .request import (
     MAX_DISCARD,
     MAX_SEGMENTS,
     MAX_ZEROES,
+    MOST,
     OUT,
     Doer,
     Done,
@@ -227,13 +228,24 @@ class VirtioBlk(
             request.status[0] = end.status
             queue.push(request.chain, end.written + 1)
             if self._memory.logging and (end.status or request.kind != IN):
-                # The queue marks what comes first: the status is last, and data half written.
-                for at, length in request.chain.writable_at:
-                    self._memory.mark_dirty(at, max(1, length))
+                self._mark(request)
             touched.add(request.queue)
         for index in touched:
             if self.queues[index].should_notify():
                 self.transport.signal_queue(index)
+
+    def _mark(self, request: Request) -> None:
+        """Log the pages that the queue does not, which logs what comes first.
+
+        The status comes last, and a read that failed may have written some. How much is logged is
+        bounded as what is read: the driver says how large its memory is.
+        """
+        written = [(at, length) for at, length in request.chain.writable_at if length]
+        at, length = written[-1]
+        self._memory.mark_dirty(at + length - 1, 1)
+        if request.kind == IN and request.inward.size <= MOST:
+            for at, length in written:
+                self._memory.mark_dirty(at, length)
 
     def _failed(self, end: Failed) -> Done | None:
         """Return how the guest is told of what the host could not do, or None to try it again."""

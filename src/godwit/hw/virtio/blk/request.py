@@ -10,6 +10,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from godwit.errors import GuestError
+from godwit.host import iovec
 from godwit.host.image import SECTOR, Image
 from godwit.host.iovec import Vector
 from godwit.hw.virtio.chain import Chain, StraightChain
@@ -21,8 +22,8 @@ _HEADER = Struct("<I4xQ")  # type, sector
 _SEGMENT = Struct("<QII")  # sector, sectors, flags
 _UNMAP = 1
 ID_SIZE = 20
-#: What one request may move at the most: Linux asks for no more than a few MB.
-_MOST = 64 << 20
+#: Bytes that one request may move at the most: Linux asks for no more than a few MB.
+MOST = 64 << 20
 #: Seconds of a request that waited for nothing, and bytes a second on top: a read of cached data, a
 #: write that the kernel did not hold up because too much is to be written back.
 _READ, _WRITE = (0.0005, 250e6), (0.020, 50e6)
@@ -168,12 +169,16 @@ class Doer:
                 self._says = False  # NFS, 9p, overlayfs
         if kind != OUT and self._image.in_memory:
             return self.do(request)
-        guess = self._writes if kind == OUT else self._reads
+        if kind == OUT and self._image.is_written:
+            return None  # it would wait for that write
+        guess, data = self._reads, request.inward
+        if kind == OUT:
+            guess, data = self._writes, request.outward
         if not guess.is_quick():
             return None
         begun = time.monotonic()
         end = self.do(request)
-        guess.took(time.monotonic() - begun, request.inward.size or request.outward.size)
+        guess.took(time.monotonic() - begun, data.size)
         return end
 
     def do(self, request: Request) -> Done | Failed:
@@ -182,6 +187,8 @@ class Doer:
             end = self._do(request)
         except OSError as error:
             return Failed(request, error)
+        except MemoryError:  # of the host, for pieces that have to be copied
+            return Failed(request, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
         writes = request.kind in (OUT, DISCARD, WRITE_ZEROES)
         if end.status or not (request.kind == FLUSH or (writes and self.writes_through)):
             return end
@@ -208,27 +215,27 @@ class Doer:
         return self._write(request) if kind == OUT else self._clear(request)
 
     def _read(self, request: Request, flags: int) -> Done:
-        size = request.inward.size
-        if not self._inside(request.sector, size):
+        if not self._inside(request.sector, request.inward):
             return Done(request, IOERR)
         self._image.read(request.sector * SECTOR, request.inward, flags)
-        return Done(request, OK, size)
+        return Done(request, OK, request.inward.size)
 
     def _write(self, request: Request) -> Done:
-        size = request.outward.size
-        if not self._inside(request.sector, size):
+        if not self._inside(request.sector, request.outward):
             return Done(request, IOERR)
         self._image.write(request.sector * SECTOR, request.outward)
         return Done(request, OK)
 
-    def _inside(self, sector: int, size: int) -> bool:
-        """Return whether a piece is one of whole blocks of the disk, and not too long."""
-        end = sector * SECTOR + size
+    def _inside(self, sector: int, data: Vector) -> bool:
+        """Return whether data are whole blocks of the disk, not too long nor in too many pieces."""
+        size, end = data.size, sector * SECTOR + data.size
+        if data.pieces > iovec.MOST_PIECES:
+            return False
         whole = not size % self._image.block and not sector * SECTOR % self._image.block
-        return 0 < size <= _MOST and whole and end <= self._image.size
+        return 0 < size <= MOST and whole and end <= self._image.size
 
     def _identify(self, request: Request) -> Done:
-        written = request.inward.fill(self._identity.ljust(ID_SIZE, b"\0"))
+        written = request.inward.fill(bytearray(self._identity.ljust(ID_SIZE, b"\0")))
         return Done(request, OK, written)
 
     def _clear(self, request: Request) -> Done:

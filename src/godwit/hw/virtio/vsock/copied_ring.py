@@ -18,13 +18,11 @@ from godwit.errors import GuestError
 from godwit.host import eventfd
 from godwit.host.ioctl import address_of
 from godwit.hw.virtio.budget import Budget
-from godwit.hw.virtio.chain import Chain
+from godwit.hw.virtio.chain import DESCRIPTOR, NEXT, WRITE, Chain
 from godwit.hw.virtio.queue import Virtqueue
 
 SIZE = 256
-_DESC = Struct("<QIHH")  # addr, len, flags, next
 _USED = Struct("<II")  # id, len
-_NEXT, _WRITE = 1, 2
 _AVAIL, _USED_AT, _BYTES = 4096, 8192, 12288
 
 # As in ..queue: an atomic read-modify-write, which Python has no other name for.
@@ -84,8 +82,8 @@ class CopiedRing:
         for index, following, (address, length) in zip(
             taken, [*taken[1:], 0], chain.writable_at, strict=True
         ):
-            flags = _WRITE if index == taken[-1] else _WRITE | _NEXT
-            _DESC.pack_into(self._view, 16 * index, address, length, flags, following)
+            flags = WRITE if index == taken[-1] else WRITE | NEXT
+            DESCRIPTOR.pack_into(self._view, 16 * index, address, length, flags, following)
         self._lent.append((chain, taken))
         at = self._avail[1]
         self._avail[2 + at % SIZE] = taken[0]
