@@ -23,6 +23,8 @@ WORK = {
 }
 #: Fields of fio's terse output, version 3, from 0: bandwidth in KiB/s of reads, of writes.
 _FIELDS = {"read": 6, "write": 47}
+#: How often each is measured in one boot: its rate depends on which memory fio happens to get.
+_LOOKS = 3
 _FIO = "chroot /mnt fio --minimal --terse-version=3 --thread --direct=1 --ioengine=libaio"
 
 
@@ -66,19 +68,23 @@ def make(folder: Path, qcow2: bool) -> tuple[Disk, Disk]:
     return Disk(system.disk, readonly=True), Disk(path, format="qcow2" if qcow2 else "raw")
 
 
-def measure(agent: Agent, seconds: float) -> dict[str, float]:
-    """Return the rates of all :data:`WORK`, bytes a second, each measured for ``seconds``."""
+def measure(agent: Agent, seconds: float) -> dict[str, list[float]]:
+    """Return the rates of all :data:`WORK`, bytes a second, of some looks by turns.
+
+    Each look takes half of ``seconds``.
+    """
     agent.sh("modprobe virtio_blk; modprobe ext4; mkdir -p /mnt; mount -o ro /dev/vda /mnt", 60)
     agent.sh("mount --bind /dev /mnt/dev")
-    found = {}
-    for name, (work, block, depth) in WORK.items():
+    found: dict[str, list[float]] = {name: [] for name in WORK}
+    for name in [*WORK] * _LOOKS:
+        work, block, depth = WORK[name]
         command = (
             f"{_FIO} --name={name} --filename=/dev/vdb --rw={work} --bs={block} --iodepth={depth} "
-            f"--norandommap --time_based --runtime={seconds:g} --ramp_time=1"
+            f"--norandommap --time_based --runtime={seconds * 500:.0f}ms --ramp_time=500ms"
         )
         fields = agent.sh(command, seconds + 60).strip().splitlines()[-1].split(";")
         kind = work.removeprefix("rand")
         if fields[0] != "3" or fields[4] != "0":
             raise LabError(f"fio ended with an error: {fields[:6]}")
-        found[name] = float(fields[_FIELDS[kind]]) * 1024
+        found[name].append(float(fields[_FIELDS[kind]]) * 1024)
     return found

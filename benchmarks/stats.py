@@ -96,8 +96,8 @@ def quantities(rows: Iterable[Row]) -> dict[str, Values]:
             found[f"throughput_{kind}_from_guest"][vmm].append(row["in"] / 1e6)
             found[f"round_trip_{kind}"][vmm].append(row["round_trip_ms"])
         elif part in ("fio", "fio-qcow2"):
-            for name, rate in row["fio"].items():
-                found[f"{row['guest']}_{name}"][vmm].append(rate / 1e6)
+            for name, rates in row["fio"].items():
+                found[f"{row['guest']}_{name}"][vmm] += [rate / 1e6 for rate in rates]
         elif part in MIGRATIONS:
             for name, value in _of_migration(row):
                 found[name][vmm].append(value)

@@ -275,11 +275,11 @@ def test_what_the_time_cut_off_has_not_failed() -> None:
 # --- disks ----------------------------------------------------------------------------------------
 def test_a_disks_rates_are_compared_and_marked() -> None:
     rows = [
-        row(plan.GODWIT, "fio", fio={"seq_read": 190e6, "rand_read_1": 4e6}),
-        row(plan.QEMU, "fio", fio={"seq_read": 200e6, "rand_read_1": 2e6}),
+        row(plan.GODWIT, "fio", fio={"seq_read": [190e6, 170e6], "rand_read_1": [4e6]}),
+        row(plan.QEMU, "fio", fio={"seq_read": [200e6], "rand_read_1": [2e6]}),
     ]
     quantities = stats.quantities(rows)
-    assert quantities["disk_seq_read"] == {plan.GODWIT: [190.0], plan.QEMU: [200.0]}
+    assert quantities["disk_seq_read"] == {plan.GODWIT: [190.0, 170.0], plan.QEMU: [200.0]}
     ratios = stats.ratios(quantities)
     assert ratios["disk_rand_read_1"] == 2.0
     (mark,) = (mark for mark in stats.MARKS if mark.name == "disk_seq_read")

@@ -50,9 +50,11 @@ def test_the_forms_of_linux_are_read_in_one_go(memory: GuestMemory, count: int, 
     assert [bytes(part) for part in chain.writable] == bodies[first:]
     assert chain.writable_at == [(place, 16) for place in places[first:]]
     assert (chain.readable_size(), chain.size()) == (16 * first, 16 * count)
-    for begin, end in ((0, count), (0, first), (first, count), (min(1, count), count)):
-        vector = chain.vector(begin, end)
-        assert (vector.read(), vector.size) == (b"".join(bodies[begin:end]), 16 * (end - begin))
+    assert chain.header(struct.Struct("16s")) == (bodies[0],)
+    assert bytes(chain.last()) == (bodies[-1] if count > 1 else b"")
+    inner = chain.inner()
+    assert (inner.read(), inner.size) == (b"".join(bodies[1:-1]), 16 * max(0, count - 2))
+    assert chain.ends == (16, 16 if count > 1 else 0)
 
 
 @pytest.mark.parametrize("first", [2, 3, 17])
@@ -72,6 +74,12 @@ def test_other_forms_are_walked(memory: GuestMemory, first: int) -> None:
         pytest.param(16 * 7 + 12, "<H", _NEXT | _WRITE, id="no end"),
         pytest.param(16 * 7 + 12, "<H", 8 | _WRITE, id="an unknown flag"),
         pytest.param(16 * 3 + 14, "<H", 3, id="a circle"),
+        pytest.param(14, "<H", 2, id="the first leads elsewhere"),
+        pytest.param(12, "<H", _WRITE, id="an end at the first"),
+        pytest.param(12, "<H", _NEXT | 8, id="an unknown flag of the first"),
+        pytest.param(16 * 7 + 12, "<H", 0, id="the last is read"),
+        pytest.param(16 * 7, "<Q", 32 << 20, id="the last outside RAM"),
+        pytest.param(0, "<Q", 32 << 20, id="the first outside RAM"),
     ],
 )
 def test_what_breaks_a_rule_or_may_is_walked(
@@ -88,5 +96,43 @@ def test_a_table_is_read_once(memory: GuestMemory) -> None:
     assert isinstance(chain, Chain)
     assert isinstance(chain, StraightChain)
     table[:] = b"\xff" * len(table)
-    assert chain.vector(1, 8).size == 7 * 16
+    assert chain.inner().size == 6 * 16
     assert len(b"".join(chain.writable)) == 7 * 16
+
+
+@pytest.mark.parametrize("first", [0, 1, 7, 8])
+@pytest.mark.parametrize("at", range(8))
+def test_each_part_is_read_or_written_as_its_flag_says(
+    memory: GuestMemory, first: int, at: int
+) -> None:
+    """A part of the other kind makes another form, and with it another buffer or a walk."""
+    table = _table(8, first)
+    flags = struct.unpack_from("<H", table, 16 * at + 12)[0] ^ _WRITE
+    struct.pack_into("<H", table, 16 * at + 12, flags)
+    kinds = [number >= first for number in range(8)]
+    kinds[at] = not kinds[at]
+    usual = kinds in [[number >= boundary for number in range(8)] for boundary in (0, 1, 7, 8)]
+    chain = straight(0, table, memory)
+    assert (chain is not None) == usual
+    if chain is not None:
+        assert chain.first == kinds.count(False)
+
+
+def test_a_table_seen_before_is_not_taken_for_another(memory: GuestMemory) -> None:
+    """What is kept of a table goes by all its bytes, and by where the guest's RAM is."""
+    other = GuestMemory(64 << 20)
+    one, two = _table(8, 1), _table(8, 1)
+    struct.pack_into("<Q", two, 16 * 3, _DATA + 4096)
+    first, second = straight(0, one, memory), straight(0, two, memory)
+    assert first is not None
+    assert second is not None
+    assert first.inner().read() != second.inner().read()
+    low = memoryview(bytearray(bytes(one)))
+    for number in range(8):
+        struct.pack_into("<Q", low, 16 * number, number * 16)
+    here, there = straight(0, low, memory), straight(0, low, other)
+    assert here is not None
+    assert there is not None
+    memory.write(16, b"here")
+    other.write(16, b"there")
+    assert (here.inner().read()[:4], there.inner().read()[:5]) == (b"here", b"there")

@@ -283,6 +283,41 @@ def _made(*words: str) -> bool:
     return not subprocess.run(["qemu-img", *words], capture_output=True).returncode
 
 
+@pytest.fixture
+def server(bench: Bench, image: Path) -> Iterator[Path]:
+    """The socket of an NBD server, QEMU's, of the image."""
+    socket = bench.folder / "nbd.sock"
+    argv = ["qemu-nbd", "--persistent", "--format=raw", f"--socket={socket}", str(image)]
+    with subprocess.Popen(argv, umask=0) as process:
+        try:
+            wait_for(socket.exists, 30)
+            yield socket
+            bench.drop_guest()
+        finally:
+            process.terminate()
+    socket.unlink(missing_ok=True)
+
+
+def test_a_disk_of_an_nbd_server(bench: Bench, image: Path, server: Path) -> None:
+    disk = "--disk", f"path=nbd+unix:///?socket={server}"
+    guest = bench.boot(*disk, memory="128M,shared=on")
+    agent, vm = guest.agent, guest.vm
+    agent.sh("modprobe virtio_blk")
+    assert int(agent.sh("cat /sys/block/vda/size")) == SIZE // 512
+    assert digest_inside(agent) == digest_of(image)
+    with writing(agent):
+        goes_on(agent)
+        vm.mark()
+        with pytest.raises(Exception, match="'disk0' is a disk of an NBD server"):
+            vm.qmp.execute("migrate", {"uri": "unix:/nowhere", "insecure": True})
+        assert vm.news("STOP") == []
+        goes_on(agent)
+    inside = digest_inside(agent)
+    agent.power_off()
+    assert vm.wait(60) == 0
+    assert digest_of(image) == inside
+
+
 def test_an_image_in_another_format_stays(bench: Bench) -> None:
     path = bench.folder / "disk.vmdk"
     _qemu_img("create", "-q", "-f", "vmdk", str(path), f"{SIZE}")

@@ -8,8 +8,7 @@ all of its devices the same way (:mod:`.devices`), and what some can do beside i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import msgspec
@@ -115,10 +114,24 @@ class Device(ABC):
         """Give the host's resources back, while paused. Closing twice is harmless."""
 
 
-@contextmanager
-def guarded(report: Callable[[str], None], where: str = "") -> Iterator[None]:
-    """Report a guest error that is raised inside, and go on behind the block."""
-    try:
-        yield
-    except GuestError as error:
-        report(f"{where}: {error}" if where else str(error))
+class Guard:
+    """A context manager that reports a guest error raised inside, and goes on behind the block."""
+
+    __slots__ = ("_report", "_where")
+
+    def __init__(self, report: Callable[[str], None], where: str) -> None:
+        self._report, self._where = report, where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, GuestError):
+            return False
+        self._report(f"{self._where}: {error}" if self._where else str(error))
+        return True
+
+
+def guarded(report: Callable[[str], None], where: str = "") -> Guard:
+    """Return what reports a guest error that is raised inside, and goes on behind the block."""
+    return Guard(report, where)

@@ -43,6 +43,11 @@ class Region(NamedTuple):
         """The first guest address after the region."""
         return self.start + self.size
 
+    @property
+    def delta(self) -> int:
+        """The host address of a byte less its guest address."""
+        return self.host - self.start
+
 
 def layout(size: int) -> list[tuple[int, int]]:
     """Return (guest address, bytes) of each region of a guest with ``size`` bytes of RAM."""
@@ -255,14 +260,11 @@ class GuestMemory:
             return [low[start : start + length] for start, length in pairs]
         return [self.view(start, length) for start, length in pairs]
 
-    def delta(self, low: int, end: int) -> int | None:
-        """Return what added to guest addresses from ``low`` to ``end`` makes them this process's.
-
-        None if not all of them are in one region.
-        """
+    def region(self, low: int, end: int) -> Region | None:
+        """Return the region that has all guest addresses from ``low`` to ``end``, if one has."""
         for region in self.regions:
             if end <= region.end:
-                return region.host - region.start if region.start <= low else None
+                return region if region.start <= low else None
         return None
 
     def writable(self, address: int, length: int) -> memoryview:

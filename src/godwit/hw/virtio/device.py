@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import msgspec
@@ -155,8 +154,6 @@ class VirtioDevice(Negotiates):
     def close(self) -> None:
         """Give the host's resources back. Closing twice is harmless."""
 
-    @contextmanager
-    def guarded(self, where: str = "") -> Iterator[None]:
-        """Report a guest error that is raised inside, and go on behind the block."""
-        with hw_device.guarded(self.on_guest_error, where):
-            yield
+    def guarded(self, where: str = "") -> hw_device.Guard:
+        """Return what reports a guest error that is raised inside, and goes on behind the block."""
+        return hw_device.guarded(self.on_guest_error, where)

@@ -19,6 +19,9 @@ IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPPORTED = 0, 1, 2
 
 _HEADER = Struct("<I4xQ")  # type, sector
+#: Bytes of a header, and of a status.
+_ENDS = _HEADER.size, 1
+_NOTHING = Vector(b"", 0)
 _SEGMENT = Struct("<QII")  # sector, sectors, flags
 _UNMAP = 1
 ID_SIZE = 20
@@ -75,13 +78,13 @@ def parse(queue: int, chain: Chain) -> Request:
     Raises:
         GuestError: there is no space for a header or a status.
     """
-    if isinstance(chain, StraightChain):
-        first, end = chain.first, chain.pieces - 1
+    if isinstance(chain, StraightChain) and chain.ends == _ENDS:
         # The form of Linux's driver: header and status are parts of their own.
-        if 0 < first <= end and chain.length(0) == _HEADER.size and chain.length(end) == 1:
-            kind, sector = _HEADER.unpack_from(chain.part(0))
-            data, space = chain.vector(1, first), chain.vector(first, end)
-            return Request(queue, chain, kind, sector, data, space, chain.part(end))
+        first = chain.first
+        if 0 < first < chain.pieces:
+            kind, sector = chain.header(_HEADER)
+            data, space = (_NOTHING, chain.inner()) if first == 1 else (chain.inner(), _NOTHING)
+            return Request(queue, chain, kind, sector, data, space, chain.last())
     header, readable = _split(chain.readable)
     kind, sector = _HEADER.unpack_from(header)
     writable = list(chain.writable)
@@ -167,10 +170,10 @@ class Doer:
                 if error.errno != errno.EOPNOTSUPP:
                     return Failed(request, error)
                 self._says = False  # NFS, 9p, overlayfs
-        if kind != OUT and self._image.in_memory:
-            return self.do(request)
         if kind == OUT and self._image.is_written:
             return None  # it would wait for that write
+        if self._image.in_memory:
+            return self.do(request)
         guess, data = self._reads, request.inward
         if kind == OUT:
             guess, data = self._writes, request.outward

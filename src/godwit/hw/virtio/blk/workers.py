@@ -52,6 +52,9 @@ class Workers:
         #: What notifies of requests, and what the waiting thread looks at now.
         self._kicks: tuple[int, ...] = ()
         self._watched: tuple[int, ...] = ()
+        #: Who waits for them, and of which eventfds beside ``_wake``; of the thread with the turn.
+        self._poll = select.poll()
+        self._polled: tuple[int, ...] | None = None
         #: Taken, and not yet begun; taken, and not finished; threads that do requests.
         self._left: deque[Request] = deque()
         self._in_flight = 0
@@ -111,8 +114,6 @@ class Workers:
 
     def _await_requests(self) -> list[Request]:
         """Return the next requests, or none at the close. By the thread that has the turn."""
-        poll = select.poll()
-        polled: tuple[int, ...] = ()
         while not self._closing:
             with self._lock:
                 requests = self._next()
@@ -122,11 +123,11 @@ class Workers:
                 watched = self._watched = self._kicks
                 if not watched:
                     self._changed.notify_all()
-            if polled != (self._wake, *watched):
-                poll, polled = select.poll(), (self._wake, *watched)
-                for fd in polled:
-                    poll.register(fd, select.POLLIN)
-            for ready, _ in poll.poll():
+            if self._polled != watched:
+                self._poll, self._polled = select.poll(), watched
+                for fd in (self._wake, *watched):
+                    self._poll.register(fd, select.POLLIN)
+            for ready, _ in self._poll.poll():
                 eventfd.drain(ready)
         return []
 
