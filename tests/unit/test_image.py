@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 import subprocess
@@ -223,6 +224,37 @@ def test_what_comes_in_parts_is_whole_or_would_wait(
     data = os.urandom(1536)
     image.write(1024, _of(data))
     assert path.read_bytes()[1024:2560] == data
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_many_pieces_are_written_some_at_a_time(
+    tmp_path: Path, opened: Callable[..., Image], monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    """But where the disk itself takes them, which would have several requests of one."""
+    path = tmp_path / "large.raw"
+    path.write_bytes(bytes(2 << 20))
+    try:
+        image = opened(path, direct=direct)
+    except ConfigError:
+        pytest.skip("this file system has no O_DIRECT")
+    written: list[tuple[int, int]] = []
+    write = module.iovec.write
+
+    def noted(fd: int, vector: Vector, at: int, flags: int = 0) -> int:
+        written.append((at, vector.pieces))
+        return write(fd, vector, at, flags)
+
+    monkeypatch.setattr(module.iovec, "write", noted)
+    data = os.urandom(200 * 4096)
+    with mmap.mmap(-1, len(data)) as pages, memoryview(pages) as view:
+        view[:] = data
+        vector = Vector.of([view[at : at + 4096] for at in range(0, len(data), 4096)])
+        image.write(8192, vector)
+    assert path.read_bytes()[8192 : 8192 + len(data)] == data
+    if direct:
+        assert written == [(8192, 200)]
+    else:
+        assert written == [(8192 + 4096 * at, min(64, 200 - at)) for at in (0, 64, 128, 192)]
 
 
 def test_much_that_the_disk_cannot_reach_is_copied_by_parts(

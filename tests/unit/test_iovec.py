@@ -27,6 +27,18 @@ def test_a_part_of_a_vector_is_the_bytes_behind(sizes: list[int], count: int) ->
     assert (rest.size, rest.read()) == (len(whole) - count, whole[count:])
 
 
+@given(sizes=_sizes, pieces=st.integers(1, 13))
+@settings(deadline=None)
+def test_the_parts_of_a_vector_are_the_vector(sizes: list[int], pieces: int) -> None:
+    buffers = [bytearray(os.urandom(size)) for size in sizes]
+    vector = Vector.of(buffers)
+    parts = list(vector.parts(pieces))
+    assert b"".join(part.read() for part in parts) == vector.read()
+    assert [part.size for part in parts] == [len(part.read()) for part in parts]
+    assert all(0 < part.pieces <= pieces for part in parts)
+    assert sum(part.pieces for part in parts) == vector.pieces
+
+
 @given(sizes=_sizes, data=st.binary(max_size=200))
 @settings(deadline=None)
 def test_a_vector_takes_what_it_has_room_for(sizes: list[int], data: bytes) -> None:

@@ -35,6 +35,10 @@ _LOGICAL = io(0x12, 104)  # BLKSSZGET
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16  # linux/falloc.h
 #: Bytes of zeros that are written at once, and of data that the disk cannot reach by itself.
 _ZEROS = _BOUNCED = 1 << 20
+#: Pieces that are written through the page cache at once. Where a file may have large folios, the
+#: kernel looks at all that is left of the data for each page of the file that it fills
+#: (generic_perform_write in mm/filemap.c, iomap_write_iter), so that time grows with the square.
+_AT_ONCE = 64
 _TMPFS = 0x01021994
 #: File systems of this host alone (statfs(2)): ext4, XFS, Btrfs, tmpfs, overlayfs, F2FS, ZFS.
 _LOCAL = (0xEF53, 0x58465342, 0x9123683E, _TMPFS, 0x794C7630, 0xF2F52010, 0x2FC12FC1)
@@ -259,9 +263,12 @@ class Image:
         if not self.is_device and os.fstat(self._fd).st_size < self.size:
             raise _truncated(self.path)
         one_by_one = not self.direct and not self.is_device
+        parts = (data,) if self.direct or data.pieces <= _AT_ONCE else data.parts(_AT_ONCE)
         try:
             with self._writing if one_by_one else nullcontext():
-                self._write(at, data)
+                for part in parts:
+                    self._write(at, part)
+                    at += part.size
         finally:
             self._written = True
 

@@ -59,6 +59,14 @@ class Vector(NamedTuple):
         """The number of pieces, which the kernel bounds."""
         return len(self.iovecs) // ENTRY.size
 
+    def parts(self, pieces: int) -> Iterator[Vector]:
+        """Yield the vector in parts of at most so many pieces."""
+        lengths = memoryview(self.iovecs).cast("Q")[1::2].tolist()
+        for first in range(0, len(lengths), pieces):
+            end = first + pieces
+            iovecs = self.iovecs[ENTRY.size * first : ENTRY.size * end]
+            yield Vector(iovecs, sum(lengths[first:end]))
+
     def read(self) -> bytes:
         """Return a copy of the bytes."""
         buffer = bytearray(self.size)

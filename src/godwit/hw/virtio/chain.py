@@ -218,7 +218,7 @@ class Inner:
         self.high = max(addresses, default=0) + max(lengths, default=0)
         self.size = sum(lengths)
         #: A delta, and the parts for it. One object, as several threads ask.
-        self._kept = 0, Vector(b"", 0)
+        self._kept: tuple[int | None, Vector] = None, Vector(b"", 0)
 
     def vector(self, delta: int) -> Vector:
         """Return the parts for the kernel, which are all in the region of this ``delta``.
