@@ -35,9 +35,9 @@ _LOGICAL = io(0x12, 104)  # BLKSSZGET
 _KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 1, 2, 16  # linux/falloc.h
 #: Bytes of zeros that are written at once, and of data that the disk cannot reach by itself.
 _ZEROS = _BOUNCED = 1 << 20
-#: Pieces that are written through the page cache at once. Where a file may have large folios, the
-#: kernel looks at all that is left of the data for each page of the file that it fills
-#: (generic_perform_write in mm/filemap.c, iomap_write_iter), so that time grows with the square.
+#: Pieces that are written through the page cache at once. Linux 6.12 takes time by their square
+#: (seen on tmpfs, and no more in 6.18): most likely it looks at all that is left of the data for
+#: each page of the file that it fills (generic_perform_write in mm/filemap.c).
 _AT_ONCE = 64
 _TMPFS = 0x01021994
 #: File systems of this host alone (statfs(2)): ext4, XFS, Btrfs, tmpfs, overlayfs, F2FS, ZFS.
