@@ -24,7 +24,7 @@ from . import machines, plan, result, show
 from .others import Others
 
 #: A run's time, seconds. A lab that is cut off leaves its samples.
-BUDGET_S, QUICK_BUDGET_S = 1800.0, 340.0
+BUDGET_S, QUICK_BUDGET_S = 2100.0, 340.0
 #: Labs that a run may use up: their emulated CPU has faults
 #: (docs/decisions/0010-the-labs-faults.md).
 LABS = 8
