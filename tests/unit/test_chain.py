@@ -7,6 +7,7 @@ import struct
 import pytest
 
 from godwit.hw.memory import GuestMemory
+from godwit.hw.virtio import chain as chain_module
 from godwit.hw.virtio.chain import MAX_INDIRECT, Chain, StraightChain, straight
 
 _NEXT, _WRITE = 1, 2
@@ -136,3 +137,63 @@ def test_a_table_seen_before_is_not_taken_for_another(memory: GuestMemory) -> No
     memory.write(16, b"here")
     other.write(16, b"there")
     assert (here.inner().read()[:4], there.inner().read()[:5]) == (b"here", b"there")
+
+
+# --- a guest with RAM on both sides of the hole ---------------------------------------------------
+_HIGH = 4 << 30
+
+
+@pytest.fixture(scope="module")
+def large() -> GuestMemory:
+    """Address space only: no page of it is touched but a few."""
+    memory = GuestMemory(4 << 30)
+    for region in memory.regions:
+        memory.write(region.start + 0x1000, bytes(range(256)))
+    return memory
+
+
+def _request(places: list[int]) -> memoryview:
+    """A disk's read, with a header, data and a status at these places."""
+    table = b""
+    for number, place in enumerate(places):
+        last = number == len(places) - 1
+        flags = (_WRITE if number else 0) | (0 if last else _NEXT)
+        table += struct.pack("<QIHH", place, 16, flags, number + 1)
+    return memoryview(bytearray(table))
+
+
+@pytest.mark.parametrize("start", [0, _HIGH])
+def test_all_parts_are_in_one_region(large: GuestMemory, start: int) -> None:
+    places = [start + 0x1000 + 16 * number for number in (3, 0, 7, 5)]
+    chain = straight(0, _request(places), large)
+    assert chain is not None
+    contents = [bytes(range(16 * number, 16 * number + 16)) for number in (3, 0, 7, 5)]
+    assert [bytes(part) for part in (*chain.readable, *chain.writable)] == contents
+    assert chain.header(struct.Struct("16s")) == (contents[0],)
+    assert bytes(chain.last()) == contents[3]
+    assert chain.inner().read() == contents[1] + contents[2]
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("start", [0, _HIGH])
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        *(0x1000, _HIGH + 0x1000),  # the other region, of the two
+        *(0xD000_0000, _HIGH - 16, _HIGH - 8, (3 << 30) - 8),  # the hole, and its borders
+        *((5 << 30) - 8, 5 << 30, (1 << 64) - 16),  # the end of RAM, and of all addresses
+    ],
+)
+def test_a_part_elsewhere_is_walked(
+    large: GuestMemory, at: int, start: int, elsewhere: int
+) -> None:
+    places = [start + 0x1000 + 16 * number for number in range(4)]
+    places[at] = elsewhere
+    inside = elsewhere - start == 0x1000
+    assert (straight(0, _request(places), large) is not None) == inside
+
+
+def test_few_tables_are_kept(memory: GuestMemory) -> None:
+    for number in range(200):
+        assert straight(0, _request([_DATA, _DATA + 16 * number, _DATA]), memory) is not None
+    assert len(chain_module._known) <= 64

@@ -257,6 +257,67 @@ def test_many_pieces_are_written_some_at_a_time(
         assert written == [(8192 + 4096 * at, min(64, 200 - at)) for at in (0, 64, 128, 192)]
 
 
+@pytest.mark.parametrize(
+    ("at", "sizes"),
+    [(8192 + 512, [4096] * 100), (8192, [512, *[4096] * 100]), (8192, [4096] * 64 + [512])],
+)
+def test_no_cut_falls_into_a_page(
+    tmp_path: Path,
+    opened: Callable[..., Image],
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+    sizes: list[int],
+) -> None:
+    """The kernel would read the rest of the page first, from a disk perhaps."""
+    path = tmp_path / "large.raw"
+    path.write_bytes(bytes(1 << 20))
+    image = opened(path)
+    written: list[int] = []
+    write = module.iovec.write
+
+    def noted(fd: int, vector: Vector, at: int, flags: int = 0) -> int:
+        written.append(at)
+        return write(fd, vector, at, flags)
+
+    monkeypatch.setattr(module.iovec, "write", noted)
+    buffers = [bytearray(os.urandom(size)) for size in sizes]
+    image.write(at, Vector.of(buffers))
+    data = b"".join(buffers)
+    assert path.read_bytes()[at : at + len(data)] == data
+    assert not any(place % 4096 for place in written[1:])
+
+
+def test_an_error_or_a_short_write_in_a_later_part(
+    tmp_path: Path, opened: Callable[..., Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.raw"
+    path.write_bytes(bytes(2 << 20))
+    image = opened(path)
+    image.flush()
+    write = module.iovec.write
+    left = [64 * 4096, 100, 64 * 4096 - 100]
+
+    def limited(fd: int, vector: Vector, at: int, flags: int = 0) -> int:
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        size = left.pop(0)
+        head = bytearray(vector.read()[:size])
+        return write(fd, Vector.of([head]), at, flags)
+
+    monkeypatch.setattr(module.iovec, "write", limited)
+    data = os.urandom(200 * 4096)
+    whole = memoryview(bytearray(data))
+    vector = Vector.of([whole[at : at + 4096] for at in range(0, len(data), 4096)])
+    with pytest.raises(OSError, match="No space left"):
+        image.write(4096, vector)
+    done = 128 * 4096
+    assert path.read_bytes()[4096 : 4096 + len(data)] == data[:done] + bytes(len(data) - done)
+    assert not image.is_written
+    monkeypatch.setattr(module.iovec, "write", write)
+    image.write(4096, vector)
+    assert path.read_bytes()[4096 : 4096 + len(data)] == data
+
+
 def test_much_that_the_disk_cannot_reach_is_copied_by_parts(
     tmp_path: Path, opened: Callable[..., Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:

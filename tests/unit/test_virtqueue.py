@@ -313,6 +313,7 @@ def test_an_indirect_table_is_read_alike_in_any_form(
 ) -> None:
     """A table in its usual form has a way of its own, in which neighbours become one."""
     table, data = 0x20_0000, 0x30_0000
+    memory.write(data, bytes(range(96)))  # each place has a content of its own
     places = list(range(len(pieces)))
     if not straight:
         order.shuffle(places)
@@ -338,6 +339,10 @@ def test_an_indirect_table_is_read_alike_in_any_form(
         if isinstance(chain, StraightChain):
             views = [*chain.readable, *chain.writable]
             assert chain.ends == (len(views[0]), len(views[-1]) if len(views) > 1 else 0)
+            if len(views) > 1:
+                assert bytes(chain.last()) == bytes(views[-1])
+            header = struct.Struct(f"{len(views[0])}s")
+            assert chain.header(header) == (bytes(views[0]),)
             inner = chain.inner()
             assert (inner.read(), inner.size) == (b"".join(views[1:-1]), sum(map(len, views[1:-1])))
             assert chain.size() == chain.readable_size() + chain.writable_size()

@@ -14,7 +14,7 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from struct import Struct
 
@@ -263,14 +263,23 @@ class Image:
         if not self.is_device and os.fstat(self._fd).st_size < self.size:
             raise _truncated(self.path)
         one_by_one = not self.direct and not self.is_device
-        parts = (data,) if self.direct or data.pieces <= _AT_ONCE else data.parts(_AT_ONCE)
         try:
             with self._writing if one_by_one else nullcontext():
-                for part in parts:
+                for part in self._cut(at, data):
                     self._write(at, part)
                     at += part.size
         finally:
             self._written = True
+
+    def _cut(self, at: int, data: Vector) -> Sequence[Vector]:
+        """Return the parts in which data are written: whole pages of the file, or all at once.
+
+        Of a page that is written in part the kernel reads the rest first.
+        """
+        if self.direct or data.pieces <= _AT_ONCE or at % mmap.PAGESIZE:
+            return (data,)
+        parts = list(data.parts(_AT_ONCE))
+        return (data,) if any(part.size % mmap.PAGESIZE for part in parts[:-1]) else parts
 
     @property
     def is_written(self) -> bool:

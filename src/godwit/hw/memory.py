@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from godwit.errors import ConfigError, GuestError
@@ -245,20 +245,6 @@ class GuestMemory:
             inside = 0 <= address < stop <= size
             found.append(low[address:stop] if inside else self.view(address, pages * PAGE))
         return found
-
-    def spans(self, addresses: Sequence[int], lengths: Sequence[int]) -> list[memoryview]:
-        """Return the bytes of spans (guest addresses and lengths), for reading.
-
-        Raises:
-            GuestError: some of the bytes are not RAM.
-        """
-        if not lengths:
-            return []
-        low = self.regions[0].view if self.regions else memoryview(b"")
-        pairs = zip(addresses, lengths, strict=True)
-        if max(addresses) + max(lengths) <= len(low):  # all of RAM, in a small guest
-            return [low[start : start + length] for start, length in pairs]
-        return [self.view(start, length) for start, length in pairs]
 
     def region(self, low: int, end: int) -> Region | None:
         """Return the region that has all guest addresses from ``low`` to ``end``, if one has."""

@@ -170,10 +170,10 @@ class Doer:
                 if error.errno != errno.EOPNOTSUPP:
                     return Failed(request, error)
                 self._says = False  # NFS, 9p, overlayfs
+        if kind != OUT and self._image.in_memory:
+            return self.do(request)
         if kind == OUT and self._image.is_written:
             return None  # it would wait for that write
-        if self._image.in_memory:
-            return self.do(request)
         guess, data = self._reads, request.inward
         if kind == OUT:
             guess, data = self._writes, request.outward
