@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import select
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from struct import pack
 from typing import Any, cast
 
 from godwit.host.image import Image
+from godwit.host.iovec import Vector
 from godwit.hw.capabilities import IoError
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.blk.device import VirtioBlk
@@ -99,3 +104,41 @@ class Disk:
         self.pause()
         self.pci.close()
         self.board.close()
+
+
+@contextmanager
+def disks(memory: GuestMemory, path: Path) -> Iterator[Callable[..., Disk]]:
+    """What makes disks of an image, which are closed at the end."""
+    with ExitStack() as stack:
+
+        def make(image: Image | None = None, **given: Any) -> Disk:
+            disk = Disk(memory, DiskConfig("disk0", str(path), **given), image)
+            stack.callback(disk.close)
+            return disk
+
+        yield make
+
+
+class Gate(Image):
+    """An image whose transfers wait until they are let through, or fail."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.in_memory = False  # wherever the test runs
+        self.open = threading.Event()
+        self.waiting = threading.Semaphore(0)
+        self.error: OSError | None = None
+
+    def read(self, at: int, into: Vector, flags: int = 0) -> None:
+        if flags:
+            raise BlockingIOError(errno.EAGAIN, "it would wait")
+        self.waiting.release()
+        assert self.open.wait(PATIENCE)
+        if self.error is not None:
+            raise self.error
+        super().read(at, into)
+
+    def write(self, at: int, data: Vector) -> None:
+        if self.error is not None:
+            raise self.error
+        super().write(at, data)

@@ -362,7 +362,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     assert with_formats([disk]) == (disk,)
 
 
-@pytest.mark.parametrize("key", ["serial=x", "on-error=stop", "queue-size=128"])
+@pytest.mark.parametrize("key", ["serial=x", "on-error=stop", "queue-size=128", "queue-size=512"])
 def test_keys_of_raw_images(key: str) -> None:
     given = parse_devices([("--disk", f"path=/x,format=vmdk,{key}")])
     with pytest.raises(ConfigError, match=f"{key.partition('=')[0]}= is for raw images"):

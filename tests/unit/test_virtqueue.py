@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from godwit.errors import GuestError
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio import queue as queue_module
-from godwit.hw.virtio.chain import StraightChain
 from godwit.hw.virtio.queue import F_EVENT_IDX, F_INDIRECT_DESC, Virtqueue
+from godwit.hw.virtio.straight import StraightChain
 from tests.fakes.driver import Driver, Part, write_u16
 
 SIZE = 8

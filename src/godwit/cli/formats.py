@@ -8,7 +8,7 @@ from struct import Struct
 
 from godwit.errors import ConfigError
 from godwit.spec.back_ends import ImageFile, VhostUserConfig
-from godwit.spec.config import DISK_QUEUE_SIZE, DeviceConfig, DiskConfig, OnError
+from godwit.spec.config import DeviceConfig, DiskConfig, OnError
 
 #: The first fields of a qcow2 image (QEMU's docs/interop/qcow2.txt): magic, version, where the
 #: name of a backing file is, and the disk's bytes. From version 3 on, features from byte 72.
@@ -46,7 +46,7 @@ def _format(disk: DiskConfig) -> DeviceConfig:
     for key, given in (
         ("serial", disk.serial != ""),
         ("on-error", disk.on_error is not OnError.ENOSPC),
-        ("queue-size", disk.queue_size != DISK_QUEUE_SIZE),
+        ("queue-size", disk.queue_size is not None),
     ):
         if given:
             raise ConfigError(f"--disk path={disk.path}: {key}= is for raw images; leave it out")

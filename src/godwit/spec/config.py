@@ -21,8 +21,6 @@ MAX_NICS = 8
 MAX_DEVICES = 31
 #: Buffers in a queue of a virtio NIC, unless the configuration says otherwise.
 QUEUE_SIZE = 256
-#: And in a disk's queue: 1 MB in a guest whose memory is in small pieces is one request.
-DISK_QUEUE_SIZE = 512
 
 
 class DeviceConfig(Protocol):
@@ -90,7 +88,7 @@ class DiskConfig(NamedTuple):
     discard: bool = False
     on_error: OnError = OnError.ENOSPC
     queues: int = 1
-    queue_size: int = DISK_QUEUE_SIZE
+    queue_size: int | None = None
     #: The image's format; None: the one that its first bytes show.
     format: str | None = None
     #: The file with the passphrase of an encrypted image.
@@ -359,8 +357,8 @@ def parse_disk(text: str, index: int) -> DiskConfig:
         raise ConfigError(f"--disk {text!r}: path= needs the name of an image or block device")
     if len(serial.encode(errors="replace")) > 20 or not (serial.isascii() and serial.isprintable()):
         raise ConfigError(f"--disk: serial={serial[:40]!r}; give at most 20 ASCII characters")
-    size = values.number("queue-size", 16, 1024) or DISK_QUEUE_SIZE
-    if size & size - 1:
+    size = values.number("queue-size", 16, 1024)
+    if size is not None and size & size - 1:
         raise ConfigError(f"--disk: queue-size={size}; choose a power of two")
     return DiskConfig(
         id=values.id(f"disk{index}"),

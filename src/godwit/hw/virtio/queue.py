@@ -13,7 +13,8 @@ from godwit.errors import GuestError
 from godwit.hw.memory import GuestMemory
 from godwit.spec.saved import U16, U64
 
-from .chain import DESCRIPTOR, INDIRECT, MAX_INDIRECT, NEXT, WRITE, Chain, straight
+from .chain import DESCRIPTOR, INDIRECT, MAX_INDIRECT, NEXT, WRITE, Chain
+from .straight import straight
 
 _NO_INTERRUPT = 1  # avail.flags
 F_INDIRECT_DESC = 1 << 28

@@ -51,6 +51,8 @@ F_MQ, F_DISCARD, F_WRITE_ZEROES = 1 << 12, 1 << 13, 1 << 14
 
 #: Requests, bytes and pieces that one thread takes at once.
 _BATCH = 16, 1 << 20, 2048
+#: Entries of a queue: 1 MB in a guest whose memory is in small pieces is one request.
+_QUEUE_SIZE = 512
 #: A queue's entries for header and status.
 _NOT_DATA = 2
 
@@ -95,7 +97,7 @@ class VirtioBlk(
             features |= F_RO
         else:
             features |= F_WRITE_ZEROES | (F_DISCARD if config.discard else 0)
-        queues = [Virtqueue(memory, config.queue_size) for _ in range(config.queues)]
+        queues = [Virtqueue(memory, config.queue_size or _QUEUE_SIZE) for _ in range(config.queues)]
         super().__init__(config.id, features, queues)
         self._memory = memory
         self._serial = config.serial
@@ -127,7 +129,7 @@ class VirtioBlk(
             "<QIIHBBIBBHIBBHIIIIIB3x",
             self._image.size // SECTOR,
             0,  # size_max
-            config.queue_size - _NOT_DATA,
+            self.queues[0].max_size - _NOT_DATA,
             *(0, 0, 0),  # geometry
             block,
             *(0, 0, 1, 0),  # topology: what is written at once is a block

@@ -13,7 +13,8 @@ from godwit.errors import GuestError
 from godwit.host import iovec
 from godwit.host.image import SECTOR, Image
 from godwit.host.iovec import Vector
-from godwit.hw.virtio.chain import Chain, StraightChain
+from godwit.hw.virtio.chain import Chain
+from godwit.hw.virtio.straight import StraightChain
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPPORTED = 0, 1, 2

@@ -7,8 +7,9 @@ import struct
 import pytest
 
 from godwit.hw.memory import GuestMemory
-from godwit.hw.virtio import chain as chain_module
-from godwit.hw.virtio.chain import MAX_INDIRECT, Chain, StraightChain, straight
+from godwit.hw.virtio import straight as straight_module
+from godwit.hw.virtio.chain import MAX_INDIRECT, Chain
+from godwit.hw.virtio.straight import StraightChain, straight
 
 _NEXT, _WRITE = 1, 2
 _DATA = 0x10_0000
@@ -196,4 +197,4 @@ def test_a_part_elsewhere_is_walked(
 def test_few_tables_are_kept(memory: GuestMemory) -> None:
     for number in range(200):
         assert straight(0, _request([_DATA, _DATA + 16 * number, _DATA]), memory) is not None
-    assert len(chain_module._known) <= 64
+    assert len(straight_module._known) <= 64
