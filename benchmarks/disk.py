@@ -1,15 +1,23 @@
-"""fio in the guest, from a stock Debian image, on a disk whose image is in the host's memory."""
+"""fio in guests, from a stock Debian image, on disks whose images are in the host's memory.
+
+All VMMs' guests are there at once, and one alone runs, for one look: a rate of the lab varies by
+two within minutes, and so would a ratio of rates that were looked at one after the other.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from lab import debian
+from lab.addresses import LANS
 from lab.agent import Agent
 from lab.errors import LabError
+from lab.network import Network, batch
+from lab.vm import LabVm
 
 _SIZE_MB = 256
 #: What fio does -> its arguments.
@@ -23,8 +31,8 @@ WORK = {
 }
 #: Fields of fio's terse output, version 3, from 0: bandwidth in KiB/s of reads, of writes.
 _FIELDS = {"read": 6, "write": 47}
-#: How often each is measured in one boot: its rate depends on which memory fio happens to get.
-_LOOKS = 3
+#: States of a bridge's port (linux/if_bridge.h).
+_DISABLED, _FORWARDING = 0, 3
 _FIO = "chroot /mnt fio --minimal --terse-version=3 --thread --direct=1 --ioengine=libaio"
 
 
@@ -68,23 +76,62 @@ def make(folder: Path, qcow2: bool) -> tuple[Disk, Disk]:
     return Disk(system.disk, readonly=True), Disk(path, format="qcow2" if qcow2 else "raw")
 
 
-def measure(agent: Agent, seconds: float) -> dict[str, list[float]]:
-    """Return the rates of all :data:`WORK`, bytes a second, of some looks by turns.
+class Turns:
+    """Guests of several VMMs with a disk each, of which none runs but in :meth:`look`."""
 
-    Each look takes half of ``seconds``.
-    """
-    agent.sh("modprobe virtio_blk; modprobe ext4; mkdir -p /mnt; mount -o ro /dev/vda /mnt", 60)
-    agent.sh("mount --bind /dev /mnt/dev")
-    found: dict[str, list[float]] = {name: [] for name in WORK}
-    for name in [*WORK] * _LOOKS:
+    def __init__(self, net: Network) -> None:
+        self._net = net
+        self._vms: dict[str, tuple[LabVm, str]] = {}
+        self._agent: Agent | None = None
+
+    def add(self, vmm: str, vm: LabVm, tap: str, stack: ExitStack) -> None:
+        """Take a guest that boots at ``tap`` of the first host, and stop it once it is ready."""
+        vm.wait_ready(90)
+        if self._agent is None:
+            self._agent = stack.enter_context(Agent(LANS[0].guest[0], self._net.client.netns))
+        self._agent.ping(30)
+        self._agent.sh("modprobe virtio_blk; modprobe ext4; mkdir -p /mnt", 60)
+        self._agent.sh("mount -o ro /dev/vda /mnt; mount --bind /dev /mnt/dev", 60)
+        self._vms[vmm] = vm, tap
+        self._stop(vmm)
+
+    def measure(self, seconds: float, looks: int) -> dict[str, dict[str, list[float]]]:
+        """Return the rates of all :data:`WORK` by VMM, bytes a second, of looks by turns."""
+        found = {vmm: {name: list[float]() for name in WORK} for vmm in self._vms}
+        for turn in range(looks):
+            for name in WORK:
+                for vmm in sorted(self._vms, reverse=turn % 2 == 1):
+                    found[vmm][name].append(self.look(vmm, name, seconds))
+        return found
+
+    def look(self, vmm: str, name: str, seconds: float) -> float:
+        """Return the rate of one work, bytes a second, in half of ``seconds``.
+
+        Raises:
+            LabError: fio failed.
+        """
+        assert self._agent is not None
         work, block, depth = WORK[name]
         command = (
             f"{_FIO} --name={name} --filename=/dev/vdb --rw={work} --bs={block} --iodepth={depth} "
             f"--norandommap --time_based --runtime={seconds * 500:.0f}ms --ramp_time=500ms"
         )
-        fields = agent.sh(command, seconds + 60).strip().splitlines()[-1].split(";")
+        vm, tap = self._vms[vmm]
+        self._set_port(tap, _FORWARDING)
+        vm.qmp.execute("cont")
+        self._agent.ping(30)
+        fields = self._agent.sh(command, seconds + 60).strip().splitlines()[-1].split(";")
+        self._stop(vmm)
         kind = work.removeprefix("rand")
         if fields[0] != "3" or fields[4] != "0":
             raise LabError(f"fio ended with an error: {fields[:6]}")
-        found[name].append(float(fields[_FIELDS[kind]]) * 1024)
-    return found
+        return float(fields[_FIELDS[kind]]) * 1024
+
+    def _stop(self, vmm: str) -> None:
+        """Stop a guest, to which nothing comes meanwhile: they have one address."""
+        vm, tap = self._vms[vmm]
+        vm.qmp.execute("stop")
+        self._set_port(tap, _DISABLED)
+
+    def _set_port(self, tap: str, state: int) -> None:
+        batch("bridge", self._net.a.netns, [f"link set dev {tap} state {state}"])

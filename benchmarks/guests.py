@@ -41,9 +41,7 @@ class Guest:
             machines.boot(job.vmm, "vm0", folder, net.a, self.memory_mb, image)
         )
         # Beside the boot if that is not measured: a process takes its time on an emulated CPU.
-        self._spare = (
-            None if {"boot", "network", "fio", "fio-qcow2"} & {*job.parts} else self._start_target()
-        )
+        self._spare = None if {"boot", "network"} & {*job.parts} else self._start_target()
         self.boot_s = self.vm.wait_ready(90)
         self.agent = stack.enter_context(Agent(LANS[0].guest[0], net.client.netns))
         self.agent.ping(30)

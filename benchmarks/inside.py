@@ -43,8 +43,10 @@ class Rows:
             os.fsync(file.fileno())
 
 
+#: Guests of which each VMM has one at once.
+_DISKS = ("disk", "qcow2")
 #: Part -> method, where the name of the part is no name of a method.
-_METHODS = {"2g": "large", "idle-again": "idle_again", "fio-qcow2": "fio"}
+_METHODS = {"2g": "large", "idle-again": "idle_again"}
 
 
 def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
@@ -54,9 +56,7 @@ def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
         LabError, ClientError: the job cannot go on.
     """
     with ExitStack() as stack:
-        # Not in the shared folder, which is slow in the lab; disks in a tmpfs, to be in memory.
-        disks = job.guest in ("disk", "qcow2")
-        folder = stack.enter_context(vm_folder("/run" if disks else None))
+        folder = stack.enter_context(vm_folder())  # not the shared folder, slow in the lab
         guest: parts.Measured | None = None
         for part in job.parts:
             row = {"guest": job.guest, "vmm": job.vmm, "repetition": job.repetition, "part": part}
@@ -66,8 +66,6 @@ def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
                     sample = parts.limit()
                 else:
                     if guest is None:
-                        if disks:
-                            image = replace(image, disks=disk.make(folder, job.guest == "qcow2"))
                         net = stack.enter_context(Network())
                         guest = parts.Measured(job, rates, image, net, folder, stack)
                     sample = getattr(guest, _METHODS.get(part, part))()
@@ -80,6 +78,44 @@ def run(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
             log(f"{part:8} {_short(sample)}")
 
 
+def run_disks(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows) -> None:
+    """Measure the disks of all VMMs of a job by turns.
+
+    Raises:
+        LabError, ClientError: the job cannot go on.
+    """
+    row = {"guest": job.guest, "repetition": job.repetition, "part": job.parts[0]}
+    began = time.time()
+    rows.add(state="began", at=began, vmm=job.vmm, **row)
+    vms: list[LabVm] = []
+    with ExitStack() as stack:
+        try:
+            net = stack.enter_context(Network())
+            turns = disk.Turns(net)
+            vmms = (job.vmm, *job.beside)
+            taps = [f"disk{number}" for number in range(len(vmms))]
+            net.add_taps(net.a, taps)
+            for vmm, tap in zip(vmms, taps, strict=True):
+                folder = stack.enter_context(vm_folder("/run"))  # a tmpfs
+                one = replace(image, disks=disk.make(folder, job.guest == "qcow2"))
+                host, memory = replace(net.a, tap=tap), plan.MEMORY_MB[job.guest]
+                vm = stack.enter_context(machines.boot(vmm, vmm, folder, host, memory, one))
+                vms.append(vm)
+                turns.add(vmm, vm, tap, stack)
+            machines.settle()
+            found = turns.measure(rates.stream_s, job.looks)
+        except (LabError, ClientError, OSError, KeyError) as error:
+            text = f"{type(error).__name__}: {error}"[-600:]
+            printed = {vm.name: vm.console[-1500:] for vm in vms}
+            rows.add(state="failed", error=text, printed=printed, vmm=job.vmm, **row)
+            raise
+    at = time.time()
+    rows.add(state="done", at=at, vmm=job.vmm, fio=found[job.vmm], **row)
+    for vmm in job.beside:
+        rows.add(state="began", at=began, vmm=vmm, **row)
+        rows.add(state="done", at=at, vmm=vmm, fio=found[vmm], **row)
+
+
 def run_apart(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows, deadline: float) -> None:
     """Run the job in a child, killed with all of its processes after ``deadline`` seconds."""
     sys.stdout.flush()
@@ -88,7 +124,7 @@ def run_apart(job: plan.Job, rates: plan.Rates, image: Image, rows: Rows, deadli
         os.setsid()
         status = 1
         try:
-            run(job, rates, image, rows)
+            (run_disks if job.guest in _DISKS else run)(job, rates, image, rows)
             status = 0
         except BaseException:
             traceback.print_exc()

@@ -13,7 +13,7 @@ from lab.errors import LabError
 from lab.load import BOTH_WAYS, FROM_GUEST, PORT, TO_GUEST, Bulk, Receiver, round_trips, throughput
 from lab.traffic import Flow, Ping, Sender
 
-from . import disk, machines, memory, plan, socketloop
+from . import machines, memory, plan, socketloop
 from .guests import Guest
 
 Sample = dict[str, Any]
@@ -51,11 +51,6 @@ class Measured(Guest):
         rates = throughput(netns, address, self.rates.stream_s, TO_GUEST)
         rates |= throughput(netns, address, self.rates.stream_s, FROM_GUEST)
         return {"round_trip_ms": median(took), "answers": len(took), **rates}
-
-    def fio(self) -> Sample:
-        """Measure the disk's rates, bytes a second."""
-        machines.settle()
-        return {"fio": disk.measure(self.agent, self.rates.stream_s)}
 
     # --- migrations -------------------------------------------------------------------------------
     def idle(self) -> Sample:

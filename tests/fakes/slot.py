@@ -30,8 +30,8 @@ class Board:
         self.routes, self.intx = Routes(self.vm), IntxLines(self.vm)
         self.errors: list[tuple[str, str]] = []
 
-    def slot(self, number: int = 1) -> Slot:
-        """Return the slot of this number."""
+    def slot(self, number: int = 1, cpus: int = 1) -> Slot:
+        """Return the slot of this number, in a machine of so many vCPUs."""
         return Slot(
             memory=self.memory,
             vm=self.vm,
@@ -40,6 +40,7 @@ class Board:
             pci=self.bus,
             loop=self.loop,
             machine=machine_type(DEFAULT),
+            cpus=cpus,
             number=number,
             on_guest_error=lambda device, message: self.errors.append((device, message)),
         )

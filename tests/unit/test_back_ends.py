@@ -20,7 +20,7 @@ from godwit.cli.formats import with_formats
 from godwit.errors import ConfigError, HostError
 from godwit.host.child import Child
 from godwit.host.loop import Loop
-from godwit.spec.back_ends import ImageFile, Share, VhostUserConfig
+from godwit.spec.back_ends import MAX_QUEUES, ImageFile, Share, VhostUserConfig
 from godwit.spec.config import DiskConfig, RngConfig, parse_devices
 
 PATIENCE = 20.0
@@ -208,6 +208,9 @@ def test_the_storage_daemon_is_ended_by_qmp(
     assert f"driver=file,node-name=file,filename=/images/a,,b.vmdk,{common}" in text
     assert f"driver=vmdk,node-name=disk,file=file,{common}" in text
     assert ",writable=off,num-queues=3" in text
+    # The device takes one for each vCPU.
+    BackEnds([config._replace(queues=None)]).close()
+    assert f",writable=off,num-queues={MAX_QUEUES}" in seen.read_text()
     assert programs.devices[0]._replace(connection=-1) == config  # type: ignore[attr-defined]
 
 

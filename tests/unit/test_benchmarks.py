@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,18 @@ def test_a_disks_rates_are_compared_and_marked() -> None:
     (mark,) = (mark for mark in stats.MARKS if mark.name == "disk_seq_read")
     assert mark.holds(ratios["disk_seq_read"])
     assert not mark.holds(0.89)
+
+
+def test_disks_are_looked_at_by_turns() -> None:
+    """One job has the guests of all VMMs, and its looks come back from a plan in JSON."""
+    found = plan.only_parts(plan.jobs(3, (plan.QEMU, plan.BASE)), ["fio"])
+    assert found == [
+        plan.Job("disk", plan.GODWIT, number, ("fio",), (plan.QEMU, plan.BASE))
+        for number in range(plan.DISK_REPETITIONS)
+    ]
+    (quick,) = plan.only_parts(plan.quick_jobs(), ["fio"])
+    assert quick.looks < found[0].looks
+    assert plan.Job.from_json(json.loads(json.dumps(quick.to_json()))) == quick
 
 
 def test_both_vmms_get_the_same_disk() -> None:

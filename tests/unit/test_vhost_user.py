@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator
-from struct import pack, unpack
+from struct import pack, unpack, unpack_from
 from typing import Any, cast
 
 import pytest
@@ -57,6 +57,7 @@ class Bench:
         back_end: FakeBackEnd | None = None,
         config: VhostUserConfig = BLK,
         reply_s: float = PATIENCE,
+        cpus: int = 1,
     ) -> None:
         self.board = board = Board(memory)
         self.memory, self.vm, self.loop = memory, board.vm, board.loop
@@ -64,7 +65,7 @@ class Bench:
         self.back_end = back_end or FakeBackEnd()
         self.reply_s = reply_s
         self.changes: list[str | None] = []
-        self.device = VirtioVhostUser(config, memory, board.loop, self.connect)
+        self.device = VirtioVhostUser(config, memory, board.loop, self.connect, cpus=cpus)
         self.device.on_back_end = self.changes.append
         self.requests_lost = 0
         self.device.on_requests_lost = self.lose_requests
@@ -538,6 +539,18 @@ def test_more_queues_than_it_has(memory: GuestMemory) -> None:
     back_end.kill()
 
 
+@pytest.mark.parametrize(("cpus", "queues"), [(1, 1), (3, 3), (8, 4)])
+def test_a_queue_for_each_vcpu(memory: GuestMemory, cpus: int, queues: int) -> None:
+    """As far as the back end has them, and the guest reads how many there are (num_queues)."""
+    bench = Bench(memory, cpus=cpus)
+    assert len(bench.device.queues) == bench.device.properties()["queues"] == queues
+    assert unpack_from("<H", bench.device.config(), 34)[0] == queues
+    bench.guest.probe()
+    assert len(bench.guest.queues) == queues
+    assert bench.reads()
+    bench.close()
+
+
 def test_nobody_listens() -> None:
     with pytest.raises(HostError, match="No such file"):
         connect("/nowhere/at/all")
@@ -588,7 +601,7 @@ def test_options() -> None:
     ]
     assert parse_devices(given) == (
         VhostUserConfig("vhost-user0", "vhost-user-blk", "/run/d.sock", 2),
-        VhostUserConfig("files", "vhost-user-fs", "/run/f.sock", tag="src"),
+        VhostUserConfig("files", "vhost-user-fs", "/run/f.sock", queues=1, tag="src"),
         VhostUserConfig("share0", "vhost-user-fs", tag="data", serves=Share("/srv", True)),
     )
 

@@ -51,7 +51,7 @@ def memory() -> Iterator[GuestMemory]:
 class Disk:
     """A disk that a program started for it serves, and its guest."""
 
-    def __init__(self, memory: GuestMemory, option: str) -> None:
+    def __init__(self, memory: GuestMemory, option: str, cpus: int = 1) -> None:
         self.board = board = Board(memory)
         self.memory, self.vm, self.loop = memory, board.vm, board.loop
         self.ports, self.mmio, self.bus = board.ports, board.mmio, board.bus
@@ -68,7 +68,7 @@ class Disk:
         def connect(config: VhostUserConfig) -> BackEnd:
             return BackEnd(socket.socket(fileno=config.connection))
 
-        self.device = VirtioVhostUser(config, memory, board.loop, connect, self.image)
+        self.device = VirtioVhostUser(config, memory, board.loop, connect, self.image, cpus)
         self.pci = VirtioPci(self.device, board.slot(SLOT))
         self.guest = Guest(cast(Any, self))
 
@@ -296,8 +296,8 @@ def test_it_has_its_image_alone(memory: GuestMemory, tmp_path: Path) -> None:
     disk.close()
 
 
-def test_two_queues(memory: GuestMemory, tmp_path: Path) -> None:
-    disk = Disk(memory, f"path={_image(tmp_path / 'disk', 'qcow2')},queues=2")
+def test_a_queue_for_each_of_two_vcpus(memory: GuestMemory, tmp_path: Path) -> None:
+    disk = Disk(memory, f"path={_image(tmp_path / 'disk', 'qcow2')}", cpus=2)
     disk.start()
     disk.guest.probe()
     assert len(disk.guest.queues) == 2

@@ -19,7 +19,7 @@ from godwit.host.child import Child, show_read_only
 from godwit.host.loop import Loop
 from godwit.host.sandbox import landlock, privileges
 from godwit.host.sandbox.landlock import DEVICE, IMAGE, READ, WORK, Rule
-from godwit.spec.back_ends import KEY, ImageFile, Share, VhostUserConfig
+from godwit.spec.back_ends import KEY, MAX_QUEUES, ImageFile, Share, VhostUserConfig
 from godwit.spec.config import DeviceConfig
 
 from .sandbox import LIBRARIES, NAMES
@@ -182,7 +182,7 @@ def _image(config: VhostUserConfig, fd: int, confine: bool) -> Program:
     with theirs:
         export = (
             f"type=vhost-user-blk,id=disk,node-name=disk,addr.type=fd,addr.str={fd},"
-            f"writable={_switch(not image.readonly)},num-queues={config.queues}"
+            f"writable={_switch(not image.readonly)},num-queues={config.queues or MAX_QUEUES}"
         )
         secret = f"secret,id={KEY},file={_quoted(image.key)}" if image.key else ""
         words = [

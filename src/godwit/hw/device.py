@@ -43,6 +43,8 @@ class Slot(NamedTuple):
     pci: PciBus
     loop: Loop
     machine: MachineType
+    #: How many vCPUs the machine has.
+    cpus: int
     #: The device's number on the PCI bus, for a device that is plugged in there.
     number: int
     on_guest_error: OnGuestError

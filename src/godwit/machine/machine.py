@@ -147,6 +147,7 @@ class Machine:
             pci=self.pci,
             loop=loop,
             machine=self.config.machine,
+            cpus=self.config.cpus,
             number=number,
             on_guest_error=on_guest_error,
         )

@@ -8,6 +8,9 @@ from godwit.errors import ConfigError
 
 from .values import Values
 
+#: Of a disk, for requests.
+MAX_QUEUES = 16
+
 #: Formats of disk images: raw ones are served by the VM itself, others by qemu-storage-daemon.
 FORMATS = ("raw", "qcow2", "luks", "vmdk", "vdi", "vhdx", "vpc")
 
@@ -57,8 +60,8 @@ class VhostUserConfig(NamedTuple):
     kind: str
     #: Where that process listens.
     socket: str = ""
-    #: Queues for requests.
-    queues: int = 1
+    #: Queues for requests. None, for a disk: one for each vCPU, if the back end has so many.
+    queues: int | None = None
     #: Of a share: what the guest mounts.
     tag: str = ""
     #: Served by a process that is started with the VM.
@@ -95,7 +98,7 @@ def parse_device(text: str, index: int) -> VhostUserConfig:
         id=values.id(f"vhost-user{index}"),
         kind=kind,
         socket=path,
-        queues=values.number("queues", 1, 16) or 1,
+        queues=values.number("queues", 1, MAX_QUEUES) or (None if kind == "vhost-user-blk" else 1),
         tag=_tag("--device", values) if kind == "vhost-user-fs" else "",
     )
 
@@ -124,4 +127,5 @@ def parse_share(text: str, index: int) -> VhostUserConfig:
         raise ConfigError(f"--share {text!r}: path= needs the folder to share")
     share = Share(path, values.switch("readonly", False) is True)
     name = values.id(f"share{index}")
-    return VhostUserConfig(name, "vhost-user-fs", tag=_tag("--share", values), serves=share)
+    tag = _tag("--share", values)
+    return VhostUserConfig(name, "vhost-user-fs", queues=1, tag=tag, serves=share)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from godwit.errors import ConfigError
 
-from .back_ends import FORMATS, VhostUserConfig, parse_device, parse_share
+from .back_ends import FORMATS, MAX_QUEUES, VhostUserConfig, parse_device, parse_share
 from .machine_types import DEFAULT, MachineType, machine_type
 from .values import Values, format_mac, parse_mac, parse_size
 
@@ -87,7 +87,8 @@ class DiskConfig(NamedTuple):
     #: What the guest discards is given back to the host.
     discard: bool = False
     on_error: OnError = OnError.ENOSPC
-    queues: int = 1
+    #: None: one for each vCPU, at most :data:`MAX_QUEUES`.
+    queues: int | None = None
     queue_size: int | None = None
     #: The image's format; None: the one that its first bytes show.
     format: str | None = None
@@ -368,7 +369,7 @@ def parse_disk(text: str, index: int) -> DiskConfig:
         cache=values.choice("cache", ("writeback", "none")),
         discard=values.switch("discard", False) is True,
         on_error=OnError(values.choice("on-error", (OnError.ENOSPC, *OnError))),
-        queues=values.number("queues", 1, 16) or 1,
+        queues=values.number("queues", 1, MAX_QUEUES),
         queue_size=size,
         format=values.choice("format", FORMATS) if values.get("format") is not None else None,
         key=values.get("key") or "",

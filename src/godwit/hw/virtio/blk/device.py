@@ -26,6 +26,7 @@ from godwit.hw.virtio.budget import Budget
 from godwit.hw.virtio.device import VirtioDevice
 from godwit.hw.virtio.pci import VirtioPci
 from godwit.hw.virtio.queue import Virtqueue
+from godwit.spec.back_ends import MAX_QUEUES
 from godwit.spec.config import DeviceConfig, DiskConfig, OnError
 from godwit.spec.saved import U64
 
@@ -91,13 +92,14 @@ class VirtioBlk(
 
     def __init__(self, config: DiskConfig, memory: GuestMemory, image: Image) -> None:
         features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY
-        if config.queues > 1:
+        count = config.queues or 1
+        if count > 1:
             features |= F_MQ
         if config.readonly:
             features |= F_RO
         else:
             features |= F_WRITE_ZEROES | (F_DISCARD if config.discard else 0)
-        queues = [Virtqueue(memory, config.queue_size or _QUEUE_SIZE) for _ in range(config.queues)]
+        queues = [Virtqueue(memory, config.queue_size or _QUEUE_SIZE) for _ in range(count)]
         super().__init__(config.id, features, queues)
         self._memory = memory
         self._serial = config.serial
@@ -133,7 +135,7 @@ class VirtioBlk(
             *(0, 0, 0),  # geometry
             block,
             *(0, 0, 1, 0),  # topology: what is written at once is a block
-            *(1, 0, config.queues),  # writeback
+            *(1, 0, len(self.queues)),  # writeback
             *(MAX_DISCARD, MAX_SEGMENTS, block // SECTOR),
             *(MAX_ZEROES, MAX_SEGMENTS, 1),
         )
@@ -370,6 +372,7 @@ def make(config: DeviceConfig, slot: Slot) -> VirtioPci:
         ConfigError: the image cannot be used so.
     """
     assert isinstance(config, DiskConfig)
+    config = config._replace(queues=config.queues or min(slot.cpus, MAX_QUEUES))
     image = Image(config.path, readonly=config.readonly, direct=config.cache == "none")
     try:
         return VirtioPci(VirtioBlk(config, slot.memory, image), slot)

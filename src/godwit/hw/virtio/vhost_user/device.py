@@ -22,7 +22,7 @@ from godwit.hw.capabilities import Counts, HasBackEnd, LogsDirtyPages, RefusesCo
 from godwit.hw.memory import GuestMemory
 from godwit.hw.virtio.device import F_VERSION_1, TRANSPORT_FEATURES, VirtioDevice
 from godwit.hw.virtio.queue import Virtqueue
-from godwit.spec.back_ends import ImageFile, VhostUserConfig
+from godwit.spec.back_ends import MAX_QUEUES, ImageFile, VhostUserConfig
 
 from .drain import Drain
 from .image import OpenedImage
@@ -43,6 +43,8 @@ class VhostUserState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, RefusesCopies, Counts):
     """A device of one of :data:`.types.TYPES`, served by what listens at the configured socket.
 
+    A disk has as many queues as there are ``cpus``, unless the configuration says how many.
+
     Raises:
         HostError: nobody listens there, or with less than is needed.
     """
@@ -56,28 +58,31 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
         loop: Loop,
         connect: Connect,
         image: OpenedImage | None = None,
+        cpus: int = 1,
     ) -> None:
         self._type = TYPES[config.kind]
         self.kind = config.kind  # type: ignore[misc]
         self.device_id = self._type.device_id  # type: ignore[misc]
         self.class_code = self._type.class_code  # type: ignore[misc]
-        count = config.queues + self._type.more_queues
-        super().__init__(config.id, 0, [Virtqueue(memory, _QUEUE_SIZE) for _ in range(count)])
-        self._given = config
-        self._image = image
         self._memory = memory
+        back_end = connect(config)
+        try:
+            #: Queues for requests.
+            self._requests = config.queues or min(cpus, MAX_QUEUES, back_end.queues() or 1)
+            count = self._requests + self._type.more_queues
+            super().__init__(config.id, 0, [Virtqueue(memory, _QUEUE_SIZE) for _ in range(count)])
+            self._given = config
+            self._config = self._open(back_end)
+        except BaseException:
+            back_end.close()
+            raise
+        self._image = image
         self.on_back_end: Callable[[str | None], None] = lambda why: None
         self.on_requests_lost: Callable[[], None] = lambda: None
         self._inflight: Inflight | None = None
         #: The queues' positions are known: not while requests may be in flight.
         self._known = True
         self._serving = False
-        back_end = connect(config)
-        try:
-            self._config = self._open(back_end)
-        except BaseException:
-            back_end.close()
-            raise
         lacking = TRANSPORT_FEATURES & ~back_end.features
         self._offered = self._offered & ~lacking | back_end.features & self._type.features
         self._can_log = _logs(back_end)
@@ -102,7 +107,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
             raise HostError("the guest's RAM is not shared")
         regions = [(r.start, r.size, r.host, r.offset) for r in self._memory.regions]
         back_end.set_memory(self._memory.fd, regions)
-        return self._type.config(self._given, back_end)
+        return self._type.config(self._given, self._requests, back_end)
 
     def parts(self) -> Sequence[object]:
         """Return the device, and its image if that is opened and closed."""
@@ -110,7 +115,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
 
     def properties(self) -> Mapping[str, str | int | None]:
         """Return the number of queues, and what the type's configuration space has."""
-        return {"queues": self._given.queues, **self._type.properties(self._config)}
+        return {"queues": self._requests, **self._type.properties(self._config)}
 
     def counters(self) -> Mapping[str, int]:
         """Return how often a back end was lost."""
@@ -344,7 +349,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
         Raises:
             HostError: the back end does not give it.
         """
-        self._set_config(self._type.config(self._given, back_end))
+        self._set_config(self._type.config(self._given, self._requests, back_end))
 
     def _set_config(self, config: bytes) -> None:
         if config != self._config:

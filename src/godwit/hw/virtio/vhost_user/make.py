@@ -25,7 +25,7 @@ def make(config: DeviceConfig, slot: Slot) -> VirtioPci:
     assert isinstance(config, VhostUserConfig)
     try:
         image = _image(config)
-        device = VirtioVhostUser(config, slot.memory, slot.loop, _connect, image)
+        device = VirtioVhostUser(config, slot.memory, slot.loop, _connect, image, slot.cpus)
     except HostError as error:
         where = f" at '{config.socket}'" if config.socket else ""
         raise HostError(

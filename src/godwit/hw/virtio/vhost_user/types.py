@@ -28,15 +28,15 @@ class Type(NamedTuple):
     features: int
     #: Queues beside those that the configuration counts.
     more_queues: int
-    #: Returns the configuration space, which the back end knows or we do.
-    config: Callable[[VhostUserConfig, BackEnd], bytes]
+    #: Returns the configuration space, which the back end knows or we do, with so many queues.
+    config: Callable[[VhostUserConfig, int, BackEnd], bytes]
     #: Returns what of the configuration space a destination must have alike.
     properties: Callable[[bytes], Mapping[str, str | int | None]]
 
 
-def _blk_config(config: VhostUserConfig, back_end: BackEnd) -> bytes:
+def _blk_config(_: VhostUserConfig, queues: int, back_end: BackEnd) -> bytes:
     raw = bytearray(back_end.config(_BLK_CONFIG))
-    pack_into("<H", raw, _NUM_QUEUES, config.queues)
+    pack_into("<H", raw, _NUM_QUEUES, queues)
     return bytes(raw)
 
 
@@ -44,8 +44,8 @@ def _blk_properties(config: bytes) -> Mapping[str, str | int | None]:
     return {"size": unpack_from("<Q", config)[0] * _SECTOR}
 
 
-def _fs_config(config: VhostUserConfig, _: BackEnd) -> bytes:
-    return _FS_CONFIG.pack(config.tag.encode(), config.queues)
+def _fs_config(config: VhostUserConfig, queues: int, _: BackEnd) -> bytes:
+    return _FS_CONFIG.pack(config.tag.encode(), queues)
 
 
 def _fs_properties(config: bytes) -> Mapping[str, str | int | None]:
