@@ -86,6 +86,8 @@ class Turns:
 
     def add(self, vmm: str, vm: LabVm, tap: str, stack: ExitStack) -> None:
         """Take a guest that boots at ``tap`` of the first host, and stop it once it is ready."""
+        # The bridge is not to remember at which of them their one address was last.
+        batch("bridge", self._net.a.netns, [f"link set dev {tap} learning off"])
         vm.wait_ready(90)
         if self._agent is None:
             self._agent = stack.enter_context(Agent(LANS[0].guest[0], self._net.client.netns))
