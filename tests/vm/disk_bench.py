@@ -23,6 +23,24 @@ def digest_inside(agent: Agent) -> str:
     return agent.sh("sha256sum /dev/vda", 120).split()[0]
 
 
+def ends_come_to_who_asked(agent: Agent) -> None:
+    """Each vCPU has a queue, whose interrupt comes to that vCPU alone."""
+    for cpu in range(agent.cpus()):
+        before = _interrupts(agent)
+        agent.sh(f"taskset {1 << cpu:x} dd if=/dev/vda of=/dev/null bs=4k count=32 iflag=direct")
+        came = [now - then for now, then in zip(_interrupts(agent), before, strict=True)]
+        assert came[cpu] >= 32
+        assert sum(came) == came[cpu], f"reads by vCPU {cpu}: interrupts {came}"
+
+
+def _interrupts(agent: Agent) -> list[int]:
+    """Of the disk's queues, at each vCPU."""
+    lines = agent.sh("grep -e -req /proc/interrupts").splitlines()
+    rows = [[int(word) for word in line.split()[1 : 1 + agent.cpus()]] for line in lines]
+    assert len(rows) == agent.cpus(), lines
+    return [sum(column) for column in zip(*rows, strict=True)]
+
+
 @contextmanager
 def writing(agent: Agent, waits: bool = False) -> Iterator[None]:
     """While the block runs, the guest writes, one request after the other; no write fails."""

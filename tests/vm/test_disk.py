@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from disk_bench import SIZE, digest_inside, digest_of, writing
+from disk_bench import SIZE, digest_inside, digest_of, ends_come_to_who_asked, writing
 from vm_bench import Bench, Watched
 
 from lab.scenario import wait_for
@@ -56,11 +56,13 @@ def test_a_guest_reads_and_writes_its_disk_here_and_there(
     assert agent.sh("cat /sys/block/vda/queue/write_cache").strip() == "write back"
     assert int(agent.sh("cat /sys/block/vda/queue/discard_max_bytes")) > 0
     assert digest_inside(agent) == digest_of(image)
+    ends_come_to_who_asked(agent)
     assert _refused(image), "the source has the lock"
 
     with writing(agent):
         bench.move(guest, target)
     assert _refused(image), "the destination has the lock"
+    ends_come_to_who_asked(agent)
     assert digest_inside(agent) == digest_of(image)
     (counts,) = [d for d in target.qmp.execute("query-devices") if d["kind"] == "virtio-blk"]
     assert counts["counters"]["written-bytes"] > 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disk_bench import SIZE, digest_inside, digest_of, goes_on, writing
+from disk_bench import SIZE, digest_inside, digest_of, ends_come_to_who_asked, goes_on, writing
 from vm_bench import Bench
 
 from lab import guest as guest_image
@@ -196,6 +196,7 @@ def test_a_qcow2_image_is_a_disk(bench: Bench, qcow2: Path) -> None:
     digest = digest_inside(agent)
     with pytest.raises(Exception, match=r"'disk0' is a disk image .*qemu-img convert -O raw"):
         vm.qmp.execute("migrate", {"uri": f"file:{bench.folder / 'never'}"})
+    ends_come_to_who_asked(agent)
     # In use: another VM is refused in the program's own words.
     other = bench.run(bench.net.b, *_bootable(), *disk, memory="128M,shared=on")
     assert other.wait(60) != 0
@@ -240,6 +241,7 @@ def test_a_qcow2_image_goes_over_with_its_guest(bench: Bench, qcow2: Path) -> No
         bench.move(guest, target)
         goes_on(agent)
         bench.move(guest, back)
+    ends_come_to_who_asked(agent)
     digest = digest_inside(agent)
     assert back.news("GUEST_ERROR", "BACK_END_LOST") == []
     agent.power_off()
