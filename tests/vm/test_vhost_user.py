@@ -30,7 +30,7 @@ class Storage:
         file = f"driver=file,node-name=disk,filename={image},locking=off"
         export = f"type=vhost-user-blk,id=x,node-name=disk,writable=on,addr.path={socket}"
         argv = ["qemu-storage-daemon", "--blockdev", file]
-        argv += ["--export", f"{export},addr.type=unix"]
+        argv += ["--export", f"{export},addr.type=unix,num-queues=2"]
         self._process = subprocess.Popen(argv, umask=0)
         wait_for(socket.exists, 30)
 
@@ -66,6 +66,7 @@ def test_a_disk_moves_while_it_is_written(bench: Bench, image: Path, kernel: str
         assert digest_inside(agent) == digest_of(image)
         with writing(agent):
             bench.move(guest, target)
+        ends_come_to_who_asked(agent)
         assert digest_inside(agent) == digest_of(image)
         assert target.news("GUEST_ERROR", "BACK_END_LOST") == []
         agent.power_off()
