@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from struct import pack
 from typing import Any, cast
@@ -38,14 +37,6 @@ pytestmark = pytest.mark.skipif(
 PATIENCE = 20.0
 _IN, _OUT, _FLUSH = 0, 1, 4
 SECTORS = 2048
-
-
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    """A guest's RAM, shared with the back end."""
-    memory = GuestMemory(32 << 20, shared=True)
-    yield memory
-    memory.close()
 
 
 class Disk:
@@ -132,9 +123,9 @@ def _content(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["vmdk", "qcow2"])
-def test_it_reads_writes_pauses_and_ends(memory: GuestMemory, tmp_path: Path, kind: str) -> None:
+def test_it_reads_writes_pauses_and_ends(shared: GuestMemory, tmp_path: Path, kind: str) -> None:
     path = _image(tmp_path / "disk", kind)
-    disk = Disk(memory, f"path={path},format={kind}")
+    disk = Disk(shared, f"path={path},format={kind}")
     disk.start()
     disk.guest.probe()
     assert disk.device.properties() == {"queues": 1, "size": SECTORS * 512}
@@ -149,7 +140,7 @@ def test_it_reads_writes_pauses_and_ends(memory: GuestMemory, tmp_path: Path, ki
         assert state.transport.queues[0].last_avail == state.transport.queues[0].last_used
         disk.pci.resume()
         disk.used(8)
-        assert all(memory.read(at, 4096) == data for at, _ in more)
+        assert all(shared.read(at, 4096) == data for at, _ in more)
     disk.guest.probe()  # a reset, and another driver
     disk.do(_OUT, 100, data)
     assert disk.board.errors == []
@@ -178,13 +169,13 @@ def _encrypted(path: Path, kind: str, key: Path) -> str:
 
 @pytest.mark.parametrize("kind", ["luks", "qcow2"])
 def test_an_encrypted_image_is_opened_by_its_passphrase(
-    memory: GuestMemory, tmp_path: Path, kind: str
+    shared: GuestMemory, tmp_path: Path, kind: str
 ) -> None:
     path, key = tmp_path / "disk", tmp_path / "key"
     options = _encrypted(path, kind, key)
     data = os.urandom(4096)
     for turn in range(2):
-        disk = Disk(memory, options)
+        disk = Disk(shared, options)
         assert disk.image is not None, "it can be opened and closed, as a migration does"
         disk.start()
         disk.guest.probe()
@@ -200,14 +191,14 @@ def test_an_encrypted_image_is_opened_by_its_passphrase(
         disk.close()
     assert data[:64] not in path.read_bytes()
     key.write_text("another")
-    disk = Disk(memory, options)
+    disk = Disk(shared, options)
     with pytest.raises(HostError, match="Invalid password"):
         disk.start()
     disk.close()
 
 
 @pytest.mark.parametrize(("form", "kind"), [("inet", "raw"), ("unix", "raw"), ("inet", "luks")])
-def test_a_disk_of_an_nbd_server(memory: GuestMemory, tmp_path: Path, form: str, kind: str) -> None:
+def test_a_disk_of_an_nbd_server(shared: GuestMemory, tmp_path: Path, form: str, kind: str) -> None:
     path, key, more = tmp_path / "disk", tmp_path / "key", ""
     if kind == "luks":
         more = _encrypted(path, kind, key).removeprefix(f"path={path}")
@@ -224,7 +215,7 @@ def test_a_disk_of_an_nbd_server(memory: GuestMemory, tmp_path: Path, form: str,
         where, url = f"addr.type=unix,addr.path={tmp_path}/n", "nbd+unix://"
     url += "/a%20disk" + ("" if form == "inet" else f"?socket={tmp_path}/n")
     with pytest.raises(HostError, match="the back end is gone"):
-        Disk(memory, f"path={url}{more}")
+        Disk(shared, f"path={url}{more}")
     server = subprocess.Popen(
         [
             *("qemu-storage-daemon", "--blockdev", f"driver=file,node-name=d,filename={path}"),
@@ -238,7 +229,7 @@ def test_a_disk_of_an_nbd_server(memory: GuestMemory, tmp_path: Path, form: str,
             assert server.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        disk = Disk(memory, f"path={url}{more}")
+        disk = Disk(shared, f"path={url}{more}")
         assert disk.image is None, "it is open from the start"
         assert "is a disk of an NBD server" in (disk.device.unmovable(False) or "")
         (program,) = disk.programs._programs.values()
@@ -263,8 +254,8 @@ def test_a_disk_of_an_nbd_server(memory: GuestMemory, tmp_path: Path, form: str,
         server.wait(PATIENCE)
 
 
-def test_a_driver_without_interrupts(memory: GuestMemory, tmp_path: Path) -> None:
-    disk = Disk(memory, f"path={_image(tmp_path / 'disk', 'qcow2')}")
+def test_a_driver_without_interrupts(shared: GuestMemory, tmp_path: Path) -> None:
+    disk = Disk(shared, f"path={_image(tmp_path / 'disk', 'qcow2')}")
     disk.start()
     disk.guest.probe(vectors=False)
     for sector in range(8):
@@ -274,12 +265,12 @@ def test_a_driver_without_interrupts(memory: GuestMemory, tmp_path: Path) -> Non
     disk.close()
 
 
-def test_it_has_its_image_alone(memory: GuestMemory, tmp_path: Path) -> None:
+def test_it_has_its_image_alone(shared: GuestMemory, tmp_path: Path) -> None:
     """The program is confined to the image, and cannot open a file beside it."""
     if not landlock.version():
         pytest.skip("this kernel has no Landlock")
     path, other = _image(tmp_path / "disk", "qcow2"), _image(tmp_path / "other", "qcow2")
-    disk = Disk(memory, f"path={path}")
+    disk = Disk(shared, f"path={path}")
     assert disk.image is not None
     daemon = disk.image._daemon
     node = {"node-name": "x", "driver": "file", "read-only": True}
@@ -291,13 +282,13 @@ def test_it_has_its_image_alone(memory: GuestMemory, tmp_path: Path) -> None:
     # One that names a further file is not: it needs that.
     words = ["create", "-q", "-f", "qcow2", "-b", str(path), "-F", "qcow2", str(other)]
     subprocess.run(["qemu-img", *words], check=True)
-    disk = Disk(memory, f"path={other},format=qcow2")
+    disk = Disk(shared, f"path={other},format=qcow2")
     disk.start()
     disk.close()
 
 
-def test_a_queue_for_each_of_two_vcpus(memory: GuestMemory, tmp_path: Path) -> None:
-    disk = Disk(memory, f"path={_image(tmp_path / 'disk', 'qcow2')}", cpus=2)
+def test_a_queue_for_each_of_two_vcpus(shared: GuestMemory, tmp_path: Path) -> None:
+    disk = Disk(shared, f"path={_image(tmp_path / 'disk', 'qcow2')}", cpus=2)
     disk.start()
     disk.guest.probe()
     assert len(disk.guest.queues) == 2
@@ -311,15 +302,15 @@ def test_a_queue_for_each_of_two_vcpus(memory: GuestMemory, tmp_path: Path) -> N
         disk.do(_IN, 0, 512)
         disk.pause()
         assert driver.take() is not None
-        assert memory.read(status, 1) == b"\0"
+        assert shared.read(status, 1) == b"\0"
         disk.pci.resume()
     assert disk.board.errors == []
     disk.close()
 
 
-def test_what_it_writes_is_logged(memory: GuestMemory, tmp_path: Path) -> None:
+def test_what_it_writes_is_logged(shared: GuestMemory, tmp_path: Path) -> None:
     path = _image(tmp_path / "disk", "qcow2")
-    disk = Disk(memory, f"path={path}")
+    disk = Disk(shared, f"path={path}")
     disk.start()
     disk.guest.probe()
 
@@ -344,9 +335,9 @@ def test_what_it_writes_is_logged(memory: GuestMemory, tmp_path: Path) -> None:
     disk.close()
 
 
-def test_a_qcow2_image_goes_from_one_to_the_other(memory: GuestMemory, tmp_path: Path) -> None:
+def test_a_qcow2_image_goes_from_one_to_the_other(shared: GuestMemory, tmp_path: Path) -> None:
     path = _image(tmp_path / "disk", "qcow2")
-    one, other = Disk(memory, f"path={path}"), Disk(memory, f"path={path}")
+    one, other = Disk(shared, f"path={path}"), Disk(shared, f"path={path}")
     one.start()
     one.guest.probe()
     data = os.urandom(4096)
@@ -371,9 +362,9 @@ def test_a_qcow2_image_goes_from_one_to_the_other(memory: GuestMemory, tmp_path:
     assert content[4096:8192] == content[8192:12288] == data
 
 
-def test_it_is_lost(memory: GuestMemory, tmp_path: Path) -> None:
+def test_it_is_lost(shared: GuestMemory, tmp_path: Path) -> None:
     path = _image(tmp_path / "disk", "qcow2")
-    disk = Disk(memory, f"path={path}")
+    disk = Disk(shared, f"path={path}")
     disk.start()
     disk.guest.probe()
     changes: list[str | None] = []
@@ -399,11 +390,11 @@ def _silence(*_: object) -> None:
 
 @pytest.mark.parametrize("late", [True, False], ids=["late", "refused"])
 def test_a_release_that_failed_leaves_the_guest_its_disk(
-    memory: GuestMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+    shared: GuestMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     """The storage stalls for longer than is waited for, and the migration fails."""
     path = _image(tmp_path / "disk", "qcow2")
-    disk = Disk(memory, f"path={path}")
+    disk = Disk(shared, f"path={path}")
     assert disk.image is not None
     disk.start()
     disk.guest.probe()
