@@ -128,10 +128,18 @@ def _of_migration(row: Row) -> Iterable[tuple[str, float]]:
 
 
 def ratios(quantities: Mapping[str, Values], under: str = QEMU) -> dict[str, float]:
-    """Return Godwit's medians by another's, with the worst flow's as ``gap``."""
+    """Return Godwit's medians by another's, with the worst flow's as ``gap``.
+
+    Disks are looked at by turns: what counts is the median of both looks' ratios in each turn, as
+    the lab may be twice as fast in one turn as in another.
+    """
     found = {}
     for name, values in quantities.items():
-        one = ratio(spread(values.get(GODWIT, ())), spread(values.get(under, ())))
+        ours, theirs = values.get(GODWIT, ()), values.get(under, ())
+        if name.startswith(("disk_", "qcow2_")) and len(ours) == len(theirs) and all(theirs):
+            one = median(a / b for a, b in zip(ours, theirs, strict=True)) if ours else None
+        else:
+            one = ratio(spread(ours), spread(theirs))
         if one is not None:
             found[name] = one
     gaps = [value for name, value in found.items() if name.startswith("gap ")]

@@ -288,6 +288,14 @@ def test_a_disks_rates_are_compared_and_marked() -> None:
     assert not mark.holds(0.89)
 
 
+def test_a_turn_in_a_slow_minute_is_slow_for_both() -> None:
+    """By medians alone it would be 0.55."""
+    rates = {plan.GODWIT: [220.0, 240.0, 110.0, 105.0, 100.0], plan.QEMU: [200.0] * 3 + [100.0] * 2}
+    assert stats.ratios({"disk_seq_read": rates})["disk_seq_read"] == pytest.approx(1.05)
+    assert stats.ratios({"boot": rates})["boot"] == pytest.approx(0.55)
+    assert "disk_seq_read" not in stats.ratios({"disk_seq_read": {plan.GODWIT: []}})
+
+
 def test_disks_are_looked_at_by_turns() -> None:
     """One job has the guests of all VMMs, and its looks come back from a plan in JSON."""
     found = plan.only_parts(plan.jobs(3, (plan.QEMU, plan.BASE)), ["fio"])
