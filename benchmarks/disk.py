@@ -77,7 +77,7 @@ def make(folder: Path, qcow2: bool) -> tuple[Disk, Disk]:
 
 
 class Turns:
-    """Guests of several VMMs with a disk each, of which none runs but in :meth:`look`."""
+    """Guests of several VMMs with a disk each, of which one alone runs in :meth:`look`."""
 
     def __init__(self, net: Network) -> None:
         self._net = net
@@ -85,7 +85,7 @@ class Turns:
         self._agent: Agent | None = None
 
     def add(self, vmm: str, vm: LabVm, tap: str, stack: ExitStack) -> None:
-        """Take a guest that boots at ``tap`` of the first host, and stop it once it is ready."""
+        """Take a guest that boots at ``tap`` of the first host, and runs until its first look."""
         # The bridge is not to remember at which of them their one address was last.
         batch("bridge", self._net.a.netns, [f"link set dev {tap} learning off"])
         vm.wait_ready(90)
@@ -95,7 +95,6 @@ class Turns:
         self._agent.sh("modprobe virtio_blk; modprobe ext4; mkdir -p /mnt", 60)
         self._agent.sh("mount -o ro /dev/vda /mnt; mount --bind /dev /mnt/dev", 60)
         self._vms[vmm] = vm, tap
-        self._stop(vmm)
 
     def measure(self, seconds: float, looks: int) -> dict[str, dict[str, list[float]]]:
         """Return the rates of all :data:`WORK` by VMM, bytes a second, of looks by turns."""

@@ -136,8 +136,9 @@ def ratios(quantities: Mapping[str, Values], under: str = QEMU) -> dict[str, flo
     found = {}
     for name, values in quantities.items():
         ours, theirs = values.get(GODWIT, ()), values.get(under, ())
-        if name.startswith(("disk_", "qcow2_")) and len(ours) == len(theirs) and all(theirs):
-            one = median(a / b for a, b in zip(ours, theirs, strict=True)) if ours else None
+        if name.startswith(("disk_", "qcow2_")):
+            turns = len(ours) == len(theirs) > 0 and all(theirs)
+            one = median(a / b for a, b in zip(ours, theirs, strict=True)) if turns else None
         else:
             one = ratio(spread(ours), spread(theirs))
         if one is not None:

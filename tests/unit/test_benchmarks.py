@@ -277,10 +277,10 @@ def test_what_the_time_cut_off_has_not_failed() -> None:
 def test_a_disks_rates_are_compared_and_marked() -> None:
     rows = [
         row(plan.GODWIT, "fio", fio={"seq_read": [190e6, 170e6], "rand_read_1": [4e6]}),
-        row(plan.QEMU, "fio", fio={"seq_read": [200e6], "rand_read_1": [2e6]}),
+        row(plan.QEMU, "fio", fio={"seq_read": [200e6, 180e6], "rand_read_1": [2e6]}),
     ]
     quantities = stats.quantities(rows)
-    assert quantities["disk_seq_read"] == {plan.GODWIT: [190.0, 170.0], plan.QEMU: [200.0]}
+    assert quantities["disk_seq_read"] == {plan.GODWIT: [190.0, 170.0], plan.QEMU: [200.0, 180.0]}
     ratios = stats.ratios(quantities)
     assert ratios["disk_rand_read_1"] == 2.0
     (mark,) = (mark for mark in stats.MARKS if mark.name == "disk_seq_read")
@@ -293,7 +293,19 @@ def test_a_turn_in_a_slow_minute_is_slow_for_both() -> None:
     rates = {plan.GODWIT: [220.0, 240.0, 110.0, 105.0, 100.0], plan.QEMU: [200.0] * 3 + [100.0] * 2}
     assert stats.ratios({"disk_seq_read": rates})["disk_seq_read"] == pytest.approx(1.05)
     assert stats.ratios({"boot": rates})["boot"] == pytest.approx(0.55)
-    assert "disk_seq_read" not in stats.ratios({"disk_seq_read": {plan.GODWIT: []}})
+    for rates in ({plan.GODWIT: []}, {plan.GODWIT: [1.0]}, {plan.GODWIT: [1.0], plan.QEMU: []}):
+        assert "disk_seq_read" not in stats.ratios({"disk_seq_read": rates}), "a turn of one alone"
+
+
+def test_a_job_of_disks_is_done_once_all_vmms_have_their_samples() -> None:
+    """The lab may die between two rows, and --base may come with --resume."""
+    (job, *_) = plan.only_parts(plan.jobs(1), ["fio"])
+    rows = [row(plan.GODWIT, "fio", state="began"), row(plan.GODWIT, "fio")]
+    assert plan.left([job], rows) == [job]
+    rows.append(row(plan.QEMU, "fio"))
+    assert plan.left([job], rows) == []
+    further = plan.Job(job.guest, job.vmm, 0, job.parts, (plan.QEMU, plan.BASE))
+    assert plan.left([further], rows) == [further]
 
 
 def test_disks_are_looked_at_by_turns() -> None:

@@ -191,7 +191,7 @@ def test_migrate_takes_qemus_arguments_as_far_as_they_ask_for_nothing() -> None:
     run(vm, "migrate", uri="unix:x", detach=True, **off)
     run(vm, "migrate", uri="unix:x", detach=False)
     assert vm.calls == [("migrate", "unix:x", False)] * 2
-    for name, why in (("blk", "no disks"), ("inc", "no disks"), ("resume", "no postcopy")):
+    for name, why in (("blk", "not copied"), ("inc", "not copied"), ("resume", "no postcopy")):
         with pytest.raises(ConfigError, match=f"'{name}' is true, but .*{why}.*: leave it out"):
             run(vm, "migrate", uri="unix:x", **{name: True})
     assert len(vm.calls) == 2

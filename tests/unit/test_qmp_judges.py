@@ -142,7 +142,7 @@ def test_qemu_qmp_as_qemus_own_tests_use_it(vm: Served) -> None:
         assert [one["event"] for one in monitor.get_events()] == ["STOP"]
         reply = monitor.cmd_raw("human-monitor-command", {"command-line": "info mice"})
         assert reply["error"]["class"] == "GenericError"
-        with pytest.raises(ExecuteError, match="'blk' is true, but a VM has no disks"):
+        with pytest.raises(ExecuteError, match="'blk' is true, but disks are not copied"):
             monitor.cmd("migrate", uri="unix:/there", blk=True)
         monitor.cmd("migrate", uri="unix:/there", blk=False, detach=True)
         assert monitor.cmd("query-migrate")["ram"]["total"] == 1 << 28

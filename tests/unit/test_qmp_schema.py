@@ -110,6 +110,8 @@ def test_data_of_events_has_the_types_of_the_schema() -> None:
     samples += [events.migration(status) for status in MigrationStatus]
     samples += events.of_transition(RunState.RUNNING, RunState.PAUSED)
     samples += [events.guest_reset(), events.rx_filter_changed("nic0")]
+    error = {"device": "disk0", "operation": "write", "action": "stop", "nospace": True}
+    samples.append(Event.BLOCK_IO_ERROR.of(**error, reason="No space left on device"))
     for event, data in samples:
         for name, value in data.items():
             msgspec.convert(value, events.type_of(event, name))

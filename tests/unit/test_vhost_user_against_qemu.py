@@ -377,7 +377,7 @@ def test_it_is_lost(shared: GuestMemory, tmp_path: Path) -> None:
         disk.loop.run_once(0.05)
     disk.add(_OUT, 8, bytes(512))
     disk.pause()
-    assert "is gone" in (disk.device.unmovable(False) or "")
+    assert "program behind 'disk0' has ended" in (disk.device.unmovable(False) or "")
     assert disk.image is not None
     with pytest.raises(HostError, match="qemu-storage-daemon does not answer"):
         disk.image.release()

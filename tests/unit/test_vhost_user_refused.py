@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from struct import unpack_from
 
 import pytest
 
@@ -39,18 +38,6 @@ def test_more_queues_than_it_has(shared: GuestMemory) -> None:
     with pytest.raises(HostError, match="it has 4 queues, and 5 are wanted"):
         Bench(shared, back_end, BLK._replace(queues=5))
     back_end.kill()
-
-
-@pytest.mark.parametrize(("cpus", "queues"), [(1, 1), (3, 3), (8, 4)])
-def test_a_queue_for_each_vcpu(shared: GuestMemory, cpus: int, queues: int) -> None:
-    """As far as the back end has them, and the guest reads how many there are (num_queues)."""
-    bench = Bench(shared, cpus=cpus)
-    assert len(bench.device.queues) == bench.device.properties()["queues"] == queues
-    assert unpack_from("<H", bench.device.config(), 34)[0] == queues
-    bench.guest.probe()
-    assert len(bench.guest.queues) == queues
-    assert bench.reads()
-    bench.close()
 
 
 def test_nobody_listens() -> None:

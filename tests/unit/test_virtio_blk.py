@@ -18,12 +18,11 @@ from godwit.errors import HostError, StreamError
 from godwit.host import iovec
 from godwit.host.iovec import Vector
 from godwit.hw.memory import GuestMemory
-from godwit.hw.virtio.blk.device import F_DISCARD, F_MQ, F_RO, F_WRITE_ZEROES, Retry, make
+from godwit.hw.virtio.blk.device import F_DISCARD, F_MQ, F_RO, F_WRITE_ZEROES, Retry
 from godwit.hw.virtio.blk.request import DISCARD, FLUSH, GET_ID, IN, OUT, WRITE_ZEROES
 from godwit.spec import saved
 from godwit.spec.config import DiskConfig, OnError
 from tests.fakes.driver import Part
-from tests.fakes.slot import Board
 
 OK, IOERR, UNSUPPORTED = 0, 1, 2
 
@@ -57,18 +56,6 @@ def test_the_configuration_is_the_specifications(disk: Callable[..., Disk]) -> N
     assert one.guest.read(0x800, 4) == 2048
     one.guest.write(0x800, 4, 1)
     assert one.guest.read(0x800, 4) == 2048, "nothing of it is the guest's to write"
-
-
-@pytest.mark.parametrize(("given", "queues"), [(None, 3), (1, 1), (5, 5)])
-def test_a_queue_for_each_vcpu(
-    memory: GuestMemory, path: Path, given: int | None, queues: int
-) -> None:
-    """Else a request's end would come to a vCPU that did not ask for it, and be sent on."""
-    board = Board(memory)
-    device = make(DiskConfig("disk0", str(path), queues=given), board.slot(cpus=3))
-    assert device.properties()["queues"] == queues
-    device.close()
-    board.close()
 
 
 def test_data_is_read_and_written(disk: Callable[..., Disk], path: Path) -> None:

@@ -83,7 +83,7 @@ class Event(StrEnum):
     )
     BACK_END_LOST = (
         "BACK_END_LOST",
-        "the process that served a device is gone; the device waits for another",
+        "the process that served a device is gone; the device waits for another at its socket",
         *("device", "why"),
     )
     BACK_END_BACK = "BACK_END_BACK", "a process serves the device again", "device"
@@ -197,6 +197,8 @@ _TYPES: dict[str, Any] = {
 
 def type_of(event: Event, member: str) -> Any:
     """Return the type of a member of an event's data."""
+    if event is Event.BLOCK_IO_ERROR and member == "reason":
+        return str  # the host's words, as in QEMU
     return _TYPES.get(member, str)
 
 

@@ -54,8 +54,8 @@ def _modules() -> tuple[Any, Any]:
             continue
         return (None, found) if name == "zstandard" else (found, None)
     raise ConfigError(
-        "this Python has no zstd: install the package 'zstandard' (pip install "
-        "'godwit-vmm[zstd]'), take Python 3.14, or save without --compress"
+        "this Python has no zstd: install the package (pip install zstandard), take Python 3.14, "
+        "or save without --compress"
     )
 
 

@@ -146,7 +146,8 @@ def _differences(theirs: HelloDevice, ours: HelloDevice, identity: frozenset[str
                     "have too; give another, or none for one at random"
                 )
         elif their != our:
-            yield f"device {ours.id}, {name}: {their} at the source, {our} here"
+            hint = f"; give {name}={their} here" if name in ("queues", "queue-size") else ""
+            yield f"device {ours.id}, {name}: {their} at the source, {our} here{hint}"
 
 
 def _negotiated(machine: Machine, device: Device) -> int:

@@ -26,7 +26,7 @@ def _query_devices(controller: DeviceController, _: Arguments) -> list[DeviceInf
 
 
 def _query_block(_: DeviceController, __: Arguments) -> list[object]:
-    # There are no disks, which is no reason to refuse those who ask for all there are.
+    # Disks are in query-devices; who asks for all that there is gets no refusal.
     return []
 
 

@@ -146,8 +146,8 @@ ParameterInfo = msgspec.defstruct(
 
 _NO_COMPRESSION = "pages are sent as they are"
 _NO_MULTIFD = "a migration has one connection"
-_NO_TLS = "a migration is not encrypted: send it through a tunnel"
-_NO_DISKS = "a VM has no disks"
+_NO_TLS = "TLS is chosen by 'godwit run --tls FOLDER' and an address 'tls:HOST:PORT'"
+_NO_DISKS = "disks are not copied: both hosts need the same images"
 #: The parameters of QEMU 7.2 (qapi/migration.json, MigrateSetParameters) that Godwit has not.
 _ABSENT_PARAMETERS = {
     **dict.fromkeys(

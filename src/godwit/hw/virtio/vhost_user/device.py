@@ -28,7 +28,7 @@ from .drain import Drain
 from .image import OpenedImage
 from .link import Link
 from .log import Log
-from .types import F_RO, TYPES
+from .types import F_MQ, F_RO, TYPES
 
 _QUEUE_SIZE = 128  # as QEMU's
 
@@ -68,7 +68,7 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
         back_end = connect(config)
         try:
             #: Queues for requests.
-            self._requests = config.queues or min(cpus, MAX_QUEUES, back_end.queues() or 1)
+            self._requests = config.queues or self._by_vcpu(back_end, cpus)
             count = self._requests + self._type.more_queues
             super().__init__(config.id, 0, [Virtqueue(memory, _QUEUE_SIZE) for _ in range(count)])
             self._given = config
@@ -92,14 +92,25 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
         again = None if config.serves is not None else lambda: connect(config)
         self._link = Link(back_end, again, self, loop, self.lock)
 
+    def _by_vcpu(self, back_end: BackEnd, cpus: int) -> int:
+        """Return a queue for each vCPU, as far as a back end of a disk has and the guest may."""
+        if not self._type.features & back_end.features & F_MQ:
+            return 1
+        return max(1, min(cpus, MAX_QUEUES, self._most(back_end)))
+
+    def _most(self, back_end: BackEnd) -> int:
+        """Return how many queues a back end has, which is one for requests if it does not say."""
+        most = back_end.queues()
+        return 1 + self._type.more_queues if most is None else most
+
     def _open(self, back_end: BackEnd) -> bytes:
         """Give a back end the guest's memory, and return the configuration space.
 
         Raises:
             HostError: the back end cannot serve this device.
         """
-        most = back_end.queues()
-        if most is not None and most < len(self.queues):
+        most = self._most(back_end)
+        if most < len(self.queues):
             raise HostError(f"it has {most} queues, and {len(self.queues)} are wanted")
         if not back_end.features & F_VERSION_1:
             raise HostError("it does not know virtio 1 (VIRTIO_F_VERSION_1)")
@@ -140,6 +151,11 @@ class VirtioVhostUser(VirtioDevice, LogsDirtyPages, HasBackEnd, Unmovable, Refus
                 f"'{self.id}' is a disk image that a process of this host has open "
                 f"('{given.serves.path}'); make it raw (qemu-img convert -O raw) to "
                 + ("save the guest" if into_file else "migrate the guest")
+            )
+        if self._link.back_end is None and given.serves is not None:
+            return (
+                f"the program behind '{self.id}' has ended, and a VM in its sandbox starts none; "
+                "quit the VM, and boot the guest anew"
             )
         if self._link.back_end is None:
             return f"the back end of '{self.id}' is gone; start it again first"

@@ -12,7 +12,7 @@ from godwit.spec.back_ends import VhostUserConfig
 #: Disks (5.2.3): SIZE_MAX, SEG_MAX, GEOMETRY, RO, BLK_SIZE, FLUSH, TOPOLOGY, MQ, DISCARD,
 #: WRITE_ZEROES. Not CONFIG_WCE: the configuration is read only.
 _BLK = (1, 2, 4, 5, 6, 9, 10, 12, 13, 14)
-F_RO = 1 << 5
+F_RO, F_MQ = 1 << 5, 1 << 12
 #: struct virtio_blk_config up to write zeroes, and its num_queues.
 _BLK_CONFIG, _NUM_QUEUES = 60, 34
 _SECTOR = 512
