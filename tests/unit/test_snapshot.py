@@ -234,7 +234,7 @@ def test_without_zstd_the_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setitem(sys.modules, "zstandard", None)
     monkeypatch.setitem(sys.modules, "compression.zstd", None)
     side = Side(S.RUNNING, IMPATIENT)
-    with pytest.raises(ConfigError, match="pip install 'godwit-vmm"):
+    with pytest.raises(ConfigError, match="pip install zstandard"):
         side.migrations.save(str(tmp_path / "guest"), False, "zstd")
     side.close()
 
