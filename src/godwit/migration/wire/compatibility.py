@@ -146,7 +146,8 @@ def _differences(theirs: HelloDevice, ours: HelloDevice, identity: frozenset[str
                     "have too; give another, or none for one at random"
                 )
         elif their != our:
-            hint = f"; give {name}={their} here" if name in ("queues", "queue-size") else ""
+            given = name in ("queues", "queue-size") and isinstance(their, int)
+            hint = f"; give {name}={their} here" if given else ""
             yield f"device {ours.id}, {name}: {their} at the source, {our} here{hint}"
 
 
